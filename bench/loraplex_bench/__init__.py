@@ -1,0 +1,1 @@
+"""Load harness, benches and the embedded demo model of loraplex."""
