@@ -1,0 +1,1 @@
+"""The loraplex server: one frozen 4-bit base model, many adapters in each batch."""
