@@ -1,0 +1,67 @@
+"""What a caller asks for, as plain data: `Request` crosses from the API to the engine unchanged."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class FinishReason(enum.StrEnum):
+    """Why a generation ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class AdapterUse(msgspec.Struct, frozen=True):
+    """An adapter by name, with the weight its delta is added with."""
+
+    name: str
+    weight: float = 1.0
+
+
+class SamplingParams(msgspec.Struct, frozen=True):
+    """How tokens are chosen and when generation ends. The API has validated every field.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: 0 keeps all tokens.
+        top_p: in (0, 1].
+        seed: always set; the API draws one where the caller gave none.
+        max_tokens: at least 1.
+        min_tokens: end tokens are masked until this many exist.
+        stop_token_ids: beside the model's end-of-sequence tokens.
+        logprobs: None for none, else how many alternatives beside the chosen token.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    max_tokens: int = 256
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+class Request(msgspec.Struct, frozen=True):
+    """One generation.
+
+    Attributes:
+        request_id: unique among the live requests of one API process.
+        prompt_token_ids: at least one.
+        adapters: summed with their weights; empty is the base model.
+        tenant: whose request it is; part of every KV block key.
+        priority: higher goes first.
+        deadline_s: `time.time()` after which the answer is of no use.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = SamplingParams()
+    adapters: tuple[AdapterUse, ...] = ()
+    tenant: str = "default"
+    priority: int = 0
+    deadline_s: float | None = None

@@ -1,0 +1,1 @@
+"""The engine: plan, run, commit, emit. It runs apart from the API, in a process of its own."""

@@ -1,0 +1,234 @@
+"""The API's end of the engine: submit, stream, cancel, and adapter operations, over a unix socket."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import uuid
+from collections.abc import AsyncIterator, Callable
+
+from loraplex_server.core.request import Request
+from loraplex_server.engine.messages import (
+    PROTOCOL_VERSION,
+    AdapterCommand,
+    AdapterReply,
+    AdapterStatus,
+    Cancel,
+    CheckIntegrity,
+    EngineInfo,
+    Failed,
+    FromEngine,
+    Hello,
+    IntegrityReply,
+    Shutdown,
+    Stats,
+    Submit,
+    TokenDelta,
+    ToEngine,
+    Tokens,
+    Welcome,
+    decode_from_engine,
+    encode,
+)
+from loraplex_server.errors import InternalError, ServerError, UnavailableError, from_info
+
+
+class EngineClient:
+    """One connection to an engine. Methods belong to the event loop that called `connect`.
+
+    A request's deltas wait in a queue of their own until the caller takes them, so a slow reader
+    holds back nobody else; `stream` joins what has piled up.
+    """
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, info: EngineInfo
+    ) -> None:
+        self.info = info
+        self._reader = reader
+        self._writer = writer
+        self._streams: dict[str, asyncio.Queue[TokenDelta | ServerError]] = {}
+        self._calls: dict[int, asyncio.Future[AdapterReply | IntegrityReply]] = {}
+        self._call_ids = itertools.count(1)
+        self._stats_listeners: list[Callable[[Stats], None]] = []
+        self._lost: ServerError | None = None
+        self._closing = False
+        self._closed = asyncio.Event()
+        self._task = asyncio.create_task(self._receive(), name="engine-client")
+
+    @classmethod
+    async def connect(cls, socket_path: str, token: str) -> EngineClient:
+        """Connects to the engine listening at `socket_path`.
+
+        Raises:
+            UnavailableError: nobody listens there, or it speaks another version.
+        """
+        try:
+            reader, writer = await asyncio.open_unix_connection(socket_path)
+            writer.write(encode(Hello(PROTOCOL_VERSION, uuid.uuid4().hex, token)))
+            await writer.drain()
+            message = await _read(reader)
+        except (OSError, asyncio.IncompleteReadError) as error:
+            raise UnavailableError(f"the engine cannot be reached: {error}") from error
+        if not isinstance(message, Welcome) or message.version != PROTOCOL_VERSION:
+            raise UnavailableError("the engine speaks another protocol version; restart both from one release")
+        return cls(reader, writer, message.info)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine still answers."""
+        return self._lost is None and not self._closing
+
+    async def wait_closed(self) -> None:
+        """Returns once the connection is gone, whoever ended it."""
+        await self._closed.wait()
+
+    def on_stats(self, listener: Callable[[Stats], None]) -> None:
+        """Calls `listener` with every `Stats` message from now on."""
+        self._stats_listeners.append(listener)
+
+    async def stream(self, request: Request) -> AsyncIterator[TokenDelta]:
+        """Runs a request; yields its deltas, the last one with `finish` set.
+
+        Leaving the iteration early (close, cancellation, an exception) cancels the request in the
+        engine, which frees what it held within a step.
+
+        Raises:
+            ServerError: any of its kinds, as the engine gave it.
+        """
+        if request.request_id in self._streams:
+            raise InternalError(f"request id {request.request_id!r} is in use")
+        queue: asyncio.Queue[TokenDelta | ServerError] = asyncio.Queue()
+        self._streams[request.request_id] = queue
+        finished = False
+        try:
+            self._send(Submit(request))
+            while not finished:
+                item = await queue.get()
+                while isinstance(item, TokenDelta) and item.finish is None and not queue.empty():
+                    following = queue.get_nowait()
+                    if isinstance(following, ServerError):
+                        item = following
+                        break
+                    item = _join(item, following)
+                if isinstance(item, ServerError):
+                    finished = True
+                    raise item
+                finished = item.finish is not None
+                yield item
+        finally:
+            del self._streams[request.request_id]
+            if not finished and self.alive:
+                self._send(Cancel(request.request_id))
+
+    async def load_adapter(self, name: str, source: str) -> AdapterStatus:
+        """Registers a PEFT folder under a name and brings it to host memory."""
+        return (await self._adapters("load", name=name, source=source))[0]
+
+    async def unload_adapter(self, name: str) -> tuple[AdapterStatus, ...]:
+        """Drains and forgets an adapter; answers with those that remain."""
+        return await self._adapters("unload", name=name)
+
+    async def list_adapters(self) -> tuple[AdapterStatus, ...]:
+        return await self._adapters("list")
+
+    async def get_adapter(self, name: str) -> AdapterStatus:
+        return (await self._adapters("get", name=name))[0]
+
+    async def pin_adapter(self, name: str, pinned: bool) -> AdapterStatus:
+        return (await self._adapters("pin", name=name, pinned=pinned))[0]
+
+    async def check_integrity(self) -> IntegrityReply:
+        """The pools' state now; `problems` is empty when every invariant holds."""
+        reply = await self._call(lambda call_id: CheckIntegrity(call_id))
+        assert isinstance(reply, IntegrityReply)
+        return reply
+
+    async def shutdown(self) -> None:
+        """Tells the engine to end, and closes the connection."""
+        if self.alive:
+            self._send(Shutdown())
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection; the engine cancels whatever this client still had running."""
+        self._closing = True
+        self._writer.close()
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._lose(UnavailableError("the server is shutting down"))
+
+    async def _adapters(
+        self, op: str, *, name: str = "", source: str = "", pinned: bool = True
+    ) -> tuple[AdapterStatus, ...]:
+        reply = await self._call(lambda call_id: AdapterCommand(call_id, op, name, source, pinned))
+        assert isinstance(reply, AdapterReply)
+        if reply.error is not None:
+            raise from_info(reply.error)
+        return reply.adapters
+
+    async def _call(self, make: Callable[[int], ToEngine]) -> AdapterReply | IntegrityReply:
+        call_id = next(self._call_ids)
+        future: asyncio.Future[AdapterReply | IntegrityReply] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = future
+        try:
+            self._send(make(call_id))
+            return await future
+        finally:
+            self._calls.pop(call_id, None)
+
+    def _send(self, message: ToEngine) -> None:
+        if self._lost is not None:
+            raise self._lost
+        self._writer.write(encode(message))
+
+    async def _receive(self) -> None:
+        try:
+            while True:
+                self._dispatch(await _read(self._reader))
+        except (OSError, asyncio.IncompleteReadError):
+            self._lose(UnavailableError("the engine has stopped; the server has to be restarted"))
+
+    def _dispatch(self, message: FromEngine) -> None:
+        match message:
+            case Tokens():
+                for delta in message.deltas:
+                    # A delta may cross our own Cancel on the way.
+                    if (stream := self._streams.get(delta.request_id)) is not None:
+                        stream.put_nowait(delta)
+            case Failed():
+                if (stream := self._streams.get(message.request_id)) is not None:
+                    stream.put_nowait(from_info(message.error))
+            case AdapterReply() | IntegrityReply():
+                future = self._calls.get(message.call_id)
+                if future is not None and not future.done():
+                    future.set_result(message)
+            case Stats():
+                for listener in self._stats_listeners:
+                    listener(message)
+            case Welcome():
+                pass
+
+    def _lose(self, error: ServerError) -> None:
+        self._lost = self._lost or error
+        for stream in self._streams.values():
+            stream.put_nowait(self._lost)
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(self._lost)
+        self._closed.set()
+
+
+def _join(first: TokenDelta, second: TokenDelta) -> TokenDelta:
+    return TokenDelta(
+        request_id=first.request_id,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=first.logprobs + second.logprobs,
+        finish=second.finish,
+        stop_token=second.stop_token,
+        times=second.times,
+    )
+
+
+async def _read(reader: asyncio.StreamReader) -> FromEngine:
+    length = int.from_bytes(await reader.readexactly(4), "big")
+    return decode_from_engine(await reader.readexactly(length))

@@ -1,0 +1,259 @@
+"""What the API and the engine say to each other: versioned plain data in msgpack.
+
+A frame on the wire is a 4-byte big-endian length and that many bytes. A connection opens with
+`Hello` and is answered with `Welcome`; from then on the API sends `ToEngine` messages and the engine
+sends `FromEngine` messages. Several API processes may be connected at once: every request belongs to
+the connection that submitted it and dies with it.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from loraplex_server.core.request import FinishReason, Request
+from loraplex_server.errors import ErrorInfo
+
+PROTOCOL_VERSION = 1
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    pass
+
+
+class Hello(_Message, frozen=True):
+    """First frame of a client. `token` proves that it may connect."""
+
+    version: int
+    client_id: str
+    token: str
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What the engine serves; fixed for its lifetime."""
+
+    model: str
+    architecture: str
+    quantization: str
+    dtype: str
+    device: str
+    kernels: str
+    vocab_size: int
+    max_model_len: int
+    parameters: int
+    weight_bytes: int
+    weight_checksum: str
+    max_batch_tokens: int
+    max_num_requests: int
+    kv_block_size: int
+    kv_blocks: int
+    adapter_device_bytes: int
+    adapter_host_bytes: int
+    max_adapters_on_device: int
+    eos_token_ids: tuple[int, ...]
+
+
+class Welcome(_Message, frozen=True):
+    version: int
+    info: EngineInfo
+
+
+# API -> engine
+
+
+class Submit(_Message, frozen=True):
+    request: Request
+
+
+class Cancel(_Message, frozen=True):
+    """Ends a request that the client no longer wants; nothing is answered."""
+
+    request_id: str
+
+
+class AdapterCommand(_Message, frozen=True):
+    """An adapter operation, answered by an `AdapterReply` with the same `call_id`.
+
+    Attributes:
+        op: "load", "unload", "list", "get" or "pin".
+        pinned: for "pin", whether to pin or to unpin.
+    """
+
+    call_id: int
+    op: str
+    name: str = ""
+    source: str = ""
+    pinned: bool = True
+
+
+class CheckIntegrity(_Message, frozen=True):
+    """Asks for the pools' state, answered by an `IntegrityReply`."""
+
+    call_id: int
+
+
+class Shutdown(_Message, frozen=True):
+    """Ends the engine. The API has drained its requests before."""
+
+
+ToEngine = Hello | Submit | Cancel | AdapterCommand | CheckIntegrity | Shutdown
+
+
+# engine -> API
+
+
+class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
+    token_id: int
+    logprob: float
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    token_id: int
+    logprob: float
+    top: tuple[TopLogprob, ...] = ()
+
+
+class Times(msgspec.Struct, frozen=True):
+    """Seconds since the engine received the request."""
+
+    queue_s: float
+    adapter_wait_s: float
+    first_token_s: float
+    total_s: float
+    preemptions: int
+
+
+class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """New tokens of one request.
+
+    Attributes:
+        finish: set on the last delta of a request, then `times` is too.
+        stop_token: the last token id ended the generation (end of sequence or a stop token) and has
+            no text.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish: FinishReason | None = None
+    stop_token: bool = False
+    times: Times | None = None
+
+
+class Tokens(_Message, frozen=True):
+    """All that one step generated for one client."""
+
+    deltas: tuple[TokenDelta, ...]
+
+
+class Failed(_Message, frozen=True):
+    """A request ended with an error: refused, expired, or lost."""
+
+    request_id: str
+    error: ErrorInfo
+
+
+class AdapterStatus(msgspec.Struct, frozen=True):
+    """State of one adapter; fields as in `loraplex.v1.Adapter`, `state` in lower case."""
+
+    name: str
+    source: str
+    state: str
+    pinned: bool
+    peft_type: str
+    rank: int
+    target_modules: tuple[str, ...]
+    bytes: int
+    content_hash: str
+    references: int
+    draining: bool
+    hits: int
+    misses: int
+    evictions: int
+
+
+class AdapterReply(_Message, frozen=True):
+    """Answer to an `AdapterCommand`: the adapter concerned, or all of them, or an error."""
+
+    call_id: int
+    adapters: tuple[AdapterStatus, ...] = ()
+    error: ErrorInfo | None = None
+
+
+class IntegrityReply(_Message, frozen=True):
+    """Pools as they are now.
+
+    Attributes:
+        problems: one line for each broken invariant; empty when all is well.
+        weight_checksum: SHA-256 over the resident base weights, computed now.
+    """
+
+    call_id: int
+    problems: tuple[str, ...]
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    adapter_references: int
+    weight_checksum: str
+
+
+class StepRecord(msgspec.Struct, frozen=True, array_like=True):
+    """One step, for metrics. Counts are of tokens unless named otherwise."""
+
+    seconds: float
+    plan_seconds: float
+    requests: int
+    prefill_tokens: int
+    decode_tokens: int
+    adapters: int
+    preemptions: int
+
+
+class SwapRecord(msgspec.Struct, frozen=True, array_like=True):
+    """One movement of an adapter: `kind` is "load" (disk to host), "copy" (host to device),
+    "evict_device" or "evict_host"."""
+
+    kind: str
+    adapter: str
+    seconds: float
+    bytes: int
+
+
+class Stats(_Message, frozen=True):
+    """Counters and gauges since the last `Stats`, sent to every client at most ten times a second."""
+
+    steps: tuple[StepRecord, ...]
+    swaps: tuple[SwapRecord, ...]
+    waiting: int
+    running: int
+    waiting_for_adapter: int
+    kv_blocks_used: int
+    kv_blocks: int
+    adapter_device_bytes_used: int
+    adapter_host_bytes_used: int
+    adapters_on_device: tuple[str, ...]
+    adapters_on_host: tuple[str, ...]
+    adapter_hits: int
+    adapter_misses: int
+
+
+FromEngine = Welcome | Tokens | Failed | AdapterReply | IntegrityReply | Stats
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    """One frame, its length before it."""
+    body = _encoder.encode(message)
+    return len(body).to_bytes(4, "big") + body
+
+
+def decode_to_engine(body: bytes) -> ToEngine:
+    """Raises: msgspec.DecodeError for anything that is no such message."""
+    return _to_engine.decode(body)
+
+
+def decode_from_engine(body: bytes) -> FromEngine:
+    """Raises: msgspec.DecodeError for anything that is no such message."""
+    return _from_engine.decode(body)
