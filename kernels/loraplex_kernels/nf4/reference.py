@@ -1,0 +1,301 @@
+"""NF4 in plain torch, on any device.
+
+Weights are cut into blocks of 64 consecutive elements of the flattened matrix (also where its width is no multiple
+of 64), scaled by the block's largest magnitude and rounded to one of 16 levels. Packed bytes and block scales equal
+those of bitsandbytes, so that either may read what the other wrote. With double quantisation the block scales are
+8-bit codes themselves, in blocks of 256.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraplex_kernels._nibbles import decode, encode
+
+# Quantiles of the standard normal, scaled to [-1, 1] (QLoRA, Dettmers et al. 2023, appendix E).
+_LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+NF4_LEVELS: Tensor = torch.tensor(_LEVELS, dtype=torch.float32)
+"""The 16 values of NF4, fp32 [16], ascending."""
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_NESTED_BLOCK = 256
+# Elements quantised at once: bounds the temporaries to about 20 MiB.
+_CHUNK = 1 << 20
+# fp32 elements of a dequantised tile: on a CPU it must stay in the cache between the look-up and the product.
+_CPU_TILE = 1 << 19
+_GPU_TILE = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class NestedAbsmax:
+    """Double-quantised block scales.
+
+    Attributes:
+        codes: uint8 [num_blocks], indices into ``levels``.
+        absmax: fp32 [ceil(num_blocks / 256)], the scale of each 256 codes.
+        levels: fp32 [256], ascending.
+        offset: fp32 scalar tensor, the mean that was subtracted before quantising.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    levels: Tensor
+    offset: Tensor
+
+    def slice(self, start: int, stop: int) -> Tensor:
+        """Block scales ``start:stop``, fp32 [stop - start]."""
+        scale = self.absmax[start // _NESTED_BLOCK : -(-stop // _NESTED_BLOCK)].repeat_interleave(_NESTED_BLOCK)
+        skip = start % _NESTED_BLOCK
+        levels = torch.index_select(self.levels, 0, self.codes[start:stop].to(torch.int32))
+        return levels.mul_(scale[skip : skip + stop - start]).add_(self.offset)
+
+    def to(self, device: torch.device | str) -> NestedAbsmax:
+        """The same scales on another device."""
+        return NestedAbsmax(
+            self.codes.to(device), self.absmax.to(device), self.levels.to(device), self.offset.to(device)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Nf4Weight:
+    """A linear layer's weight in NF4.
+
+    Attributes:
+        packed: uint8 [ceil(N * K / 2)], two codes a byte, the even element in the high nibble.
+        absmax: block scales, fp32 [num_blocks], or double-quantised.
+        shape: (N, K) = (output width, input width).
+        block_size: elements of the flattened matrix that share a scale.
+    """
+
+    packed: Tensor
+    absmax: Tensor | NestedAbsmax
+    shape: tuple[int, int]
+    block_size: int = 64
+
+    def __post_init__(self) -> None:
+        n, k = self.shape
+        num_bytes = -(-n * k // 2)
+        if self.packed.dtype != torch.uint8 or self.packed.shape != (num_bytes,):
+            raise ValueError(
+                f"packed: expected uint8 [{num_bytes}] for a weight of {n} x {k}, got {self.packed.dtype} "
+                f"{list(self.packed.shape)}; flatten the packed tensor and check the shape"
+            )
+        blocks = self.absmax.codes if isinstance(self.absmax, NestedAbsmax) else self.absmax
+        if blocks.shape != (self.num_blocks,):
+            raise ValueError(
+                f"absmax: expected [{self.num_blocks}] for a weight of {n} x {k} in blocks of {self.block_size}, "
+                f"got {list(blocks.shape)}; check block_size"
+            )
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks that share a scale; the last may be partial."""
+        return -(-self.shape[0] * self.shape[1] // self.block_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes live."""
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of this weight."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, for checksums and memory accounts."""
+        if isinstance(self.absmax, NestedAbsmax):
+            return {
+                "packed": self.packed,
+                "absmax.codes": self.absmax.codes,
+                "absmax.absmax": self.absmax.absmax,
+                "absmax.levels": self.absmax.levels,
+                "absmax.offset": self.absmax.offset,
+            }
+        return {"packed": self.packed, "absmax": self.absmax}
+
+    def block_absmax(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Scales of the blocks ``start:stop``, fp32."""
+        stop = self.num_blocks if stop is None else stop
+        if isinstance(self.absmax, NestedAbsmax):
+            return self.absmax.slice(start, stop)
+        return self.absmax[start:stop]
+
+    def to(self, device: torch.device | str) -> Nf4Weight:
+        """The same weight on another device."""
+        return Nf4Weight(self.packed.to(device), self.absmax.to(device), self.shape, self.block_size)
+
+
+def quantize(weight: Tensor, *, block_size: int = 64, double_quant: bool = False) -> Nf4Weight:
+    """Quantise a weight to NF4.
+
+    Works through the weight in chunks: beyond the result, temporaries stay near 20 MiB whatever the size.
+
+    Args:
+        weight: fp32, fp16 or bf16 [N, K], on any device; not modified.
+        block_size: elements that share a scale, a power of two from 32 to 4096.
+        double_quant: store the scales as 8-bit codes (0.5 → 0.127 bits per weight).
+
+    Raises:
+        ValueError: for a weight that is no floating-point matrix, is empty, or holds inf or NaN.
+    """
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(f"weight: expected a non-empty matrix [N, K], got shape {list(weight.shape)}")
+    if weight.dtype not in _FLOATS:
+        raise ValueError(f"weight: expected float32, float16 or bfloat16, got {weight.dtype}; cast it first")
+    if block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        raise ValueError(f"block_size: expected a power of two from 32 to 4096, got {block_size}")
+    flat = weight.detach().reshape(-1)
+    numel = flat.numel()
+    packed = torch.empty(-(-numel // 2), dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=flat.device)
+    bounds = _bounds(flat.device)
+    for start in range(0, numel, _CHUNK):
+        stop = min(start + _CHUNK, numel)
+        codes, scales = _quantize_blocks(flat[start:stop].float(), block_size, bounds)
+        packed[start // 2 : -(-stop // 2)] = encode(codes)
+        absmax[start // block_size : -(-stop // block_size)] = scales
+    if not bool(absmax.isfinite().all()):
+        raise ValueError("weight: holds inf or NaN, which NF4 cannot represent; check the checkpoint")
+    scales_or_nested: Tensor | NestedAbsmax = _nest(absmax) if double_quant else absmax
+    return Nf4Weight(packed, scales_or_nested, (weight.shape[0], weight.shape[1]), block_size)
+
+
+def dequantize(w: Nf4Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The dense weight, [N, K] in ``dtype`` (values are computed in fp32 and rounded once)."""
+    n, k = w.shape
+    out = torch.empty(n, k, dtype=dtype, device=w.device)
+    step = _rows_per_tile(w)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        out[start:stop] = _tile(w, start, stop)
+    return out
+
+
+def matmul(x: Tensor, w: Nf4Weight, bias: Tensor | None = None) -> Tensor:
+    """``x @ dequantize(w).T + bias`` with one cache-sized tile of the weight dense at a time. Inference only.
+
+    Args:
+        x: [..., K], fp32, fp16 or bf16, on the weight's device. On a CPU products and sums are fp32 whatever the
+            dtype; elsewhere tiles are cast to x's dtype and accumulated in fp32 by the matrix unit.
+        w: weight of shape (N, K).
+        bias: [N] or None.
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ValueError: if x's last dimension is not K.
+    """
+    n, k = w.shape
+    if x.shape[-1] != k:
+        raise ValueError(f"x: last dimension is {x.shape[-1]}, the weight's input width is {k}")
+    compute = torch.float32 if w.device.type == "cpu" else x.dtype
+    rows = x.reshape(-1, k).to(compute)
+    out = torch.empty(rows.shape[0], n, dtype=compute, device=x.device)
+    step = _rows_per_tile(w)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        torch.mm(rows, _tile(w, start, stop).to(compute).t(), out=out[:, start:stop])
+    if bias is not None:
+        out += bias
+    return out.to(x.dtype).view(*x.shape[:-1], n)
+
+
+@functools.lru_cache(maxsize=8)
+def _bounds(device: torch.device) -> Tensor:
+    """Midpoints between neighbouring levels, fp32 [15]."""
+    with torch.inference_mode(False):
+        return ((NF4_LEVELS[:-1] + NF4_LEVELS[1:]) / 2).to(device)
+
+
+def _quantize_blocks(flat: Tensor, block_size: int, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [numel rounded up to even] and scales fp32 [num_blocks] of a run of whole blocks and a partial one.
+
+    A full block is multiplied by the reciprocal of its scale, the partial last one divided by it: the two differ in
+    the last bit, and bitsandbytes' bytes depend on it.
+    """
+    tail = flat.numel() % block_size
+    blocks = flat[: flat.numel() - tail].view(-1, block_size)
+    absmax = blocks.abs().amax(dim=1) if blocks.numel() else flat.new_empty(0)
+    scaled = (blocks * absmax.clamp(min=1e-38).reciprocal_()[:, None]).view(-1)
+    if tail:
+        last = flat[-tail:].abs().amax().clamp(min=1e-38)
+        absmax = torch.cat((absmax, last[None]))
+        scaled = torch.cat((scaled, flat[-tail:] / last, flat.new_zeros(tail % 2)))
+    return torch.bucketize(scaled.clamp_(-1, 1), bounds, out_int32=True).to(torch.uint8), absmax
+
+
+def _rows_per_tile(w: Nf4Weight) -> int:
+    """Rows of a tile: near the target size, and such that each tile begins at a block."""
+    n, k = w.shape
+    align = w.block_size // math.gcd(k, w.block_size)
+    target = (_CPU_TILE if w.device.type == "cpu" else _GPU_TILE) // k
+    return max(target // align, 1) * align
+
+
+def _tile(w: Nf4Weight, start: int, stop: int) -> Tensor:
+    """Dense rows ``start:stop``, fp32 [stop - start, K]; ``start`` is where a block begins."""
+    k = w.shape[1]
+    first = start * k // w.block_size
+    last = -(-stop * k // w.block_size)
+    values = decode(w.packed[start * k // 2 : -(-stop * k // 2)], _LEVELS)
+    missing = (last - first) * w.block_size - values.numel()
+    if missing:
+        values = torch.nn.functional.pad(values, (0, missing))
+    values.view(-1, w.block_size).mul_(w.block_absmax(first, last)[:, None])
+    return values[: (stop - start) * k].view(-1, k)
+
+
+# --- double quantisation
+
+
+@functools.lru_cache(maxsize=1)
+def _dynamic_levels() -> Tensor:
+    """The signed 8-bit dynamic data type (Dettmers, 2015, arXiv:1511.04561), fp32 [256], ascending.
+
+    Seven decades; the decade ``d`` (from 10⁻⁶ to 1) is cut into 2ᵈ equal parts between a tenth and the whole of it,
+    whose middles are the levels, with either sign; then 0 and 1.
+    """
+    with torch.inference_mode(False):
+        levels = [0.0, 1.0]
+        for decade in range(7):
+            edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+            middles = (edges[:-1] + edges[1:]) / 2
+            for sign in (1, -1):
+                levels += (sign * 10 ** (decade - 6) * middles).tolist()
+        return torch.tensor(sorted(levels), dtype=torch.float32)
+
+
+def _nest(absmax: Tensor) -> NestedAbsmax:
+    """Quantise block scales to 8 bits around their mean."""
+    levels = _dynamic_levels().to(absmax.device)
+    offset = absmax.mean()
+    centred = absmax - offset
+    blocks = torch.nn.functional.pad(centred, (0, -centred.numel() % _NESTED_BLOCK)).view(-1, _NESTED_BLOCK)
+    scale = blocks.abs().amax(dim=1)
+    scaled = (blocks / scale.clamp(min=1e-38)[:, None]).view(-1)[: absmax.numel()].clamp_(-1, 1)
+    codes = torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
+    return NestedAbsmax(codes, scale, levels, offset)
