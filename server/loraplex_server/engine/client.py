@@ -23,8 +23,8 @@ from loraplex_server.engine.messages import (
     Shutdown,
     Stats,
     Submit,
-    TokenDelta,
     ToEngine,
+    TokenDelta,
     Tokens,
     Welcome,
     decode_from_engine,
@@ -40,9 +40,7 @@ class EngineClient:
     holds back nobody else; `stream` joins what has piled up.
     """
 
-    def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, info: EngineInfo
-    ) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, info: EngineInfo) -> None:
         self.info = info
         self._reader = reader
         self._writer = writer
@@ -70,7 +68,7 @@ class EngineClient:
         except (OSError, asyncio.IncompleteReadError) as error:
             raise UnavailableError(f"the engine cannot be reached: {error}") from error
         if not isinstance(message, Welcome) or message.version != PROTOCOL_VERSION:
-            raise UnavailableError("the engine speaks another protocol version; restart both from one release")
+            raise UnavailableError("the engine speaks another protocol version; run one release of both")
         return cls(reader, writer, message.info)
 
     @property

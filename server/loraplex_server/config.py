@@ -1,0 +1,159 @@
+"""What the server is told to be: frozen, complete and validated before anything is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from loraplex_server.errors import InvalidArgumentError
+
+QUANTIZATIONS = ("nf4", "int4", "none")
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+KERNELS = ("auto", "torch", "triton")
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "512MiB", "2GB", "1.5g" or "1048576". A bare k, m, g or t is a power of 1024.
+
+    Raises:
+        ValueError: `text` is no size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size; write for example 512MiB, 2GB or 1048576")
+    number, unit, binary = match.groups()
+    base = 1000 if unit and not binary and text.strip().lower().endswith("b") else 1024
+    return int(float(number) * base ** " kmgt".index(unit.lower() or " "))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The base model.
+
+    Attributes:
+        model: a folder with a Hugging Face checkpoint, or a hub id.
+        double_quant: quantise the scales of nf4 as well.
+        threads: CPU threads of the engine; 0 is all cores but one.
+    """
+
+    model: str
+    quantization: str = "nf4"
+    double_quant: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    kernels: str = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("quantization", self.quantization, QUANTIZATIONS)
+        _one_of("device", self.device, DEVICES)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("kernels", self.kernels, KERNELS)
+        _at_least("threads", self.threads, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits of one step, of the queue, and of the KV cache.
+
+    Attributes:
+        max_batch_tokens: tokens computed in one step, prefill and decode together.
+        max_num_requests: requests running at once.
+        max_queue: requests that may wait; more are refused with RESOURCE_EXHAUSTED.
+        max_model_len: prompt and answer together; 0 takes the model's own limit.
+        kv_cache_bytes: 0 takes what `max_num_requests` of moderate length need, within reason.
+        max_adapter_wait_s: a request that has waited this long for its adapters is overtaken no
+            more by younger requests that need adapters too.
+    """
+
+    max_batch_tokens: int = 512
+    max_num_requests: int = 64
+    max_queue: int = 1024
+    max_model_len: int = 0
+    kv_cache_bytes: int = 0
+    kv_block_size: int = 16
+    max_adapter_wait_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        _at_least("max_batch_tokens", self.max_batch_tokens, 1)
+        _at_least("max_num_requests", self.max_num_requests, 1)
+        _at_least("max_queue", self.max_queue, 1)
+        _at_least("max_model_len", self.max_model_len, 0)
+        _at_least("kv_cache_bytes", self.kv_cache_bytes, 0)
+        _at_least("kv_block_size", self.kv_block_size, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """The adapter cache.
+
+    Attributes:
+        folders: each folder in them that holds an `adapter_config.json` is registered at start.
+        roots: folders from which adapters may be loaded at run time, beside `folders`.
+        device_bytes: room for adapters on the device.
+        host_bytes: room for adapters in host memory.
+        max_on_device: a cap on their number beyond the bytes; 0 is none.
+        max_per_request: most adapters that one request may name.
+    """
+
+    folders: tuple[Path, ...] = ()
+    roots: tuple[Path, ...] = ()
+    device_bytes: int = 256 << 20
+    host_bytes: int = 1 << 30
+    max_on_device: int = 0
+    max_per_request: int = 8
+
+    def __post_init__(self) -> None:
+        _at_least("device_bytes", self.device_bytes, 1)
+        _at_least("host_bytes", self.host_bytes, 1)
+        _at_least("max_on_device", self.max_on_device, 0)
+        _at_least("max_per_request", self.max_per_request, 1)
+
+    @property
+    def allowed_roots(self) -> tuple[Path, ...]:
+        """Every folder under which an adapter's source may lie."""
+        return self.folders + self.roots
+
+
+@dataclasses.dataclass(frozen=True)
+class ApiConfig:
+    """Where the server listens. Port 0 picks a free one; `metrics_port` -1 is no metrics."""
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    metrics_port: int = 9400
+    drain_s: float = 30.0
+    max_message_bytes: int = 16 << 20
+
+    def __post_init__(self) -> None:
+        _at_least("port", self.port, 0)
+        _at_least("metrics_port", self.metrics_port, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """All that the engine process needs to know."""
+
+    model: ModelConfig
+    scheduler: SchedulerConfig = SchedulerConfig()
+    adapters: AdapterConfig = AdapterConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    engine: EngineConfig
+    api: ApiConfig = ApiConfig()
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidArgumentError.field(field, f"{value!r} is none of {', '.join(allowed)}")
+
+
+def _at_least(field: str, value: int, least: int) -> None:
+    if value < least:
+        raise InvalidArgumentError.field(field, f"{value} is less than {least}")
