@@ -1,0 +1,169 @@
+"""Paged ragged attention in plain torch: any device, and the fast path on CPU."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+from loraplex_kernels.attention.layouts import AttentionBatch, QueryGroup
+
+# Scores are materialised only where the logits are soft-capped; a slice of queries holds at most this many.
+MAX_SCORES = 1 << 24
+
+with warnings.catch_warnings():
+    # torch announces once per process that CSR tensors are in beta; nothing a user could act on.
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([0.0]), size=(1, 1))
+
+
+def write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch) -> None:
+    """Copy the step's keys and values [T, Hkv, D] to their cells."""
+    block_size = kv_cache.shape[2]
+    keys = kv_cache.view(-1, kv_cache.shape[3] * kv_cache.shape[4])
+    keys.index_copy_(0, batch.cells, k.reshape(len(k), -1).to(keys.dtype))
+    keys[block_size:].index_copy_(0, batch.cells, v.reshape(len(v), -1).to(keys.dtype))
+
+
+def paged_attention(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of the step's queries [T, Hq, D] over their cached keys and values."""
+    q = q.contiguous()
+    groups = batch.groups(sliding_window)
+    in_place = q.device.type == "cpu" and q.dtype == kv_cache.dtype == torch.float32
+    out: torch.Tensor | None = None
+    for group in groups:
+        if group.row_start is None:
+            queries = q.index_select(0, group.rows)
+        else:
+            queries = q.narrow(0, group.row_start, len(group.rows))
+        if in_place and group.query_len == 1:
+            result = _decode_in_place(queries, kv_cache, group, scale, softcap)
+        else:
+            keys, values = _keys_values(kv_cache, group, k, v)
+            result = _dense(queries, keys.to(q.dtype), values.to(q.dtype), group, scale, softcap)
+        if len(groups) == 1 and group.row_start is not None:
+            return result
+        if group.unpad is not None:
+            result = result.index_select(0, group.unpad)
+        if out is None:
+            out = torch.empty_like(q)
+        if group.row_start is None:
+            out.index_copy_(0, group.valid_rows, result)
+        else:
+            out.narrow(0, group.row_start, len(group.rows)).copy_(result)
+    return torch.empty_like(q) if out is None else out
+
+
+def _decode_in_place(
+    q: torch.Tensor, kv_cache: torch.Tensor, group: QueryGroup, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """One query per sequence [n, Hq, D], reading keys and values where they lie: no gathered copy.
+
+    Scores are a product of queries and cache sampled at the visible cells; the output is a weighted bag of cache
+    rows. Both kernels walk the cells of one query head after another.
+    """
+    _, num_heads, head_dim = q.shape
+    block_size, num_kv_heads = kv_cache.shape[2:4]
+    keys = kv_cache.view(-1, head_dim)
+    values = keys[block_size * num_kv_heads :]
+    index = group.sparse_index(num_heads, num_kv_heads, len(keys))
+    shape = (group.num_sequences, num_heads, group.key_len)
+    flat_q = q.reshape(-1, head_dim)
+    if softcap is None:
+        scores = torch.sparse.sampled_addmm(index.mask, flat_q, keys.t(), alpha=scale).values().view(shape)
+    else:
+        scaled = torch.sparse.sampled_addmm(index.pattern, flat_q, keys.t(), alpha=scale / softcap)
+        scores = scaled.values().view(shape).tanh_().mul_(softcap)
+        bias = group.bias(torch.float32)
+        if bias is not None:
+            scores += bias[:, 0]
+    weights = torch.softmax(scores, dim=-1).view(-1)
+    return torch.embedding_bag(values, index.cells, index.offsets, False, 0, False, weights)[0].view(q.shape)
+
+
+def _keys_values(
+    kv_cache: torch.Tensor, group: QueryGroup, k: torch.Tensor | None, v: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The group's keys and values, each [n * key_len, Hkv, D]."""
+    if group.fresh and k is not None and v is not None and k.dtype == kv_cache.dtype:
+        # All keys are this step's own: the rows just computed are the bits that the cache holds.
+        if group.row_start is None:
+            return k.index_select(0, group.rows), v.index_select(0, group.rows)
+        return k.narrow(0, group.row_start, len(group.rows)), v.narrow(0, group.row_start, len(group.rows))
+    _, _, block_size, num_kv_heads, head_dim = kv_cache.shape
+    table = kv_cache.view(-1, num_kv_heads * head_dim)
+    keys = table.index_select(0, group.cells)
+    values = table[block_size:].index_select(0, group.cells)
+    return keys.view(-1, num_kv_heads, head_dim), values.view(-1, num_kv_heads, head_dim)
+
+
+def _dense(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    group: QueryGroup,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Padded attention of a group: q [n * query_len, Hq, D], k and v [n * key_len, Hkv, D]."""
+    n, queries, keys = group.num_sequences, group.query_len, group.key_len
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads = k.shape[1]
+    k = k.reshape(n, keys, num_kv_heads, head_dim).transpose(1, 2)
+    v = v.reshape(n, keys, num_kv_heads, head_dim).transpose(1, 2)
+    if softcap is not None:
+        return _softcapped(q, k, v, group, scale, softcap)
+    bias = group.bias(q.dtype)
+    if queries == 1:
+        # The query heads that share a key head stand in for queries, so that nothing is repeated.
+        grouped = q.view(n, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=bias, scale=scale).reshape(q.shape)
+    per_head = q.view(n, queries, num_heads, head_dim).transpose(1, 2)
+    out = F.scaled_dot_product_attention(
+        per_head,
+        k,
+        v,
+        attn_mask=bias,
+        is_causal=group.fresh,
+        scale=scale,
+        enable_gqa=num_heads != num_kv_heads,
+    )
+    return out.transpose(1, 2).reshape(q.shape)
+
+
+def _softcapped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: QueryGroup, scale: float, softcap: float
+) -> torch.Tensor:
+    """As `_dense`, with logits softcap * tanh(logit / softcap); k and v [n, Hkv, key_len, D]."""
+    n, queries, keys = group.num_sequences, group.query_len, group.key_len
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads = k.shape[1]
+    per_kv_head = num_heads // num_kv_heads
+    k, v = k.float().unsqueeze(2), v.float().unsqueeze(2)
+    per_head = q.view(n, queries, num_kv_heads, per_kv_head, head_dim).permute(0, 2, 3, 1, 4).float()
+    if group.fresh:
+        bias: torch.Tensor | None = torch.full((queries, keys), -torch.inf, device=q.device).triu_(1)
+    else:
+        bias = group.bias(torch.float32)
+        bias = None if bias is None else bias.unsqueeze(1)
+    step = max(1, MAX_SCORES // (n * num_heads * keys))
+    parts = []
+    for begin in range(0, queries, step):
+        scores = torch.matmul(per_head[..., begin : begin + step, :], k.mT).mul_(scale / softcap)
+        scores = scores.tanh_().mul_(softcap)
+        if bias is not None:
+            scores += bias[..., begin : begin + step, :]
+        parts.append(torch.matmul(torch.softmax(scores, dim=-1), v))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+    return out.permute(0, 3, 1, 2, 4).reshape(q.shape).to(q.dtype)
