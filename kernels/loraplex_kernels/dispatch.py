@@ -72,7 +72,7 @@ def backend(device: torch.device) -> Backend:
     if not triton_installed():
         if _kernels == "auto":
             return "torch"
-        raise KernelUnavailableError("kernels=triton, but triton is not installed: pip install triton, or use torch")
+        raise KernelUnavailableError("kernels=triton needs the triton package: install it, or use torch")
     if device.type != "cuda" and not interpreting():
         raise KernelUnavailableError(
             f"kernels=triton needs a CUDA device, got {device.type}: use kernels=torch, "

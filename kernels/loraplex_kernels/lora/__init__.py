@@ -1,0 +1,124 @@
+"""Segmented-gather LoRA: many adapters of many ranks on one batch of flattened tokens, without merging
+weights.
+
+For a packed projection (`LoraSite`), tokens t with pairs p = (t, adapter slot, weight), and slices s::
+
+    y[t, slice s] += Σ_p  weight_p · (x[t] @ A[slot_p, s].T) @ B[slot_p, s]
+
+The sum runs over the token's pairs in the order given, in one float32 accumulation with one rounding into y,
+without atomics: the same input gives the same bits. Rows of y whose token has no adapter are not touched, and
+no value of an adapter, NaN included, reaches a row of another.
+
+`shrink` is the first product, for all slices of the site in one launch; `expand` the second, in another;
+`apply` does both. `LoraBatch` holds the step's metadata, `LoraPool` the adapters.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from loraplex_kernels import dispatch
+from loraplex_kernels.lora import reference
+from loraplex_kernels.lora.layouts import (
+    ALIGNMENT,
+    MAX_RANK,
+    RANK_ALIGN,
+    AdapterLayout,
+    EntryShape,
+    LoraPool,
+    LoraSite,
+    adapter_layout,
+    extent_alignment,
+    padded_rank,
+)
+from loraplex_kernels.lora.segments import LoraBatch, LoraBatchBuffers, Run
+
+__all__ = [
+    "ALIGNMENT",
+    "MAX_RANK",
+    "RANK_ALIGN",
+    "AdapterLayout",
+    "EntryShape",
+    "LoraBatch",
+    "LoraBatchBuffers",
+    "LoraPool",
+    "LoraSite",
+    "Run",
+    "adapter_layout",
+    "apply",
+    "expand",
+    "extent_alignment",
+    "padded_rank",
+    "shrink",
+]
+
+
+def shrink(x: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> Tensor:
+    """First product of every pair with every slice's A, to be handed to `expand`.
+
+    x: ``[T, in_features]``, the pool's dtype, rows contiguous, T at least ``batch.num_tokens``.
+    Returns h: float32 ``[planes, pairs, num_slices, max_rank]``, partial sums over planes; columns from a
+    pair's rank on are undefined. Raises `ValueError` for shapes, dtypes or devices that do not fit.
+    """
+    _check(x, "x", site.in_features, pool, site, batch)
+    chosen = dispatch.backend(x.device)
+    dispatch.count("lora.shrink", chosen)
+    if chosen == "triton":
+        from loraplex_kernels.lora import kernel
+
+        return kernel.shrink(x, pool, site, batch)
+    return reference.shrink(x, pool, site, batch)
+
+
+def expand(h: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch, y: Tensor) -> None:
+    """Second product, weighted, summed over each token's pairs and added to y in place.
+
+    h: from `shrink` with the same arguments. y: ``[T, N]`` with N at least ``site.out_features``, the pool's
+    dtype, rows contiguous (a column range of a wider tensor will do). Raises as `shrink` does.
+    """
+    _check(y, "y", site.out_features, pool, site, batch)
+    chosen = dispatch.backend(y.device)
+    dispatch.count("lora.expand", chosen)
+    if chosen == "triton":
+        from loraplex_kernels.lora import kernel
+
+        kernel.expand(h, pool, site, batch, y)
+    else:
+        reference.expand(h, pool, site, batch, y)
+
+
+def apply(x: Tensor, y: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> None:
+    """`shrink`, then `expand`: add every adapter's delta of this site to y in place.
+
+    x: ``[T, in_features]``; y: ``[T, N]``. Callers skip the op where ``batch.num_pairs`` is 0.
+    """
+    if dispatch.backend(x.device) == "triton":
+        expand(shrink(x, pool, site, batch), pool, site, batch, y)
+        return
+    _check(x, "x", site.in_features, pool, site, batch)
+    _check(y, "y", site.out_features, pool, site, batch)
+    dispatch.count("lora.apply", "torch")
+    reference.apply(x, y, pool, site, batch)
+
+
+def _check(rows: Tensor, name: str, columns: int, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> None:
+    if batch.num_pairs == 0:
+        raise ValueError("batch has no pair: skip the op where batch.num_pairs is 0")
+    exact = name == "x"
+    if rows.dim() != 2 or rows.shape[1] < columns or (exact and rows.shape[1] != columns):
+        wanted = f"[T, {columns}]" if exact else f"[T, {columns} or more]"
+        raise ValueError(f"{name} must be {wanted}, got {tuple(rows.shape)}")
+    if rows.shape[0] < batch.num_tokens:
+        raise ValueError(f"{name} has {rows.shape[0]} rows, the batch's tokens need {batch.num_tokens}")
+    if rows.stride(1) != 1 and columns > 1:
+        raise ValueError(f"{name} must have contiguous rows, got strides {rows.stride()}")
+    if rows.dtype != pool.arena.dtype:
+        raise ValueError(f"{name} must be {pool.arena.dtype} as the adapters are, got {rows.dtype}")
+    if rows.device != pool.arena.device or rows.device != batch.pair_token.device:
+        raise ValueError(
+            f"{name} is on {rows.device}, the adapters on {pool.arena.device}, "
+            f"the batch on {batch.pair_token.device}: they must be on one device"
+        )
+    end = site.first_entry + site.num_slices
+    if end > pool.num_entries:
+        raise ValueError(f"the site's entries end at {end}, the pool has {pool.num_entries}")

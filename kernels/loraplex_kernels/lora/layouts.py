@@ -1,0 +1,266 @@
+"""How adapters lie in device memory: one flat arena, and tables that say where each adapter's rows begin.
+
+A *site* is one packed projection of the model (q·k·v, o, gate·up, down). A site has one or more *slices*, the
+column ranges of its output that have a LoRA pair of their own; slice ``s`` of a site is *entry*
+``site.first_entry + s``, and entries are numbered through the whole model. An adapter is one contiguous
+*extent* of the arena, so bringing it in is one copy, and an entry it does not touch takes no room.
+
+For each entry an adapter stores two blocks, both row-major by *rank row*: A is ``[rank_padded, in_features]``
+and B transposed is ``[rank_padded, width]``. ``rank_padded`` is the rank rounded up to `RANK_ALIGN`; the rows
+past the rank are zero. The factor ``lora_alpha / r`` (or ``/ sqrt(r)``) is already part of B.
+
+Blocks begin at a multiple of their own row length, so that the arena, seen as a matrix with that row length,
+holds each block as whole rows. Sorting an extent's blocks by row length makes this nearly free. Example, two
+entries of a site with 64 inputs, widths 64 and 32, ranks 6 and 4::
+
+    entry 0: A [8, 64] at 0      B [8, 64] at 1024        rows of 64: A of entry 0, A of entry 1, B of entry 0
+    entry 1: A [8, 64] at 512    B [8, 32] at 1536        rows of 32: B of entry 1
+    num_elements 1792, alignment 64
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RANK_ALIGN = 8
+"""Rank rows are stored in multiples of this."""
+
+ALIGNMENT = 16
+"""Blocks begin at a multiple of this many elements, so that a row can be read in 16-byte pieces."""
+
+MAX_EXTENT_ALIGNMENT = 1 << 20
+"""Row-aligned extents are given up where they would have to begin at multiples of more elements than this."""
+
+MAX_RANK = 512
+"""The largest rank that can be served."""
+
+MAX_SLICES = 4
+"""The largest number of slices in one site."""
+
+
+@dataclass(frozen=True)
+class LoraSite:
+    """One packed projection: ``in_features`` inputs, and for each slice ``(first column, width)`` of its
+    output.
+    """
+
+    first_entry: int
+    in_features: int
+    slices: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.slices) <= MAX_SLICES:
+            raise ValueError(f"slices must hold 1 to {MAX_SLICES} slices, got {len(self.slices)}")
+        end = 0
+        for start, width in self.slices:
+            if start < end or width < 1:
+                raise ValueError(f"slices must be ascending, disjoint and not empty, got {self.slices}")
+            end = start + width
+
+    @property
+    def num_slices(self) -> int:
+        return len(self.slices)
+
+    @property
+    def out_features(self) -> int:
+        """Columns that the output must have at least."""
+        start, width = self.slices[-1]
+        return start + width
+
+
+@dataclass(frozen=True)
+class EntryShape:
+    """The LoRA pair of one adapter at one entry: A is ``[rank, in_features]``, B is ``[width, rank]``."""
+
+    entry: int
+    in_features: int
+    width: int
+    rank: int
+
+    @property
+    def rank_padded(self) -> int:
+        return padded_rank(self.rank)
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """Where an adapter's blocks lie, in elements from the start of its extent; entries of rank 0 are left
+    out.
+
+    `alignment`: the extent must begin at a multiple of this many elements of the arena. A store serves all
+    adapters of a model with one value, `extent_alignment` over all row lengths of the model.
+    """
+
+    entries: tuple[EntryShape, ...]
+    a_offset: tuple[int, ...]
+    b_offset: tuple[int, ...]
+    num_elements: int
+    alignment: int
+
+
+def padded_rank(rank: int) -> int:
+    """`rank` rounded up to the rows that it takes in the arena."""
+    return -(-rank // RANK_ALIGN) * RANK_ALIGN
+
+
+def extent_alignment(row_lengths: Iterable[int]) -> int:
+    """The multiple, in elements, at which extents with rows of these lengths begin.
+
+    The least common multiple of the row lengths, or only `ALIGNMENT` where that is out of proportion:
+    adapters then work all the same, on a slower path on CPU.
+    """
+    alignment = math.lcm(ALIGNMENT, *row_lengths)
+    return alignment if alignment <= MAX_EXTENT_ALIGNMENT else ALIGNMENT
+
+
+def adapter_layout(entries: Sequence[EntryShape]) -> AdapterLayout:
+    """Lay out one adapter. Pure; the order of `entries` is kept in the result.
+
+    Raises `ValueError` for a repeated entry, an empty shape, or a rank outside 0..`MAX_RANK`.
+    """
+    if len({shape.entry for shape in entries}) != len(entries):
+        raise ValueError("entries must not repeat")
+    for shape in entries:
+        if not 0 <= shape.rank <= MAX_RANK:
+            raise ValueError(f"rank of entry {shape.entry} must be 0 to {MAX_RANK}, got {shape.rank}")
+        if shape.in_features < 1 or shape.width < 1:
+            raise ValueError(f"entry {shape.entry} has an empty shape: {shape.in_features} to {shape.width}")
+    present = tuple(shape for shape in entries if shape.rank)
+    row_lengths = {length for shape in present for length in (shape.in_features, shape.width)}
+    alignment = extent_alignment(row_lengths)
+    row_aligned = alignment % math.lcm(ALIGNMENT, *row_lengths) == 0
+
+    a_offset = [0] * len(present)
+    b_offset = [0] * len(present)
+    blocks = [(shape.in_features, 0, index) for index, shape in enumerate(present)]
+    blocks += [(shape.width, 1, index) for index, shape in enumerate(present)]
+    end = 0
+    for row_length, kind, index in sorted(blocks):
+        multiple = math.lcm(ALIGNMENT, row_length) if row_aligned else ALIGNMENT
+        start = -(-end // multiple) * multiple
+        (b_offset if kind else a_offset)[index] = start
+        end = start + present[index].rank_padded * row_length
+    return AdapterLayout(
+        entries=present,
+        a_offset=tuple(a_offset),
+        b_offset=tuple(b_offset),
+        num_elements=-(-end // ALIGNMENT) * ALIGNMENT,
+        alignment=alignment,
+    )
+
+
+@dataclass
+class SlotTables:
+    """The pool's tables on the host. `version` grows with each slot written: what was derived from it is
+    stale.
+    """
+
+    a_offset: np.ndarray
+    b_offset: np.ndarray
+    rank: np.ndarray
+    version: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class LoraPool:
+    """All adapters of one device. Make one with `allocate`; bind extents to slots with `bind` and `clear`.
+
+    - `arena`     ``[num_elements]``, the compute dtype (float32, bfloat16 or float16)
+    - `a_offset`  int64 ``[num_slots, num_entries]``: first element of A in the arena
+    - `b_offset`  int64 ``[num_slots, num_entries]``: first element of B transposed in the arena
+    - `rank`      int32 ``[num_slots, num_entries]``: true rank; 0 where the adapter does not touch the entry
+    - `host`      the three tables on the host; on a CPU pool they share the tensors' memory
+    - `max_rank`  the largest rank that may be bound: the pitch of the intermediate result
+    """
+
+    arena: Tensor
+    a_offset: Tensor
+    b_offset: Tensor
+    rank: Tensor
+    host: SlotTables = field(repr=False)
+    max_rank: int = MAX_RANK
+
+    @classmethod
+    def allocate(
+        cls,
+        *,
+        num_elements: int,
+        num_slots: int,
+        num_entries: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        max_rank: int = MAX_RANK,
+    ) -> LoraPool:
+        """An arena of `num_elements`, zeroed, and `num_slots` slots in which no adapter is bound."""
+        shape = (num_slots, num_entries)
+        host = SlotTables(np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int32))
+        return cls(
+            arena=torch.zeros(num_elements, dtype=dtype, device=device),
+            a_offset=torch.from_numpy(host.a_offset).to(device),
+            b_offset=torch.from_numpy(host.b_offset).to(device),
+            rank=torch.from_numpy(host.rank).to(device),
+            host=host,
+            max_rank=padded_rank(max_rank),
+        )
+
+    @property
+    def num_slots(self) -> int:
+        return int(self.rank.shape[0])
+
+    @property
+    def num_entries(self) -> int:
+        return int(self.rank.shape[1])
+
+    def bind(self, slot: int, start: int, layout: AdapterLayout) -> None:
+        """Make `slot` serve the adapter whose extent begins at element `start`.
+
+        The device tables are written on the current stream: call this where the next step will see it, after
+        the extent's copy has finished. Raises `ValueError` where the extent does not fit or is misaligned.
+        """
+        if start % layout.alignment:
+            raise ValueError(f"slot {slot}: the extent begins at {start}, no multiple of {layout.alignment}")
+        if start < 0 or start + layout.num_elements > self.arena.numel():
+            raise ValueError(f"slot {slot}: the extent leaves the arena of {self.arena.numel()} elements")
+        if any(not 0 <= shape.entry < self.num_entries for shape in layout.entries):
+            raise ValueError(f"slot {slot}: an entry lies outside the {self.num_entries} entries of the pool")
+        if any(shape.rank > self.max_rank for shape in layout.entries):
+            raise ValueError(f"slot {slot}: a rank is above the pool's max_rank of {self.max_rank}")
+        host = self.host
+        entries = [shape.entry for shape in layout.entries]
+        host.rank[slot] = 0
+        host.rank[slot, entries] = [shape.rank for shape in layout.entries]
+        host.a_offset[slot, entries] = np.asarray(layout.a_offset, np.int64) + start
+        host.b_offset[slot, entries] = np.asarray(layout.b_offset, np.int64) + start
+        self._publish(slot)
+
+    def clear(self, slot: int) -> None:
+        """Make `slot` serve nothing: its tokens get no delta."""
+        self.host.rank[slot] = 0
+        self._publish(slot)
+
+    def _publish(self, slot: int) -> None:
+        host = self.host
+        host.version += 1
+        if self.arena.device.type != "cpu":
+            self.a_offset[slot].copy_(torch.from_numpy(host.a_offset[slot]))
+            self.b_offset[slot].copy_(torch.from_numpy(host.b_offset[slot]))
+            self.rank[slot].copy_(torch.from_numpy(host.rank[slot]))
+
+    def a(self, slot: int, entry: int, in_features: int) -> Tensor:
+        """A view of the true rank rows of A: ``[rank, in_features]``. Host tables are read, nothing is
+        copied.
+        """
+        return self._rows(int(self.host.a_offset[slot, entry]), int(self.host.rank[slot, entry]), in_features)
+
+    def b(self, slot: int, entry: int, width: int) -> Tensor:
+        """A view of the true rank rows of B transposed: ``[rank, width]``."""
+        return self._rows(int(self.host.b_offset[slot, entry]), int(self.host.rank[slot, entry]), width)
+
+    def _rows(self, offset: int, rank: int, length: int) -> Tensor:
+        return self.arena[offset : offset + rank * length].view(rank, length)
