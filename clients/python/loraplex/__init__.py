@@ -1,0 +1,95 @@
+"""Python client of loraplex, which serves many adapters on one language model.
+
+    from loraplex import Client
+
+    with Client("127.0.0.1:50051") as client:
+        print(client.generate("Dear Sir", adapter="polite", max_tokens=64).text)
+
+AsyncClient is the same for asyncio. Errors are in `loraplex.errors`. Importing this package loads
+nothing: each name brings its module when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loraplex import errors
+    from loraplex._async import AsyncClient, AsyncGenerationStream
+    from loraplex._config import Keepalive, RetryPolicy, TlsConfig
+    from loraplex._convert import GenerateOptions
+    from loraplex._sync import Client, GenerationStream
+    from loraplex._types import (
+        AdapterInfo,
+        AdapterState,
+        FinishReason,
+        Generation,
+        GenerationChunk,
+        ModelInfo,
+        Timing,
+        TokenLogprobs,
+        TopLogprob,
+        Usage,
+    )
+    from loraplex._version import __version__
+    from loraplex.errors import LoraplexError
+
+__all__ = [
+    "AdapterInfo",
+    "AdapterState",
+    "AsyncClient",
+    "AsyncGenerationStream",
+    "Client",
+    "FinishReason",
+    "GenerateOptions",
+    "Generation",
+    "GenerationChunk",
+    "GenerationStream",
+    "Keepalive",
+    "LoraplexError",
+    "ModelInfo",
+    "RetryPolicy",
+    "Timing",
+    "TlsConfig",
+    "TokenLogprobs",
+    "TopLogprob",
+    "Usage",
+    "__version__",
+    "errors",
+]
+
+_HOMES = {
+    "_async": ("AsyncClient", "AsyncGenerationStream"),
+    "_config": ("Keepalive", "RetryPolicy", "TlsConfig"),
+    "_convert": ("GenerateOptions",),
+    "_sync": ("Client", "GenerationStream"),
+    "_types": (
+        "AdapterInfo",
+        "AdapterState",
+        "FinishReason",
+        "Generation",
+        "GenerationChunk",
+        "ModelInfo",
+        "Timing",
+        "TokenLogprobs",
+        "TopLogprob",
+        "Usage",
+    ),
+    "_version": ("__version__",),
+    "errors": ("LoraplexError",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("loraplex.errors")
+    for module, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"loraplex.{module}"), name)
+            return value
+    raise AttributeError(f"module 'loraplex' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,220 @@
+"""The client for asyncio: the same as the one that blocks, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+import grpc.aio
+
+from loraplex import _convert as convert
+from loraplex._base import BaseClient, Stubs, Wait, stubs_on
+from loraplex._convert import GenerateOptions, Prompt
+from loraplex._status import TranslatedErrors
+from loraplex._types import AdapterInfo, Generation, GenerationChunk, ModelInfo
+from loraplex.errors import DeadlineExceededError, UnavailableError
+from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
+
+
+class AsyncClient(BaseClient):
+    """A loraplex server, called from coroutines of one event loop.
+
+    async with AsyncClient("127.0.0.1:50051") as client:
+        print((await client.generate("Dear Sir", adapter="polite", max_tokens=64)).text)
+        async for chunk in client.stream("Dear Sir", adapters=[("sql", 1.0), ("polite", 0.5)]):
+            print(chunk.text, end="", flush=True)
+    """
+
+    def _open(self) -> None:
+        # grpc.aio binds a channel to the loop that runs when it is made: there may be none yet.
+        self._channel: grpc.aio.Channel | None = None
+        self._loop_stubs: Stubs | None = None
+        self.adapters = AsyncAdapters(self)
+
+    @property
+    def _stubs(self) -> Stubs:
+        self._check_open()
+        if self._loop_stubs is None:
+            asyncio.get_running_loop()
+            settings = self._settings
+            self._channel = (
+                grpc.aio.insecure_channel(settings.target, settings.options)
+                if settings.credentials is None
+                else grpc.aio.secure_channel(settings.target, settings.credentials, settings.options)
+            )
+            self._loop_stubs = stubs_on(self._channel)
+        return self._loop_stubs
+
+    async def generate(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Generation:
+        """Generates an answer and returns it whole.
+
+        Args:
+            prompt: text, or token ids to be taken as they are.
+            timeout: seconds for the whole call; None is the client's, infinity no limit.
+            options: adapter, adapters, max_tokens, min_tokens, temperature, top_p, top_k, seed, stop,
+                stop_token_ids, ignore_eos, logprobs, priority, request_id; see GenerateOptions.
+
+        Raises:
+            LoraplexError: see loraplex.errors.
+        """
+        request = convert.generate_request(prompt, **options)
+        envelope = generation_pb2.GenerateUnaryRequest(request=request)
+        response = await self._call(
+            self._stubs.generation.GenerateUnary, envelope, timeout, request_id=request.request_id
+        )
+        return convert.generation(request, response)
+
+    def stream(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> AsyncGenerationStream:
+        """Sends the request and returns its answer as an iterator of chunks. Arguments as `generate` takes.
+
+        Raises:
+            LoraplexError: see loraplex.errors; the server's errors come while iterating.
+        """
+        request = convert.generate_request(prompt, **options)
+        call = self._stubs.generation.Generate(request, **self._call_options(timeout))
+        return AsyncGenerationStream(call, convert.AnswerReader(request))
+
+    async def model(self, *, timeout: float | None = None) -> ModelInfo:
+        """The base model and the server's limits."""
+        response = await self._call(self._stubs.model.GetModel, model_pb2.GetModelRequest(), timeout)
+        return convert.model_info(response.model)
+
+    async def wait_until_ready(self, timeout: float = 60.0) -> ModelInfo:
+        """Waits for a server that is still starting, and returns its model.
+
+        Raises:
+            DeadlineExceededError: it was not ready within `timeout` seconds.
+        """
+        wait = Wait(self.server, timeout)
+        while True:
+            try:
+                response = await self._call(
+                    self._stubs.model.GetModel,
+                    model_pb2.GetModelRequest(),
+                    wait.remaining(),
+                    wait_for_ready=True,
+                )
+                return convert.model_info(response.model)
+            except UnavailableError:
+                await asyncio.sleep(min(wait.POLL_S, wait.remaining()))
+            except DeadlineExceededError as error:
+                raise wait.expired() from error
+
+    async def close(self) -> None:
+        """Cancels what is running and closes the connection."""
+        self._closed = True
+        if self._channel is not None:
+            await self._channel.close(grace=None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _call(
+        self, method: Any, request: Any, timeout: float | None, *, request_id: str = "", **how: Any
+    ) -> Any:
+        with TranslatedErrors(request_id):
+            return await method(request, **self._call_options(timeout), **how)
+
+
+class AsyncGenerationStream:
+    """An answer as it is generated: iterate over it for chunks.
+
+    Leaving it early cancels the generation on the server: by `async with`, by `close()`, or by
+    letting go of the last reference.
+    """
+
+    def __init__(self, call: Any, reader: convert.AnswerReader) -> None:
+        self._call = call
+        self._reader = reader
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def request_id(self) -> str:
+        """As the server's logs name it; empty before the first chunk, unless the caller chose it."""
+        return self._reader.request_id
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> GenerationChunk:
+        with TranslatedErrors(self.request_id):
+            response = await self._call.read()
+        if response is grpc.aio.EOF:  # type: ignore[attr-defined]
+            self._reader.check_complete()
+            raise StopAsyncIteration
+        return self._reader.chunk(response)
+
+    async def collect(self) -> Generation:
+        """Reads what is left of the answer and returns that as one Generation."""
+        return convert.joined([chunk async for chunk in self])
+
+    async def close(self) -> None:
+        """Cancels the generation, unless it has finished."""
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __del__(self) -> None:
+        # The collector may run on another thread, or after the loop.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._call.cancel)
+
+
+class AsyncAdapters:
+    """The adapters that the server knows: `client.adapters`."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+        self._call = client._call
+
+    @property
+    def _stub(self) -> Any:
+        return self._client._stubs.adapters
+
+    async def load(
+        self, name: str, source: str | os.PathLike[str], *, timeout: float | None = None
+    ) -> AdapterInfo:
+        """Registers the adapter that PEFT saved in the folder `source`, a path on the server's machine."""
+        response = await self._call(self._stub.LoadAdapter, convert.load_request(name, source), timeout)
+        return convert.adapter_info(response.adapter)
+
+    async def unload(self, name: str, *, timeout: float | None = None) -> list[AdapterInfo]:
+        """Waits for the adapter's running requests, frees it, and returns what is registered then."""
+        request = convert.named(adapters_pb2.UnloadAdapterRequest, name)
+        response = await self._call(self._stub.UnloadAdapter, request, timeout)
+        return [convert.adapter_info(adapter) for adapter in response.remaining]
+
+    async def list(self, *, timeout: float | None = None) -> list[AdapterInfo]:
+        """All registered adapters."""
+        response = await self._call(self._stub.ListAdapters, adapters_pb2.ListAdaptersRequest(), timeout)
+        return [convert.adapter_info(adapter) for adapter in response.adapters]
+
+    async def get(self, name: str, *, timeout: float | None = None) -> AdapterInfo:
+        """One adapter."""
+        request = convert.named(adapters_pb2.GetAdapterRequest, name)
+        response = await self._call(self._stub.GetAdapter, request, timeout)
+        return convert.adapter_info(response.adapter)
+
+    async def pin(self, name: str, pinned: bool = True, *, timeout: float | None = None) -> AdapterInfo:
+        """Brings the adapter to the device and keeps it there; `pinned=False` lets it be evicted again."""
+        response = await self._call(self._stub.PinAdapter, convert.pin_request(name, pinned), timeout)
+        return convert.adapter_info(response.adapter)

@@ -1,0 +1,338 @@
+"""Between the SDK's values and the messages of loraplex.v1."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict, TypeVar
+
+from google.protobuf.message import Message
+
+from loraplex._types import (
+    AdapterInfo,
+    AdapterState,
+    FinishReason,
+    Generation,
+    GenerationChunk,
+    ModelInfo,
+    Timing,
+    TokenLogprobs,
+    TopLogprob,
+    Usage,
+)
+from loraplex.errors import InternalError, InvalidRequestError
+from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
+
+Prompt = str | Sequence[int]
+"""Text, tokenised by the server; or token ids, taken as they are."""
+
+AdapterMix = Sequence[str | tuple[str, float]] | Mapping[str, float]
+"""Adapters to sum: names (weight 1), (name, weight) pairs, or a mapping of names to weights."""
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+_FINISH_REASONS: dict[int, FinishReason] = {
+    generation_pb2.FINISH_REASON_STOP: FinishReason.STOP,
+    generation_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+}
+_ADAPTER_STATES: dict[int, AdapterState] = {
+    adapters_pb2.ADAPTER_STATE_UNLOADED: AdapterState.UNLOADED,
+    adapters_pb2.ADAPTER_STATE_LOADING: AdapterState.LOADING,
+    adapters_pb2.ADAPTER_STATE_HOST: AdapterState.HOST,
+    adapters_pb2.ADAPTER_STATE_COPYING: AdapterState.COPYING,
+    adapters_pb2.ADAPTER_STATE_DEVICE: AdapterState.DEVICE,
+}
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keyword arguments of `generate` and `stream`. What is left out, or None, the server decides."""
+
+    adapter: str | None
+    """One adapter, with weight 1. Neither this nor `adapters`: the base model alone."""
+    adapters: AdapterMix | None
+    """Several at once: `[("sql", 1.0), ("polite", 0.5)]` adds their weighted deltas to the base."""
+    max_tokens: int | None
+    """Most tokens to generate."""
+    min_tokens: int | None
+    """End-of-sequence and stop tokens are masked until there are so many."""
+    temperature: float | None
+    """0 is greedy, which is the default."""
+    top_p: float | None
+    """Sample from the smallest set of tokens whose probability reaches this, in (0, 1]."""
+    top_k: int | None
+    """Sample from the k most probable tokens; 0 from all."""
+    seed: int | None
+    """The same seed draws the same answer, whatever else the server is doing."""
+    stop: str | Sequence[str] | None
+    """End before the first of these strings."""
+    stop_token_ids: Sequence[int] | None
+    """End at any of these tokens."""
+    ignore_eos: bool
+    """End-of-sequence does not end the generation."""
+    logprobs: int | None
+    """0: the chosen tokens' log-probabilities; n: also those of the n most probable tokens."""
+    priority: int | None
+    """Higher goes first."""
+    request_id: str | None
+    """A name of your own, to find the request in the server's logs."""
+
+
+def generate_request(
+    prompt: Prompt,
+    *,
+    adapter: str | None = None,
+    adapters: AdapterMix | None = None,
+    max_tokens: int | None = None,
+    min_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    stop_token_ids: Sequence[int] | None = None,
+    ignore_eos: bool = False,
+    logprobs: int | None = None,
+    priority: int | None = None,
+    request_id: str | None = None,
+) -> generation_pb2.GenerateRequest:
+    """The request as sent. Only types are checked here; what the values may be, the server knows.
+
+    Raises:
+        InvalidRequestError: an argument is of the wrong type, or two exclude each other.
+    """
+    request = generation_pb2.GenerateRequest()
+    if isinstance(prompt, str):
+        assign(request, "text", prompt, argument="prompt")
+    elif isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Iterable):
+        raise InvalidRequestError.for_field(
+            "prompt", f"must be text or a sequence of token ids, not {type(prompt).__name__}"
+        )
+    else:
+        extend(request.token_ids, "ids", prompt, argument="prompt")
+        request.token_ids.SetInParent()
+    for name, weight in adapter_weights(adapter, adapters):
+        entry = request.adapters.add()
+        assign(entry, "adapter", name, argument="adapters")
+        assign(entry, "weight", weight, argument="adapters")
+    assign(request.sampling, "temperature", temperature)
+    assign(request.sampling, "top_p", top_p)
+    assign(request.sampling, "top_k", top_k)
+    assign(request.sampling, "seed", seed)
+    assign(request.stopping, "max_tokens", max_tokens)
+    assign(request.stopping, "min_tokens", min_tokens)
+    if stop is not None:
+        extend(request.stopping, "stop", [stop] if isinstance(stop, str) else stop)
+    if stop_token_ids is not None:
+        extend(request.stopping, "stop_token_ids", stop_token_ids)
+    assign(request.stopping, "ignore_eos", ignore_eos)
+    assign(request, "logprobs", logprobs)
+    assign(request, "priority", priority)
+    assign(request, "request_id", request_id)
+    return request
+
+
+def adapter_weights(adapter: str | None, adapters: AdapterMix | None) -> list[tuple[str, float | None]]:
+    """Names and weights in order; a weight of None is the server's default, 1."""
+    if adapter is not None:
+        if adapters is not None:
+            raise InvalidRequestError.for_field(
+                "adapters", "give either adapter='name' or adapters=[...], not both"
+            )
+        return [(adapter, None)]
+    if adapters is None:
+        return []
+    if isinstance(adapters, (str, bytes)) or not isinstance(adapters, Iterable):
+        raise InvalidRequestError.for_field(
+            "adapters", "must be a list of names or (name, weight) pairs; for one adapter use adapter='name'"
+        )
+    if isinstance(adapters, Mapping):
+        return list(adapters.items())
+    return [(entry, None) if isinstance(entry, str) else _pair(entry) for entry in adapters]
+
+
+def _pair(entry: Any) -> tuple[str, float]:
+    if isinstance(entry, (tuple, list)) and len(entry) == 2:
+        return entry[0], entry[1]
+    raise InvalidRequestError.for_field(
+        "adapters", f"each entry must be a name or a (name, weight) pair, not {entry!r}"
+    )
+
+
+def load_request(name: str, source: str | os.PathLike[str]) -> adapters_pb2.LoadAdapterRequest:
+    request = named(adapters_pb2.LoadAdapterRequest, name)
+    assign(request, "source", os.fspath(source) if isinstance(source, os.PathLike) else source)
+    return request
+
+
+def pin_request(name: str, pinned: bool) -> adapters_pb2.PinAdapterRequest:
+    request = named(adapters_pb2.PinAdapterRequest, name)
+    assign(request, "pinned", pinned)
+    return request
+
+
+def named(kind: type[MessageT], name: str) -> MessageT:
+    """A request that is about one adapter."""
+    request = kind()
+    assign(request, "name", name)
+    return request
+
+
+def assign(message: Message, field: str, value: Any, *, argument: str | None = None) -> None:
+    """Sets a field, unless the value is None; a value that it cannot hold is the caller's error."""
+    if value is None:
+        return
+    try:
+        setattr(message, field, value)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError.for_field(argument or field, f"cannot be {value!r} ({error})") from error
+
+
+def extend(message: Message, field: str, values: Iterable[Any], *, argument: str | None = None) -> None:
+    """Like `assign`, for a repeated field."""
+    try:
+        getattr(message, field).extend(values)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError.for_field(
+            argument or field, f"has an element that does not fit ({error})"
+        ) from error
+
+
+class AnswerReader:
+    """Reads the messages of one streamed answer, and knows whether it came to its end."""
+
+    def __init__(self, request: generation_pb2.GenerateRequest) -> None:
+        self.request_id = request.request_id
+        self.complete = False
+        self._logprobs = request.HasField("logprobs")
+
+    def chunk(self, response: generation_pb2.GenerateResponse) -> GenerationChunk:
+        if response.request_id:
+            self.request_id = response.request_id
+        finish = response.finish if response.HasField("finish") else None
+        self.complete = finish is not None
+        return GenerationChunk(
+            text=response.text,
+            token_ids=list(response.token_ids),
+            logprobs=[token_logprobs(entry) for entry in response.logprobs] if self._logprobs else None,
+            finish_reason=finish_reason(finish.reason) if finish else None,
+            usage=usage(finish.usage) if finish else None,
+            timing=timing(finish.timing) if finish else None,
+            stop_match=(finish.stop_match or None) if finish else None,
+            request_id=self.request_id,
+        )
+
+    def check_complete(self) -> None:
+        """Called at the end of the stream: an answer cut short must not pass for a whole one."""
+        if not self.complete:
+            raise InternalError(
+                "the stream ended without saying how the generation finished", request_id=self.request_id
+            )
+
+
+def joined(chunks: Iterable[GenerationChunk]) -> Generation:
+    """The chunks of a complete answer as one."""
+    pieces = list(chunks)
+    last = pieces[-1] if pieces else None
+    if last is None or last.finish_reason is None or last.usage is None or last.timing is None:
+        raise RuntimeError("the answer has been read to its end already")
+    return Generation(
+        text="".join(piece.text for piece in pieces),
+        token_ids=[token for piece in pieces for token in piece.token_ids],
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        logprobs=(
+            None if last.logprobs is None else [entry for piece in pieces for entry in piece.logprobs or ()]
+        ),
+        timing=last.timing,
+        request_id=last.request_id,
+        stop_match=last.stop_match,
+    )
+
+
+def generation(
+    request: generation_pb2.GenerateRequest, response: generation_pb2.GenerateUnaryResponse
+) -> Generation:
+    wants_logprobs = request.HasField("logprobs")
+    return Generation(
+        text=response.text,
+        token_ids=list(response.token_ids),
+        finish_reason=finish_reason(response.finish.reason),
+        usage=usage(response.finish.usage),
+        logprobs=[token_logprobs(entry) for entry in response.logprobs] if wants_logprobs else None,
+        timing=timing(response.finish.timing),
+        request_id=response.request_id or request.request_id,
+        stop_match=response.finish.stop_match or None,
+    )
+
+
+def finish_reason(value: int) -> FinishReason:
+    return _FINISH_REASONS.get(value, FinishReason.UNSPECIFIED)
+
+
+def usage(message: generation_pb2.Usage) -> Usage:
+    return Usage(prompt_tokens=message.prompt_tokens, completion_tokens=message.completion_tokens)
+
+
+def timing(message: generation_pb2.Timing) -> Timing:
+    return Timing(
+        queue_seconds=message.queue_seconds,
+        adapter_wait_seconds=message.adapter_wait_seconds,
+        time_to_first_token_seconds=message.time_to_first_token_seconds,
+        total_seconds=message.total_seconds,
+        preemptions=message.preemptions,
+    )
+
+
+def token_logprobs(message: generation_pb2.TokenLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(
+        token_id=message.token_id,
+        logprob=message.logprob,
+        top=[TopLogprob(top.token_id, top.logprob, top.text) for top in message.top],
+    )
+
+
+def adapter_info(message: adapters_pb2.Adapter) -> AdapterInfo:
+    return AdapterInfo(
+        name=message.name,
+        source=message.source,
+        state=adapter_state(message.state),
+        pinned=message.pinned,
+        peft_type=message.peft_type,
+        rank=message.rank,
+        target_modules=list(message.target_modules),
+        bytes=message.bytes,
+        content_hash=message.content_hash,
+        references=message.references,
+        draining=message.draining,
+        hits=message.hits,
+        misses=message.misses,
+        evictions=message.evictions,
+    )
+
+
+def adapter_state(value: int) -> AdapterState:
+    return _ADAPTER_STATES.get(value, AdapterState.UNSPECIFIED)
+
+
+def model_info(message: model_pb2.Model) -> ModelInfo:
+    return ModelInfo(
+        name=message.name,
+        architecture=message.architecture,
+        quantization=message.quantization,
+        dtype=message.dtype,
+        device=message.device,
+        kernels=message.kernels,
+        vocab_size=message.vocab_size,
+        max_model_len=message.max_model_len,
+        parameters=message.parameters,
+        weight_bytes=message.weight_bytes,
+        weight_checksum=message.weight_checksum,
+        max_batch_tokens=message.max_batch_tokens,
+        max_num_requests=message.max_num_requests,
+        kv_block_size=message.kv_block_size,
+        kv_blocks=message.kv_blocks,
+        adapter_device_bytes=message.adapter_device_bytes,
+        adapter_host_bytes=message.adapter_host_bytes,
+        max_adapters_on_device=message.max_adapters_on_device,
+        server_version=message.server_version,
+    )

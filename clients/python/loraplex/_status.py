@@ -1,0 +1,112 @@
+"""From a failed gRPC call to the SDK's error: one table, and the details that came with the status."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from loraplex import errors
+from loraplex.errors import LoraplexError
+
+ERROR_BY_CODE: dict[grpc.StatusCode, type[LoraplexError]] = {
+    grpc.StatusCode.CANCELLED: errors.RequestCancelledError,
+    grpc.StatusCode.UNKNOWN: errors.InternalError,
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequestError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceededError,
+    grpc.StatusCode.NOT_FOUND: errors.NotFoundError,
+    grpc.StatusCode.ALREADY_EXISTS: errors.AlreadyExistsError,
+    grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDeniedError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.ResourceExhaustedError,
+    grpc.StatusCode.FAILED_PRECONDITION: errors.FailedPreconditionError,
+    grpc.StatusCode.ABORTED: errors.AbortedError,
+    grpc.StatusCode.OUT_OF_RANGE: errors.InvalidRequestError,
+    grpc.StatusCode.UNIMPLEMENTED: errors.UnimplementedError,
+    grpc.StatusCode.INTERNAL: errors.InternalError,
+    grpc.StatusCode.UNAVAILABLE: errors.UnavailableError,
+    grpc.StatusCode.DATA_LOSS: errors.InternalError,
+    grpc.StatusCode.UNAUTHENTICATED: errors.UnauthenticatedError,
+}
+
+
+def error_from_call(call: Any, request_id: str = "") -> LoraplexError:
+    """The error for a failed call, which is a `grpc.RpcError` that also answers code() and details()."""
+    code: grpc.StatusCode = call.code()
+    details = _details(call)
+    details["request_id"] = request_id or details["metadata"].get("request_id", "")
+    return ERROR_BY_CODE[code](call.details() or code.name, code=code.name, **details)
+
+
+def _details(call: Any) -> dict[str, Any]:
+    """The google.rpc details of the status as arguments of LoraplexError."""
+    found: dict[str, Any] = {"metadata": {}}
+    try:
+        status = rpc_status.from_call(call)
+        if status is None:
+            return found
+        for packed in status.details:
+            _read_detail(packed, found)
+    except (ValueError, DecodeError):
+        # Whatever stands between may rewrite a status and leave its old details; the code counts.
+        return {"metadata": {}}
+    return found
+
+
+def _read_detail(packed: Any, found: dict[str, Any]) -> None:
+    if packed.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+        bad_request = error_details_pb2.BadRequest()
+        packed.Unpack(bad_request)
+        found["field_violations"] = [
+            errors.FieldViolation(v.field, v.description) for v in bad_request.field_violations
+        ]
+    elif packed.Is(error_details_pb2.PreconditionFailure.DESCRIPTOR):
+        failure = error_details_pb2.PreconditionFailure()
+        packed.Unpack(failure)
+        found["precondition_violations"] = [
+            errors.PreconditionViolation(v.type, v.subject, v.description) for v in failure.violations
+        ]
+    elif packed.Is(error_details_pb2.ResourceInfo.DESCRIPTOR):
+        info = error_details_pb2.ResourceInfo()
+        packed.Unpack(info)
+        found["resource"] = errors.Resource(info.resource_type, info.resource_name, info.description)
+    elif packed.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+        retry = error_details_pb2.RetryInfo()
+        packed.Unpack(retry)
+        found["retry_after_s"] = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+    elif packed.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+        reason = error_details_pb2.ErrorInfo()
+        packed.Unpack(reason)
+        found["reason"] = reason.reason
+        found["metadata"] = dict(reason.metadata)
+
+
+class TranslatedErrors:
+    """A `with` around a call, or around an `await` of one, that lets no gRPC error out."""
+
+    def __init__(self, request_id: str = "") -> None:
+        self._request_id = request_id
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, grpc.RpcError):
+            raise error_from_call(error, self._request_id) from error
+        # grpc.aio answers with asyncio's CancelledError when a call was cancelled beside the task
+        # that awaits it. That task was not cancelled itself, and must not look as if it had been.
+        if isinstance(error, asyncio.CancelledError) and not _task_is_cancelled():
+            raise errors.RequestCancelledError(
+                "the call was cancelled on this side", request_id=self._request_id
+            ) from error
+
+
+def _task_is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

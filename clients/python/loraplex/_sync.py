@@ -1,0 +1,200 @@
+"""The client that blocks."""
+
+from __future__ import annotations
+
+import os
+import time
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+
+from loraplex import _convert as convert
+from loraplex._base import BaseClient, Wait, stubs_on
+from loraplex._convert import GenerateOptions, Prompt
+from loraplex._status import TranslatedErrors
+from loraplex._types import AdapterInfo, Generation, GenerationChunk, ModelInfo
+from loraplex.errors import DeadlineExceededError, UnavailableError
+from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
+
+
+class Client(BaseClient):
+    """A loraplex server, called from threads; one client serves any number of them.
+
+    with Client("127.0.0.1:50051") as client:
+        print(client.generate("Dear Sir", adapter="polite", max_tokens=64).text)
+        for chunk in client.stream("Dear Sir", adapters=[("sql", 1.0), ("polite", 0.5)]):
+            print(chunk.text, end="", flush=True)
+    """
+
+    def _open(self) -> None:
+        settings = self._settings
+        self._channel: grpc.Channel = (
+            grpc.insecure_channel(settings.target, settings.options)
+            if settings.credentials is None
+            else grpc.secure_channel(settings.target, settings.credentials, settings.options)
+        )
+        self._stubs = stubs_on(self._channel)
+        self.adapters = Adapters(self)
+
+    def generate(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Generation:
+        """Generates an answer and returns it whole.
+
+        Args:
+            prompt: text, or token ids to be taken as they are.
+            timeout: seconds for the whole call; None is the client's, infinity no limit.
+            options: adapter, adapters, max_tokens, min_tokens, temperature, top_p, top_k, seed, stop,
+                stop_token_ids, ignore_eos, logprobs, priority, request_id; see GenerateOptions.
+
+        Raises:
+            LoraplexError: see loraplex.errors.
+        """
+        request = convert.generate_request(prompt, **options)
+        envelope = generation_pb2.GenerateUnaryRequest(request=request)
+        response = self._call(
+            self._stubs.generation.GenerateUnary, envelope, timeout, request_id=request.request_id
+        )
+        return convert.generation(request, response)
+
+    def stream(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> GenerationStream:
+        """Sends the request and returns its answer as an iterator of chunks. Arguments as `generate` takes.
+
+        Raises:
+            LoraplexError: see loraplex.errors; the server's errors come while iterating.
+        """
+        self._check_open()
+        request = convert.generate_request(prompt, **options)
+        call = self._stubs.generation.Generate(request, **self._call_options(timeout))
+        return GenerationStream(call, convert.AnswerReader(request))
+
+    def model(self, *, timeout: float | None = None) -> ModelInfo:
+        """The base model and the server's limits."""
+        response = self._call(self._stubs.model.GetModel, model_pb2.GetModelRequest(), timeout)
+        return convert.model_info(response.model)
+
+    def wait_until_ready(self, timeout: float = 60.0) -> ModelInfo:
+        """Waits for a server that is still starting, and returns its model.
+
+        Raises:
+            DeadlineExceededError: it was not ready within `timeout` seconds.
+        """
+        wait = Wait(self.server, timeout)
+        while True:
+            try:
+                response = self._call(
+                    self._stubs.model.GetModel,
+                    model_pb2.GetModelRequest(),
+                    wait.remaining(),
+                    wait_for_ready=True,
+                )
+                return convert.model_info(response.model)
+            except UnavailableError:
+                time.sleep(min(wait.POLL_S, wait.remaining()))
+            except DeadlineExceededError as error:
+                raise wait.expired() from error
+
+    def close(self) -> None:
+        """Cancels what is running and closes the connection."""
+        self._closed = True
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(
+        self, method: Any, request: Any, timeout: float | None, *, request_id: str = "", **how: Any
+    ) -> Any:
+        self._check_open()
+        with TranslatedErrors(request_id):
+            return method(request, **self._call_options(timeout), **how)
+
+
+class GenerationStream:
+    """An answer as it is generated: iterate over it for chunks.
+
+    Leaving it early cancels the generation on the server: by `with`, by `close()`, or by letting go
+    of the last reference.
+    """
+
+    def __init__(self, call: Any, reader: convert.AnswerReader) -> None:
+        self._call = call
+        self._reader = reader
+
+    @property
+    def request_id(self) -> str:
+        """As the server's logs name it; empty before the first chunk, unless the caller chose it."""
+        return self._reader.request_id
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> GenerationChunk:
+        with TranslatedErrors(self.request_id):
+            response = next(self._call, None)
+        if response is None:
+            self._reader.check_complete()
+            raise StopIteration
+        return self._reader.chunk(response)
+
+    def collect(self) -> Generation:
+        """Reads what is left of the answer and returns that as one Generation."""
+        return convert.joined(self)
+
+    def close(self) -> None:
+        """Cancels the generation, unless it has finished."""
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Adapters:
+    """The adapters that the server knows: `client.adapters`."""
+
+    def __init__(self, client: Client) -> None:
+        self._call = client._call
+        self._stub = client._stubs.adapters
+
+    def load(self, name: str, source: str | os.PathLike[str], *, timeout: float | None = None) -> AdapterInfo:
+        """Registers the adapter that PEFT saved in the folder `source`, a path on the server's machine."""
+        response = self._call(self._stub.LoadAdapter, convert.load_request(name, source), timeout)
+        return convert.adapter_info(response.adapter)
+
+    def unload(self, name: str, *, timeout: float | None = None) -> list[AdapterInfo]:
+        """Waits for the adapter's running requests, frees it, and returns what is registered then."""
+        request = convert.named(adapters_pb2.UnloadAdapterRequest, name)
+        response = self._call(self._stub.UnloadAdapter, request, timeout)
+        return [convert.adapter_info(adapter) for adapter in response.remaining]
+
+    def list(self, *, timeout: float | None = None) -> list[AdapterInfo]:
+        """All registered adapters."""
+        response = self._call(self._stub.ListAdapters, adapters_pb2.ListAdaptersRequest(), timeout)
+        return [convert.adapter_info(adapter) for adapter in response.adapters]
+
+    def get(self, name: str, *, timeout: float | None = None) -> AdapterInfo:
+        """One adapter."""
+        request = convert.named(adapters_pb2.GetAdapterRequest, name)
+        response = self._call(self._stub.GetAdapter, request, timeout)
+        return convert.adapter_info(response.adapter)
+
+    def pin(self, name: str, pinned: bool = True, *, timeout: float | None = None) -> AdapterInfo:
+        """Brings the adapter to the device and keeps it there; `pinned=False` lets it be evicted again."""
+        response = self._call(self._stub.PinAdapter, convert.pin_request(name, pinned), timeout)
+        return convert.adapter_info(response.adapter)
