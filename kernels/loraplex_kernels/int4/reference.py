@@ -7,6 +7,7 @@ which stores bf16, represents exactly the same weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -135,12 +136,9 @@ def quantize(weight: Tensor, *, group: int | None = None) -> Int4Weight:
 
 def dequantize(w: Int4Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The dense weight, [N, K] in ``dtype`` (values are computed in fp32 and rounded once)."""
-    n, k = w.shape
-    out = torch.empty(n, k, dtype=dtype, device=w.device)
-    step = _rows_per_tile(w)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        out[start:stop] = _tile(w, start, stop)
+    out = torch.empty(w.shape, dtype=dtype, device=w.device)
+    for start, stop, tile in _tiles(w):
+        out[start:stop] = tile
     return out
 
 
@@ -148,8 +146,8 @@ def matmul(x: Tensor, w: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """``x @ dequantize(w).T + bias`` with one cache-sized tile of the weight dense at a time. Inference only.
 
     Args:
-        x: [..., K], fp32, fp16 or bf16, on the weight's device. On a CPU products and sums are fp32 whatever the
-            dtype; elsewhere tiles are cast to x's dtype and accumulated in fp32 by the matrix unit.
+        x: [..., K], fp32, fp16 or bf16, on the weight's device. On a CPU products and sums are fp32 whatever
+            the dtype; elsewhere tiles are cast to x's dtype and accumulated in fp32 by the matrix unit.
         w: weight of shape (N, K).
         bias: [N] or None.
 
@@ -164,14 +162,11 @@ def matmul(x: Tensor, w: Int4Weight, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"x: last dimension is {x.shape[-1]}, the weight's input width is {k}")
     compute = torch.float32 if w.device.type == "cpu" else x.dtype
     rows = x.reshape(-1, k).to(compute)
-    out = torch.empty(rows.shape[0], n, dtype=compute, device=x.device)
-    step = _rows_per_tile(w)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        torch.mm(rows, _tile(w, start, stop).to(compute).t(), out=out[:, start:stop])
-    if bias is not None:
-        out += bias
-    return out.to(x.dtype).view(*x.shape[:-1], n)
+    out = torch.empty(n, rows.shape[0], dtype=compute, device=x.device)
+    for start, stop, tile in _tiles(w):
+        torch.mm(tile.to(compute), rows.t(), out=out[start:stop])
+    result = out.t() if bias is None else out.t() + bias
+    return result.to(x.dtype).reshape(*x.shape[:-1], n)
 
 
 def _quantize_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,14 +185,15 @@ def _round_up_to_bf16(values: Tensor) -> Tensor:
     return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)
 
 
-def _rows_per_tile(w: Int4Weight) -> int:
-    return max((_CPU_TILE if w.device.type == "cpu" else _GPU_TILE) // w.shape[1], 1)
-
-
-def _tile(w: Int4Weight, start: int, stop: int) -> Tensor:
-    """Dense rows ``start:stop``, fp32 [stop - start, K]."""
-    k = w.shape[1]
-    steps = decode(w.packed[start:stop].reshape(-1), _STEPS).view(-1, k // w.group, w.group)
-    # Product and sum are rounded apart: a fused multiply-add would give other bits on other devices.
-    steps.mul_(w.scale[start:stop, :, None]).add_(w.zero[start:stop, :, None])
-    return steps.view(-1, k)
+def _tiles(w: Int4Weight) -> Iterator[tuple[int, int, Tensor]]:
+    """Dense tiles (first row, one past the last, fp32 [rows, K]) in order; each overwrites the one before."""
+    n, k = w.shape
+    step = min(max((_CPU_TILE if w.device.type == "cpu" else _GPU_TILE) // k, 1), n)
+    buffer = torch.empty(step * k, dtype=torch.float32, device=w.device)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        values = decode(w.packed[start:stop].reshape(-1), _STEPS, buffer[: (stop - start) * k])
+        # Product and sum are rounded apart: a fused multiply-add would give other bits on other devices.
+        groups = values.view(stop - start, -1, w.group)
+        groups.mul_(w.scale[start:stop, :, None]).add_(w.zero[start:stop, :, None])
+        yield start, stop, values.view(-1, k)

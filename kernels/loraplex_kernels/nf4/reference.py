@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,7 @@ NF4_LEVELS: Tensor = torch.tensor(_LEVELS, dtype=torch.float32)
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _NESTED_BLOCK = 256
+_GRID = 32767.5
 # Elements quantised at once: bounds the temporaries to about 20 MiB.
 _CHUNK = 1 << 20
 # fp32 elements of a dequantised tile: on a CPU it must stay in the cache between the look-up and the product.
@@ -185,12 +187,9 @@ def quantize(weight: Tensor, *, block_size: int = 64, double_quant: bool = False
 
 def dequantize(w: Nf4Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The dense weight, [N, K] in ``dtype`` (values are computed in fp32 and rounded once)."""
-    n, k = w.shape
-    out = torch.empty(n, k, dtype=dtype, device=w.device)
-    step = _rows_per_tile(w)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        out[start:stop] = _tile(w, start, stop)
+    out = torch.empty(w.shape, dtype=dtype, device=w.device)
+    for start, stop, tile in _tiles(w):
+        out[start:stop] = tile
     return out
 
 
@@ -198,8 +197,8 @@ def matmul(x: Tensor, w: Nf4Weight, bias: Tensor | None = None) -> Tensor:
     """``x @ dequantize(w).T + bias`` with one cache-sized tile of the weight dense at a time. Inference only.
 
     Args:
-        x: [..., K], fp32, fp16 or bf16, on the weight's device. On a CPU products and sums are fp32 whatever the
-            dtype; elsewhere tiles are cast to x's dtype and accumulated in fp32 by the matrix unit.
+        x: [..., K], fp32, fp16 or bf16, on the weight's device. On a CPU products and sums are fp32 whatever
+            the dtype; elsewhere tiles are cast to x's dtype and accumulated in fp32 by the matrix unit.
         w: weight of shape (N, K).
         bias: [N] or None.
 
@@ -214,14 +213,11 @@ def matmul(x: Tensor, w: Nf4Weight, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"x: last dimension is {x.shape[-1]}, the weight's input width is {k}")
     compute = torch.float32 if w.device.type == "cpu" else x.dtype
     rows = x.reshape(-1, k).to(compute)
-    out = torch.empty(rows.shape[0], n, dtype=compute, device=x.device)
-    step = _rows_per_tile(w)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        torch.mm(rows, _tile(w, start, stop).to(compute).t(), out=out[:, start:stop])
-    if bias is not None:
-        out += bias
-    return out.to(x.dtype).view(*x.shape[:-1], n)
+    out = torch.empty(n, rows.shape[0], dtype=compute, device=x.device)
+    for start, stop, tile in _tiles(w):
+        torch.mm(tile.to(compute), rows.t(), out=out[start:stop])
+    result = out.t() if bias is None else out.t() + bias
+    return result.to(x.dtype).reshape(*x.shape[:-1], n)
 
 
 @functools.lru_cache(maxsize=8)
@@ -248,25 +244,27 @@ def _quantize_blocks(flat: Tensor, block_size: int, bounds: Tensor) -> tuple[Ten
     return torch.bucketize(scaled.clamp_(-1, 1), bounds, out_int32=True).to(torch.uint8), absmax
 
 
-def _rows_per_tile(w: Nf4Weight) -> int:
-    """Rows of a tile: near the target size, and such that each tile begins at a block."""
+def _tiles(w: Nf4Weight) -> Iterator[tuple[int, int, Tensor]]:
+    """Dense tiles (first row, one past the last, fp32 [rows, K]) in order; each overwrites the one before.
+
+    A tile has near the target size and begins where a block begins.
+    """
     n, k = w.shape
-    align = w.block_size // math.gcd(k, w.block_size)
+    block = w.block_size
+    align = block // math.gcd(k, block)
     target = (_CPU_TILE if w.device.type == "cpu" else _GPU_TILE) // k
-    return max(target // align, 1) * align
-
-
-def _tile(w: Nf4Weight, start: int, stop: int) -> Tensor:
-    """Dense rows ``start:stop``, fp32 [stop - start, K]; ``start`` is where a block begins."""
-    k = w.shape[1]
-    first = start * k // w.block_size
-    last = -(-stop * k // w.block_size)
-    values = decode(w.packed[start * k // 2 : -(-stop * k // 2)], _LEVELS)
-    missing = (last - first) * w.block_size - values.numel()
-    if missing:
-        values = torch.nn.functional.pad(values, (0, missing))
-    values.view(-1, w.block_size).mul_(w.block_absmax(first, last)[:, None])
-    return values[: (stop - start) * k].view(-1, k)
+    step = min(max(target // align, 1) * align, n)
+    buffer = torch.empty(-(-step * k // block) * block, dtype=torch.float32, device=w.device)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        first, last = start * k // block, -(-stop * k // block)
+        packed = w.packed[first * block // 2 : last * block // 2]
+        missing = (last - first) * block // 2 - packed.numel()
+        if missing:
+            packed = torch.nn.functional.pad(packed, (0, missing))
+        values = decode(packed, _LEVELS, buffer[: (last - first) * block])
+        values.view(-1, block).mul_(w.block_absmax(first, last)[:, None])
+        yield start, stop, values[: (stop - start) * k].view(-1, k)
 
 
 # --- double quantisation
@@ -293,9 +291,13 @@ def _nest(absmax: Tensor) -> NestedAbsmax:
     """Quantise block scales to 8 bits around their mean."""
     levels = _dynamic_levels().to(absmax.device)
     offset = absmax.mean()
-    centred = absmax - offset
-    blocks = torch.nn.functional.pad(centred, (0, -centred.numel() % _NESTED_BLOCK)).view(-1, _NESTED_BLOCK)
+    centred = torch.nn.functional.pad(absmax - offset, (0, -absmax.numel() % _NESTED_BLOCK))
+    blocks = centred.view(-1, _NESTED_BLOCK)
     scale = blocks.abs().amax(dim=1)
-    scaled = (blocks / scale.clamp(min=1e-38)[:, None]).view(-1)[: absmax.numel()].clamp_(-1, 1)
+    scaled = (blocks * scale.clamp(min=1e-38).reciprocal_()[:, None]).clamp_(-1, 1)
+    if absmax.device.type == "cpu":
+        # bitsandbytes' CPU code first rounds to the nearest of 65,536 even steps, and so does this.
+        scaled = scaled.add_(1).mul_(_GRID).add_(0.5).floor_().div_(_GRID).sub_(1)
     codes = torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
-    return NestedAbsmax(codes, scale, levels, offset)
+    codes[scale == 0] = 0
+    return NestedAbsmax(codes.view(-1)[: absmax.numel()], scale, levels, offset)
