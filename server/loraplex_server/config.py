@@ -30,6 +30,16 @@ def parse_size(text: str) -> int:
     return int(float(number) * base ** " kmgt".index(unit.lower() or " "))
 
 
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidArgumentError.field(field, f"{value!r} is none of {', '.join(allowed)}")
+
+
+def _at_least(field: str, value: int, least: int) -> None:
+    if value < least:
+        raise InvalidArgumentError.field(field, f"{value} is less than {least}")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The base model.
@@ -147,13 +157,3 @@ class EngineConfig:
 class ServerConfig:
     engine: EngineConfig
     api: ApiConfig = ApiConfig()
-
-
-def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InvalidArgumentError.field(field, f"{value!r} is none of {', '.join(allowed)}")
-
-
-def _at_least(field: str, value: int, least: int) -> None:
-    if value < least:
-        raise InvalidArgumentError.field(field, f"{value} is less than {least}")

@@ -1,0 +1,119 @@
+"""One step, planned on the host: flat integers in one buffer that could be sent to other ranks as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StepPlan:
+    """What the runner computes in one forward pass. Filled by `engine/planning.py`, read by `model/runner.py`.
+
+    T tokens of B sequences stand in one ragged row. Example, with blocks of 4: sequence 0 decodes its
+    sixth token, sequence 1 prefills three, and adapter slot 2 belongs to sequence 1::
+
+        token_ids     [17, 5, 6, 7]     positions    [5, 0, 1, 2]
+        query_start   [0, 1, 4]         context_len  [6, 3]
+        block_start   [0, 2, 3]         blocks       [8, 3, 9]
+        slot_mapping  [13, 36, 37, 38]
+        run_start     [1]   run_end [4]   run_pair_start [0, 1]   pair_slot [2]   pair_weight [1.0]
+        sample_row    [0, 3]
+    """
+
+    # Tokens, [T].
+    token_ids: Ints
+    positions: Ints
+    slot_mapping: Ints
+    """Cell of the KV cache each token is written to: block * block_size + offset."""
+    # Sequences: [B + 1], [B], [B + 1], [sum of the block tables' lengths].
+    query_start: Ints
+    context_len: Ints
+    """Keys visible to the sequence's last token, this step's tokens included."""
+    block_start: Ints
+    blocks: Ints
+    # Runs: contiguous tokens of one composition; tokens in no run have no adapter. [R], [R], [R + 1], [P], [P].
+    run_start: Ints
+    run_end: Ints
+    run_pair_start: Ints
+    pair_slot: Ints
+    pair_weight: Floats
+    # Rows of the batch whose next token is sampled, [S] each.
+    sample_row: Ints
+    temperature: Floats
+    top_k: Ints
+    top_p: Floats
+    uniform: Floats
+    """The one draw of each token, in [0, 1): a function of seed and position alone."""
+    num_logprobs: Ints
+    """-1 for none, else how many alternatives beside the chosen token."""
+    # Tokens that must not be sampled, [S + 1] and [sum].
+    banned_start: Ints
+    banned_ids: Ints
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.context_len)
+
+    @property
+    def runs(self) -> list[tuple[int, int, tuple[tuple[int, float], ...]]]:
+        """(first token, end, ((slot, weight), ...)) of each run, as the LoRA batch is built from."""
+        found = []
+        for index, (start, end) in enumerate(zip(self.run_start.tolist(), self.run_end.tolist(), strict=True)):
+            pairs = slice(self.run_pair_start[index], self.run_pair_start[index + 1])
+            slots, weights = self.pair_slot[pairs].tolist(), self.pair_weight[pairs].tolist()
+            found.append((start, end, tuple(zip(slots, weights, strict=True))))
+        return found
+
+    def to_bytes(self) -> bytes:
+        """The plan in one buffer: the sections' lengths, then the sections, all 64-bit."""
+        sections = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        lengths = np.array([len(section) for section in sections], dtype=np.int64)
+        return b"".join(array.tobytes() for array in (lengths, *sections))
+
+    @classmethod
+    def from_bytes(cls, buffer: bytes) -> Self:
+        """The plan that `to_bytes` wrote; its arrays are read-only views of `buffer`.
+
+        Raises:
+            ValueError: the buffer's size does not fit its header.
+        """
+        fields = dataclasses.fields(cls)
+        words = np.frombuffer(buffer, dtype=np.int64)
+        lengths, words = words[: len(fields)], words[len(fields) :]
+        if len(lengths) < len(fields) or lengths.min() < 0 or lengths.sum() != len(words):
+            raise ValueError(f"no step plan: {len(buffer)} bytes do not fit the header")
+        sections = np.split(words, np.cumsum(lengths)[:-1])
+        floats = {"pair_weight", "temperature", "top_p", "uniform"}
+        return cls(
+            **{
+                field.name: section.view(np.float64) if field.name in floats else section
+                for field, section in zip(fields, sections, strict=True)
+            }
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledToken:
+    """One sampled token. `logprob` is under the unmodified distribution; None unless asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOutput:
+    """What the runner gives back: one token for each of the plan's `sample_row`."""
+
+    sampled: tuple[SampledToken, ...]

@@ -1,0 +1,84 @@
+"""From a configuration to a running engine: base model, adapter store, KV cache, runner."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+from loraplex_kernels import dispatch
+
+from loraplex_server.adapters.sites import SiteRegistry
+from loraplex_server.adapters.store import AdapterStore
+from loraplex_server.config import EngineConfig
+from loraplex_server.engine.engine import Emit, Engine
+from loraplex_server.engine.messages import EngineInfo
+from loraplex_server.model import architecture, loader, memory
+from loraplex_server.model.runner import ModelRunner
+from loraplex_server.model.selfcheck import check_ragged
+
+_log = logging.getLogger(__name__)
+
+
+def build_engine(
+    config: EngineConfig, emit: Emit, *, wake: Callable[[], None] | None = None, progress: bool = True
+) -> Engine:
+    """Loads everything and returns an engine with an empty queue.
+
+    Args:
+        wake: called, from any thread, when an adapter has arrived; an idle loop then steps again.
+
+    Raises:
+        ServerError: the model or the adapters cannot be served; the text says why.
+    """
+    torch.set_num_threads(config.model.threads or max(1, (os.cpu_count() or 2) - 1))
+    dispatch.set_kernels(config.model.kernels)
+    base = loader.load(config.model, progress=progress)
+    device, dtype = base.format.device, base.format.dtype
+    kernels = dispatch.backend(device)
+    check_ragged(base)
+    limit = architecture.longest_context(base.config, config.scheduler.max_model_len)
+    registry = SiteRegistry.from_projections(
+        [(p.path, p.in_features, p.out_features) for p in base.projections]
+    )
+    adapters = AdapterStore(registry, config.adapters, device=device, dtype=dtype, wake=wake)
+    block_size = config.scheduler.kv_block_size
+    per_block = memory.block_bytes(base.kv_shapes, block_size, dtype)
+    num_blocks = memory.num_kv_blocks(config.scheduler, per_block, limit, device)
+    if limit > num_blocks * block_size:
+        limit = num_blocks * block_size
+        _log.warning("the KV cache holds %d tokens: no request may be longer", limit)
+    runner = ModelRunner(
+        base,
+        memory.allocate_kv(base.kv_shapes, num_blocks, block_size, dtype, device),
+        adapters.pool,
+        block_size=block_size,
+        max_batch_tokens=config.scheduler.max_batch_tokens,
+        max_pairs_per_token=config.adapters.max_per_request,
+    )
+    for folder in config.adapters.folders:
+        names = adapters.register_folder(folder)
+        _log.info("registered %d adapters", len(names))
+    info = EngineInfo(
+        model=config.model.model,
+        architecture=type(base.model).__name__,
+        quantization=base.format.quantization,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+        kernels=kernels,
+        vocab_size=base.model.get_input_embeddings().weight.shape[0],
+        max_model_len=limit,
+        parameters=base.parameters,
+        weight_bytes=base.weight_bytes,
+        weight_checksum=base.checksum(),
+        max_batch_tokens=config.scheduler.max_batch_tokens,
+        max_num_requests=config.scheduler.max_num_requests,
+        kv_block_size=block_size,
+        kv_blocks=num_blocks,
+        adapter_device_bytes=config.adapters.device_bytes,
+        adapter_host_bytes=config.adapters.host_bytes,
+        max_adapters_on_device=config.adapters.max_on_device,
+        eos_token_ids=base.eos_token_ids,
+    )
+    return Engine(config, runner, adapters, info, emit)

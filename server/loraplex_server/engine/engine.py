@@ -1,0 +1,248 @@
+"""The step loop's body: plan, run, commit, emit. The engine is the only owner of request state."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Protocol
+
+from loraplex_server.adapters.store import AdapterStore
+from loraplex_server.config import EngineConfig
+from loraplex_server.core.request import FinishReason, Request
+from loraplex_server.core.step import SampledToken, StepOutput, StepPlan
+from loraplex_server.engine.kv_blocks import KvBlockPool
+from loraplex_server.engine.messages import (
+    EngineInfo,
+    Failed,
+    IntegrityReply,
+    Stats,
+    StepRecord,
+    TokenDelta,
+    TokenLogprobs,
+    Tokens,
+    Times,
+    TopLogprob,
+)
+from loraplex_server.engine.planning import build_plan
+from loraplex_server.engine.scheduler import Scheduler, Scheduled, device_references
+from loraplex_server.engine.sequence import Sequence, Status
+from loraplex_server.errors import (
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    ServerError,
+)
+
+Emit = Callable[[str, Tokens | Failed], None]
+"""Sends a message to the client of that id."""
+
+
+class Runner(Protocol):
+    """What the engine needs of the model side."""
+
+    def run(self, plan: StepPlan) -> StepOutput:
+        """Computes the plan and samples one token for each of its `sample_row`."""
+
+    def weight_checksum(self) -> str:
+        """SHA-256 over the resident base weights, computed now."""
+
+
+class Engine:
+    """Requests in, tokens out. Not thread-safe: one thread owns it."""
+
+    def __init__(
+        self, config: EngineConfig, runner: Runner, adapters: AdapterStore, info: EngineInfo, emit: Emit
+    ) -> None:
+        self.info = info
+        self.adapters = adapters
+        self._runner = runner
+        self._emit = emit
+        self._max_queue = config.scheduler.max_queue
+        self._max_adapters = config.adapters.max_per_request
+        self._blocks = KvBlockPool(info.kv_blocks, info.kv_block_size)
+        self.scheduler = Scheduler(config.scheduler, self._blocks, adapters)
+        self._sequences: dict[tuple[str, str], Sequence] = {}
+        self._steps: list[StepRecord] = []
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def submit(self, client: str, request: Request) -> None:
+        """Queues a request. One that cannot be served is answered with `Failed` at once."""
+        try:
+            self._add(client, request)
+        except ServerError as error:
+            self._emit(client, Failed(request.request_id, error.info))
+
+    def cancel(self, client: str, request_id: str) -> None:
+        """Forgets a request and frees what it holds; nothing is emitted."""
+        sequence = self._sequences.get((client, request_id))
+        if sequence is not None:
+            self._retire(sequence)
+
+    def cancel_client(self, client: str) -> None:
+        """Forgets every request of a client that is gone."""
+        for owner, request_id in list(self._sequences):
+            if owner == client:
+                self.cancel(owner, request_id)
+
+    def step(self) -> bool:
+        """Advances every request that can be. False if nothing could: all wait for adapters."""
+        started_s = time.monotonic()
+        self.adapters.poll()
+        schedule = self.scheduler.schedule(started_s)
+        for sequence, error in schedule.failed:
+            self._emit(sequence.client, Failed(sequence.request.request_id, error.info))
+            self._retire(sequence)
+        if not schedule.scheduled:
+            return False
+        plan = build_plan(
+            schedule.scheduled, self._blocks.block_size, self.adapters.slot, self.info.eos_token_ids
+        )
+        planned_s = time.monotonic()
+        # Taken before the commit: it moves `num_computed`, and with it what counts as prefill.
+        prefill_tokens = sum(item.num_tokens for item in schedule.scheduled if item.sequence.num_pending > 1)
+        output = self._runner.run(plan)
+        self._commit(schedule.scheduled, output)
+        self._steps.append(
+            StepRecord(
+                seconds=time.monotonic() - started_s,
+                plan_seconds=planned_s - started_s,
+                requests=plan.num_sequences,
+                prefill_tokens=prefill_tokens,
+                decode_tokens=plan.num_tokens - prefill_tokens,
+                adapters=len(set(plan.pair_slot.tolist())),
+                preemptions=schedule.preemptions,
+            )
+        )
+        return True
+
+    def stats(self) -> Stats:
+        """What happened since the last call, and the state now."""
+        steps, self._steps = tuple(self._steps), []
+        return self.adapters.stats(
+            steps=steps,
+            waiting=len(self.scheduler.waiting),
+            running=len(self.scheduler.running),
+            waiting_for_adapter=self.scheduler.num_waiting_for_adapter,
+            kv_blocks_used=self._blocks.num_used,
+            kv_blocks=self._blocks.num_blocks,
+        )
+
+    def check_integrity(self, call_id: int = 0) -> IntegrityReply:
+        """Compares every pool with its holders, and the weights with their checksum."""
+        sequences = list(self._sequences.values())
+        held = device_references(sequences)
+        problems = self.scheduler.check_integrity() + self.adapters.check_integrity()
+        if self.adapters.device_references != held:
+            problems.append(
+                f"the adapter store counts {self.adapters.device_references} device references, requests hold {held}"
+            )
+        checksum = self._runner.weight_checksum()
+        if checksum != self.info.weight_checksum:
+            problems.append("the base weights have changed since they were loaded")
+        return IntegrityReply(
+            call_id=call_id,
+            problems=tuple(problems),
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            kv_blocks_used=self._blocks.num_used,
+            adapter_references=self.adapters.references,
+            weight_checksum=checksum,
+        )
+
+    def _add(self, client: str, request: Request) -> None:
+        limit = self.info.max_model_len
+        if not request.prompt_token_ids:
+            raise InvalidArgumentError.field("prompt", "is empty; give at least one token")
+        if len(request.prompt_token_ids) >= limit:
+            raise InvalidArgumentError.field(
+                "prompt", f"has {len(request.prompt_token_ids)} tokens; this server takes fewer than {limit}"
+            )
+        if max(request.prompt_token_ids) >= self.info.vocab_size:
+            raise InvalidArgumentError.field(
+                "prompt", f"has a token id outside the vocabulary of {self.info.vocab_size}"
+            )
+        if len(request.adapters) > self._max_adapters:
+            raise InvalidArgumentError.field(
+                "adapters", f"{len(request.adapters)} named; this server takes {self._max_adapters} at most"
+            )
+        names = [use.name for use in request.adapters]
+        if len(set(names)) < len(names):
+            raise InvalidArgumentError.field("adapters", "one adapter is named twice; add its weights up")
+        if (client, request.request_id) in self._sequences:
+            raise InvalidArgumentError.field("request_id", f"{request.request_id!r} is running already")
+        if len(self.scheduler.waiting) >= self._max_queue:
+            raise ResourceExhaustedError(
+                f"{len(self.scheduler.waiting)} requests wait already; try again later", retry_after_s=1.0
+            )
+        sequence = Sequence(request, client, self.adapters.resolve(names))
+        self._sequences[client, request.request_id] = sequence
+        self.scheduler.add(sequence)
+
+    def _commit(self, scheduled: tuple[Scheduled, ...], output: StepOutput) -> None:
+        """Writes the step's results into the sequences, ends those that are complete, and emits."""
+        deltas: defaultdict[str, list[TokenDelta]] = defaultdict(list)
+        sampled = iter(output.sampled)
+        now_s = time.monotonic()
+        for item in scheduled:
+            sequence, samples = item.sequence, item.samples
+            sequence.num_computed += item.num_tokens
+            for block, key in sequence.new_block_keys(self._blocks.block_size):
+                self._blocks.set_key(block, key)
+            if samples:
+                deltas[sequence.client].append(self._append(sequence, next(sampled), now_s))
+        for client, found in deltas.items():
+            self._emit(client, Tokens(tuple(found)))
+
+    def _append(self, sequence: Sequence, token: SampledToken, now_s: float) -> TokenDelta:
+        sequence.token_ids.append(token.token_id)
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now_s
+        request, sampling = sequence.request, sequence.request.sampling
+        is_end = token.token_id in sampling.stop_token_ids or (
+            token.token_id in self.info.eos_token_ids and not sampling.ignore_eos
+        )
+        finish: FinishReason | None = None
+        if is_end:
+            finish = FinishReason.STOP
+        elif (
+            sequence.num_generated >= sampling.max_tokens
+            or len(sequence.token_ids) >= self.info.max_model_len
+        ):
+            finish = FinishReason.LENGTH
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if token.logprob is not None:
+            top = tuple(TopLogprob(token_id, logprob) for token_id, logprob in token.top)
+            logprobs = (TokenLogprobs(token.token_id, token.logprob, top),)
+        if finish is None:
+            return TokenDelta(request.request_id, (token.token_id,), logprobs)
+        self._retire(sequence)
+        return TokenDelta(
+            request.request_id,
+            (token.token_id,),
+            logprobs,
+            finish=finish,
+            stop_token=is_end,
+            times=_times(sequence, now_s),
+        )
+
+    def _retire(self, sequence: Sequence) -> None:
+        """Frees all that a sequence holds and forgets it; safe to call twice."""
+        self.scheduler.finish(sequence)
+        if self._sequences.pop((sequence.client, sequence.request.request_id), None) is not None:
+            self.adapters.release(sequence.handles)
+        assert sequence.status is Status.FINISHED
+
+
+def _times(sequence: Sequence, now_s: float) -> Times:
+    arrival_s = sequence.arrival_s
+    first_scheduled_s = sequence.first_scheduled_s or now_s
+    return Times(
+        queue_s=first_scheduled_s - arrival_s,
+        adapter_wait_s=sequence.adapter_wait_s,
+        first_token_s=(sequence.first_token_s or now_s) - arrival_s,
+        total_s=now_s - arrival_s,
+        preemptions=sequence.preemptions,
+    )

@@ -1,0 +1,58 @@
+"""What the modules inside a transformers model must know about the step that runs through them.
+
+`nn.Linear.forward` takes only its input, so the step's tables reach the linears and the attention
+function by ambient context, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from loraplex_kernels.attention import AttentionBatch
+
+from loraplex_server.model.effects import Effect
+
+
+@dataclasses.dataclass(frozen=True)
+class StepContext:
+    """One forward pass.
+
+    Attributes:
+        attention: the ragged batch, shared by all layers.
+        kv_caches: one tensor a layer, [num_blocks, 2, block_size, num_kv_heads, head_dim].
+        effects: what adapters do at each site in this step, in order; empty in a base-only step.
+    """
+
+    attention: AttentionBatch
+    kv_caches: tuple[torch.Tensor, ...]
+    effects: tuple[Effect, ...] = ()
+
+
+_current: StepContext | None = None
+
+
+@contextlib.contextmanager
+def running(context: StepContext) -> Iterator[None]:
+    """Makes `context` current inside a with block. Does not nest: one step runs at a time."""
+    global _current
+    if _current is not None:
+        raise RuntimeError("a step runs already; the runner belongs to one thread")
+    _current = context
+    try:
+        yield
+    finally:
+        _current = None
+
+
+def current() -> StepContext:
+    """The step that runs now.
+
+    Raises:
+        RuntimeError: none does; the model may only be called by the runner.
+    """
+    if _current is None:
+        raise RuntimeError("no step runs; call the model through the runner")
+    return _current

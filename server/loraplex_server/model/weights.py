@@ -1,0 +1,144 @@
+"""A frozen projection weight in one of the resident formats, behind one interface."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol, cast
+
+import torch
+from loraplex_kernels import int4, nf4
+from loraplex_kernels.int4 import Int4Weight, PackedInt4Weight
+from loraplex_kernels.nf4 import Nf4Weight
+
+
+class FrozenWeight(Protocol):
+    """y = x W^T + bias with W of `shape` (out, in)."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """[T, in] to a new [T, out], in x's dtype, accumulated in fp32."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every resident tensor, for the checksum and the memory account."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dense:
+    """An unquantised weight [out, in]."""
+
+    weight: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.weight.shape[0], self.weight.shape[1])
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight, bias)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"weight": self.weight}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Nf4:
+    weight: Nf4Weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return nf4.matmul(x, self.weight, bias)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.weight.tensors()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Int4:
+    """Affine int4, dequantised in the activations' dtype."""
+
+    weight: Int4Weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return int4.matmul(x, self.weight, bias)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.weight.tensors()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedInt4:
+    """Affine int4 in the CPU's packed layout; a few rows at a time are multiplied in bf16."""
+
+    weight: PackedInt4Weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return int4.packed_matmul(x, self.weight, bias)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.weight.tensors()
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFormat:
+    """How the frozen projections are held.
+
+    Attributes:
+        quantization: "nf4", "int4" or "none".
+        dtype: of the activations, and of unquantised weights.
+        packed_int4: hold int4 in the CPU's packed layout (bf16 products) where its shape allows.
+    """
+
+    quantization: str
+    dtype: torch.dtype
+    device: torch.device
+    double_quant: bool = False
+    packed_int4: bool = False
+
+    def freeze(self, weights: list[torch.Tensor]) -> list[FrozenWeight]:
+        """Holds sibling weights [out_i, in] in this format, as one weight where the format can.
+
+        Raises:
+            ValueError: a weight cannot be held so (its width, or inf or NaN in it).
+        """
+        if self.quantization == "none":
+            dense = [weight.to(self.device, self.dtype) for weight in weights]
+            return [Dense(dense[0].clone() if len(dense) == 1 else torch.cat(dense))]
+        on_device = [weight.to(self.device) for weight in weights]
+        if self.quantization == "nf4":
+            return [Nf4(weight) for weight in self._nf4(on_device)]
+        parts = [int4.quantize(weight) for weight in on_device]
+        joined = Int4Weight(
+            packed=torch.cat([part.packed for part in parts]),
+            scale=torch.cat([part.scale for part in parts]),
+            zero=torch.cat([part.zero for part in parts]),
+            shape=(sum(part.shape[0] for part in parts), parts[0].shape[1]),
+            group=parts[0].group,
+        )
+        if self.packed_int4 and int4.packed_supported(joined.shape, joined.group):
+            return [PackedInt4(PackedInt4Weight.pack(joined))]
+        return [Int4(joined)]
+
+    def _nf4(self, weights: list[torch.Tensor]) -> list[Nf4Weight]:
+        parts = [nf4.quantize(weight, double_quant=self.double_quant) for weight in weights]
+        # Blocks run over the flattened tensor: siblings join only where each ends with a whole block.
+        if len(parts) == 1 or self.double_quant or any(weight.numel() % 64 for weight in weights):
+            return parts
+        return [
+            Nf4Weight(
+                packed=torch.cat([part.packed for part in parts]),
+                absmax=torch.cat([cast(torch.Tensor, part.absmax) for part in parts]),
+                shape=(sum(part.shape[0] for part in parts), parts[0].shape[1]),
+            )
+        ]
