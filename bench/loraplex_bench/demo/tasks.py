@@ -1,8 +1,8 @@
 """The demo's text transformations, the lines they are asked about, and the one right answer to each.
 
-Every adapter of the demo model performs one task; without an adapter the base copies its line. Lines are drawn so
-that all right answers to a line, the copy included, differ pairwise: an answer that came from another adapter, or
-from none, cannot pass for the right one.
+Every adapter of the demo model performs one task; without an adapter the base copies its line. Lines are drawn
+so that all right answers to a line, the copy included, differ pairwise: what came from another adapter, or from
+none, cannot pass for the right answer.
 
 Pure Python without dependencies: load harness and soak test check millions of answers with it.
 """
@@ -46,7 +46,8 @@ def _rotate(symbols: str, by: int) -> Callable[[str], str]:
 
 def _title(line: str) -> str:
     return "".join(
-        char.upper() if position == 0 or line[position - 1] == " " else char for position, char in enumerate(line)
+        char.upper() if position == 0 or line[position - 1] == " " else char
+        for position, char in enumerate(line)
     )
 
 

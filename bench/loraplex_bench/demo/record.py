@@ -1,0 +1,59 @@
+"""Writes the demo model's training record: how it was trained, what it answers, what its files hash to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from loraplex_bench.demo.adapter_training import ADAPTERS, AdapterRecipe
+from loraplex_bench.demo.base_training import BaseRecipe
+from loraplex_bench.demo.check import CHECK_SEED, accuracies
+from loraplex_bench.demo.quantization import MODES
+from loraplex_bench.demo.tasks import MAX_LINE_LENGTH, MIN_LINE_LENGTH, make_lines
+
+_HARDWARE = "2-core x86-64 CPU, one torch thread per run"
+
+
+def weights_hashes(data: Path) -> dict[str, str]:
+    """SHA-256 of every safetensors file under `data`, by its path within it."""
+    files = sorted(data.rglob("*.safetensors"))
+    return {
+        path.relative_to(data).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
+
+
+def write_record(data: Path, work: Path, num_lines: int) -> None:
+    """Checks base and adapters on `num_lines` fresh lines each and writes `TRAINING.json` into `data`."""
+    names = list(ADAPTERS)
+    exact = accuracies(data / "base", data / "adapters", names, MODES, make_lines(CHECK_SEED, num_lines))
+    record = {
+        "hardware": _HARDWARE,
+        "software": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "peft", "tokenizers", "safetensors")},
+        "lines": {"shortest": MIN_LINE_LENGTH, "longest": MAX_LINE_LENGTH},
+        "check": {
+            "lines": num_lines,
+            "seed": CHECK_SEED,
+            "how": "greedy generation by transformers and PEFT, float32 compute, to the end of sequence; "
+            "the answer must be exact",
+        },
+        "base": {"recipe": asdict(BaseRecipe()), **_run(work, "base"), "exact": exact["base"]},
+        "adapter_recipe": {**asdict(AdapterRecipe()), "trained_on": "nf4"},
+        "adapters": {
+            name: {**asdict(spec), **_run(work, name), "exact": exact[name]}
+            for name, spec in ADAPTERS.items()
+        },
+        "sha256": weights_hashes(data),
+    }
+    (data / "TRAINING.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _run(work: Path, name: str) -> dict[str, Any]:
+    path = work / "runs" / f"{name}.json"
+    run: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return run
