@@ -15,10 +15,11 @@ no value of an adapter, NaN included, reaches a row of another.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from loraplex_kernels import dispatch
-from loraplex_kernels.lora import reference
+from loraplex_kernels.lora import gather, reference
 from loraplex_kernels.lora.layouts import (
     ALIGNMENT,
     MAX_RANK,
@@ -98,7 +99,10 @@ def apply(x: Tensor, y: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch
     _check(x, "x", site.in_features, pool, site, batch)
     _check(y, "y", site.out_features, pool, site, batch)
     dispatch.count("lora.apply", "torch")
-    reference.apply(x, y, pool, site, batch)
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        gather.apply(x, y, pool, site, batch)
+    else:
+        reference.apply(x, y, pool, site, batch)
 
 
 def _check(rows: Tensor, name: str, columns: int, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> None:

@@ -1,4 +1,4 @@
-"""The LoRA op in plain torch: the specification of the Triton kernels, and the CPU path.
+"""The LoRA op in plain torch: the specification of the Triton kernels and of the CPU path in `gather`.
 
 `shrink` and `expand` say what the op means, one adapter and one group after the other, at the precision of
 the wider of float32 and the input (float64 gives an oracle).

@@ -49,14 +49,16 @@ _SHRINK_TILE, _EXPAND_TILE, _MEMBER = 3, 4, 2
 class HostSegments:
     """The same metadata as numpy arrays, for the CPU path.
 
-    - `pair_token`, `pair_slot`  int64 ``[num_pairs]``; `pair_weight` float32 ``[num_pairs]``
-    - `segment`                  int64 ``[num_segments, 3]``: slot, first pair, end pair
-    - `group_token`              int64 ``[num_rows]``
-    - `group`                    per group ``(first row, end row, ((slot, pair shift), ...))``
+    - `pair_token`, `pair_slot`, `pair_member` int64 ``[num_pairs]``: `pair_member` counts the members of all
+      groups, so it orders the pairs of one token; `pair_weight` float32 ``[num_pairs]``
+    - `segment` int64 ``[num_segments, 3]``: slot, first pair, end pair
+    - `group_token` int64 ``[num_rows]``
+    - `group` per group: ``(first row, end row, ((slot, pair shift), ...))``
     """
 
     pair_token: np.ndarray
     pair_slot: np.ndarray
+    pair_member: np.ndarray
     pair_weight: np.ndarray
     segment: np.ndarray
     group_token: np.ndarray
@@ -238,7 +240,7 @@ def _sort(runs: list[Run]) -> tuple[HostSegments, np.ndarray, int]:
             groups.setdefault(slots, []).append((start, stop, tuple(weight for _, weight in adapters)))
 
     # One piece per (run, member): its pairs are consecutive. A stable sort by slot keeps groups together.
-    pieces: list[tuple[int, int, int, float]] = []
+    pieces: list[tuple[int, int, int, int, float]] = []
     piece_of_member: list[int] = []
     row_range: list[tuple[int, int]] = []
     run_start: list[int] = []
@@ -249,7 +251,7 @@ def _sort(runs: list[Run]) -> tuple[HostSegments, np.ndarray, int]:
         for position, slot in enumerate(slots):
             piece_of_member.append(len(pieces))
             for start, stop, weights in group_runs:
-                pieces.append((slot, start, stop - start, weights[position]))
+                pieces.append((slot, len(piece_of_member) - 1, start, stop - start, weights[position]))
         for start, stop, _ in group_runs:
             run_start.append(start)
             run_length.append(stop - start)
@@ -257,9 +259,10 @@ def _sort(runs: list[Run]) -> tuple[HostSegments, np.ndarray, int]:
         row_range.append((first_row, row))
 
     slot_of_piece = np.array([piece[0] for piece in pieces], np.int64)
-    token_of_piece = np.array([piece[1] for piece in pieces], np.int64)
-    length_of_piece = np.array([piece[2] for piece in pieces], np.int64)
-    weight_of_piece = np.array([piece[3] for piece in pieces], np.float32)
+    member_of_piece = np.array([piece[1] for piece in pieces], np.int64)
+    token_of_piece = np.array([piece[2] for piece in pieces], np.int64)
+    length_of_piece = np.array([piece[3] for piece in pieces], np.int64)
+    weight_of_piece = np.array([piece[4] for piece in pieces], np.float32)
     order = np.argsort(slot_of_piece, kind="stable")
     sorted_length = length_of_piece[order]
     pair_start = np.empty_like(length_of_piece)
@@ -278,17 +281,18 @@ def _sort(runs: list[Run]) -> tuple[HostSegments, np.ndarray, int]:
         group.append((first_row, end_row, tuple(members[first:])))
 
     host = HostSegments(
-        pair_token=_ranges(token_of_piece[order], sorted_length),
+        pair_token=ranges(token_of_piece[order], sorted_length),
         pair_slot=pair_slot,
+        pair_member=np.repeat(member_of_piece[order], sorted_length),
         pair_weight=np.repeat(weight_of_piece[order], sorted_length),
         segment=segment,
-        group_token=_ranges(np.array(run_start, np.int64), np.array(run_length, np.int64)),
+        group_token=ranges(np.array(run_start, np.int64), np.array(run_length, np.int64)),
         group=tuple(group),
     )
     return host, np.array(members, np.int32).reshape(-1, _MEMBER), end if groups else 0
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The ranges ``starts[i] .. starts[i] + lengths[i]`` one after the other."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
@@ -299,5 +303,5 @@ def _cut(starts: np.ndarray, ends: np.ndarray, rows: int) -> np.ndarray:
     """Cut each range into tiles of at most `rows`: ``[num_tiles, 3]`` of index of the range, start, end."""
     counts = -(-(ends - starts) // rows)
     owner = np.repeat(np.arange(len(starts)), counts)
-    first = np.repeat(starts, counts) + _ranges(np.zeros_like(counts), counts) * rows
+    first = np.repeat(starts, counts) + ranges(np.zeros_like(counts), counts) * rows
     return np.stack([owner, first, np.minimum(first + rows, ends[owner])], axis=1)

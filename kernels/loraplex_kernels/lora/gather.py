@@ -1,0 +1,293 @@
+"""The CPU path: `reference.apply` with the number of torch calls cut down to two or three a site.
+
+Decode has a row or two per adapter and many adapters, so a matmul per adapter would be all overhead. Two ops
+of torch's embedding bag do the whole site at once, ragged ranks included, straight from the arena, because an
+adapter's rank rows are rows of the arena seen as a matrix:
+
+- expand: a bag's weighted sum of rows, ``Σ_r h[r] · B[r]``, is an embedding bag with per-sample weights. The
+  members of a token's composition fill its bag one after the other. Slices of different widths share one call
+  by cutting rows into *granules* as wide as the widths' greatest common divisor.
+- shrink: ``h[r] = x · A[r]`` is the gradient of that bag with respect to its weights, at output gradient x.
+
+Groups of many rows (prefill) are multiplied one adapter at a time. Which rows go where is decided here, and
+kept with the batch: a plan holds indices and views, so steady decode costs no planning at all.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraplex_kernels.lora.layouts import LoraPool, LoraSite
+from loraplex_kernels.lora.segments import HostSegments, LoraBatch, ranges
+
+MATMUL_ROWS = 8
+"""Groups with more rows than this are multiplied per adapter."""
+
+MIN_GRANULE = 32
+"""Slices whose widths have a smaller common divisor are multiplied per adapter."""
+
+_SUM = 0
+
+
+@dataclass(frozen=True)
+class _Bags:
+    """One embedding bag over all rows of few-row groups, for one site.
+
+    Samples are (token, slice, member, rank row) for the shrink, (token, slice, granule, member, rank row) for
+    the expand; `sample` maps the second to the first (None where they are the same).
+    """
+
+    a_rows: Tensor
+    a_index: Tensor
+    a_token: Tensor
+    b_rows: Tensor
+    b_index: Tensor
+    b_offset: Tensor
+    sample: Tensor | None
+    weight: Tensor | None
+    columns: slice
+    tokens: slice | Tensor
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        h = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            x, self.a_rows, self.a_index, self.a_index[:0], self.a_token, _SUM
+        )
+        if self.sample is not None:
+            h = h.index_select(0, self.sample)
+        if self.weight is not None:
+            h.mul_(self.weight)
+        delta = torch.embedding_bag(self.b_rows, self.b_index, self.b_offset, False, _SUM, False, h)[0]
+        _add(y[:, self.columns], self.tokens, delta)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """One group with many rows: per slice and member, the views of A and B and the weight."""
+
+    tokens: slice | Tensor
+    terms: tuple[tuple[slice, Tensor, Tensor, float | Tensor], ...]
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        contiguous = isinstance(self.tokens, slice)
+        rows = x[self.tokens]
+        for columns, a, b, weight in self.terms:
+            h = rows @ a.T
+            alpha = 1.0
+            if isinstance(weight, float):
+                alpha = weight
+            else:
+                h *= weight
+            if contiguous:
+                y[self.tokens, columns].addmm_(h, b, alpha=alpha)
+            else:
+                _add(y[:, columns], self.tokens, (h * alpha) @ b)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """The part of `_Bags` that depends on the batch and the site's slices alone.
+
+    A *visit* is (token, slice, member); a *stop* is (token, slice, granule, member); a bag holds the stops of
+    one (token, slice, granule). `stop_visit` gives the visit of each stop.
+    """
+
+    tokens: np.ndarray
+    visit_pair: np.ndarray
+    visit_slot: np.ndarray
+    visit_slice: np.ndarray
+    visit_granules: np.ndarray
+    stop_visit: np.ndarray
+    stop_granule: np.ndarray
+    bag_stop: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The part of `_Bags` that depends on the visits' ranks too, so that layers of equal ranks share it.
+
+    A sample's row of the arena is its visit's first row plus `a_inner`, or `b_inner`.
+    """
+
+    a_visit: np.ndarray
+    a_inner: np.ndarray
+    a_token: Tensor
+    b_visit: np.ndarray
+    b_inner: np.ndarray
+    b_offset: Tensor
+    sample: Tensor | None
+    weight: Tensor | None
+    tokens: slice | Tensor
+
+
+def apply(x: Tensor, y: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> None:
+    """`reference.apply` for float32 and float64 on CPU."""
+    version = pool.host.version
+    cached = batch.cache.get((pool, site))
+    if cached is None or cached[0] != version:
+        cached = batch.cache[pool, site] = (version, _plan(pool, site, batch))
+    for part in cached[1]:
+        part.add(x, y)
+
+
+def _plan(pool: LoraPool, site: LoraSite, batch: LoraBatch) -> list[_Bags | _Product]:
+    host = batch.host
+    parts: list[_Bags | _Product] = []
+    bags, few = _bags(pool, site, batch)
+    if bags is not None:
+        parts.append(bags)
+    for first, end, members in host.group:
+        if end - first > few:
+            product = _product(pool, site, host, first, end, members)
+            if product.terms:
+                parts.append(product)
+    return parts
+
+
+def _bags(pool: LoraPool, site: LoraSite, batch: LoraBatch) -> tuple[_Bags | None, int]:
+    """The bags, and the size of the groups that they take care of: none where they do not work."""
+    widths = [width for _, width in site.slices]
+    granule = math.gcd(*widths)
+    first_column = site.slices[0][0]
+    if granule < MIN_GRANULE or sum(widths) != site.out_features - first_column:
+        return None, 0
+    order_key = ("order", site.slices)
+    if order_key not in batch.cache:
+        batch.cache[order_key] = _order(batch.host, [width // granule for width in widths])
+    order: _Order = batch.cache[order_key]
+
+    tables = pool.host
+    entry = site.first_entry + order.visit_slice
+    rank = tables.rank[order.visit_slot, entry]
+    if not rank.any():
+        return None, MATMUL_ROWS
+    a_first, a_within = np.divmod(tables.a_offset[order.visit_slot, entry], site.in_features)
+    b_offset = tables.b_offset[order.visit_slot, entry]
+    b_first = b_offset // granule
+    row_aligned = not a_within[rank > 0].any() and not (b_offset % granule)[rank > 0].any()
+    if not row_aligned:
+        return None, 0
+    samples_key = (order_key, pool.arena.dtype, rank.tobytes())
+    if samples_key not in batch.cache:
+        batch.cache[samples_key] = _samples(batch.host, order, rank.astype(np.int64), pool.arena.dtype)
+    samples: _Samples = batch.cache[samples_key]
+    bags = _Bags(
+        a_rows=_matrix(pool, site.in_features),
+        a_index=torch.from_numpy(a_first[samples.a_visit] + samples.a_inner),
+        a_token=samples.a_token,
+        b_rows=_matrix(pool, granule),
+        b_index=torch.from_numpy(b_first[samples.b_visit] + samples.b_inner),
+        b_offset=samples.b_offset,
+        sample=samples.sample,
+        weight=samples.weight,
+        columns=slice(first_column, site.out_features),
+        tokens=samples.tokens,
+    )
+    return bags, MATMUL_ROWS
+
+
+def _order(host: HostSegments, granules: list[int]) -> _Order:
+    rows_of_member = np.array([end - first for first, end, members in host.group for _ in members], np.int64)
+    pairs = np.flatnonzero(rows_of_member[host.pair_member] <= MATMUL_ROWS)
+    pairs = pairs[np.lexsort((host.pair_member[pairs], host.pair_token[pairs]))]
+    tokens, token_index = np.unique(host.pair_token[pairs], return_inverse=True)
+
+    visit_pair = np.tile(pairs, len(granules))
+    visit_slice = np.repeat(np.arange(len(granules)), len(pairs))
+    visit_token = np.tile(token_index, len(granules))
+    order = np.lexsort((visit_slice, visit_token))
+    visit_pair, visit_slice, visit_token = visit_pair[order], visit_slice[order], visit_token[order]
+
+    per_slice = np.array(granules, np.int64)
+    visit_granules = per_slice[visit_slice]
+    stop_visit = np.repeat(np.arange(len(visit_pair)), visit_granules)
+    stop_granule = ranges(np.zeros_like(visit_granules), visit_granules)
+    first_bag = visit_token * sum(granules) + (np.cumsum(per_slice) - per_slice)[visit_slice]
+    stop_bag = first_bag[stop_visit] + stop_granule
+    order = np.argsort(stop_bag, kind="stable")
+    return _Order(
+        tokens=tokens,
+        visit_pair=visit_pair,
+        visit_slot=host.pair_slot[visit_pair],
+        visit_slice=visit_slice,
+        visit_granules=visit_granules,
+        stop_visit=stop_visit[order],
+        stop_granule=stop_granule[order],
+        bag_stop=np.searchsorted(stop_bag[order], np.arange(len(tokens) * sum(granules))),
+    )
+
+
+def _samples(host: HostSegments, order: _Order, rank: np.ndarray, dtype: torch.dtype) -> _Samples:
+    visit_start = np.cumsum(rank) - rank
+    a_visit = np.repeat(np.arange(len(rank)), rank)
+
+    stop_rank = rank[order.stop_visit]
+    stop_start = np.cumsum(stop_rank) - stop_rank
+    stop = np.repeat(np.arange(len(stop_rank)), stop_rank)
+    rank_row = ranges(np.zeros_like(stop_rank), stop_rank)
+    b_visit = order.stop_visit[stop]
+    weight = host.pair_weight[order.visit_pair][b_visit]
+    identity = len(b_visit) == len(a_visit)
+
+    # A token that no adapter touches here has only empty bags: leave it out, so that its row keeps its bits.
+    bag_offset = np.append(stop_start, len(stop))[order.bag_stop].reshape(len(order.tokens), -1)
+    touched = np.diff(np.append(bag_offset[:, 0], len(stop))) > 0
+    return _Samples(
+        a_visit=a_visit,
+        a_inner=ranges(np.zeros_like(rank), rank),
+        a_token=torch.from_numpy(host.pair_token[order.visit_pair][a_visit]),
+        b_visit=b_visit,
+        b_inner=order.stop_granule[stop] + rank_row * order.visit_granules[b_visit],
+        b_offset=torch.from_numpy(bag_offset[touched].ravel()),
+        sample=None if identity else torch.from_numpy(visit_start[b_visit] + rank_row),
+        weight=None if (weight == 1).all() else torch.from_numpy(weight).to(dtype),
+        tokens=_tokens(order.tokens[touched]),
+    )
+
+
+def _product(
+    pool: LoraPool,
+    site: LoraSite,
+    host: HostSegments,
+    first: int,
+    end: int,
+    members: tuple[tuple[int, int], ...],
+) -> _Product:
+    terms: list[tuple[slice, Tensor, Tensor, float | Tensor]] = []
+    for s, (column, width) in enumerate(site.slices):
+        for slot, shift in members:
+            a = pool.a(slot, site.first_entry + s, site.in_features)
+            weights = host.pair_weight[first + shift : end + shift]
+            weight: float | Tensor = float(weights[0])
+            if (weights != weights[0]).any():
+                weight = torch.from_numpy(weights).to(a.dtype)[:, None]
+            if len(a):
+                b = pool.b(slot, site.first_entry + s, width)
+                terms.append((slice(column, column + width), a, b, weight))
+    return _Product(_tokens(host.group_token[first:end]), tuple(terms))
+
+
+def _add(y: Tensor, tokens: slice | Tensor, delta: Tensor) -> None:
+    if isinstance(tokens, slice):
+        rows = y[tokens]
+        rows.add_(delta.view(rows.shape))
+    else:
+        y.index_add_(0, tokens, delta.view(len(tokens), -1))
+
+
+def _tokens(tokens: np.ndarray) -> slice | Tensor:
+    """Ascending token rows as a slice where they are consecutive."""
+    first = int(tokens[0])
+    if (tokens == np.arange(first, first + len(tokens))).all():
+        return slice(first, first + len(tokens))
+    return torch.from_numpy(tokens)
+
+
+def _matrix(pool: LoraPool, row_length: int) -> Tensor:
+    """The arena as a matrix; an extent's rows never lie in the remainder, since they begin at whole rows."""
+    rows = pool.arena.numel() // row_length
+    return pool.arena[: rows * row_length].view(rows, row_length)
