@@ -1,0 +1,353 @@
+"""Reads PEFT's `adapter_config.json` for LoRA, and refuses every setting that would not be applied.
+
+Patterns mean what they mean to PEFT:
+
+- `rank_pattern` and `alpha_pattern`: the first key, in the file's order, that matches the module path as a
+  regular expression, either whole or from a "." on;
+- `target_modules` and `exclude_modules`: a string is a regular expression for the whole path (or
+  "all-linear"), a list names whole paths or their endings from a "." on;
+- `layers_to_transform` counts only where `target_modules` is a list and the module is not named whole.
+
+Configurations come from outside, so matching has a time limit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import regex  # type: ignore[import-untyped]
+
+from loraplex_server.adapters.tensor_file import MalformedFileError, parse_object, quoted
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_PATTERN_CHARS = 4096
+MATCH_SECONDS = 1.0
+"""Time that all patterns of one adapter may take."""
+
+_INPUT_SCALE = "an input scale"
+_OUTPUT_SCALE = "an output scale"
+_REPLACEMENT = "a replacement of weights"
+
+_KINDS: dict[str, str] = {
+    "IA3": f"IA3 needs {_INPUT_SCALE} and {_OUTPUT_SCALE}",
+    "PROMPT_TUNING": "prompt tuning needs soft prompts",
+    "MULTITASK_PROMPT_TUNING": "prompt tuning needs soft prompts",
+    "P_TUNING": "P-tuning needs soft prompts",
+    "PREFIX_TUNING": "prefix tuning needs soft prompts",
+    "CPT": "CPT needs soft prompts",
+    "TRAINABLE_TOKENS": f"trainable tokens need {_REPLACEMENT}",
+    "LN_TUNING": f"layer-norm tuning needs {_REPLACEMENT}",
+}
+
+_SETTINGS: dict[str, str] = {
+    "use_dora": f"DoRA needs {_OUTPUT_SCALE}",
+    "use_qalora": "QALoRA pools the inputs",
+    "lora_bias": "lora_bias adds a bias",
+    "modules_to_save": f"modules_to_save needs {_REPLACEMENT}",
+    "trainable_token_indices": f"trainable_token_indices needs {_REPLACEMENT}",
+    "target_parameters": "target_parameters acts on stacked expert parameters",
+    "layer_replication": "layer_replication changes the base model's layers",
+    "alora_invocation_tokens": "an activated LoRA begins in the middle of a sequence",
+    "megatron_config": "a megatron_config shards the layers",
+    "fan_in_fan_out": "fan_in_fan_out is for weights stored transposed; this base model has none",
+    "kasa_config": "KaSA changes the base model's weights",
+    "velora_config": "VeLoRA stores further tensors",
+    "monteclora_config": "MonteCLoRA stores further tensors",
+    "arrow_config": "Arrow routes between adapters",
+    "use_bdlora": "BD-LoRA stores block-diagonal factors",
+}
+
+_WITHOUT_EFFECT = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "inference_mode",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
+)
+"""Settings of training, of saving, and of methods that `_SETTINGS` or `init_lora_weights` decide about."""
+
+_READ = frozenset(
+    {
+        "alpha_pattern",
+        "bias",
+        "exclude_modules",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "use_rslora",
+    }
+)
+
+_HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+"""Initialisations under which B A begins at zero and the base weights stay what they were."""
+
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+_HEADS = frozenset({"lm_head", "embed_out", "output"})
+
+
+class UnsupportedError(ValueError):
+    """The configuration asks for something that is not served; the text names it and the remedy."""
+
+
+class Patterns:
+    """Matches regular expressions from outside within one time limit for all of them."""
+
+    def __init__(self, seconds: float = MATCH_SECONDS) -> None:
+        self._left_s = seconds
+        self._compiled: dict[str, regex.Pattern[str]] = {}
+
+    def compile(self, pattern: str) -> None:
+        """Raises UnsupportedError if `pattern` is no regular expression."""
+        if len(pattern) > MAX_PATTERN_CHARS:
+            raise UnsupportedError(f"pattern {quoted(pattern, 60)} has over {MAX_PATTERN_CHARS} characters")
+        if pattern not in self._compiled:
+            try:
+                self._compiled[pattern] = regex.compile(pattern)
+            except (regex.error, RecursionError, OverflowError, ValueError) as error:
+                raise UnsupportedError(f"{quoted(pattern)} is no regular expression") from error
+
+    def fullmatch(self, pattern: str, path: str) -> bool:
+        return (
+            self._run(lambda compiled, left_s: compiled.fullmatch(path, timeout=left_s), pattern) is not None
+        )
+
+    def layer(self, pattern: str, path: str) -> int | None:
+        """The number in the group `idx` of a match at the beginning of `path`."""
+        match = self._run(lambda compiled, left_s: compiled.match(path, timeout=left_s), pattern)
+        return None if match is None else int(match.group("idx"))
+
+    def _run(
+        self, search: Callable[[regex.Pattern[str], float], regex.Match[str] | None], pattern: str
+    ) -> regex.Match[str] | None:
+        self.compile(pattern)
+        begin = time.monotonic()
+        try:
+            return search(self._compiled[pattern], max(self._left_s, 1e-3))
+        except TimeoutError as error:
+            raise UnsupportedError(f"the pattern {quoted(pattern)} takes too long to match") from error
+        finally:
+            self._left_s -= time.monotonic() - begin
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What a LoRA configuration says about each module.
+
+    Attributes:
+        canonical: the whole configuration as sorted compact JSON, part of the adapter's identity.
+        target_modules: a regular expression, a list, or None where the file leaves it to the tensors.
+    """
+
+    peft_type: str
+    rank: int
+    alpha: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    target_modules: str | tuple[str, ...] | None
+    exclude_modules: str | tuple[str, ...] | None
+    layers_to_transform: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
+    canonical: str
+    patterns: Patterns
+
+    def rank_of(self, path: str) -> int:
+        return self.rank_pattern.get(self._key(self.rank_pattern, path), self.rank)
+
+    def alpha_of(self, path: str) -> float:
+        return self.alpha_pattern.get(self._key(self.alpha_pattern, path), self.alpha)
+
+    def scale_of(self, path: str) -> float:
+        """What the product B A is multiplied with at `path`."""
+        rank = self.rank_of(path)
+        return self.alpha_of(path) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def targets(self, path: str) -> bool:
+        """Whether the configuration puts a LoRA pair on the linear module at `path`."""
+        if self._excludes(path):
+            return False
+        target = self.target_modules
+        if target is None:
+            return True
+        if isinstance(target, str):
+            if target.lower() == "all-linear":
+                return path.rpartition(".")[2] not in _HEADS
+            return self.patterns.fullmatch(target, path)
+        if path in target:
+            return True
+        if not any(path.endswith(f".{name}") for name in target):
+            return False
+        return not self.layers_to_transform or self._layer(path) in self.layers_to_transform
+
+    def _excludes(self, path: str) -> bool:
+        excluded = self.exclude_modules
+        if isinstance(excluded, str):
+            return bool(excluded) and self.patterns.fullmatch(excluded, path)
+        return any(path == name or path.endswith(f".{name}") for name in excluded or ())
+
+    def _layer(self, path: str) -> int | None:
+        if not self.layers_pattern:
+            return self.patterns.layer(r".*?\.[^.]*\.(?P<idx>\d+)\.", path)
+        patterns = (rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\." for name in self.layers_pattern)
+        layers = (self.patterns.layer(pattern, path) for pattern in patterns)
+        return next((layer for layer in layers if layer is not None), None)
+
+    def _key(self, pattern: Mapping[str, object], path: str) -> str:
+        return next((key for key in pattern if self.patterns.fullmatch(rf"(.*\.)?({key})", path)), path)
+
+
+def parse_config(text: bytes) -> LoraSettings:
+    """The settings of a LoRA adapter.
+
+    Raises:
+        MalformedFileError: the text is no JSON object, or a setting has a wrong type.
+        UnsupportedError: it is valid, but not all of it would be applied.
+    """
+    config = parse_object(text, "the configuration")
+    peft_type = config.get("peft_type")
+    if not isinstance(peft_type, str):
+        raise MalformedFileError("peft_type is missing; is this a configuration that PEFT saved?")
+    if peft_type != "LORA":
+        reason = _KINDS.get(peft_type, "only LORA is")
+        raise UnsupportedError(f"peft_type {quoted(peft_type)} is not served: {reason}")
+    for key, value in config.items():
+        _check_setting(key, value)
+    patterns = Patterns()
+    target_modules = _modules(config, "target_modules")
+    settings = LoraSettings(
+        peft_type=peft_type,
+        rank=_rank("r", config.get("r", 8)),
+        alpha=_number("lora_alpha", config.get("lora_alpha", 8)),
+        use_rslora=_flag(config, "use_rslora"),
+        rank_pattern={key: _rank("rank_pattern", value) for key, value in _mapping(config, "rank_pattern")},
+        alpha_pattern={
+            key: _number("alpha_pattern", value) for key, value in _mapping(config, "alpha_pattern")
+        },
+        target_modules=target_modules,
+        exclude_modules=_modules(config, "exclude_modules"),
+        layers_to_transform=_layers(config),
+        layers_pattern=_names(config, "layers_pattern"),
+        canonical=json.dumps(config, sort_keys=True, separators=(",", ":")),
+        patterns=patterns,
+    )
+    if isinstance(target_modules, str) and (settings.layers_to_transform or settings.layers_pattern):
+        raise UnsupportedError("layers_to_transform and layers_pattern need target_modules to be a list")
+    if settings.layers_pattern and not settings.layers_to_transform:
+        raise UnsupportedError("layers_pattern needs layers_to_transform")
+    for key in (*settings.rank_pattern, *settings.alpha_pattern):
+        patterns.compile(rf"(.*\.)?({key})")
+    return settings
+
+
+def _check_setting(key: str, value: object) -> None:
+    unset = value is None or value is False or value == "" or value == [] or value == {}
+    if key == "bias":
+        if value not in (None, "none"):
+            raise UnsupportedError(f"bias {quoted(value)} is not served: the base's biases stay as they are")
+    elif key == "init_lora_weights":
+        _check_init(value)
+    elif key in _SETTINGS:
+        if not unset:
+            raise UnsupportedError(f"{key} is not served: {_SETTINGS[key]}")
+    elif key not in _READ and key not in _WITHOUT_EFFECT and not unset:
+        raise UnsupportedError(
+            f"the setting {quoted(key)} is not known here, so it cannot be applied; "
+            "remove it if it has no effect"
+        )
+
+
+def _check_init(value: object) -> None:
+    if value is None or isinstance(value, bool):
+        return
+    name = value.lower() if isinstance(value, str) else ""
+    if name in _HARMLESS_INITS:
+        return
+    if name.startswith(_BASE_CHANGING_INITS):
+        raise UnsupportedError(
+            f"init_lora_weights {quoted(value)} changed the base model's weights in training, so the adapter "
+            "does not fit the base as it was; save it with path_initial_model_for_weight_conversion"
+        )
+    raise UnsupportedError(
+        f"init_lora_weights {quoted(value)} is not known, so it may have changed the base model"
+    )
+
+
+def _rank(key: str, value: object) -> int:
+    if type(value) is not int or not 1 <= value <= 1 << 20:
+        raise MalformedFileError(f"{key} has {quoted(value)}, which is no rank")
+    return value
+
+
+def _number(key: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MalformedFileError(f"{key} has {quoted(value)}, which is no number")
+    if not math.isfinite(value) or abs(value) > 1e9:
+        raise MalformedFileError(f"{key} has {quoted(value)}, which is no usable scale")
+    return value
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise MalformedFileError(f"{key} has {quoted(value)}, which is neither true nor false")
+    return bool(value)
+
+
+def _mapping(config: Mapping[str, Any], key: str) -> list[tuple[str, object]]:
+    value = config.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, dict):
+        raise MalformedFileError(f"{key} has {quoted(value)}, which is no mapping")
+    return list(value.items())
+
+
+def _modules(config: Mapping[str, Any], key: str) -> str | tuple[str, ...] | None:
+    value = config.get(key)
+    if value is None or isinstance(value, str):
+        return value
+    return _names(config, key)
+
+
+def _names(config: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = config.get(key)
+    if value is None or value == "":
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise MalformedFileError(f"{key} has {quoted(value)}, which is no list of names")
+    return tuple(value)
+
+
+def _layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    value = config.get("layers_to_transform")
+    items = value if isinstance(value, list) else [value]
+    if value is None or items == []:
+        return None
+    if any(type(item) is not int for item in items):
+        raise MalformedFileError(f"layers_to_transform has {quoted(value)}, which is no list of layers")
+    return tuple(items)

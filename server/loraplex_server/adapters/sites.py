@@ -1,0 +1,102 @@
+"""The places of the base model that an adapter may act on, and how PEFT's tensor names find them."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+_PEFT_PREFIX = "base_model.model."
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True, order=True)
+class SiteAddress:
+    """Where a projection is.
+
+    Attributes:
+        layer: index of the decoder layer, -1 outside of them.
+        path: module path as in the transformers model, "model.layers.0.self_attn.q_proj".
+        slice: which part of a projection whose output parts have adapters of their own.
+        expert: which expert of a stacked parameter.
+        shard: which tensor-parallel shard.
+    """
+
+    layer: int
+    path: str
+    slice: int = 0
+    expert: int = 0
+    shard: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One projection as the adapter pool numbers it: `in_features` inputs, `out_features` outputs."""
+
+    index: int
+    address: SiteAddress
+    in_features: int
+    out_features: int
+
+    @property
+    def path(self) -> str:
+        return self.address.path
+
+
+class LoraPart(enum.StrEnum):
+    """The two factors of a LoRA pair: A is `[rank, in_features]`, B is `[out_features, rank]`."""
+
+    A = "lora_A"
+    B = "lora_B"
+
+
+class SiteRegistry:
+    """Every entry of one base model, in the order of the pool's tables.
+
+    Args:
+        sites: (module path, in_features, out_features) of each entry, in the order of its index.
+
+    Raises:
+        ValueError: a path comes twice or a width is not positive.
+    """
+
+    def __init__(self, sites: Iterable[tuple[str, int, int]]) -> None:
+        entries = []
+        for index, (path, in_features, out_features) in enumerate(sites):
+            if in_features < 1 or out_features < 1:
+                raise ValueError(f"{path} has an empty shape: {in_features} to {out_features}")
+            entries.append(Entry(index, SiteAddress(_layer_of(path), path), in_features, out_features))
+        self.entries: tuple[Entry, ...] = tuple(entries)
+        self._by_path = {entry.path: entry for entry in entries}
+        if len(self._by_path) != len(entries):
+            raise ValueError("two entries have the same path")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def entry(self, path: str) -> Entry | None:
+        """The entry of the module at `path`, or None where adapters cannot act."""
+        return self._by_path.get(path)
+
+    def locate(self, tensor_name: str) -> tuple[Entry, LoraPart] | None:
+        """The entry and factor that a tensor of a PEFT LoRA file belongs to; None for any other tensor."""
+        for part in LoraPart:
+            suffix = f".{part}.weight"
+            if tensor_name.startswith(_PEFT_PREFIX) and tensor_name.endswith(suffix):
+                entry = self.entry(tensor_name[len(_PEFT_PREFIX) : -len(suffix)])
+                return None if entry is None else (entry, part)
+        return None
+
+    @property
+    def row_lengths(self) -> frozenset[int]:
+        """Every length that a rank row may have: the inputs and outputs of all entries."""
+        return frozenset(n for entry in self.entries for n in (entry.in_features, entry.out_features))
+
+
+def _layer_of(path: str) -> int:
+    match = _LAYER.search(path)
+    return int(match.group(1)) if match else -1

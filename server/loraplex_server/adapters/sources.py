@@ -1,0 +1,107 @@
+"""Names and places of adapters: which names are valid, and which files may be read.
+
+A folder and each file in it must lie under an allowed root after all symbolic links are followed. Only
+regular files are opened.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+from loraplex_server.adapters.tensor_file import quoted
+from loraplex_server.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnavailableError,
+)
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+
+_NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,128}")
+
+Stamp = tuple[tuple[int, int, int] | None, ...]
+"""Identity, size and modification time of an adapter's files; differs once one of them was changed."""
+
+
+def check_name(name: str) -> None:
+    """Raises InvalidArgumentError unless `name` may name an adapter."""
+    if _NAME.fullmatch(name) is None:
+        raise InvalidArgumentError.field(
+            "name", f"{quoted(name)} is no adapter name; use 1 to 128 of letters, digits, '.', '_', '-'"
+        )
+
+
+def resolve_folder(source: str | Path, roots: Iterable[Path]) -> Path:
+    """The real folder that `source` names: absolute, or relative to one of `roots`.
+
+    Raises:
+        InvalidArgumentError: `source` cannot be a path.
+        PermissionDeniedError: it does not lie under one of `roots`, whether it exists or not.
+        NotFoundError: there is no such folder.
+    """
+    real_roots = [Path(root).resolve() for root in roots]
+    try:
+        path = Path(source)
+        candidates = (
+            [path.resolve()] if path.is_absolute() else [(root / path).resolve() for root in real_roots]
+        )
+        inside = [path for path in candidates if any(path.is_relative_to(root) for root in real_roots)]
+        found = next((path for path in inside if path.is_dir()), None)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InvalidArgumentError.field("source", f"{quoted(str(source))} cannot be a path") from error
+    if not str(source) or not inside:
+        raise PermissionDeniedError(
+            f"source {quoted(str(source))} is not under an allowed root (--adapter-root)",
+            resource=("source", str(source)),
+        )
+    if found is None:
+        raise NotFoundError(f"source {quoted(str(source))} is no folder", resource=("source", str(source)))
+    return found
+
+
+def open_file(folder: Path, filename: str, roots: Iterable[Path]) -> tuple[BinaryIO, int]:
+    """Opens a regular file of an adapter's folder for reading; returns it with its size in bytes.
+
+    Raises:
+        FailedPreconditionError: it is missing, or no regular file.
+        PermissionDeniedError: a link leads out of the allowed roots, or the server may not read it.
+        UnavailableError: the file system failed.
+    """
+    try:
+        real = (folder / filename).resolve(strict=True)
+        if not any(real.is_relative_to(Path(root).resolve()) for root in roots):
+            raise PermissionDeniedError(f"{filename} links to a place outside the allowed roots")
+        # O_NONBLOCK: opening a pipe must not wait for a writer.
+        descriptor = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except FileNotFoundError as error:
+        raise FailedPreconditionError(f"{filename} is missing") from error
+    except PermissionError as error:
+        raise PermissionDeniedError(f"{filename} may not be read by the server") from error
+    except (OSError, RuntimeError) as error:
+        raise UnavailableError(f"{filename} cannot be opened: {error.__class__.__name__}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise FailedPreconditionError(f"{filename} is no regular file")
+    return os.fdopen(descriptor, "rb"), status.st_size
+
+
+def stamp(folder: Path) -> Stamp:
+    """The stamp of the adapter in `folder`; a missing file has None."""
+    stamps: list[tuple[int, int, int] | None] = []
+    for filename in (CONFIG_FILE, WEIGHTS_FILE):
+        try:
+            status = os.stat(folder / filename)
+            stamps.append((status.st_ino, status.st_size, status.st_mtime_ns))
+        except OSError:
+            stamps.append(None)
+    return tuple(stamps)

@@ -1,0 +1,143 @@
+"""An adapter's weights as the device pool wants them: one flat host tensor, laid out, scaled and checked.
+
+The file is read once, front to back, one tensor at a time. What is hashed is what is served, and a file that
+is cut while it is read cannot kill the process as a memory map would.
+
+The arithmetic is NumPy's: it runs on the loader's thread beside the engine's steps, and a torch operation
+there would wake a second team of worker threads on the engine's cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from loraplex_kernels.lora.layouts import AdapterLayout, adapter_layout
+
+from loraplex_server.adapters.manifest import AdapterManifest, refusal
+from loraplex_server.adapters.sources import WEIGHTS_FILE, open_file
+from loraplex_server.adapters.tensor_file import MalformedFileError, TensorInfo, quoted, read_header
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HostBlob:
+    """One adapter in host memory.
+
+    Attributes:
+        data: `[num_elements]` in the pool's dtype, pinned when the pool is on a GPU; blocks as in the layout,
+            B scaled, everything else zero.
+        content_hash: SHA-256 over the configuration and the weight file, in hex.
+    """
+
+    data: torch.Tensor
+    content_hash: str
+
+
+def lay_out(manifest: AdapterManifest, alignment: int) -> AdapterLayout:
+    """The layout of an adapter for a pool whose extents all begin at multiples of `alignment`."""
+    layout = adapter_layout(manifest.shapes)
+    # Where the model's own alignment was given up as out of proportion, an adapter's is as well.
+    return layout if alignment % layout.alignment == 0 else dataclasses.replace(layout, alignment=alignment)
+
+
+def read_weights(
+    manifest: AdapterManifest,
+    layout: AdapterLayout,
+    dtype: torch.dtype,
+    roots: Iterable[Path],
+    *,
+    pin_memory: bool = False,
+) -> HostBlob:
+    """Reads, checks, scales and casts the weights that `manifest` describes.
+
+    Alpha (and rsLoRA's root) is multiplied into B in float32 before the cast.
+
+    Raises:
+        FailedPreconditionError: the file is not the one the manifest was read from, or a tensor holds NaN or
+            infinity, or would in `dtype`.
+        PermissionDeniedError, UnavailableError: as for `read_manifest`.
+    """
+    data = torch.zeros(layout.num_elements, dtype=dtype, pin_memory=pin_memory)
+    elements = data.view(torch.int16).numpy().view(np.uint16) if dtype == torch.bfloat16 else data.numpy()
+    blocks = _blocks(manifest, layout)
+    content = hashlib.sha256(manifest.config.encode() + b"\0")
+    file, size = open_file(manifest.folder, WEIGHTS_FILE, roots)
+    try:
+        with file:
+            header = read_header(file, size)
+            if header.digest != manifest.header.digest:
+                raise MalformedFileError(f"{WEIGHTS_FILE} was changed since it was registered; load it anew")
+            file.seek(0)
+            content.update(_read(file, header.data_begin))
+            for tensor in header.tensors:
+                raw = _read(file, tensor.end - tensor.begin)
+                content.update(raw)
+                start, scale = blocks[tensor.name]
+                _write(elements[start:], tensor, raw, scale)
+    except MalformedFileError as error:
+        raise refusal(manifest.name, str(error)) from error
+    return HostBlob(data, content.hexdigest())
+
+
+def _blocks(manifest: AdapterManifest, layout: AdapterLayout) -> dict[str, tuple[int, float | None]]:
+    """Where each tensor goes, and for a B what to scale it with."""
+    offsets = {
+        shape.entry: (a, b)
+        for shape, a, b in zip(layout.entries, layout.a_offset, layout.b_offset, strict=True)
+    }
+    blocks: dict[str, tuple[int, float | None]] = {}
+    for entry, pair in manifest.pairs:
+        a_offset, b_offset = offsets[entry.index]
+        blocks[pair.a.name] = (a_offset, None)
+        blocks[pair.b.name] = (b_offset, pair.scale)
+    return blocks
+
+
+def _read(file: BinaryIO, size: int) -> bytes:
+    data = file.read(size)
+    if len(data) < size:
+        raise MalformedFileError(f"{WEIGHTS_FILE} ended while it was read")
+    return data
+
+
+def _write(target: np.ndarray[Any, Any], tensor: TensorInfo, raw: bytes, scale: float | None) -> None:
+    values = _decode(tensor.dtype, raw)
+    if not np.isfinite(values).all():
+        raise MalformedFileError(f"tensor {quoted(tensor.name)} holds NaN or infinity")
+    values = values.reshape(tensor.shape)
+    with np.errstate(over="ignore"):
+        if scale is not None:
+            values = values.T * np.float32(scale)
+        encoded = _encode(values, target.dtype)
+    if _overflowed(encoded):
+        raise MalformedFileError(
+            f"tensor {quoted(tensor.name)} has values too large for the server's dtype; use --dtype float32"
+        )
+    target[: encoded.size] = encoded.reshape(-1)
+
+
+def _decode(dtype: str, raw: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
+    if dtype == "BF16":
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(raw, "<f2" if dtype == "F16" else "<f4").astype(np.float32, copy=False)
+
+
+def _encode(values: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """Finite float32 as float32, float16, or the bits of bfloat16 (uint16), rounded to nearest even."""
+    if dtype != np.uint16:
+        return values.astype(dtype)
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    return ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
+
+
+def _overflowed(encoded: np.ndarray[Any, Any]) -> bool:
+    if encoded.dtype == np.uint16:
+        return bool(((encoded & 0x7F80) == 0x7F80).any())
+    return not bool(np.isfinite(encoded).all())
