@@ -1,0 +1,100 @@
+"""From the engine's token deltas to the pieces of an answer that a caller sees."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from loraplex_server.api.detokenizer import Detokenizer, StopMatcher, TokenDecoder
+from loraplex_server.core.request import FinishReason
+from loraplex_server.engine.messages import Times, TokenDelta, TokenLogprobs
+
+
+@dataclasses.dataclass(frozen=True)
+class Finish:
+    """How an answer ended.
+
+    Attributes:
+        stop_match: the stop string that ended it, or "".
+        times: the engine's; None where a stop string ended the answer before the engine did.
+    """
+
+    reason: FinishReason
+    stop_match: str
+    times: Times | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Text and tokens that became certain; `logprobs` is empty or has one entry a token."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish: Finish | None
+
+    @property
+    def empty(self) -> bool:
+        return not self.text and not self.token_ids and self.finish is None
+
+
+class Answer:
+    """The answer to one request as it grows.
+
+    A token belongs to the answer when its text begins before the stop string does: one that is partly
+    in it is returned and counted whole, one that lies within it or after it is neither. So while text
+    is held back because a stop string may begin there, the tokens of that text are held back with it.
+    """
+
+    def __init__(self, decoder: TokenDecoder, prompt_token_ids: Sequence[int], stops: Sequence[str]) -> None:
+        self._detokenizer = Detokenizer(decoder, prompt_token_ids)
+        self._matcher = StopMatcher(stops)
+        self._may_stop = bool(stops)
+        # Tokens not yet given out, each with the number of characters before its text.
+        self._pending: list[tuple[int, int, TokenLogprobs | None]] = []
+        self._characters = 0
+        self._released = 0
+        self.num_tokens = 0
+
+    def push(self, delta: TokenDelta) -> Piece:
+        """Takes new tokens in. After a piece with `finish` nothing more may be pushed."""
+        text = ""
+        last = len(delta.token_ids) - 1
+        for index, token_id in enumerate(delta.token_ids):
+            logprobs = delta.logprobs[index] if delta.logprobs else None
+            self._pending.append((self._characters, token_id, logprobs))
+            if not (delta.stop_token and index == last):
+                text += self._match(self._detokenizer.push(token_id))
+            if self._matcher.match is not None:
+                return self._stopped(text, delta.times)
+        if delta.finish is None:
+            return self._piece(text, None)
+        text += self._match(self._detokenizer.flush())
+        if self._matcher.match is not None:
+            return self._stopped(text, delta.times)
+        text += self._matcher.flush()
+        return self._piece(text, Finish(delta.finish, "", delta.times))
+
+    def _match(self, text: str) -> str:
+        self._characters += len(text)
+        certain = self._matcher.push(text)
+        self._released += len(certain)
+        return certain
+
+    def _stopped(self, text: str, times: Times | None) -> Piece:
+        self._pending = [token for token in self._pending if token[0] < self._released]
+        return self._piece(text, Finish(FinishReason.STOP, self._matcher.match or "", times))
+
+    def _piece(self, text: str, finish: Finish | None) -> Piece:
+        ready = self._pending
+        self._pending = []
+        if self._may_stop and finish is None:
+            self._pending = [token for token in ready if token[0] >= self._released]
+            ready = ready[: len(ready) - len(self._pending)]
+        self.num_tokens += len(ready)
+        return Piece(
+            text=text,
+            token_ids=tuple(token_id for _, token_id, _ in ready),
+            logprobs=tuple(logprobs for _, _, logprobs in ready if logprobs is not None),
+            finish=finish,
+        )

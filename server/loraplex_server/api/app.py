@@ -1,0 +1,295 @@
+"""The server process: wires the services to an engine, says when it is ready, and ends in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import importlib.metadata
+import logging
+import signal
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import grpc
+import prometheus_client
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from loraplex.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
+
+from loraplex_server.api.adapter_service import AdapterService
+from loraplex_server.api.convert import Limits
+from loraplex_server.api.generation_service import GenerationService
+from loraplex_server.api.interceptors import CallInterceptor
+from loraplex_server.api.lifecycle import Backend, Lifecycle
+from loraplex_server.api.model_service import ModelService
+from loraplex_server.api.tokenizer import Tokenizer
+from loraplex_server.config import ApiConfig, EngineConfig, ServerConfig
+from loraplex_server.engine.client import EngineClient
+from loraplex_server.errors import FailedPreconditionError, ServerError
+from loraplex_server.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+EXIT_OK, EXIT_FAILED = 0, 1
+
+_SERVICES = (
+    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+    adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
+    model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+)
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+# Calls beyond what may run and wait: health checks, adapter operations, and those to be refused kindly.
+_SPARE_CALLS = 256
+# For the last messages of calls that drained, or were cancelled, to leave.
+_STOP_GRACE_S = 1.0
+_ENGINE_EXIT_S = 10.0
+
+
+class EngineHandle(Protocol):
+    """A launched engine: `engine.process.EngineProcess`, or what a test puts in its place."""
+
+    socket_path: str
+    token: str
+
+    def wait_ready(self) -> None: ...
+
+    def join(self, timeout_s: float) -> bool: ...
+
+    def terminate(self) -> None: ...
+
+
+LaunchEngine = Callable[[EngineConfig], EngineHandle]
+
+
+def launch_process(config: EngineConfig) -> EngineHandle:
+    """An engine in a process of its own."""
+    from loraplex_server.engine.process import launch_engine
+
+    return launch_engine(config)
+
+
+async def serve(config: ServerConfig, launch: LaunchEngine = launch_process) -> int:
+    """Runs the server until a signal or the engine's death ends it; returns the exit code.
+
+    The first SIGTERM or SIGINT drains: new calls get UNAVAILABLE, those that run have
+    `config.api.drain_s`. The second ends everything at once.
+    """
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            return await _Server(config, stack).run(launch, signals)
+    except ServerError as error:
+        _log.error("%s", error)
+        return EXIT_FAILED
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+class _Server:
+    """What was started, in the order it was; `stack` ends it in the opposite one."""
+
+    def __init__(self, config: ServerConfig, stack: contextlib.AsyncExitStack) -> None:
+        self._config = config
+        self._stack = stack
+        self._lifecycle = Lifecycle()
+        self._metrics = Metrics()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._version = _version()
+
+    async def run(self, launch: LaunchEngine, signals: asyncio.Queue[int]) -> int:
+        # Ports first: a taken one is found before a model is loaded, and probes can see it load.
+        grpc_port = await self._listen()
+        metrics_port = self._expose_metrics()
+        stop = asyncio.create_task(signals.get())
+        start = asyncio.create_task(self._start_engine(launch))
+        await asyncio.wait({stop, start}, return_when=asyncio.FIRST_COMPLETED)
+        if not start.done():
+            start.cancel()
+            await asyncio.gather(start, return_exceptions=True)
+            return EXIT_OK
+        try:
+            engine = start.result()
+        except BaseException:
+            stop.cancel()
+            raise
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        # The tokenizer's and torch's objects are here to stay; collections need not look at them again.
+        gc.collect()
+        gc.freeze()
+        host = self._config.api.host
+        metrics = "off" if metrics_port is None else _address(host, metrics_port)
+        print(f"loraplex ready grpc={_address(host, grpc_port)} metrics={metrics}", flush=True)
+
+        lost = asyncio.create_task(engine.wait_closed())
+        await asyncio.wait({stop, lost}, return_when=asyncio.FIRST_COMPLETED)
+        if lost.done():
+            stop.cancel()
+            return await self._engine_lost()
+        again = asyncio.create_task(signals.get())
+        code = await self._drain(again, lost)
+        for task in (again, lost):
+            task.cancel()
+        return code
+
+    async def _listen(self) -> int:
+        """Starts the gRPC server, which refuses all calls but health and reflection for now."""
+        api, scheduler = self._config.api, self._config.engine.scheduler
+        server = grpc.aio.server(
+            interceptors=[CallInterceptor(self._lifecycle, self._metrics)],
+            options=_channel_options(api),
+            maximum_concurrent_rpcs=scheduler.max_queue + scheduler.max_num_requests + _SPARE_CALLS,
+        )
+        register: list[tuple[Callable[[Any, Any], Any], object]] = [
+            (
+                generation_pb2_grpc.add_GenerationServiceServicer_to_server,
+                GenerationService(self._lifecycle, self._metrics),
+            ),
+            (adapters_pb2_grpc.add_AdapterServiceServicer_to_server, AdapterService(self._lifecycle)),
+            (
+                model_pb2_grpc.add_ModelServiceServicer_to_server,
+                ModelService(self._lifecycle, self._version),
+            ),
+            (health_pb2_grpc.add_HealthServicer_to_server, self._health),
+        ]
+        for add, service in register:
+            add(service, server)
+        reflection.enable_server_reflection(
+            (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        )
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        address = _address(api.host, api.port)
+        try:
+            port = server.add_insecure_port(address)
+        except RuntimeError:
+            port = 0
+        if not port:
+            raise FailedPreconditionError(f"{address} cannot be listened on; choose another --host or --port")
+        if api.host not in _LOOPBACK:
+            _log.warning(
+                "%s is no loopback address, and calls are neither encrypted nor authenticated", api.host
+            )
+        await server.start()
+        self._stack.push_async_callback(server.stop, _STOP_GRACE_S)
+        return port
+
+    def _expose_metrics(self) -> int | None:
+        api = self._config.api
+        if api.metrics_port < 0:
+            return None
+        try:
+            server, thread = prometheus_client.start_http_server(
+                api.metrics_port, addr=api.host, registry=self._metrics.registry
+            )
+        except OSError as error:
+            address = _address(api.host, api.metrics_port)
+            raise FailedPreconditionError(
+                f"metrics cannot listen on {address} ({error.strerror}); choose another --metrics-port"
+            ) from error
+
+        def close() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        self._stack.callback(close)
+        return int(server.server_port)
+
+    async def _start_engine(self, launch: LaunchEngine) -> EngineClient:
+        """Launches the engine and, while it loads, the tokenizer; then lets calls in."""
+        config = self._config.engine
+        handle = launch(config)
+        self._stack.push_async_callback(_end_engine, handle)
+        ready = asyncio.create_task(asyncio.to_thread(handle.wait_ready))
+        loading = asyncio.create_task(asyncio.to_thread(_load_tokenizer, config.model.model))
+        try:
+            await asyncio.gather(ready, loading)
+        except BaseException:
+            # The threads end with what they wait for; only then is there nothing left to report.
+            await asyncio.to_thread(handle.terminate)
+            await asyncio.gather(ready, loading, return_exceptions=True)
+            raise
+        tokenizer = loading.result()
+        engine = await EngineClient.connect(handle.socket_path, handle.token)
+        self._stack.push_async_callback(engine.shutdown)
+        self._metrics.set_info(engine.info, self._version)
+        engine.on_stats(self._metrics.observe_stats)
+        limits = Limits(
+            vocab_size=engine.info.vocab_size,
+            max_model_len=engine.info.max_model_len,
+            max_prompt_chars=engine.info.max_model_len * tokenizer.max_chars_per_token,
+            max_adapters=config.adapters.max_per_request,
+        )
+        self._lifecycle.serve(Backend(engine, tokenizer, limits))
+        return engine
+
+    async def _drain(self, again: asyncio.Task[int], lost: asyncio.Task[None]) -> int:
+        drain_s = self._config.api.drain_s
+        _log.info("draining %d calls, for at most %g s", self._lifecycle.calls, drain_s)
+        self._lifecycle.drain()
+        await self._health.enter_graceful_shutdown()
+        idle = asyncio.create_task(self._lifecycle.wait_idle())
+        await asyncio.wait({idle, again, lost}, timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
+        if not idle.done():
+            idle.cancel()
+            _log.warning("%d calls are cancelled", self._lifecycle.calls)
+        return EXIT_FAILED if lost.done() else EXIT_OK
+
+    async def _engine_lost(self) -> int:
+        _log.error("the engine has died; the server ends")
+        self._lifecycle.drain()
+        await self._health.enter_graceful_shutdown()
+        return EXIT_FAILED
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for service in ("", *_SERVICES):
+            await self._health.set(service, status)
+
+
+async def _end_engine(handle: EngineHandle) -> None:
+    """Waits for an engine that was told to end, and ends it if it does not."""
+    if not await asyncio.to_thread(handle.join, _ENGINE_EXIT_S):
+        await asyncio.to_thread(handle.terminate)
+
+
+def _load_tokenizer(model: str) -> Tokenizer:
+    try:
+        return Tokenizer.load(model)
+    except (OSError, ValueError) as error:
+        raise FailedPreconditionError(f"the tokenizer of {model!r} cannot be loaded: {error}") from error
+
+
+def _channel_options(api: ApiConfig) -> list[tuple[str, Any]]:
+    return [
+        ("grpc.max_receive_message_length", api.max_message_bytes),
+        ("grpc.max_send_message_length", api.max_message_bytes),
+        # Without this a second server binds the same port and takes half of the calls.
+        ("grpc.so_reuseport", 0),
+        # A unary generation sends nothing for long: let clients ping, and find those that are gone.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+    ]
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("loraplex")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,330 @@
+"""Between `loraplex.v1` messages and the server's own types; all validation of requests is here.
+
+Every violation of a message is found before any is reported, each under the path of its field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import secrets
+from collections.abc import Callable, Sequence
+
+from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
+
+from loraplex_server.api.answer import Finish, Piece
+from loraplex_server.core.request import AdapterUse, FinishReason, Request, SamplingParams
+from loraplex_server.engine.messages import AdapterStatus, EngineInfo, TokenLogprobs
+from loraplex_server.errors import FieldViolation, InvalidArgumentError
+
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_STOP_TOKENS = 64
+DEFAULT_MAX_TOKENS = 256
+# A status travels in HTTP/2 trailers, which clients limit to 8 KiB.
+_MAX_VIOLATIONS = 16
+_MAX_SOURCE_CHARS = 4096
+
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+
+_FINISH_REASONS = {
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the server can take.
+
+    Attributes:
+        max_prompt_chars: a longer text cannot fit and is refused before it is tokenised.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    max_prompt_chars: int
+    max_adapters: int
+
+
+class _Violations:
+    def __init__(self) -> None:
+        self._found: list[FieldViolation] = []
+
+    def add(self, field: str, description: str) -> None:
+        self._found.append(FieldViolation(field, description))
+
+    def raise_any(self) -> None:
+        if self._found:
+            shown = tuple(self._found[:_MAX_VIOLATIONS])
+            message = "; ".join(f"{violation.field}: {violation.description}" for violation in shown)
+            if len(self._found) > len(shown):
+                message += f"; and {len(self._found) - len(shown)} more"
+            raise InvalidArgumentError(message, violations=shown)
+
+
+def valid_request_id(text: str) -> bool:
+    """Whether `text` may stand in logs: 1 to 128 printable ASCII characters without spaces."""
+    return _REQUEST_ID.fullmatch(text) is not None
+
+
+def check_generate(message: generation_pb2.GenerateRequest, limits: Limits) -> None:
+    """Checks all that can be checked before the prompt is tokenised.
+
+    Raises:
+        InvalidArgumentError: with one violation for each bad field.
+    """
+    found = _Violations()
+    match message.WhichOneof("prompt"):
+        case "text":
+            if not message.text:
+                found.add("text", "is empty; give at least one character")
+            elif len(message.text) > limits.max_prompt_chars:
+                found.add(
+                    "text",
+                    f"has {len(message.text)} characters; the model takes {limits.max_model_len} tokens, "
+                    f"which is {limits.max_prompt_chars} characters at most",
+                )
+        case "token_ids":
+            ids = message.token_ids.ids
+            if not ids:
+                found.add("token_ids.ids", "is empty; give at least one token")
+            _check_prompt_length(found, "token_ids.ids", len(ids), limits)
+            _check_token_ids(found, "token_ids.ids", ids, limits)
+        case _:
+            found.add("prompt", "is missing; set text or token_ids")
+    _check_adapters(found, message, limits)
+    _check_sampling(found, message.sampling)
+    _check_stopping(found, message.stopping, limits)
+    if message.HasField("logprobs") and message.logprobs > MAX_LOGPROBS:
+        found.add("logprobs", f"{message.logprobs} is more than {MAX_LOGPROBS}")
+    if message.HasField("request_id") and not valid_request_id(message.request_id):
+        found.add("request_id", "has to be 1 to 128 printable ASCII characters without spaces")
+    found.raise_any()
+
+
+def to_request(
+    message: generation_pb2.GenerateRequest,
+    prompt_token_ids: Sequence[int],
+    limits: Limits,
+    *,
+    request_id: str,
+    deadline_s: float | None,
+) -> Request:
+    """The request that a checked message and its tokenised prompt make.
+
+    Args:
+        deadline_s: `time.time()` after which the answer is of no use.
+
+    Raises:
+        InvalidArgumentError: the tokenised prompt is empty or leaves no room for an answer.
+    """
+    found = _Violations()
+    if not prompt_token_ids:
+        found.add("text", "has no tokens; give at least one character the tokenizer knows")
+    _check_prompt_length(found, "text", len(prompt_token_ids), limits)
+    found.raise_any()
+    sampling, stopping = message.sampling, message.stopping
+    room = limits.max_model_len - len(prompt_token_ids)
+    max_tokens = min(stopping.max_tokens if stopping.HasField("max_tokens") else DEFAULT_MAX_TOKENS, room)
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=tuple(prompt_token_ids),
+        sampling=SamplingParams(
+            temperature=sampling.temperature,
+            # All of the vocabulary is no restriction.
+            top_k=sampling.top_k if sampling.top_k < limits.vocab_size else 0,
+            top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
+            seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(63),
+            max_tokens=max_tokens,
+            min_tokens=min(stopping.min_tokens, max_tokens),
+            stop_token_ids=tuple(stopping.stop_token_ids),
+            ignore_eos=stopping.ignore_eos,
+            logprobs=message.logprobs if message.HasField("logprobs") else None,
+        ),
+        adapters=tuple(
+            AdapterUse(use.adapter, use.weight if use.HasField("weight") else 1.0) for use in message.adapters
+        ),
+        priority=message.priority,
+        deadline_s=deadline_s,
+    )
+
+
+def check_load_adapter(message: adapters_pb2.LoadAdapterRequest) -> None:
+    """Raises: InvalidArgumentError for a bad name or source."""
+    found = _Violations()
+    _check_adapter_name(found, "name", message.name)
+    if not message.source:
+        found.add("source", "is empty; name the folder that PEFT wrote")
+    elif len(message.source) > _MAX_SOURCE_CHARS or "\0" in message.source:
+        found.add("source", f"is no path; it may have {_MAX_SOURCE_CHARS} characters and no NUL")
+    found.raise_any()
+
+
+def check_adapter_name(name: str) -> None:
+    """Raises: InvalidArgumentError for a bad `name`."""
+    found = _Violations()
+    _check_adapter_name(found, "name", name)
+    found.raise_any()
+
+
+def to_generate_response(
+    piece: Piece, finish: generation_pb2.Finish | None, token_text: Callable[[int], str], request_id: str
+) -> generation_pb2.GenerateResponse:
+    """One streamed message; `request_id` is empty on all but the first."""
+    return generation_pb2.GenerateResponse(
+        text=piece.text,
+        token_ids=piece.token_ids,
+        logprobs=[to_logprobs(entry, token_text) for entry in piece.logprobs],
+        finish=finish,
+        request_id=request_id,
+    )
+
+
+def to_finish(
+    finish: Finish,
+    *,
+    prompt_tokens: int,
+    completion_tokens: int,
+    first_token_s: float,
+    total_s: float,
+) -> generation_pb2.Finish:
+    """The end of an answer; seconds since arrival, as the API saw them."""
+    times = finish.times
+    return generation_pb2.Finish(
+        reason=_FINISH_REASONS[finish.reason],
+        usage=generation_pb2.Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens),
+        timing=generation_pb2.Timing(
+            queue_seconds=times.queue_s if times else 0.0,
+            adapter_wait_seconds=times.adapter_wait_s if times else 0.0,
+            time_to_first_token_seconds=first_token_s,
+            total_seconds=total_s,
+            preemptions=times.preemptions if times else 0,
+        ),
+        stop_match=finish.stop_match,
+    )
+
+
+def to_logprobs(entry: TokenLogprobs, token_text: Callable[[int], str]) -> generation_pb2.TokenLogprobs:
+    return generation_pb2.TokenLogprobs(
+        token_id=entry.token_id,
+        logprob=entry.logprob,
+        top=[
+            generation_pb2.TopLogprob(
+                token_id=top.token_id, logprob=top.logprob, text=token_text(top.token_id)
+            )
+            for top in entry.top
+        ],
+    )
+
+
+def to_adapter(status: AdapterStatus) -> adapters_pb2.Adapter:
+    return adapters_pb2.Adapter(
+        name=status.name,
+        source=status.source,
+        state=f"ADAPTER_STATE_{status.state.upper()}",
+        pinned=status.pinned,
+        peft_type=status.peft_type,
+        rank=status.rank,
+        target_modules=status.target_modules,
+        bytes=status.bytes,
+        content_hash=status.content_hash,
+        references=status.references,
+        draining=status.draining,
+        hits=status.hits,
+        misses=status.misses,
+        evictions=status.evictions,
+    )
+
+
+def to_model(info: EngineInfo, server_version: str) -> model_pb2.Model:
+    return model_pb2.Model(
+        name=info.model,
+        architecture=info.architecture,
+        quantization=info.quantization,
+        dtype=info.dtype,
+        device=info.device,
+        kernels=info.kernels,
+        vocab_size=info.vocab_size,
+        max_model_len=info.max_model_len,
+        parameters=info.parameters,
+        weight_bytes=info.weight_bytes,
+        weight_checksum=info.weight_checksum,
+        max_batch_tokens=info.max_batch_tokens,
+        max_num_requests=info.max_num_requests,
+        kv_block_size=info.kv_block_size,
+        kv_blocks=info.kv_blocks,
+        adapter_device_bytes=info.adapter_device_bytes,
+        adapter_host_bytes=info.adapter_host_bytes,
+        max_adapters_on_device=info.max_adapters_on_device,
+        server_version=server_version,
+    )
+
+
+def _check_prompt_length(found: _Violations, field: str, num_tokens: int, limits: Limits) -> None:
+    if num_tokens >= limits.max_model_len:
+        found.add(
+            field,
+            f"has {num_tokens} tokens, which leaves no room to generate: prompt and answer together "
+            f"may have {limits.max_model_len}",
+        )
+
+
+def _check_token_ids(found: _Violations, field: str, ids: Sequence[int], limits: Limits) -> None:
+    if ids and max(ids) >= limits.vocab_size:
+        for index, token_id in enumerate(ids):
+            if token_id >= limits.vocab_size:
+                found.add(
+                    f"{field}[{index}]", f"{token_id} is not below the vocabulary's {limits.vocab_size}"
+                )
+
+
+def _check_adapter_name(found: _Violations, field: str, name: str) -> None:
+    if not _ADAPTER_NAME.fullmatch(name):
+        found.add(field, "has to be 1 to 128 letters, digits, '.', '_' or '-'")
+
+
+def _check_adapters(found: _Violations, message: generation_pb2.GenerateRequest, limits: Limits) -> None:
+    if len(message.adapters) > limits.max_adapters:
+        found.add(
+            "adapters", f"{len(message.adapters)} are more than the {limits.max_adapters} a request may name"
+        )
+        return
+    names = set()
+    for index, use in enumerate(message.adapters):
+        _check_adapter_name(found, f"adapters[{index}].adapter", use.adapter)
+        if use.adapter in names:
+            found.add(f"adapters[{index}].adapter", "is named twice; add the weights up instead")
+        names.add(use.adapter)
+        if use.HasField("weight") and not math.isfinite(use.weight):
+            found.add(f"adapters[{index}].weight", "has to be finite")
+
+
+def _check_sampling(found: _Violations, sampling: generation_pb2.SamplingParams) -> None:
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        found.add("sampling.temperature", "has to be 0 (greedy) or more, and finite")
+    if sampling.HasField("top_p") and not 0 < sampling.top_p <= 1:
+        found.add("sampling.top_p", "has to be above 0 and at most 1")
+
+
+def _check_stopping(found: _Violations, stopping: generation_pb2.StoppingCriteria, limits: Limits) -> None:
+    if stopping.HasField("max_tokens"):
+        if stopping.max_tokens < 1:
+            found.add("stopping.max_tokens", "has to be at least 1")
+        elif stopping.min_tokens > stopping.max_tokens:
+            found.add("stopping.min_tokens", f"is more than max_tokens, {stopping.max_tokens}")
+    if len(stopping.stop) > MAX_STOPS:
+        found.add("stopping.stop", f"{len(stopping.stop)} strings are more than {MAX_STOPS}")
+    for index, stop in enumerate(stopping.stop):
+        if not 1 <= len(stop) <= MAX_STOP_CHARS:
+            found.add(f"stopping.stop[{index}]", f"has to have 1 to {MAX_STOP_CHARS} characters")
+    if len(stopping.stop_token_ids) > MAX_STOP_TOKENS:
+        found.add(
+            "stopping.stop_token_ids",
+            f"{len(stopping.stop_token_ids)} tokens are more than {MAX_STOP_TOKENS}",
+        )
+    else:
+        _check_token_ids(found, "stopping.stop_token_ids", stopping.stop_token_ids, limits)

@@ -1,0 +1,131 @@
+"""Around every call of every kind: its request id, the mapping of errors, and its metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from loraplex_server import log
+from loraplex_server.api.convert import valid_request_id
+from loraplex_server.api.lifecycle import Lifecycle
+from loraplex_server.api.status import to_status
+from loraplex_server.errors import ErrorInfo, InternalError, ServerError
+from loraplex_server.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+_REQUEST_ID_KEY = "x-request-id"
+# Health and reflection answer whatever the server is doing.
+_GUARDED = "/loraplex."
+
+_Context = Any
+_Behavior = Callable[[Any, _Context], Any]
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Wraps the handlers of all services.
+
+    A caller may send its own request id as metadata `x-request-id`; it is sent back so, with the status.
+    """
+
+    def __init__(self, lifecycle: Lifecycle, metrics: Metrics) -> None:
+        self._lifecycle = lifecycle
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        codec = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.response_streaming:
+            if handler.request_streaming:
+                behavior = self._streaming(method, handler.stream_stream)
+                return grpc.stream_stream_rpc_method_handler(behavior, **codec)
+            behavior = self._streaming(method, handler.unary_stream)
+            return grpc.unary_stream_rpc_method_handler(behavior, **codec)
+        if handler.request_streaming:
+            behavior = self._unary(method, handler.stream_unary)
+            return grpc.stream_unary_rpc_method_handler(behavior, **codec)
+        return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), **codec)
+
+    def _unary(self, method: str, behavior: _Behavior) -> _Behavior:
+        async def answer(request: Any, context: _Context) -> Any:
+            async with self._call(method, context):
+                return await behavior(request, context)
+
+        return answer
+
+    def _streaming(self, method: str, behavior: _Behavior) -> _Behavior:
+        # Messages go out through `context.write`: so a cancellation always arrives at an await of ours,
+        # and what the handler holds is released at once, not when its generator is collected.
+        async def answer(request: Any, context: _Context) -> None:
+            async with self._call(method, context):
+                responses = behavior(request, context)
+                if not hasattr(responses, "__aiter__"):
+                    await responses
+                    return
+                async with contextlib.aclosing(responses):
+                    async for response in responses:
+                        await context.write(response)
+
+        return answer
+
+    @contextlib.asynccontextmanager
+    async def _call(self, method: str, context: _Context) -> AsyncIterator[None]:
+        started = time.perf_counter()
+        log.request_id.set(_request_id(context))
+        code = "OK"
+        try:
+            with self._lifecycle.call() if method.startswith(_GUARDED) else contextlib.nullcontext():
+                yield
+            context.set_trailing_metadata(((_REQUEST_ID_KEY, log.request_id.get()),))
+        except asyncio.CancelledError:
+            remaining = context.time_remaining()
+            code = "DEADLINE_EXCEEDED" if remaining is not None and remaining <= 0 else "CANCELLED"
+            raise
+        except grpc.aio.AbortError:
+            code = context.code().name
+            raise
+        except ServerError as error:
+            code = error.code
+            if code == InternalError.code:
+                _log.exception("%s failed", method)
+            else:
+                _log.info("%s: %s: %s", method, code, error)
+            await _abort(context, error.info)
+        except Exception:
+            code = InternalError.code
+            _log.exception("%s failed", method)
+            await _abort(context, ErrorInfo(code, ""))
+        finally:
+            self._metrics.observe_call(method, code, time.perf_counter() - started)
+
+
+def _request_id(context: _Context) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == _REQUEST_ID_KEY and isinstance(value, str) and valid_request_id(value):
+            return value
+    return uuid.uuid4().hex[:16]
+
+
+async def _abort(context: _Context, error: ErrorInfo) -> None:
+    request_id = log.request_id.get()
+    status = to_status(error, request_id)
+    await context.abort(
+        status.code, status.details, (*status.trailing_metadata, (_REQUEST_ID_KEY, request_id))
+    )

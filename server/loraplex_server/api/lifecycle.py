@@ -1,0 +1,78 @@
+"""What the server is doing now: starting, serving or draining; and the calls it still owes an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+from loraplex_server.api.convert import Limits
+from loraplex_server.api.tokenizer import Tokenizer
+from loraplex_server.engine.client import EngineClient
+from loraplex_server.errors import UnavailableError
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """What the services work with once the engine is ready."""
+
+    engine: EngineClient
+    tokenizer: Tokenizer
+    limits: Limits
+
+
+class Lifecycle:
+    """Lets calls in while there is a backend, and counts those that are in."""
+
+    def __init__(self) -> None:
+        self._backend: Backend | None = None
+        self._open = False
+        self._refusal = UnavailableError("the server is starting", retry_after_s=2.0)
+        self._calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def backend(self) -> Backend:
+        """Raises: UnavailableError before the engine is ready."""
+        if self._backend is None:
+            raise self._refusal
+        return self._backend
+
+    @property
+    def calls(self) -> int:
+        """Calls running now."""
+        return self._calls
+
+    def serve(self, backend: Backend) -> None:
+        """Lets calls in."""
+        self._backend = backend
+        self._open = True
+
+    def drain(self) -> None:
+        """Refuses new calls; those that are in go on."""
+        self._open = False
+        self._refusal = UnavailableError("the server is shutting down", retry_after_s=1.0)
+
+    async def wait_idle(self) -> None:
+        """Returns once no call is running."""
+        await self._idle.wait()
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """A call from its arrival to its end.
+
+        Raises:
+            UnavailableError: the server is starting or draining.
+        """
+        if not self._open:
+            raise self._refusal
+        self._calls += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self._idle.set()

@@ -1,0 +1,219 @@
+"""`loraplex serve`: from the command line to a `ServerConfig`, and to a running server."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from loraplex_server import log
+from loraplex_server.config import (
+    DEVICES,
+    DTYPES,
+    KERNELS,
+    QUANTIZATIONS,
+    AdapterConfig,
+    ApiConfig,
+    EngineConfig,
+    ModelConfig,
+    SchedulerConfig,
+    ServerConfig,
+    parse_size,
+)
+from loraplex_server.errors import ServerError
+
+EXIT_USAGE = 2
+
+_DESCRIPTION = """\
+Serves one base model and many PEFT adapters over gRPC. Each request names its own adapters, or none,
+and all of them share every batch. Prints one line on stdout when it is ready; ends in good order on
+SIGTERM or Ctrl-C, at once on the second."""
+
+_EPILOG = """\
+SIZE is bytes, or a number with a unit: 512MiB, 2GB, 1.5g.
+
+  loraplex serve --model ./llama --adapters ./adapters
+  loraplex serve --model ./llama --quantization int4 --device cpu --port 0 --metrics-port -1"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the server; `argv` is what follows `loraplex serve`. Returns the exit code."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        config = to_config(arguments)
+    except ServerError as error:
+        parser.error(str(error))
+    log.configure(arguments.log_level)
+    # Here, not above: `--help` should not wait for gRPC and a tokenizer library.
+    from loraplex_server.api.app import serve
+
+    return asyncio.run(serve(config))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every option with its help and its default, which is the configuration's own."""
+    model, scheduler = ModelConfig(model=""), SchedulerConfig()
+    adapters, api = AdapterConfig(), ApiConfig()
+    parser = argparse.ArgumentParser(
+        prog="loraplex serve",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    group = parser.add_argument_group("base model")
+    group.add_argument("--model", required=True, metavar="PATH|HUB_ID", help="a Hugging Face checkpoint")
+    _choice(group, "--quantization", QUANTIZATIONS, model.quantization, "type of the resident weights")
+    group.add_argument(
+        "--double-quant",
+        action="store_true",
+        help="quantise the scales of nf4 as well, which saves 0.4 bits a weight",
+    )
+    _choice(group, "--device", DEVICES, model.device, "where to compute; auto is cuda where there is one")
+    _choice(group, "--dtype", DTYPES, model.dtype, "type of the activations")
+    _choice(group, "--kernels", KERNELS, model.kernels, "auto is triton on cuda, torch on cpu")
+    _count(group, "--threads", model.threads, "CPU threads of the engine; 0 is all cores but one")
+
+    group = parser.add_argument_group("batching")
+    _count(group, "--max-batch-tokens", scheduler.max_batch_tokens, "tokens computed in one step")
+    _count(group, "--max-num-requests", scheduler.max_num_requests, "requests running at once")
+    _count(group, "--max-queue", scheduler.max_queue, "requests that may wait; more are refused")
+    _count(
+        group,
+        "--max-model-len",
+        scheduler.max_model_len,
+        "tokens of prompt and answer together; 0 is the model's own limit",
+    )
+    _size(
+        group, "--kv-cache-bytes", scheduler.kv_cache_bytes, "memory of the KV cache; 0 picks what is needed"
+    )
+    _count(group, "--kv-block-size", scheduler.kv_block_size, "tokens in a block of the KV cache")
+    _seconds(
+        group,
+        "--max-adapter-wait",
+        scheduler.max_adapter_wait_s,
+        "a request that has waited so long for its adapters is overtaken no more",
+    )
+
+    group = parser.add_argument_group("adapters")
+    _folders(group, "--adapters", "each folder in DIR with an adapter_config.json is an adapter of that name")
+    _folders(group, "--adapter-root", "adapters may be loaded from under DIR at run time")
+    _size(group, "--adapter-device-bytes", adapters.device_bytes, "room for adapters on the device")
+    _size(group, "--adapter-host-bytes", adapters.host_bytes, "room for adapters in host memory")
+    _count(
+        group,
+        "--max-adapters-on-device",
+        adapters.max_on_device,
+        "a cap on their number beyond the bytes; 0 is none",
+    )
+    _count(
+        group,
+        "--max-adapters-per-request",
+        adapters.max_per_request,
+        "most adapters that one request may name",
+    )
+
+    group = parser.add_argument_group("serving")
+    group.add_argument("--host", default=api.host, help="address to listen on (default: %(default)s)")
+    _count(group, "--port", api.port, "gRPC port; 0 picks a free one")
+    _count(group, "--metrics-port", api.metrics_port, "Prometheus port; 0 picks a free one, -1 is none")
+    _size(group, "--max-message-bytes", api.max_message_bytes, "longest gRPC message")
+    _seconds(group, "--drain-seconds", api.drain_s, "time that running calls have after SIGTERM")
+    _choice(group, "--log-level", log.LEVELS, "info", "least severe lines of the log, which goes to stderr")
+    return parser
+
+
+def to_config(arguments: argparse.Namespace) -> ServerConfig:
+    """The configuration that parsed arguments describe.
+
+    Raises:
+        InvalidArgumentError: a value is out of range.
+    """
+    return ServerConfig(
+        engine=EngineConfig(
+            model=ModelConfig(
+                model=arguments.model,
+                quantization=arguments.quantization,
+                double_quant=arguments.double_quant,
+                device=arguments.device,
+                dtype=arguments.dtype,
+                kernels=arguments.kernels,
+                threads=arguments.threads,
+            ),
+            scheduler=SchedulerConfig(
+                max_batch_tokens=arguments.max_batch_tokens,
+                max_num_requests=arguments.max_num_requests,
+                max_queue=arguments.max_queue,
+                max_model_len=arguments.max_model_len,
+                kv_cache_bytes=arguments.kv_cache_bytes,
+                kv_block_size=arguments.kv_block_size,
+                max_adapter_wait_s=arguments.max_adapter_wait,
+            ),
+            adapters=AdapterConfig(
+                folders=tuple(arguments.adapters),
+                roots=tuple(arguments.adapter_root),
+                device_bytes=arguments.adapter_device_bytes,
+                host_bytes=arguments.adapter_host_bytes,
+                max_on_device=arguments.max_adapters_on_device,
+                max_per_request=arguments.max_adapters_per_request,
+            ),
+        ),
+        api=ApiConfig(
+            host=arguments.host,
+            port=arguments.port,
+            metrics_port=arguments.metrics_port,
+            drain_s=arguments.drain_seconds,
+            max_message_bytes=arguments.max_message_bytes,
+        ),
+    )
+
+
+def _choice(
+    group: argparse._ArgumentGroup, flag: str, choices: tuple[str, ...], default: str, help_text: str
+) -> None:
+    group.add_argument(flag, choices=choices, default=default, help=f"{help_text} (default: {default})")
+
+
+def _count(group: argparse._ArgumentGroup, flag: str, default: int, help_text: str) -> None:
+    group.add_argument(flag, type=int, default=default, metavar="N", help=f"{help_text} (default: {default})")
+
+
+def _seconds(group: argparse._ArgumentGroup, flag: str, default: float, help_text: str) -> None:
+    group.add_argument(
+        flag, type=float, default=default, metavar="S", help=f"{help_text} (default: {default:g})"
+    )
+
+
+def _size(group: argparse._ArgumentGroup, flag: str, default: int, help_text: str) -> None:
+    shown = f"{default >> 20}MiB" if default else "0"
+    group.add_argument(
+        flag, type=_parse_size, default=default, metavar="SIZE", help=f"{help_text} (default: {shown})"
+    )
+
+
+def _folders(group: argparse._ArgumentGroup, flag: str, help_text: str) -> None:
+    group.add_argument(
+        flag, type=_folder, action="append", default=[], metavar="DIR", help=f"{help_text}; may be repeated"
+    )
+
+
+def _parse_size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""Every Prometheus metric of the server, in one object with a registry of its own.
+
+Metrics of steps, queue and caches come from the engine's `Stats`; those of requests and calls are the
+API's own. Seconds, bytes and ratios say so in their names.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+from loraplex_server.core.request import Request
+from loraplex_server.engine.messages import EngineInfo, Stats, Times
+
+_MAX_ADAPTER_LABELS = 1000
+# No adapter's name has parentheses.
+_BASE_LABEL = "(base)"
+_OVERFLOW_LABEL = "other"
+
+_STEP_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
+_REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_COUNT_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+class Metrics:
+    """Holds the collectors and the few methods that feed them. Each method is cheap and never raises."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._adapter_labels: set[str] = set()
+
+        self._build = Info("loraplex_build", "What runs here.", registry=self.registry)
+        self._waiting = self._gauge("loraplex_requests_waiting", "Requests in the queue.")
+        self._running = self._gauge("loraplex_requests_running", "Requests being computed.")
+        self._waiting_for_adapter = self._gauge(
+            "loraplex_requests_waiting_for_adapter",
+            "Requests of the queue whose adapters are not on the device.",
+        )
+        self._step_seconds = self._histogram(
+            "loraplex_step_seconds", "Time of a step: plan, run, sample, commit.", _STEP_BUCKETS
+        )
+        self._plan_seconds = self._histogram(
+            "loraplex_step_plan_seconds", "Part of a step spent planning it.", _STEP_BUCKETS
+        )
+        self._step_requests = self._histogram(
+            "loraplex_step_requests", "Requests in a step (batch size).", _COUNT_BUCKETS
+        )
+        self._step_tokens = self._histogram(
+            "loraplex_step_tokens", "Tokens computed in a step, prefill and decode.", _COUNT_BUCKETS
+        )
+        self._step_adapters = self._histogram(
+            "loraplex_step_adapters", "Different adapters in a step.", (0, *_COUNT_BUCKETS[:9])
+        )
+        self._prefill_tokens = self._counter("loraplex_prefill_tokens", "Prompt tokens computed.")
+        self._decode_tokens = self._counter("loraplex_decode_tokens", "Decode tokens computed.")
+        self._preemptions = self._counter("loraplex_preemptions", "Requests preempted, to be recomputed.")
+        self._kv_ratio = self._gauge("loraplex_kv_cache_usage_ratio", "KV blocks in use, of all, 0 to 1.")
+        self._kv_blocks = self._gauge("loraplex_kv_cache_blocks", "KV blocks there are.")
+
+        self._adapter_hits = self._counter(
+            "loraplex_adapter_hits", "Requests that found an adapter on the device."
+        )
+        self._adapter_misses = self._counter(
+            "loraplex_adapter_misses", "Requests that had to wait for an adapter."
+        )
+        self._adapter_evictions = self._counter(
+            "loraplex_adapter_evictions", "Adapters evicted from a tier.", "tier"
+        )
+        self._adapter_swap_seconds = self._histogram(
+            "loraplex_adapter_swap_in_seconds",
+            "Time to bring an adapter from disk to host (load) or from host to device (copy).",
+            (*_STEP_BUCKETS, 5.0, 10.0),
+            "kind",
+        )
+        self._adapter_swap_bytes = self._counter(
+            "loraplex_adapter_swap_in_bytes",
+            "Bytes brought from disk (load) or to the device (copy).",
+            "kind",
+        )
+        self._adapter_used = self._gauge("loraplex_adapter_used_bytes", "Bytes adapters take up.", "tier")
+        self._adapter_capacity = self._gauge(
+            "loraplex_adapter_capacity_bytes", "Bytes there are for adapters.", "tier"
+        )
+        self._adapters_resident = self._gauge("loraplex_adapters_resident", "Adapters in a tier.", "tier")
+
+        self._requests = self._counter(
+            "loraplex_requests",
+            "Generations by how they ended: stop, length, cancelled, or an error.",
+            "outcome",
+        )
+        self._ttft = self._histogram(
+            "loraplex_request_time_to_first_token_seconds",
+            "From arrival to the first token.",
+            _REQUEST_BUCKETS,
+        )
+        self._tpot = self._histogram(
+            "loraplex_request_time_per_output_token_seconds",
+            "Mean time between tokens of a request, after its first.",
+            _TOKEN_BUCKETS,
+        )
+        self._e2e = self._histogram(
+            "loraplex_request_seconds", "From arrival to the end of a generation.", _REQUEST_BUCKETS
+        )
+        self._queue_seconds = self._histogram(
+            "loraplex_request_queue_seconds", "From arrival until first scheduled.", _REQUEST_BUCKETS
+        )
+        self._adapter_wait_seconds = self._histogram(
+            "loraplex_request_adapter_wait_seconds",
+            "Part of the queueing spent on adapters.",
+            _REQUEST_BUCKETS,
+        )
+        self._prompt_tokens = self._counter(
+            "loraplex_prompt_tokens", "Prompt tokens of answered requests.", "adapter"
+        )
+        self._completion_tokens = self._counter("loraplex_completion_tokens", "Tokens returned.", "adapter")
+        self._calls = self._counter("loraplex_grpc_calls", "Calls that ended.", "method", "code")
+        self._call_seconds = self._histogram(
+            "loraplex_grpc_call_seconds", "Time of a call on the server.", _REQUEST_BUCKETS, "method"
+        )
+
+    def set_info(self, info: EngineInfo, version: str) -> None:
+        """What is served, once it is known."""
+        self._build.info(
+            {
+                "version": version,
+                "model": info.model,
+                "architecture": info.architecture,
+                "quantization": info.quantization,
+                "dtype": info.dtype,
+                "device": info.device,
+                "kernels": info.kernels,
+            }
+        )
+        self._kv_blocks.set(info.kv_blocks)
+        self._adapter_capacity.labels("device").set(info.adapter_device_bytes)
+        self._adapter_capacity.labels("host").set(info.adapter_host_bytes)
+
+    def observe_stats(self, stats: Stats) -> None:
+        """Takes in what the engine did since its last message."""
+        for step in stats.steps:
+            self._step_seconds.observe(step.seconds)
+            self._plan_seconds.observe(step.plan_seconds)
+            self._step_requests.observe(step.requests)
+            self._step_tokens.observe(step.prefill_tokens + step.decode_tokens)
+            self._step_adapters.observe(step.adapters)
+            self._prefill_tokens.inc(step.prefill_tokens)
+            self._decode_tokens.inc(step.decode_tokens)
+            self._preemptions.inc(step.preemptions)
+        for swap in stats.swaps:
+            if swap.kind.startswith("evict_"):
+                self._adapter_evictions.labels(swap.kind.removeprefix("evict_")).inc()
+            else:
+                self._adapter_swap_seconds.labels(swap.kind).observe(swap.seconds)
+                self._adapter_swap_bytes.labels(swap.kind).inc(swap.bytes)
+        self._waiting.set(stats.waiting)
+        self._running.set(stats.running)
+        self._waiting_for_adapter.set(stats.waiting_for_adapter)
+        self._kv_blocks.set(stats.kv_blocks)
+        self._kv_ratio.set(stats.kv_blocks_used / max(1, stats.kv_blocks))
+        self._adapter_used.labels("device").set(stats.adapter_device_bytes_used)
+        self._adapter_used.labels("host").set(stats.adapter_host_bytes_used)
+        self._adapters_resident.labels("device").set(len(stats.adapters_on_device))
+        self._adapters_resident.labels("host").set(len(stats.adapters_on_host))
+        self._adapter_hits.inc(stats.adapter_hits)
+        self._adapter_misses.inc(stats.adapter_misses)
+
+    def observe_first_token(self, seconds: float) -> None:
+        self._ttft.observe(seconds)
+
+    def observe_request(
+        self,
+        request: Request,
+        *,
+        outcome: str,
+        completion_tokens: int,
+        seconds: float,
+        seconds_after_first_token: float,
+        times: Times | None,
+    ) -> None:
+        """A generation has ended, whichever way.
+
+        Args:
+            times: the engine's, where it has sent them.
+        """
+        self._requests.labels(outcome).inc()
+        self._e2e.observe(seconds)
+        if completion_tokens > 1:
+            self._tpot.observe(seconds_after_first_token / (completion_tokens - 1))
+        if times is not None:
+            self._queue_seconds.observe(times.queue_s)
+            self._adapter_wait_seconds.observe(times.adapter_wait_s)
+        if completion_tokens:
+            # Only now are the names known to be those of adapters, not of a caller's making.
+            for label in self._labels_of(request):
+                self._prompt_tokens.labels(label).inc(len(request.prompt_token_ids))
+                self._completion_tokens.labels(label).inc(completion_tokens)
+
+    def observe_call(self, method: str, code: str, seconds: float) -> None:
+        """A call of any service has ended with the gRPC status `code`."""
+        self._calls.labels(method, code).inc()
+        self._call_seconds.labels(method).observe(seconds)
+
+    def _labels_of(self, request: Request) -> list[str]:
+        if not request.adapters:
+            return [_BASE_LABEL]
+        return [self._adapter_label(use.name) for use in request.adapters]
+
+    def _adapter_label(self, name: str) -> str:
+        if name not in self._adapter_labels:
+            if len(self._adapter_labels) >= _MAX_ADAPTER_LABELS:
+                return _OVERFLOW_LABEL
+            self._adapter_labels.add(name)
+        return name
+
+    def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
+        return Gauge(name, help_text, labels, registry=self.registry)
+
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        """Prometheus sees it as `name` with `_total` at its end."""
+        return Counter(name, help_text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, help_text, labels, registry=self.registry, buckets=buckets)
