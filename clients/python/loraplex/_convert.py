@@ -124,7 +124,7 @@ def generate_request(
         extend(request.stopping, "stop", [stop] if isinstance(stop, str) else stop)
     if stop_token_ids is not None:
         extend(request.stopping, "stop_token_ids", stop_token_ids)
-    assign(request.stopping, "ignore_eos", ignore_eos)
+    assign(request.stopping, "ignore_eos", ignore_eos or None)
     assign(request, "logprobs", logprobs)
     assign(request, "priority", priority)
     assign(request, "request_id", request_id)

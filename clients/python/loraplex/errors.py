@@ -84,7 +84,7 @@ class LoraplexError(Exception):
         precondition_violations: what did not hold.
         resource: what the error is about.
         retry_after_s: seconds after which a retry may succeed; None when the server did not say.
-        reason: a constant that programs can compare, such as `QUEUE_FULL`; empty when there is none.
+        reason: a constant that programs can compare; empty when the server gave none.
         metadata: further facts that came with the reason.
         request_id: of the request that failed; empty when neither side had named it.
     """

@@ -1,0 +1,337 @@
+"""The command `loraplex`: a client in the shell, and the door to the server and its tools.
+
+Exit codes: 0 done; 1 the server failed or refused; 2 a wrong argument, or something to install first;
+3 no such adapter; 69 no server there; 75 busy or too slow, try again later; 77 not allowed;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from loraplex import _extras, errors
+
+if TYPE_CHECKING:
+    from loraplex import AdapterInfo, Client, GenerationChunk
+
+# Beyond 3 the numbers are those of sysexits.h: EX_UNAVAILABLE, EX_TEMPFAIL, EX_NOPERM.
+EXIT_CODES: dict[type[errors.LoraplexError], int] = {
+    errors.InvalidRequestError: 2,
+    errors.NotFoundError: 3,
+    errors.UnavailableError: 69,
+    errors.ResourceExhaustedError: 75,
+    errors.DeadlineExceededError: 75,
+    errors.PermissionDeniedError: 77,
+    errors.UnauthenticatedError: 77,
+}
+
+DESCRIPTION = """\
+Serves many LoRA adapters on one frozen 4-bit language model, in one batch.
+
+on the machine that has the model (pip install 'loraplex[server]'):
+  serve                 start a server; see loraplex serve --help
+  demo                  watch a server answer for eight adapters at once on a small model that comes along
+  bench                 measure a server under load; see loraplex bench --help
+
+against a running server:
+  generate              continue a prompt
+  adapters              list, load, unload, pin adapters
+  model                 show the base model and the server's limits
+
+  version               show the installed version
+"""
+
+EXAMPLES = """\
+examples:
+  loraplex serve --model meta-llama/Llama-3.2-1B --quantization nf4 --adapters ./adapters
+  loraplex generate "Dear Sir" --adapter polite --max-tokens 64
+  loraplex generate "Dear Sir" --adapter sql --adapter polite=0.5 --server gpu-box:50051 --tls
+  loraplex adapters load polite /srv/adapters/polite
+  loraplex adapters pin polite
+  loraplex bench serve --help
+
+LORAPLEX_SERVER and LORAPLEX_TOKEN stand in for --server and --token.
+"""
+
+GENERATE_EXAMPLES = """\
+examples:
+  loraplex generate "The capital of France is" --max-tokens 16
+  loraplex generate "Dear Sir" --adapter sql --adapter polite=0.5 --temperature 0.8 --seed 1
+  git diff | loraplex generate - --adapter commit-message --stop $'\\n\\n'
+"""
+
+ADAPTERS_EXAMPLES = """\
+examples:
+  loraplex adapters list
+  loraplex adapters load polite /srv/adapters/polite    (a folder on the server's machine)
+  loraplex adapters pin polite                          (keep it on the device)
+  loraplex adapters pin polite --off
+  loraplex adapters unload polite
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `argv` (the process's own arguments by default) and returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if arguments[0] in _extras.COMMANDS:
+        return _extras.run(arguments[0], arguments[1:])
+    args = parser().parse_args(arguments)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except errors.LoraplexError as error:
+        print(f"loraplex: {error.code}: {one_line(str(error))}", file=sys.stderr)
+        return EXIT_CODES.get(type(error), 1)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has seen enough. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """All of the command line but what `serve`, `bench` and `demo` parse themselves."""
+    top = argparse.ArgumentParser(
+        prog="loraplex",
+        usage="loraplex COMMAND ...",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", prog="loraplex", help=argparse.SUPPRESS
+    )
+    for name in _extras.COMMANDS:  # never parsed here; named so that a mistyped command lists them
+        commands.add_parser(name)
+    _add_generate(commands)
+    _add_adapters(commands)
+
+    model = commands.add_parser("model", help="show the base model and the server's limits")
+    _add_connection(model)
+    model.add_argument("--json", action="store_true", help="print JSON")
+    model.set_defaults(run=_model)
+
+    version = commands.add_parser("version", help="show the installed version")
+    version.set_defaults(run=_version)
+    return top
+
+
+def _add_connection(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("server")
+    group.add_argument(
+        "--server",
+        metavar="HOST:PORT",
+        default=os.environ.get("LORAPLEX_SERVER", "127.0.0.1:50051"),
+        help="default %(default)s",
+    )
+    group.add_argument("--token", default=os.environ.get("LORAPLEX_TOKEN"), help="bearer token")
+    group.add_argument(
+        "--allow-insecure-token", action="store_true", help="send the token to another machine without TLS"
+    )
+    group.add_argument("--tls", action="store_true", help="encrypt; trust the usual authorities")
+    group.add_argument("--tls-ca", metavar="FILE", help="trust the authorities in this PEM file instead")
+    group.add_argument("--tls-cert", metavar="FILE", help="this client's certificate")
+    group.add_argument("--tls-key", metavar="FILE", help="and its key")
+    group.add_argument("--tls-server-name", metavar="NAME", help="name to expect in the server's certificate")
+    group.add_argument("--timeout", type=float, metavar="S", help="seconds to wait; default without limit")
+
+
+def _add_generate(commands: Any) -> None:
+    command: argparse.ArgumentParser = commands.add_parser(
+        "generate",
+        help="continue a prompt",
+        description="Continues a prompt and writes the answer to stdout as it comes.",
+        epilog=GENERATE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads it from stdin")
+    command.add_argument(
+        "--adapter",
+        action="append",
+        type=_adapter,
+        metavar="NAME[=WEIGHT]",
+        help="adapter to apply; several are summed; none: the base model",
+    )
+    command.add_argument("--max-tokens", type=int, metavar="N", help="most tokens to generate")
+    command.add_argument("--min-tokens", type=int, metavar="N", help="fewest tokens to generate")
+    command.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy")
+    command.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the tokens that make up this mass"
+    )
+    command.add_argument("--top-k", type=int, metavar="K", help="sample from the K most probable tokens")
+    command.add_argument("--seed", type=int, metavar="N", help="draw the same answer again")
+    command.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
+    )
+    command.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence")
+    command.add_argument("--priority", type=int, metavar="N", help="higher goes first; default 0")
+    command.add_argument("--json", action="store_true", help="print the whole answer as JSON at the end")
+    command.add_argument("--stats", action="store_true", help="report tokens and seconds on stderr")
+    _add_connection(command)
+    command.set_defaults(run=_generate)
+
+
+def _add_adapters(commands: Any) -> None:
+    command: argparse.ArgumentParser = commands.add_parser(
+        "adapters",
+        help="list, load, unload, pin adapters",
+        description="Manages the adapters of a running server.",
+        epilog=ADAPTERS_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def add(name: str, run: Callable[[Client, argparse.Namespace], list[AdapterInfo]], help_: str) -> Any:
+        action = actions.add_parser(name, help=help_, description=help_.capitalize() + ".")
+        if name != "list":
+            action.add_argument("name", metavar="NAME")
+        action.add_argument("--json", action="store_true", help="print JSON")
+        _add_connection(action)
+        action.set_defaults(run=lambda args: _adapters(run, args))
+        return action
+
+    add("list", lambda client, args: client.adapters.list(), "show all registered adapters")
+    add("get", lambda client, args: [client.adapters.get(args.name)], "show one adapter")
+    load = add(
+        "load",
+        lambda client, args: [client.adapters.load(args.name, args.source)],
+        "register an adapter and read it",
+    )
+    load.add_argument("source", metavar="FOLDER", help="where PEFT saved it, on the server's machine")
+    add(
+        "unload",
+        lambda client, args: client.adapters.unload(args.name),
+        "take an adapter away when its requests are done, and show the others",
+    )
+    pin = add(
+        "pin",
+        lambda client, args: [client.adapters.pin(args.name, not args.off)],
+        "bring an adapter to the device and keep it there",
+    )
+    pin.add_argument("--off", action="store_true", help="let it be evicted again")
+
+
+def _adapter(text: str) -> tuple[str, float]:
+    name, given, weight = text.partition("=")
+    try:
+        return name, float(weight) if given else 1.0
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: the weight {weight!r} is not a number") from None
+
+
+def _connect(args: argparse.Namespace) -> Client:
+    from loraplex import Client, TlsConfig  # here, so that --help does not wait for grpc
+
+    own = (args.tls_ca, args.tls_cert, args.tls_key, args.tls_server_name)
+    return Client(
+        args.server,
+        token=args.token or None,
+        tls=TlsConfig(*own) if any(own) else args.tls,
+        timeout=args.timeout,
+        allow_insecure_token=args.allow_insecure_token,
+    )
+
+
+def _generate(args: argparse.Namespace) -> int:
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    with (
+        _connect(args) as client,
+        client.stream(
+            prompt,
+            adapters=args.adapter,
+            max_tokens=args.max_tokens,
+            min_tokens=args.min_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            seed=args.seed,
+            stop=args.stop,
+            ignore_eos=args.ignore_eos,
+            priority=args.priority,
+        ) as stream,
+    ):
+        if args.json:
+            print(json.dumps(dataclasses.asdict(stream.collect()), ensure_ascii=False))
+            return 0
+        chunk: GenerationChunk | None = None
+        for chunk in stream:
+            print(chunk.text, end="", flush=True)
+        print()
+    if args.stats and chunk and chunk.usage and chunk.timing:
+        print(
+            f"{chunk.usage.prompt_tokens} + {chunk.usage.completion_tokens} tokens in "
+            f"{chunk.timing.total_seconds:.3f} s, the first after "
+            f"{chunk.timing.time_to_first_token_seconds:.3f} s; ended by {chunk.finish_reason}",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _adapters(
+    run: Callable[[Client, argparse.Namespace], list[AdapterInfo]], args: argparse.Namespace
+) -> int:
+    with _connect(args) as client:
+        found = run(client, args)
+    if args.json:
+        entries = [dataclasses.asdict(adapter) for adapter in found]
+        print(json.dumps(entries if args.action in ("list", "unload") else entries[0]))
+        return 0
+    rows = [("NAME", "STATE", "RANK", "BYTES", "IN USE", "HITS", "MISSES", "MODULES")]
+    rows += [
+        (
+            adapter.name,
+            adapter.state + (" pinned" if adapter.pinned else "") + (" draining" if adapter.draining else ""),
+            str(adapter.rank),
+            f"{adapter.bytes:,}",
+            str(adapter.references),
+            str(adapter.hits),
+            str(adapter.misses),
+            ",".join(adapter.target_modules),
+        )
+        for adapter in found
+    ]
+    print_table(rows)
+    return 0
+
+
+def _model(args: argparse.Namespace) -> int:
+    with _connect(args) as client:
+        model = dataclasses.asdict(client.model())
+    if args.json:
+        print(json.dumps(model))
+    else:
+        print_table(
+            [(name, f"{value:,}" if isinstance(value, int) else value) for name, value in model.items()]
+        )
+    return 0
+
+
+def _version(args: argparse.Namespace) -> int:
+    from loraplex import __version__
+
+    print(f"loraplex {__version__}")
+    return 0
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Left-aligned columns, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,292 @@
+"""The command `loraplex`, against a real server and without one."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from loraplex import _extras, cli
+from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
+
+Command = Callable[..., tuple[int, str, str]]
+
+SQL = adapters_pb2.Adapter(
+    name="sql",
+    source="/srv/sql",
+    state=adapters_pb2.ADAPTER_STATE_DEVICE,
+    pinned=True,
+    rank=8,
+    target_modules=["q_proj", "v_proj"],
+    bytes=1234567,
+)
+
+
+@pytest.fixture
+def command(server: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs a command line against the test's server: exit code, stdout, stderr."""
+    monkeypatch.setenv("LORAPLEX_SERVER", server.address)
+    monkeypatch.delenv("LORAPLEX_TOKEN", raising=False)
+    server.answers.update(
+        LoadAdapter=lambda request, context: adapters_pb2.LoadAdapterResponse(adapter=SQL),
+        UnloadAdapter=lambda request, context: adapters_pb2.UnloadAdapterResponse(remaining=[SQL]),
+        ListAdapters=lambda request, context: adapters_pb2.ListAdaptersResponse(adapters=[SQL]),
+        GetAdapter=lambda request, context: adapters_pb2.GetAdapterResponse(adapter=SQL),
+        PinAdapter=lambda request, context: adapters_pb2.PinAdapterResponse(adapter=SQL),
+        GetModel=lambda request, context: model_pb2.GetModelResponse(
+            model=model_pb2.Model(name="tiny", parameters=1_600_000)
+        ),
+    )
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        try:
+            code = cli.main(argv)
+        except SystemExit as exit_:  # argparse
+            code = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_generate_streams_to_stdout(command: Command, server: Any) -> None:
+    code, out, err = command("generate", "Hallo", "--stats")
+    assert (code, out) == (0, "Grüße\n")
+    assert err == "4 + 3 tokens in 2.000 s, the first after 0.000 s; ended by stop\n"
+    assert server.requests[0] == generation_pb2.GenerateRequest(text="Hallo")
+
+
+def test_generate_sends_every_option(command: Command, server: Any) -> None:
+    line = """generate Hallo --adapter sql --adapter polite=0.5 --max-tokens 9 --min-tokens 2
+        --temperature 0.5 --top-p 0.25 --top-k 40 --seed 7 --stop a
+        --stop b --ignore-eos --priority -1 --timeout 50 --json"""
+    code, out, _ = command(*line.split())
+    assert code == 0
+    assert json.loads(out)["text"] == "Grüße"
+    assert json.loads(out)["finish_reason"] == "stop"
+    assert server.requests[0] == generation_pb2.GenerateRequest(
+        text="Hallo",
+        adapters=[
+            generation_pb2.AdapterWeight(adapter="sql", weight=1.0),
+            generation_pb2.AdapterWeight(adapter="polite", weight=0.5),
+        ],
+        sampling=generation_pb2.SamplingParams(temperature=0.5, top_p=0.25, top_k=40, seed=7),
+        stopping=generation_pb2.StoppingCriteria(
+            max_tokens=9, min_tokens=2, stop=["a", "b"], ignore_eos=True
+        ),
+        priority=-1,
+    )
+
+
+def test_generate_reads_stdin(command: Command, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
+    assert command("generate", "-")[0] == 0
+    assert server.requests[0].text == "from a pipe"
+
+
+def test_options_beat_the_environment(command: Command, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAPLEX_SERVER", "127.0.0.1:1")
+    monkeypatch.setenv("LORAPLEX_TOKEN", "from-environment")
+    assert command("model", "--server", server.address)[0] == 0
+    assert command("model", "--server", server.address, "--token", "given")[0] == 0
+    assert [metadata["authorization"] for metadata in server.metadata] == [
+        "Bearer from-environment",
+        "Bearer given",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "request_"),
+    [
+        ("list", adapters_pb2.ListAdaptersRequest()),
+        ("get sql", adapters_pb2.GetAdapterRequest(name="sql")),
+        ("load sql /srv/sql", adapters_pb2.LoadAdapterRequest(name="sql", source="/srv/sql")),
+        ("unload other", adapters_pb2.UnloadAdapterRequest(name="other")),
+        ("pin sql", adapters_pb2.PinAdapterRequest(name="sql", pinned=True)),
+        ("pin sql --off", adapters_pb2.PinAdapterRequest(name="sql", pinned=False)),
+    ],
+)
+def test_adapters(command: Command, server: Any, line: str, request_: Any) -> None:
+    code, out, err = command("adapters", *line.split())
+    assert (code, err) == (0, "")
+    assert server.requests == [request_]
+    header, row = out.splitlines()
+    assert header.split() == ["NAME", "STATE", "RANK", "BYTES", "IN", "USE", "HITS", "MISSES", "MODULES"]
+    assert row.split() == ["sql", "device", "pinned", "8", "1,234,567", "0", "0", "0", "q_proj,v_proj"]
+
+    code, out, _ = command("adapters", *line.split(), "--json")
+    answer = json.loads(out)
+    adapter = answer[0] if line.split()[0] in ("list", "unload") else answer
+    assert (code, adapter["name"], adapter["state"]) == (0, "sql", "device")
+
+
+def test_model(command: Command) -> None:
+    code, out, _ = command("model")
+    assert code == 0
+    assert re.search(r"^name +tiny$", out, re.MULTILINE)
+    assert re.search(r"^parameters +1,600,000$", out, re.MULTILINE)
+    assert json.loads(command("model", "--json")[1])["parameters"] == 1_600_000
+
+
+def test_version(command: Command) -> None:
+    code, out, _ = command("version")
+    assert code == 0
+    assert re.fullmatch(r"loraplex \S+\n", out)
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"]])
+def test_help_teaches_every_command(command: Command, argv: list[str]) -> None:
+    code, out, _ = command(*argv)
+    assert code == 0
+    for name in ("serve", "demo", "bench", "generate", "adapters", "model", "version"):
+        assert re.search(rf"^  {name} +\w", out, re.MULTILINE), name
+    assert "loraplex generate" in out.partition("examples:")[2]
+
+
+@pytest.mark.parametrize("line", ["generate --help", "adapters --help", "adapters load --help"])
+def test_help_of_commands(command: Command, line: str) -> None:
+    code, out, _ = command(*line.split())
+    assert code == 0
+    assert out.startswith(f"usage: loraplex {line.removesuffix(' --help')} ")
+
+
+@pytest.mark.parametrize(
+    "line", ["generat x", "generate", "generate x --adapter a=heavy", "adapters", "adapters pin", "model x"]
+)
+def test_wrong_command_lines(command: Command, server: Any, line: str) -> None:
+    code, out, err = command(*line.split())
+    assert (code, out) == (2, "")
+    assert "loraplex" in err
+    assert not server.calls
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, 2),
+        (grpc.StatusCode.NOT_FOUND, 3),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, 75),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, 75),
+        (grpc.StatusCode.PERMISSION_DENIED, 77),
+        (grpc.StatusCode.UNAUTHENTICATED, 77),
+        (grpc.StatusCode.FAILED_PRECONDITION, 1),
+        (grpc.StatusCode.INTERNAL, 1),
+    ],
+)
+def test_errors_are_one_line(
+    command: Command, server: Any, abort: Any, status: grpc.StatusCode, code: int
+) -> None:
+    server.answers["Generate"] = lambda request, context: abort(context, status, "two\nlines")
+    assert command("generate", "x") == (code, "", f"loraplex: {status.name}: two lines\n")
+
+
+def test_no_server(command: Command, tmp_path: Path) -> None:
+    code, out, err = command("model", "--server", f"unix:{tmp_path}/none.sock")
+    assert (code, out) == (69, "")
+    assert err.startswith("loraplex: UNAVAILABLE: ")
+    assert err.count("\n") == 1
+
+
+def test_wrong_settings(command: Command) -> None:
+    code, _, err = command("model", "--server", "10.0.0.5:1", "--token", "t")
+    assert code == 2
+    assert "--" not in err
+    assert "unencrypted" in err
+    code, _, err = command("model", "--tls-ca", "/does/not/exist.pem")
+    assert code == 2
+    assert "tls.ca: cannot read" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "blocked", "extras"),
+    [
+        (["serve", "--model", "x"], ("torch", "grpc_health"), "server"),
+        (["serve", "--help"], ("transformers",), "server"),
+        (["bench", "serve"], ("rich",), "bench"),
+        (["demo"], ("torch", "rich"), "server,bench"),
+    ],
+)
+def test_the_base_install_says_what_to_install(
+    new_process: Any, argv: list[str], blocked: tuple[str, ...], extras: str
+) -> None:
+    done = new_process(f"from loraplex.cli import main; sys.exit(main({argv!r}))", blocked=blocked)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert f"pip install 'loraplex[{extras}]'" in done.stderr
+    assert all(name in done.stderr for name in blocked)
+    assert "Traceback" not in done.stderr
+
+
+def test_the_extras_are_those_of_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    imported_as = {"grpcio-health-checking": "grpc_health", "grpcio-reflection": "grpc_reflection"}
+    for extra in ("server", "bench"):
+        names = [re.split(r"[<>=; ]", line)[0] for line in project["optional-dependencies"][extra]]
+        modules = {imported_as.get(name, name.replace("-", "_")) for name in names} - {"triton"}
+        assert modules == set(_extras.MODULES[extra])
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package `tool` that stands where the server's or the bench's would, and can be rewritten."""
+    package = tmp_path / "loraplex_test_tool"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(_extras.COMMANDS, "serve", _extras.ExtraCommand("loraplex_test_tool.cli", ("bench",)))
+    yield package / "cli.py"
+    for name in [name for name in sys.modules if name.startswith("loraplex_test_tool")]:
+        del sys.modules[name]
+
+
+def test_arguments_pass_through_untouched(command: Command, tools: Path) -> None:
+    tools.write_text("def main(argv):\n    print(argv)\n    return 7\n")
+    argv = ["--help", "--model", "x", "--", "-h"]
+    assert command("serve", *argv) == (7, f"{argv}\n", "")
+
+
+def test_a_tool_that_returns_nothing_has_succeeded(command: Command, tools: Path) -> None:
+    tools.write_text("def main(argv):\n    pass\n")
+    assert command("serve")[0] == 0
+
+
+def test_what_a_tool_imports_late_is_advised_too(
+    command: Command, tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_extras.MODULES, "dev", ("no_such_module_of_dev",))
+    tools.write_text("def main(argv):\n    import no_such_module_of_dev.part\n")
+    code, _, err = command("serve")
+    assert code == 2
+    assert "no_such_module_of_dev is not installed" in err
+    assert "pip install 'loraplex[bench,dev]'" in err
+
+
+def test_a_missing_module_of_nobody_s_is_a_fault(command: Command, tools: Path) -> None:
+    tools.write_text("def main(argv):\n    import no_such_module_at_all\n")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):
+        command("serve")
+
+
+def test_a_reader_that_leaves_is_no_error(server: Any, new_process: Any) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = ["generate", "x", "--server", server.address]
+    done = new_process(f"from loraplex.cli import main; sys.exit(main({argv!r}))", stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_interrupted(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(args: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_model", interrupt)
+    assert command("model") == (130, "", "")

@@ -1,0 +1,253 @@
+"""Both clients against a real gRPC server on loopback: what is sent, and what becomes of the answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loraplex import AdapterInfo, ModelInfo, Timing, TokenLogprobs, TopLogprob, Usage
+from loraplex.errors import InternalError, InvalidRequestError
+from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
+
+
+def logprob(token: int) -> TokenLogprobs:
+    return TokenLogprobs(token, -0.25, [TopLogprob(token, -0.25, "x")])
+
+
+def test_generate_returns_the_whole_answer(drive: Any, client: Any) -> None:
+    answer = drive(lambda: client.generate("Hallo", logprobs=1))
+    assert answer.text == "Grüße"
+    assert answer.token_ids == [5, 6, 7]
+    assert answer.finish_reason == "stop"
+    assert answer.stop_match == "\n"
+    assert answer.usage == Usage(prompt_tokens=4, completion_tokens=3)
+    assert answer.usage.total_tokens == 7
+    assert answer.logprobs == [logprob(5), logprob(6), logprob(7)]
+    assert answer.timing == Timing(0.5, 0.0, 0.0, 2.0, 1)
+    assert answer.request_id == "made-by-server"
+
+
+def test_stream_yields_chunks_and_ends_with_the_finish(drive: Any, client: Any) -> None:
+    stream = drive(lambda: client.stream("Hallo", request_id="mine"))
+    assert stream.request_id == "mine"
+    first, last, end = drive.next(stream), drive.next(stream), drive.next(stream)
+    assert (first.text, first.token_ids, first.finish_reason) == ("Grü", [5, 6], None)
+    assert first.usage is first.timing is first.logprobs is first.stop_match is None
+    assert (last.text, last.token_ids, last.finish_reason) == ("ße", [7], "stop")
+    assert last.usage == Usage(4, 3)
+    assert last.request_id == "mine"
+    assert end is None
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_a_collected_stream_is_the_unary_answer(drive: Any, client: Any, logprobs: int | None) -> None:
+    stream = drive(lambda: client.stream("Hallo", logprobs=logprobs))
+    assert drive(stream.collect) == drive(lambda: client.generate("Hallo", logprobs=logprobs))
+    with pytest.raises(RuntimeError, match="read to its end"):
+        drive(stream.collect)
+
+
+def test_a_stream_cut_short_is_no_answer(drive: Any, server: Any, client: Any) -> None:
+    server.answers["Generate"] = lambda request, context: iter(
+        [generation_pb2.GenerateResponse(text="half", request_id="r7")]
+    )
+    stream = drive(lambda: client.stream("Hallo"))
+    with pytest.raises(InternalError, match="without saying how") as caught:
+        drive(stream.collect)
+    assert caught.value.request_id == "r7"
+
+
+def test_what_is_left_out_is_not_sent(drive: Any, server: Any, client: Any) -> None:
+    drive(lambda: client.generate("Hallo"))
+    assert server.requests[-1].request == generation_pb2.GenerateRequest(text="Hallo")
+
+
+def test_every_option_is_sent(drive: Any, server: Any, client: Any) -> None:
+    options: dict[str, Any] = {
+        "adapters": [("sql", 0.5), "polite"],
+        "max_tokens": 9,
+        "min_tokens": 2,
+        "temperature": 0.5,
+        "top_p": 0.25,
+        "top_k": 40,
+        "seed": 2**63,
+        "stop": ["\n", "END"],
+        "stop_token_ids": [3],
+        "ignore_eos": True,
+        "logprobs": 0,
+        "priority": -1,
+        "request_id": "mine",
+    }
+    expected = generation_pb2.GenerateRequest(
+        token_ids=generation_pb2.TokenIds(ids=[1, 2, 3]),
+        adapters=[
+            generation_pb2.AdapterWeight(adapter="sql", weight=0.5),
+            generation_pb2.AdapterWeight(adapter="polite"),
+        ],
+        sampling=generation_pb2.SamplingParams(temperature=0.5, top_p=0.25, top_k=40, seed=2**63),
+        stopping=generation_pb2.StoppingCriteria(
+            max_tokens=9, min_tokens=2, stop=["\n", "END"], stop_token_ids=[3], ignore_eos=True
+        ),
+        logprobs=0,
+        priority=-1,
+        request_id="mine",
+    )
+    drive(lambda: client.generate([1, 2, 3], **options))
+    drive(drive(lambda: client.stream([1, 2, 3], **options)).collect)
+    assert server.requests[0].request == server.requests[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ({"adapter": "sql"}, [("sql", None)]),
+        ({"adapters": ["sql", "polite"]}, [("sql", None), ("polite", None)]),
+        ({"adapters": [("sql", 1), ["polite", 0.5]]}, [("sql", 1.0), ("polite", 0.5)]),
+        ({"adapters": {"sql": -1.5, "polite": 0.0}}, [("sql", -1.5), ("polite", 0.0)]),
+        ({"adapters": []}, []),
+        ({"adapter": "sql", "adapters": None}, [("sql", None)]),
+    ],
+)
+def test_ways_to_name_adapters(
+    drive: Any, server: Any, client: Any, options: dict[str, Any], weights: list[tuple[str, float | None]]
+) -> None:
+    drive(lambda: client.generate("Hallo", **options))
+    sent = server.requests[-1].request.adapters
+    assert [(a.adapter, a.weight if a.HasField("weight") else None) for a in sent] == weights
+
+
+def test_one_stop_string_is_not_its_characters(drive: Any, server: Any, client: Any) -> None:
+    drive(lambda: client.generate("Hallo", stop="END"))
+    assert list(server.requests[-1].request.stopping.stop) == ["END"]
+
+
+def test_an_empty_token_prompt_is_sent_as_such(drive: Any, server: Any, client: Any) -> None:
+    drive(lambda: client.generate([]))
+    assert server.requests[-1].request.WhichOneof("prompt") == "token_ids"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "field"),
+    [
+        (b"bytes", {}, "prompt"),
+        (7, {}, "prompt"),
+        (["text", "text"], {}, "prompt"),
+        ([-1], {}, "prompt"),
+        ("\udcff", {}, "prompt"),
+        ("x", {"adapter": "a", "adapters": ["b"]}, "adapters"),
+        ("x", {"adapters": "sql"}, "adapters"),
+        ("x", {"adapters": [("sql", 1.0, 2.0)]}, "adapters"),
+        ("x", {"adapters": [("sql", "heavy")]}, "adapters"),
+        ("x", {"adapter": 3}, "adapters"),
+        ("x", {"max_tokens": -1}, "max_tokens"),
+        ("x", {"max_tokens": 1.5}, "max_tokens"),
+        ("x", {"temperature": "hot"}, "temperature"),
+        ("x", {"stop": [1]}, "stop"),
+        ("x", {"stop": 5}, "stop"),
+        ("x", {"seed": 2**64}, "seed"),
+        ("x", {"timeout": 0}, "timeout"),
+        ("x", {"timeout": float("nan")}, "timeout"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_is_sent(
+    drive: Any, server: Any, client: Any, prompt: Any, options: dict[str, Any], field: str
+) -> None:
+    for method in (client.generate, client.stream):
+        with pytest.raises(InvalidRequestError, match=field) as caught:
+            drive(lambda method=method: method(prompt, **options))
+        assert [violation.field for violation in caught.value.field_violations] == [field]
+        assert caught.value.code == "INVALID_ARGUMENT"
+    assert not server.calls
+
+
+def test_a_mistyped_option_is_a_type_error(drive: Any, client: Any) -> None:
+    with pytest.raises(TypeError, match="max_token"):
+        drive(lambda: client.generate("x", max_token=3))
+
+
+def filled(message: Any) -> Any:
+    """The message with a different value in each field."""
+    for number, field in enumerate(message.DESCRIPTOR.fields, start=2):
+        if field.is_repeated:
+            getattr(message, field.name).extend([f"{field.name}-1", f"{field.name}-2"])
+        elif field.type == field.TYPE_STRING:
+            setattr(message, field.name, field.name)
+        elif field.type == field.TYPE_BOOL:
+            setattr(message, field.name, True)
+        elif field.type == field.TYPE_ENUM:
+            setattr(message, field.name, adapters_pb2.ADAPTER_STATE_COPYING)
+        else:
+            setattr(message, field.name, number)
+    return message
+
+
+def same(value: Any, message: Any) -> bool:
+    """Whether each field of the message is an attribute of the value, and the other way round."""
+    names = [field.name for field in message.DESCRIPTOR.fields]
+    assert sorted(type(value).__slots__) == sorted(names)
+    return all(
+        getattr(value, name) == ("copying" if name == "state" else getattr(message, name)) for name in names
+    )
+
+
+def test_adapters(drive: Any, server: Any, client: Any) -> None:
+    adapter = filled(adapters_pb2.Adapter())
+    server.answers.update(
+        LoadAdapter=lambda request, context: adapters_pb2.LoadAdapterResponse(adapter=adapter),
+        UnloadAdapter=lambda request, context: adapters_pb2.UnloadAdapterResponse(remaining=[adapter]),
+        ListAdapters=lambda request, context: adapters_pb2.ListAdaptersResponse(adapters=[adapter] * 2),
+        GetAdapter=lambda request, context: adapters_pb2.GetAdapterResponse(adapter=adapter),
+        PinAdapter=lambda request, context: adapters_pb2.PinAdapterResponse(adapter=adapter),
+    )
+    loaded = drive(lambda: client.adapters.load("sql", "/srv/sql"))
+    assert isinstance(loaded, AdapterInfo)
+    assert same(loaded, adapter)
+    assert drive(lambda: client.adapters.load("sql", Path("/srv/sql"))) == loaded
+    assert drive(lambda: client.adapters.unload("sql")) == [loaded]
+    assert drive(lambda: client.adapters.list()) == [loaded, loaded]
+    assert drive(lambda: client.adapters.get("sql")) == loaded
+    assert drive(lambda: client.adapters.pin("sql")) == loaded
+    assert drive(lambda: client.adapters.pin("sql", pinned=False)) == loaded
+    assert server.requests == [
+        adapters_pb2.LoadAdapterRequest(name="sql", source="/srv/sql"),
+        adapters_pb2.LoadAdapterRequest(name="sql", source="/srv/sql"),
+        adapters_pb2.UnloadAdapterRequest(name="sql"),
+        adapters_pb2.ListAdaptersRequest(),
+        adapters_pb2.GetAdapterRequest(name="sql"),
+        adapters_pb2.PinAdapterRequest(name="sql", pinned=True),
+        adapters_pb2.PinAdapterRequest(name="sql", pinned=False),
+    ]
+    with pytest.raises(InvalidRequestError, match="name"):
+        drive(lambda: client.adapters.get(3))
+
+
+def test_model(drive: Any, server: Any, client: Any) -> None:
+    model = filled(model_pb2.Model())
+    server.answers["GetModel"] = lambda request, context: model_pb2.GetModelResponse(model=model)
+    answer = drive(lambda: client.model())
+    assert isinstance(answer, ModelInfo)
+    assert same(answer, model)
+
+
+@pytest.mark.parametrize(
+    ("enum", "prefix", "field"),
+    [
+        (generation_pb2.FinishReason, "FINISH_REASON_", "finish_reason"),
+        (adapters_pb2.AdapterState, "ADAPTER_STATE_", "adapter_state"),
+    ],
+)
+def test_every_enum_value_has_its_name(enum: Any, prefix: str, field: str) -> None:
+    from loraplex import _convert
+
+    for name, number in enum.items():
+        assert getattr(_convert, field)(number) == name.removeprefix(prefix).lower()
+    assert getattr(_convert, field)(1000) == "unspecified", "a newer server may say more"
+
+
+def test_answers_beyond_grpc_s_default_size(drive: Any, server: Any, client: Any) -> None:
+    text = "x" * (5 << 20)
+    server.answers["GetModel"] = lambda request, context: model_pb2.GetModelResponse(
+        model=model_pb2.Model(name=text)
+    )
+    assert drive(lambda: client.model()).name == text

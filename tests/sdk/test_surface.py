@@ -1,0 +1,103 @@
+"""What users import: the names, their agreement, and what importing them costs."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, get_type_hints
+
+import loraplex
+import pytest
+from loraplex import AsyncClient, AsyncGenerationStream, Client, GenerateOptions, GenerationStream
+from loraplex._async import AsyncAdapters
+from loraplex._convert import generate_request
+from loraplex._sync import Adapters
+
+
+def test_the_public_names() -> None:
+    assert loraplex.__all__ == [
+        "AdapterInfo",
+        "AdapterState",
+        "AsyncClient",
+        "AsyncGenerationStream",
+        "Client",
+        "FinishReason",
+        "GenerateOptions",
+        "Generation",
+        "GenerationChunk",
+        "GenerationStream",
+        "Keepalive",
+        "LoraplexError",
+        "ModelInfo",
+        "RetryPolicy",
+        "Timing",
+        "TlsConfig",
+        "TokenLogprobs",
+        "TopLogprob",
+        "Usage",
+        "__version__",
+        "errors",
+    ]
+    assert all(getattr(loraplex, name) is not None for name in loraplex.__all__)
+    assert set(loraplex.__all__) <= set(dir(loraplex))
+    with pytest.raises(AttributeError, match="no attribute 'Klient'"):
+        loraplex.Klient  # noqa: B018
+
+
+def public(kind: type) -> dict[str, Any]:
+    return {
+        name: member
+        for name, member in inspect.getmembers(kind)
+        if not name.startswith("_") or name in ("__init__",)
+    }
+
+
+@pytest.mark.parametrize(
+    ("blocking", "awaited"),
+    [(Client, AsyncClient), (Adapters, AsyncAdapters), (GenerationStream, AsyncGenerationStream)],
+)
+def test_both_clients_have_one_shape(blocking: type, awaited: type) -> None:
+    ours, theirs = public(blocking), public(awaited)
+    assert ours.keys() == theirs.keys()
+    for name, member in ours.items():
+        if not callable(member) or name == "__init__":
+            continue
+        mine, other = inspect.signature(member), inspect.signature(theirs[name])
+        assert mine.parameters == other.parameters, name
+        assert str(mine.return_annotation) == str(other.return_annotation).replace("Async", ""), name
+        assert inspect.getdoc(member) == inspect.getdoc(theirs[name]), name
+        assert inspect.iscoroutinefunction(theirs[name]) is (name != "stream"), name
+
+
+def test_options_are_the_arguments_of_the_request() -> None:
+    arguments = get_type_hints(generate_request)
+    del arguments["prompt"], arguments["return"]
+    assert get_type_hints(GenerateOptions) == arguments
+    documented = inspect.getdoc(Client.generate) or ""
+    assert all(f"{name}," in documented or f"{name};" in documented for name in arguments)
+
+
+HEAVY = ("torch", "transformers", "numpy", "loraplex_server")
+
+
+def test_works_without_torch_transformers_numpy(new_process: Any) -> None:
+    done = new_process(
+        """
+from loraplex import *
+from loraplex import AsyncClient, Client, errors
+client = Client("127.0.0.1:1", retry=None)
+try:
+    client.generate("x", timeout=5)
+except errors.UnavailableError:
+    print("no server")
+client.close()
+""",
+        blocked=HEAVY,
+    )
+    assert (done.returncode, done.stdout) == (0, "no server\n"), done.stderr
+
+
+def test_importing_the_package_loads_no_grpc(new_process: Any) -> None:
+    done = new_process("import loraplex, loraplex.cli; print(*sys.modules)", blocked=HEAVY)
+    loaded = done.stdout.split()
+    assert "loraplex" in loaded
+    assert not {"grpc", "google.protobuf", "importlib.metadata"} & set(loaded)
