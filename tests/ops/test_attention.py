@@ -1,4 +1,4 @@
-"""Paged ragged attention against a float64 loop that sees the history directly, never the cache or the op's layouts."""
+"""Paged ragged attention against a float64 loop that sees the history itself, never the cache or its layout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from loraplex_kernels.attention import AttentionBatch, paged_attention, write_kv
+from loraplex_kernels.attention import AttentionBatch, kv_cache_shape, paged_attention, write_kv
 from loraplex_kernels.attention.layouts import DECODE_SPLIT_GAIN, split
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -44,8 +44,8 @@ def make_case(
 ) -> Case:
     """Shuffle the blocks of all sequences over a cache whose other cells hold `poison`.
 
-    The cells of this step's tokens hold it too, until `write_kv`. With `keep_keys` only the last that many keys
-    before each sequence's first query are in the cache, as when blocks behind a sliding window were given away.
+    The cells of this step's tokens hold it too, until `write_kv`. With `keep_keys` only the last that many
+    keys before each sequence's first query are there, as when blocks behind a sliding window were given away.
     """
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -54,7 +54,7 @@ def make_case(
     total = sum(num_blocks) + 5
     ids = rng.permutation(total)[: sum(num_blocks)]
     tables = np.split(ids, np.cumsum(num_blocks)[:-1])
-    cache = torch.empty(total, 2, block_size, num_kv_heads, head_dim, dtype=dtype)
+    cache = torch.empty(kv_cache_shape(total, block_size, num_kv_heads, head_dim), dtype=dtype)
     if poison is None:
         cache.normal_(generator=torch.Generator().manual_seed(seed + 1))
     else:
@@ -68,8 +68,8 @@ def make_case(
         first = context - query_len
         for position in range(0 if keep_keys is None else max(0, first - keep_keys), first):
             block, offset = table[position // block_size], position % block_size
-            cache[block, 0, offset] = keys[position]
-            cache[block, 1, offset] = values[position]
+            cache[block, 0, :, offset] = keys[position]
+            cache[block, 1, :, offset] = values[position]
         positions = np.arange(first, context)
         slots.append(table[positions // block_size] * block_size + positions % block_size)
         histories.append((keys, values))
@@ -118,7 +118,8 @@ def attend(
     out = paged_attention(
         case.q, case.cache, case.batch, scale=scale, sliding_window=window, softcap=softcap, **given
     )
-    assert out.dtype == case.q.dtype and out.shape == case.q.shape
+    assert out.dtype == case.q.dtype
+    assert out.shape == case.q.shape
     return out.double(), oracle(case, scale, window, softcap)
 
 
@@ -246,14 +247,14 @@ def test_write_kv_touches_only_its_cells() -> None:
     case = make_case([(1, 12), (5, 5), (3, 20)], poison=7.0)
     before = case.cache.clone()
     write_kv(case.k, case.v, case.cache, case.batch)
-    written = torch.zeros(case.cache.shape[:3], dtype=torch.bool)
+    written = torch.zeros(case.cache.shape[:4], dtype=torch.bool)
     row = 0
     for (query, context), table in zip(case.lengths, tables(case.batch), strict=True):
         for position in range(context - query, context):
             block, offset = int(table[position // 8]), position % 8
-            assert torch.equal(case.cache[block, 0, offset], case.k[row])
-            assert torch.equal(case.cache[block, 1, offset], case.v[row])
-            written[block, :, offset] = True
+            assert torch.equal(case.cache[block, 0, :, offset], case.k[row])
+            assert torch.equal(case.cache[block, 1, :, offset], case.v[row])
+            written[block, :, :, offset] = True
             row += 1
     assert torch.equal(case.cache[~written], before[~written])
 
@@ -263,7 +264,7 @@ def test_write_kv_casts_to_the_cache() -> None:
     k = torch.randn(case.k.shape)
     write_kv(k, case.v, case.cache, case.batch)
     table = tables(case.batch)[0]
-    assert torch.equal(case.cache[int(table[0]), 0, :2], k.bfloat16())
+    assert torch.equal(case.cache[int(table[0]), 0, :, :2].transpose(0, 1), k.bfloat16())
 
 
 def test_transposed_inputs() -> None:

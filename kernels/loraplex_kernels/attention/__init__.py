@@ -1,7 +1,8 @@
 """Paged ragged attention: every sequence of a step, decodes and prefill chunks alike, in one call per layer.
 
-The KV cache of a layer is one contiguous tensor [num_blocks, 2, block_size, num_kv_heads, head_dim]: keys, then
-values, of a block of positions; a block is one contiguous piece. Build an `AttentionBatch` once per step, then
+The KV cache of a layer is one contiguous tensor [num_blocks, 2, num_kv_heads, block_size, head_dim]
+(`kv_cache_shape`): a block is one contiguous piece, its keys before its values, and in each a head's positions lie
+together, so that reading one head of a block is one sequential run. Build an `AttentionBatch` once per step, then
 call `write_kv` and `paged_attention` in every layer.
 """
 
@@ -10,9 +11,10 @@ from __future__ import annotations
 import torch
 
 from loraplex_kernels.attention import reference
-from loraplex_kernels.attention.layouts import AttentionBatch
+from loraplex_kernels.attention.layouts import AttentionBatch, kv_cache_shape
+from loraplex_kernels.dispatch import launches
 
-__all__ = ["AttentionBatch", "paged_attention", "write_kv"]
+__all__ = ["AttentionBatch", "kv_cache_shape", "paged_attention", "write_kv"]
 
 
 def write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch) -> None:
@@ -21,7 +23,7 @@ def write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, batch: At
     Raises ValueError if a shape or the block size does not fit.
     """
     _check_cache(kv_cache, batch)
-    expected = (batch.num_tokens, *kv_cache.shape[3:])
+    expected = (batch.num_tokens, kv_cache.shape[2], kv_cache.shape[4])
     if k.shape != expected or v.shape != expected:
         raise ValueError(
             f"k {tuple(k.shape)} and v {tuple(v.shape)} must be {expected}, as the batch and cache say"
@@ -44,15 +46,15 @@ def paged_attention(
     """Causal attention of the step's queries [T, Hq, D] over their sequences' cached keys and values.
 
     The step's own keys and values must have been written (`write_kv`). Query head h reads key head
-    h // (Hq / Hkv). With `sliding_window` w the query at position i sees keys i - w < j <= i. With `softcap` c a
-    scaled logit x becomes c * tanh(x / c). Softmax is in fp32. `k` and `v`, if given, are what `write_kv` was
+    h // (Hq / Hkv). With `sliding_window` w the query at position i sees keys i - w < j <= i. With `softcap` c
+    a scaled logit x becomes c * tanh(x / c). Softmax is in fp32. `k` and `v`, if given, are what `write_kv` was
     given: they spare reading the cache for prompts that start in this step, and never change the result.
     Cells outside a sequence's visible context may hold anything, NaN included.
 
     Returns [T, Hq, D] in q's dtype. Raises ValueError if a shape, the window or the cap does not fit.
     """
     _check_cache(kv_cache, batch)
-    num_kv_heads, head_dim = kv_cache.shape[3:]
+    num_kv_heads, _, head_dim = kv_cache.shape[2:]
     if q.ndim != 3 or q.shape[0] != batch.num_tokens or q.shape[2] != head_dim or q.shape[1] % num_kv_heads:
         raise ValueError(
             f"q {tuple(q.shape)} must be [{batch.num_tokens}, a multiple of {num_kv_heads}, {head_dim}], "
@@ -62,6 +64,7 @@ def paged_attention(
         raise ValueError(f"sliding_window is {sliding_window}; it must be at least 1, or None for no window")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap")
+    launches["attention.torch"] += 1
     return reference.paged_attention(
         q, kv_cache, batch, scale=scale, sliding_window=sliding_window, softcap=softcap, k=k, v=v
     )
@@ -69,7 +72,8 @@ def paged_attention(
 
 def _check_cache(kv_cache: torch.Tensor, batch: AttentionBatch) -> None:
     shape = kv_cache.shape
-    if len(shape) != 5 or shape[1] != 2 or shape[2] != batch.block_size or not kv_cache.is_contiguous():
+    if len(shape) != 5 or shape[1] != 2 or shape[3] != batch.block_size or not kv_cache.is_contiguous():
         raise ValueError(
-            f"kv_cache {tuple(shape)} must be contiguous [num_blocks, 2, {batch.block_size}, num_kv_heads, head_dim]"
+            f"kv_cache {tuple(shape)} must be contiguous "
+            f"[num_blocks, 2, num_kv_heads, {batch.block_size}, head_dim]: allocate it with kv_cache_shape"
         )

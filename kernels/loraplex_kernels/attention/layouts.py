@@ -11,38 +11,47 @@ import torch
 
 Ints = npt.NDArray[np.int64]
 
-# A further group costs some launches; padding costs key cells (decode) or query x key pairs (prefill).
-# A group is split only where the padding saved outweighs a launch, in these units.
+UNROLL = 4
+"""Sequences with at most this many queries run as so many decodes: it spares a launch and a gathered copy."""
+
 DECODE_SPLIT_GAIN = 512
 PREFILL_SPLIT_GAIN = 4096
+"""A group is cut in two only where that saves more padded query x key pairs: what a further launch costs."""
+
+
+def kv_cache_shape(
+    num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+) -> tuple[int, int, int, int, int]:
+    """The shape of one layer's KV cache: [num_blocks, 2 (keys, values), num_kv_heads, block_size, head_dim]."""
+    return (num_blocks, 2, num_kv_heads, block_size, head_dim)
 
 
 class SparseIndex(NamedTuple):
-    """The key cells of each (sequence, query head) pair, for kernels that read the cache in place."""
+    """The visible cells of each (decode, query head) pair, for kernels that read the cache where it lies."""
 
-    mask: torch.Tensor
-    """Sparse CSR [n * Hq, table_rows] fp32: row = a query head, stored columns = its cells, values 0 or -inf."""
     pattern: torch.Tensor
-    """The same cells with every value 0."""
+    """Sparse CSR [n * Hq, table_rows] fp32: a row's stored columns are its cells, their values what is added to
+    the logits (0 or -inf, or nothing but 0)."""
     cells: torch.Tensor
-    """[n * Hq * S] int32 or int64: the rows of the cache seen as [table_rows, D]."""
+    """[n * Hq * key_len] int32 or int64: those columns, rows of the cache seen as [table_rows, head_dim]."""
     offsets: torch.Tensor
     """[n * Hq]: where each query head's cells begin in `cells`."""
 
 
 @dataclass(frozen=True, eq=False)
 class QueryGroup:
-    """Sequences of one step that run together, padded to `query_len` queries and `key_len` keys each.
+    """Pieces of sequences that run together, padded to `query_len` queries and `key_len` keys each.
 
-    Padding repeats the sequence's own last query and last visible key (masked), so no cell outside the
-    visible context of the sequence is ever read.
+    Padding repeats the piece's own last query and last visible key (masked), so no cell outside the visible
+    context of its sequence is ever read.
     """
 
-    num_sequences: int
+    num_pieces: int
     query_len: int
     key_len: int
+    block_size: int
     fresh: bool
-    """Every key is one of this step's tokens and each query sees all keys up to itself."""
+    """All keys are this step's own rows, and each query sees every key up to itself."""
     row_start: int | None
     """First row, if the group's rows are a contiguous, unpadded range of the batch; else None."""
     rows: torch.Tensor
@@ -51,14 +60,22 @@ class QueryGroup:
     """[valid] int64: which of the padded queries are real; None when all are."""
     valid_rows: torch.Tensor
     """[valid] int64: the batch row of each real query."""
-    cells: torch.Tensor
-    """[n * key_len] int64: block * 2 * block_size + offset, the key's row in the cache seen as [.., Hkv * D]."""
+    slots: torch.Tensor
+    """[n, key_len] int64: block * block_size + offset of each key."""
     hidden: torch.Tensor | None
-    """[n, query_len, key_len] bool: keys that a query must not see; None when all see all."""
+    """[n, query_len, key_len] bool: keys that a query must not see; None when all see all, or if `fresh`."""
     _cache: dict[object, torch.Tensor | SparseIndex] = field(default_factory=dict, repr=False)
 
+    def cells(self, num_kv_heads: int) -> torch.Tensor:
+        """[n, Hkv, key_len] int64: each head's keys as rows of the cache seen as [table_rows, head_dim]."""
+        cells = self._cache.get(num_kv_heads)
+        if cells is None:
+            cells = self._cache[num_kv_heads] = head_cells(self.slots, self.block_size, num_kv_heads)
+        assert isinstance(cells, torch.Tensor)
+        return cells
+
     def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """[n, 1, query_len, key_len] additive mask (0 or -inf), built on first use; None when nothing is hidden."""
+        """[n, 1, query_len, key_len] additive mask (0 or -inf); None when nothing is hidden."""
         if self.hidden is None:
             return None
         bias = self._cache.get(dtype)
@@ -68,31 +85,48 @@ class QueryGroup:
         assert isinstance(bias, torch.Tensor)
         return bias
 
-    def sparse_index(self, num_heads: int, num_kv_heads: int, table_rows: int) -> SparseIndex:
-        """For groups of `query_len` 1: per query head, its cells in the cache seen as [table_rows, D]."""
-        key = (num_heads, num_kv_heads, table_rows)
+    def sparse_index(self, num_heads: int, num_kv_heads: int, table_rows: int, *, masked: bool) -> SparseIndex:
+        """For groups of `query_len` 1: the cells of each query head; with `masked`, padding's value is -inf."""
+        key = (num_heads, num_kv_heads, table_rows, masked)
         index = self._cache.get(key)
         if index is None:
             index = self._cache[key] = self._build_sparse_index(*key)
         assert isinstance(index, SparseIndex)
         return index
 
-    def _build_sparse_index(self, num_heads: int, num_kv_heads: int, table_rows: int) -> SparseIndex:
-        n, keys, device = self.num_sequences, self.key_len, self.cells.device
-        int_type = torch.int32 if max(table_rows, n * num_heads * keys) < 2**31 else torch.int64
+    def _build_sparse_index(
+        self, num_heads: int, num_kv_heads: int, table_rows: int, masked: bool
+    ) -> SparseIndex:
+        n, keys, device = self.num_pieces, self.key_len, self.slots.device
+        total = n * num_heads * keys
+        int_type = torch.int32 if max(table_rows, total) < 2**31 else torch.int64
         shape = (n, num_kv_heads, num_heads // num_kv_heads, keys)
-        heads = torch.arange(num_kv_heads, device=device).view(1, num_kv_heads, 1, 1)
-        cells = (self.cells.view(n, 1, 1, keys) * num_kv_heads + heads).to(int_type).expand(shape).reshape(-1)
-        starts = torch.arange(0, n * num_heads * keys + 1, keys, dtype=int_type, device=device)
-        zeros = torch.zeros(cells.numel(), device=device)
-        bias = self.bias(torch.float32)
-        values = zeros if bias is None else bias.expand(shape).reshape(-1)
-        size = (n * num_heads, table_rows)
-        pattern = torch.sparse_csr_tensor(starts, cells, zeros, size=size, check_invariants=False)
-        mask = pattern
-        if bias is not None:
-            mask = torch.sparse_csr_tensor(starts, cells, values, size=size, check_invariants=False)
-        return SparseIndex(mask, pattern, cells, starts[:-1])
+        head_major = head_cells(self.slots.to(int_type), self.block_size, num_kv_heads)
+        cells = head_major.unsqueeze(2).expand(shape).reshape(-1)
+        starts = torch.arange(0, total + 1, keys, dtype=int_type, device=device)
+        bias = self.bias(torch.float32) if masked else None
+        values = torch.zeros(total, device=device) if bias is None else bias.expand(shape).reshape(-1)
+        pattern = torch.sparse_csr_tensor(
+            starts, cells, values, size=(n * num_heads, table_rows), check_invariants=False
+        )
+        return SparseIndex(pattern, cells, starts[:-1])
+
+
+class _Pieces(NamedTuple):
+    """Runs of queries of one sequence. Each field [pieces]."""
+
+    row: Ints
+    """First row in the batch."""
+    query_len: Ints
+    first_key: Ints
+    """Position of the first key that any query of the piece sees."""
+    end: Ints
+    """Position after the last."""
+    table: Ints
+    """Where its block table begins."""
+
+    def take(self, chosen: Ints) -> _Pieces:
+        return _Pieces(*(column[chosen] for column in self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +147,10 @@ class AttentionBatch:
     """[B + 1]: sequence i owns blocks[block_start[i] : block_start[i + 1]]."""
     blocks: Ints
     """[sum of the tables' lengths]: block ids, in the order of positions."""
-    cells: torch.Tensor
-    """[T] int64: where each token's key is written: its row in the cache seen as [.., Hkv * D]."""
+    slots: torch.Tensor
+    """[T] int64: block * block_size + offset of the cell each token's key and value are written to."""
     _groups: dict[int | None, tuple[QueryGroup, ...]] = field(default_factory=dict, repr=False)
+    _cells: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -144,15 +179,12 @@ class AttentionBatch:
         if starts.ndim != 1 or not starts.size or starts[0] != 0 or starts[-1] != slots.size:
             raise ValueError(f"query_start must run from 0 to the {slots.size} tokens of slot_mapping")
         if context.shape != (starts.size - 1,) or table_start.shape != starts.shape:
-            raise ValueError(
-                f"query_start is for {starts.size - 1} sequences, context_len or block_start is not"
-            )
-        query_len = np.diff(starts)
-        if np.any(query_len < 0) or np.any(context < query_len):
+            raise ValueError(f"context_len or block_start is not for query_start's {starts.size - 1} sequences")
+        query_len = starts[1:] - starts[:-1]
+        if (query_len < 0).any() or (context < query_len).any():
             raise ValueError("context_len must be at least the number of the sequence's rows in query_start")
-        if np.any(np.diff(table_start) * block_size < context) or table_start[-1] > table.size:
+        if ((table_start[1:] - table_start[:-1]) * block_size < context).any() or table_start[-1] > table.size:
             raise ValueError("block_start gives a sequence fewer cells than its context_len")
-        cells = slots + slots // block_size * block_size
         return cls(
             num_tokens=int(starts[-1]),
             block_size=block_size,
@@ -160,8 +192,16 @@ class AttentionBatch:
             context_len=context,
             block_start=table_start,
             blocks=table,
-            cells=_to_device(cells, device),
+            slots=_to_device(slots, device),
         )
+
+    def cells(self, num_kv_heads: int) -> torch.Tensor:
+        """[T * Hkv] int64: where each token's heads are written, as rows of the cache seen as [.., head_dim]."""
+        cells = self._cells.get(num_kv_heads)
+        if cells is None:
+            cells = head_cells(self.slots.unsqueeze(1), self.block_size, num_kv_heads).view(-1)
+            self._cells[num_kv_heads] = cells
+        return cells
 
     def groups(self, sliding_window: int | None) -> tuple[QueryGroup, ...]:
         """The step's rows as groups that run together under this window; built on first use."""
@@ -171,82 +211,112 @@ class AttentionBatch:
         return groups
 
     def _build_groups(self, window: int | None) -> tuple[QueryGroup, ...]:
-        query_len = np.diff(self.query_start)
-        first_position = self.context_len - query_len
-        first_key = np.zeros_like(first_position)
+        pieces = self._pieces(window)
+        single = pieces.query_len == 1
+        fresh = ~single & (pieces.end == pieces.query_len)
         if window is not None:
-            first_key = np.maximum(first_position - window + 1, 0)
-        key_len = self.context_len - first_key
-        decodes = query_len == 1
-        fresh = ~decodes & (first_position == 0) & (query_len > 0)
-        if window is not None:
-            fresh &= query_len <= window
-        chunks = (query_len > 1) & ~fresh
-        found: list[QueryGroup] = []
+            fresh &= pieces.query_len <= window
+        chunks = ~(single | fresh)
+        groups: list[QueryGroup] = []
         for chosen, gain in (
-            (decodes, DECODE_SPLIT_GAIN),
+            (single, DECODE_SPLIT_GAIN),
             (fresh, PREFILL_SPLIT_GAIN),
             (chunks, PREFILL_SPLIT_GAIN),
         ):
-            for sequences in split(np.flatnonzero(chosen), query_len, key_len, gain):
-                found.append(self._group(sequences, query_len, first_key, window, fresh=chosen is fresh))
-        return tuple(found)
+            if chosen.any():
+                key_len = pieces.end - pieces.first_key
+                for part in split(np.flatnonzero(chosen), pieces.query_len, key_len, gain):
+                    groups.append(self._group(pieces.take(part), window, fresh=chosen is fresh))
+        return tuple(groups)
 
-    def _group(
-        self, sequences: Ints, all_query_len: Ints, all_first_key: Ints, window: int | None, *, fresh: bool
-    ) -> QueryGroup:
-        device = self.cells.device
-        context, first_key = self.context_len[sequences], all_first_key[sequences]
-        query_len, row = all_query_len[sequences], self.query_start[sequences]
-        last_key = context - 1
-        num_queries, num_keys = int(query_len.max()), int((context - first_key).max())
+    def _pieces(self, window: int | None) -> _Pieces:
+        """One piece per sequence; one per query where there are few."""
+        row, table, end = self.query_start[:-1], self.block_start[:-1], self.context_len
+        query_len = self.query_start[1:] - row
+        if query_len.min(initial=1) != 1 or query_len.max(initial=1) != 1:
+            short = query_len <= UNROLL
+            count = np.where(short, query_len, 1)
+            sequence = np.repeat(np.arange(count.size), count)
+            nth = np.arange(sequence.size) - np.repeat(np.cumsum(count) - count, count)
+            first_end = np.where(short, end - query_len + 1, end)
+            row, end, table = row[sequence] + nth, first_end[sequence] + nth, table[sequence]
+            query_len = np.where(short, 1, query_len)[sequence]
+        if window is None:
+            first_key = np.zeros_like(end)
+        else:
+            first_key = np.maximum(end - query_len - window + 1, 0)
+        return _Pieces(row, query_len, first_key, end, table)
 
-        query = np.minimum(np.arange(num_queries), query_len[:, None] - 1)
-        rows = (row[:, None] + query).reshape(-1)
-        padded = bool(np.any(query_len != num_queries))
-        unpad = np.flatnonzero(np.arange(num_queries) < query_len[:, None]) if padded else None
-        valid_rows = rows if unpad is None else rows[unpad]
-        contiguous = not padded and bool(np.all(np.diff(rows) == 1))
+    def _group(self, pieces: _Pieces, window: int | None, *, fresh: bool) -> QueryGroup:
+        device = self.slots.device
+        row, query_len, first_key, end, table = (column[:, None] for column in pieces)
+        num_queries, num_keys = int(query_len.max()), int((end - first_key).max())
 
-        unclipped = first_key[:, None] + np.arange(num_keys)
-        position = np.minimum(unclipped, last_key[:, None])
-        block, offset = np.divmod(position, self.block_size)
-        cells = self.blocks[self.block_start[sequences][:, None] + block] * (2 * self.block_size) + offset
+        unpad: Ints | None = None
+        if num_queries == 1:
+            query = np.zeros_like(row)
+            rows = valid_rows = pieces.row
+        else:
+            steps = np.arange(num_queries)
+            query = np.minimum(steps, query_len - 1)
+            rows = valid_rows = (row + query).reshape(-1)
+            if (query_len != num_queries).any():
+                unpad = np.flatnonzero(steps < query_len)
+                valid_rows = rows[unpad]
+        contiguous = unpad is None and int(rows[-1]) - int(rows[0]) == rows.size - 1
+        contiguous = contiguous and bool((rows[1:] > rows[:-1]).all())
+
+        unclipped = first_key + np.arange(num_keys)
+        position = np.minimum(unclipped, end - 1)
+        block = position // self.block_size
+        slots = self.blocks[table + block] * self.block_size + (position - block * self.block_size)
 
         hidden = None
-        if not fresh:
-            query_position = (context - query_len)[:, None] + query
-            seen = unclipped[:, None, :] <= query_position[:, :, None]
+        if num_queries == 1:
+            hidden = (unclipped >= end)[:, None, :]
+        elif not fresh:
+            query_position = (end - query_len + query)[:, :, None]
+            hidden = unclipped[:, None, :] > query_position
             if window is not None:
-                seen &= unclipped[:, None, :] > query_position[:, :, None] - window
-            if not seen.all():
-                hidden = ~seen
+                hidden |= unclipped[:, None, :] <= query_position - window
+        if hidden is not None and not hidden.any():
+            hidden = None
+        device_rows = _to_device(rows, device)
         return QueryGroup(
-            num_sequences=len(sequences),
+            num_pieces=rows.size // num_queries,
             query_len=num_queries,
             key_len=num_keys,
+            block_size=self.block_size,
             fresh=fresh,
             row_start=int(rows[0]) if contiguous else None,
-            rows=_to_device(rows, device),
+            rows=device_rows,
             unpad=None if unpad is None else _to_device(unpad, device),
-            valid_rows=_to_device(valid_rows, device),
-            cells=_to_device(cells.reshape(-1), device),
+            valid_rows=device_rows if unpad is None else _to_device(valid_rows, device),
+            slots=_to_device(slots, device),
             hidden=None if hidden is None else _to_device(hidden, device),
         )
 
 
-def split(sequences: Ints, query_len: Ints, key_len: Ints, gain: int) -> list[Ints]:
-    """Partition `sequences` so that running each part padded to its longest wastes little.
+def head_cells(slots: torch.Tensor, block_size: int, num_kv_heads: int) -> torch.Tensor:
+    """Slots [..., S] to the keys' rows [..., Hkv, S] of the cache seen as [table_rows, head_dim].
+
+    The values' rows are block_size * Hkv further on.
+    """
+    heads = torch.arange(0, num_kv_heads * block_size, block_size, dtype=slots.dtype, device=slots.device)
+    first_slot = slots - slots % block_size
+    return (slots + first_slot * (2 * num_kv_heads - 1)).unsqueeze(-2) + heads.unsqueeze(1)
+
+
+def split(chosen: Ints, query_len: Ints, key_len: Ints, gain: int) -> list[Ints]:
+    """Partition the indices `chosen` so that running each part padded to its longest wastes little.
 
     A part is cut in two as long as some cut saves more than `gain` padded query x key pairs. `query_len` and
-    `key_len` are indexed by sequence. Sequences of a part keep their order, so rows stay contiguous if they were.
+    `key_len` are indexed by the chosen. A part keeps their order, so that contiguous rows stay contiguous.
     """
-    if not sequences.size:
-        return []
-    queries, keys = query_len[sequences], key_len[sequences]
-    cost = sequences.size * int(queries.max()) * int(keys.max())
+    queries, keys = query_len[chosen], key_len[chosen]
+    cost = chosen.size * int(queries.max()) * int(keys.max())
     if cost - int(queries @ keys) <= gain:
-        return [sequences]
+        return [chosen]
     order = np.lexsort((keys, queries))
     queries, keys = queries[order], keys[order]
     count = np.arange(1, order.size)
@@ -255,12 +325,10 @@ def split(sequences: Ints, query_len: Ints, key_len: Ints, gain: int) -> list[In
     cuts = below + above
     cut = int(cuts.argmin())
     if cost - int(cuts[cut]) <= gain:
-        return [sequences]
+        return [chosen]
     parts = (np.sort(order[: cut + 1]), np.sort(order[cut + 1 :]))
-    return [leaf for part in parts for leaf in split(sequences[part], query_len, key_len, gain)]
+    return [leaf for part in parts for leaf in split(chosen[part], query_len, key_len, gain)]
 
 
-def _to_device(
-    array: npt.NDArray[np.int64] | npt.NDArray[np.bool_], device: torch.device | str
-) -> torch.Tensor:
+def _to_device(array: npt.NDArray[np.int64] | npt.NDArray[np.bool_], device: torch.device | str) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)

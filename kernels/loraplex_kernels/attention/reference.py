@@ -20,10 +20,12 @@ with warnings.catch_warnings():
 
 def write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch) -> None:
     """Copy the step's keys and values [T, Hkv, D] to their cells."""
-    block_size = kv_cache.shape[2]
-    keys = kv_cache.view(-1, kv_cache.shape[3] * kv_cache.shape[4])
-    keys.index_copy_(0, batch.cells, k.reshape(len(k), -1).to(keys.dtype))
-    keys[block_size:].index_copy_(0, batch.cells, v.reshape(len(v), -1).to(keys.dtype))
+    num_kv_heads, block_size, head_dim = kv_cache.shape[2:]
+    keys = kv_cache.view(-1, head_dim)
+    values = keys[num_kv_heads * block_size :]
+    cells = batch.cells(num_kv_heads)
+    keys.index_copy_(0, cells, k.reshape(-1, head_dim).to(keys.dtype))
+    values.index_copy_(0, cells, v.reshape(-1, head_dim).to(keys.dtype))
 
 
 def paged_attention(
@@ -68,23 +70,22 @@ def paged_attention(
 def _decode_in_place(
     q: torch.Tensor, kv_cache: torch.Tensor, group: QueryGroup, scale: float, softcap: float | None
 ) -> torch.Tensor:
-    """One query per sequence [n, Hq, D], reading keys and values where they lie: no gathered copy.
+    """One query per piece [n, Hq, D], reading keys and values where they lie: no gathered copy.
 
     Scores are a product of queries and cache sampled at the visible cells; the output is a weighted bag of cache
     rows. Both kernels walk the cells of one query head after another.
     """
-    _, num_heads, head_dim = q.shape
-    block_size, num_kv_heads = kv_cache.shape[2:4]
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads, block_size = kv_cache.shape[2:4]
     keys = kv_cache.view(-1, head_dim)
-    values = keys[block_size * num_kv_heads :]
-    index = group.sparse_index(num_heads, num_kv_heads, len(keys))
-    shape = (group.num_sequences, num_heads, group.key_len)
+    values = keys[num_kv_heads * block_size :]
+    index = group.sparse_index(num_heads, num_kv_heads, len(keys), masked=softcap is None)
+    shape = (group.num_pieces, num_heads, group.key_len)
     flat_q = q.reshape(-1, head_dim)
-    if softcap is None:
-        scores = torch.sparse.sampled_addmm(index.mask, flat_q, keys.t(), alpha=scale).values().view(shape)
-    else:
-        scaled = torch.sparse.sampled_addmm(index.pattern, flat_q, keys.t(), alpha=scale / softcap)
-        scores = scaled.values().view(shape).tanh_().mul_(softcap)
+    alpha = scale if softcap is None else scale / softcap
+    scores = torch.sparse.sampled_addmm(index.pattern, flat_q, keys.t(), alpha=alpha).values().view(shape)
+    if softcap is not None:
+        scores = scores.tanh_().mul_(softcap)
         bias = group.bias(torch.float32)
         if bias is not None:
             scores += bias[:, 0]
@@ -95,17 +96,24 @@ def _decode_in_place(
 def _keys_values(
     kv_cache: torch.Tensor, group: QueryGroup, k: torch.Tensor | None, v: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The group's keys and values, each [n * key_len, Hkv, D]."""
-    if group.fresh and k is not None and v is not None and k.dtype == kv_cache.dtype:
-        # All keys are this step's own: the rows just computed are the bits that the cache holds.
-        if group.row_start is None:
-            return k.index_select(0, group.rows), v.index_select(0, group.rows)
-        return k.narrow(0, group.row_start, len(group.rows)), v.narrow(0, group.row_start, len(group.rows))
-    _, _, block_size, num_kv_heads, head_dim = kv_cache.shape
-    table = kv_cache.view(-1, num_kv_heads * head_dim)
-    keys = table.index_select(0, group.cells)
-    values = table[block_size:].index_select(0, group.cells)
-    return keys.view(-1, num_kv_heads, head_dim), values.view(-1, num_kv_heads, head_dim)
+    """The group's keys and values, each [n, Hkv, key_len, D]."""
+    num_kv_heads, block_size, head_dim = kv_cache.shape[2:]
+    shape = (group.num_pieces, num_kv_heads, group.key_len, head_dim)
+    if group.fresh and k is not None and v is not None and k.dtype == v.dtype == kv_cache.dtype:
+        # The rows just computed are the very bits that the cache holds.
+        own = [
+            tensor.index_select(0, group.rows)
+            if group.row_start is None
+            else tensor.narrow(0, group.row_start, len(group.rows))
+            for tensor in (k, v)
+        ]
+        keys, values = (tensor.reshape(shape[0], shape[2], num_kv_heads, head_dim).transpose(1, 2) for tensor in own)
+        return keys, values
+    table = kv_cache.view(-1, head_dim)
+    cells = group.cells(num_kv_heads).view(-1)
+    keys = table.index_select(0, cells)
+    values = table[num_kv_heads * block_size :].index_select(0, cells)
+    return keys.view(shape), values.view(shape)
 
 
 def _dense(
@@ -116,12 +124,10 @@ def _dense(
     scale: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Padded attention of a group: q [n * query_len, Hq, D], k and v [n * key_len, Hkv, D]."""
-    n, queries, keys = group.num_sequences, group.query_len, group.key_len
+    """Padded attention of a group: q [n * query_len, Hq, D], k and v [n, Hkv, key_len, D]."""
+    n, queries = group.num_pieces, group.query_len
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = k.shape[1]
-    k = k.reshape(n, keys, num_kv_heads, head_dim).transpose(1, 2)
-    v = v.reshape(n, keys, num_kv_heads, head_dim).transpose(1, 2)
     if softcap is not None:
         return _softcapped(q, k, v, group, scale, softcap)
     bias = group.bias(q.dtype)
@@ -146,7 +152,7 @@ def _softcapped(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: QueryGroup, scale: float, softcap: float
 ) -> torch.Tensor:
     """As `_dense`, with logits softcap * tanh(logit / softcap); k and v [n, Hkv, key_len, D]."""
-    n, queries, keys = group.num_sequences, group.query_len, group.key_len
+    n, queries, keys = group.num_pieces, group.query_len, group.key_len
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = k.shape[1]
     per_kv_head = num_heads // num_kv_heads
