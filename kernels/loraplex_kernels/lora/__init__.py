@@ -65,9 +65,9 @@ def shrink(x: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> Tenso
     chosen = dispatch.backend(x.device)
     dispatch.count("lora.shrink", chosen)
     if chosen == "triton":
-        from loraplex_kernels.lora import kernel
+        from loraplex_kernels.lora.kernel import shrink as launch_shrink
 
-        return kernel.shrink(x, pool, site, batch)
+        return launch_shrink(x, pool, site, batch)
     return reference.shrink(x, pool, site, batch)
 
 
@@ -81,9 +81,9 @@ def expand(h: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch, y: Tenso
     chosen = dispatch.backend(y.device)
     dispatch.count("lora.expand", chosen)
     if chosen == "triton":
-        from loraplex_kernels.lora import kernel
+        from loraplex_kernels.lora.kernel import expand as launch_expand
 
-        kernel.expand(h, pool, site, batch, y)
+        launch_expand(h, pool, site, batch, y)
     else:
         reference.expand(h, pool, site, batch, y)
 
