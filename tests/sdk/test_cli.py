@@ -236,11 +236,12 @@ def test_the_extras_are_those_of_the_package() -> None:
 
 @pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package `tool` that stands where the server's or the bench's would, and can be rewritten."""
+    """A file to write, which `loraplex serve` then runs in place of the server; its extra is empty."""
     package = tmp_path / "loraplex_test_tool"
     package.mkdir()
     (package / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(_extras.MODULES, "bench", ())
     monkeypatch.setitem(_extras.COMMANDS, "serve", _extras.ExtraCommand("loraplex_test_tool.cli", ("bench",)))
     yield package / "cli.py"
     for name in [name for name in sys.modules if name.startswith("loraplex_test_tool")]:
