@@ -208,6 +208,7 @@ class ScriptedEngine:
         self.may_be_ready = threading.Event()
         self.may_be_ready.set()
         self.ended = threading.Event()
+        self.launched = False
         self.terminated = False
         self.got_shutdown = False
         self.submitted: list[Request] = []
@@ -233,6 +234,10 @@ class ScriptedEngine:
             writer.close()
 
     # What `serve` sees
+
+    def launch(self, config: EngineConfig) -> ScriptedEngine:
+        self.launched = True
+        return self
 
     def wait_ready(self) -> None:
         self.may_be_ready.wait()
@@ -374,7 +379,7 @@ def start_server(
             EngineConfig(ModelConfig(model=str(checkpoint))),
             ApiConfig(**{"port": 0, "metrics_port": -1, **api}),
         )
-        task = asyncio.create_task(serve(config, lambda _: engine))
+        task = asyncio.create_task(serve(config, engine.launch))
 
         async def ready() -> re.Match[str]:
             out = ""

@@ -14,9 +14,10 @@ from loraplex_server import log
 from loraplex_server.api import convert
 from loraplex_server.api.answer import Answer, Piece
 from loraplex_server.api.lifecycle import Backend, Lifecycle
+from loraplex_server.api.status import code_of_cancellation
 from loraplex_server.core.request import Request
-from loraplex_server.engine.messages import TokenDelta
-from loraplex_server.errors import DeadlineExceededError, ServerError
+from loraplex_server.engine.messages import Times, TokenDelta
+from loraplex_server.errors import DeadlineExceededError, InternalError, ServerError
 from loraplex_server.metrics import Metrics
 
 
@@ -95,7 +96,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, backend: Backend, request: Request, answer: Answer, progress: _Progress, context: Any
     ) -> AsyncGenerator[Piece]:
         """The answer's pieces. Leaving early, for whatever reason, ends the request in the engine."""
-        outcome, times = "cancelled", None
+        outcome: str | None = None
+        times: Times | None = None
         deltas = cast("AsyncGenerator[TokenDelta]", backend.engine.stream(request))
         try:
             async with contextlib.aclosing(deltas):
@@ -115,10 +117,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         except ServerError as error:
             outcome = error.code.lower()
             raise
+        except Exception:
+            outcome = InternalError.code.lower()
+            raise
         finally:
-            remaining = context.time_remaining()
-            if outcome == "cancelled" and remaining is not None and remaining <= 0:
-                outcome = DeadlineExceededError.code.lower()
+            # A caller that is gone closes this generator, or cancels the task that runs it.
+            if outcome is None:
+                outcome = code_of_cancellation(context).lower()
             total = progress.elapsed()
             self._metrics.observe_request(
                 request,

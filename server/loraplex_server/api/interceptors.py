@@ -15,7 +15,7 @@ import grpc
 from loraplex_server import log
 from loraplex_server.api.convert import valid_request_id
 from loraplex_server.api.lifecycle import Lifecycle
-from loraplex_server.api.status import to_status
+from loraplex_server.api.status import code_of_cancellation, to_status
 from loraplex_server.errors import ErrorInfo, InternalError, ServerError
 from loraplex_server.metrics import Metrics
 
@@ -95,8 +95,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 yield
             context.set_trailing_metadata(((_REQUEST_ID_KEY, log.request_id.get()),))
         except asyncio.CancelledError:
-            remaining = context.time_remaining()
-            code = "DEADLINE_EXCEEDED" if remaining is not None and remaining <= 0 else "CANCELLED"
+            code = code_of_cancellation(context)
             raise
         except grpc.aio.AbortError:
             code = context.code().name

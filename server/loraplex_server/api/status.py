@@ -23,6 +23,7 @@ from loraplex_server.errors import ErrorInfo
 
 _DOMAIN = "loraplex"
 _DEFAULT_RETRY_S = 1.0
+_CLOCK_SLACK_S = 0.05
 # gRPC limits all trailers of a call to 8 KiB, and the text travels twice.
 _MAX_MESSAGE_CHARS = 1000
 _MAX_VIOLATION_CHARS = 120
@@ -52,6 +53,15 @@ def to_status(error: ErrorInfo, request_id: str) -> grpc.Status:
         status.details.append(packed)
     result: grpc.Status = rpc_status.to_status(status)
     return result
+
+
+def code_of_cancellation(context: Any) -> str:
+    """Why a call was cancelled: DEADLINE_EXCEEDED or CANCELLED.
+
+    A client's clock may end the call a moment before the server's would.
+    """
+    remaining = context.time_remaining()
+    return "DEADLINE_EXCEEDED" if remaining is not None and remaining < _CLOCK_SLACK_S else "CANCELLED"
 
 
 def _specific(code: str, error: ErrorInfo, message: str) -> list[Any]:

@@ -1,0 +1,113 @@
+"""The command line: flags to configuration, and what happens to bad ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from loraplex_server import log
+from loraplex_server.cli import build_parser, main, to_config
+from loraplex_server.config import EngineConfig, ModelConfig, ServerConfig
+
+
+def parse(*argv: str) -> ServerConfig:
+    return to_config(build_parser().parse_args(argv))
+
+
+def test_defaults_are_those_of_the_configuration() -> None:
+    assert parse("--model", "m") == ServerConfig(EngineConfig(ModelConfig("m")))
+
+
+def test_every_flag_arrives(tmp_path: Path) -> None:
+    one, two, root = (tmp_path / name for name in ("one", "two", "root"))
+    for folder in (one, two, root):
+        folder.mkdir()
+    config = parse(
+        *("--model", "org/model", "--quantization", "int4", "--double-quant", "--device", "cuda"),
+        *("--dtype", "bfloat16", "--kernels", "triton", "--threads", "3"),
+        *("--adapters", str(one), "--adapters", str(two), "--adapter-root", str(root)),
+        *("--adapter-device-bytes", "512MiB", "--adapter-host-bytes", "2GB", "--max-adapters-on-device", "7"),
+        *("--max-adapters-per-request", "2", "--max-batch-tokens", "1024", "--max-num-requests", "9"),
+        *(
+            "--max-queue",
+            "11",
+            "--max-model-len",
+            "4096",
+            "--kv-cache-bytes",
+            "1.5g",
+            "--kv-block-size",
+            "32",
+        ),
+        *("--max-adapter-wait", "0.5", "--host", "::1", "--port", "0", "--metrics-port", "-1"),
+        *("--max-message-bytes", "4MiB", "--drain-seconds", "2.5"),
+    )
+    model, scheduler, adapters = config.engine.model, config.engine.scheduler, config.engine.adapters
+    assert (model.model, model.quantization, model.double_quant) == ("org/model", "int4", True)
+    assert (model.device, model.dtype, model.kernels, model.threads) == ("cuda", "bfloat16", "triton", 3)
+    assert (adapters.folders, adapters.roots) == ((one, two), (root,))
+    assert (adapters.device_bytes, adapters.host_bytes) == (512 << 20, 2 * 10**9)
+    assert (adapters.max_on_device, adapters.max_per_request) == (7, 2)
+    assert (scheduler.max_batch_tokens, scheduler.max_num_requests, scheduler.max_queue) == (1024, 9, 11)
+    assert (scheduler.max_model_len, scheduler.kv_cache_bytes) == (4096, 3 << 29)
+    assert (scheduler.kv_block_size, scheduler.max_adapter_wait_s) == (32, 0.5)
+    assert (config.api.host, config.api.port, config.api.metrics_port) == ("::1", 0, -1)
+    assert (config.api.max_message_bytes, config.api.drain_s) == (4 << 20, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        ((), "--model"),
+        (("--model", "m", "--quantization", "int3"), "nf4"),
+        (("--model", "m", "--adapter-device-bytes", "lots"), "512MiB"),
+        (("--model", "m", "--adapters", "no-such-folder"), "no-such-folder is no folder"),
+        (("--model", "m", "--max-batch-tokens", "0"), "max_batch_tokens"),
+        (("--model", "m", "--port", "-2"), "port"),
+        (("--model", "m", "--mod", "x"), "--mod"),
+    ],
+)
+def test_bad_flags_end_with_usage(
+    argv: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    for action in build_parser()._actions:
+        assert action.help, action.option_strings
+        assert action.option_strings[0] in out
+    assert "(default: 256MiB)" in out
+
+
+@pytest.fixture
+def _root_logger() -> Iterator[None]:
+    root, package = logging.getLogger(), logging.getLogger("loraplex_server")
+    handlers, level, package_level = root.handlers[:], root.level, package.level
+    root.handlers[:] = []
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    package.setLevel(package_level)
+
+
+@pytest.mark.usefixtures("_root_logger")
+def test_the_log_goes_to_stderr_and_names_the_request(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure("info")
+    token = log.request_id.set("req-7")
+    logging.getLogger("loraplex_server.api").info("something happened")
+    logging.getLogger("loraplex_server.api").debug("too fine")
+    logging.getLogger("elsewhere").info("not ours")
+    log.request_id.reset(token)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    [line] = captured.err.splitlines()
+    assert line.endswith("I loraplex_server.api [req-7] something happened")

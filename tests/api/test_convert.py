@@ -1,0 +1,163 @@
+"""Validation of messages, and what they become."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from loraplex.v1 import adapters_pb2, generation_pb2
+from loraplex_server.api import convert
+from loraplex_server.core.request import AdapterUse
+from loraplex_server.errors import InvalidArgumentError
+
+LIMITS = convert.Limits(vocab_size=100, max_model_len=32, max_prompt_chars=64, max_adapters=3)
+OK: dict[str, Any] = {"text": "hello"}
+
+
+def use(name: str, weight: float | None = None) -> generation_pb2.AdapterWeight:
+    return generation_pb2.AdapterWeight(adapter=name, weight=weight)
+
+
+def sampling(**fields: Any) -> dict[str, Any]:
+    return OK | {"sampling": generation_pb2.SamplingParams(**fields)}
+
+
+def stopping(**fields: Any) -> dict[str, Any]:
+    return OK | {"stopping": generation_pb2.StoppingCriteria(**fields)}
+
+
+def ids(*values: int) -> dict[str, Any]:
+    return {"token_ids": generation_pb2.TokenIds(ids=values)}
+
+
+BAD = [
+    ({}, "prompt"),
+    ({"text": ""}, "text"),
+    ({"text": "x" * 65}, "text"),
+    (ids(), "token_ids.ids"),
+    (ids(*[1] * 32), "token_ids.ids"),
+    (ids(1, 100), "token_ids.ids[1]"),
+    (OK | {"adapters": [use("a/b")]}, "adapters[0].adapter"),
+    (OK | {"adapters": [use("")]}, "adapters[0].adapter"),
+    (OK | {"adapters": [use("x" * 129)]}, "adapters[0].adapter"),
+    (OK | {"adapters": [use("sql\n")]}, "adapters[0].adapter"),
+    (OK | {"adapters": [use("a"), use("b"), use("a")]}, "adapters[2].adapter"),
+    (OK | {"adapters": [use("a"), use("b"), use("c"), use("d")]}, "adapters"),
+    (OK | {"adapters": [use("a"), use("b", float("nan"))]}, "adapters[1].weight"),
+    (OK | {"adapters": [use("a", float("-inf"))]}, "adapters[0].weight"),
+    (sampling(temperature=-0.1), "sampling.temperature"),
+    (sampling(temperature=float("nan")), "sampling.temperature"),
+    (sampling(temperature=float("inf")), "sampling.temperature"),
+    (sampling(top_p=0.0), "sampling.top_p"),
+    (sampling(top_p=1.01), "sampling.top_p"),
+    (sampling(top_p=float("nan")), "sampling.top_p"),
+    (stopping(max_tokens=0), "stopping.max_tokens"),
+    (stopping(max_tokens=3, min_tokens=4), "stopping.min_tokens"),
+    (stopping(stop=["a", ""]), "stopping.stop[1]"),
+    (stopping(stop=["x" * 257]), "stopping.stop[0]"),
+    (stopping(stop=["x"] * 17), "stopping.stop"),
+    (stopping(stop_token_ids=[1, 100]), "stopping.stop_token_ids[1]"),
+    (stopping(stop_token_ids=[1] * 65), "stopping.stop_token_ids"),
+    (OK | {"logprobs": 21}, "logprobs"),
+    (OK | {"request_id": "two words"}, "request_id"),
+    (OK | {"request_id": ""}, "request_id"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"), BAD, ids=[f"{index}-{path}" for index, (_, path) in enumerate(BAD)]
+)
+def test_a_bad_field_is_named(fields: dict[str, Any], path: str) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        convert.check_generate(generation_pb2.GenerateRequest(**fields), LIMITS)
+    assert [violation.field for violation in caught.value.info.violations] == [path]
+    assert path in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"text": "x" * 64},
+        ids(*[99] * 31),
+        OK | {"adapters": [use("A.b_c-9"), use("x" * 128, -2.5), use("z", 0.0)]},
+        sampling(temperature=0.0, top_p=1.0, top_k=2**32 - 1, seed=0),
+        stopping(max_tokens=1, min_tokens=1, stop=["x" * 256] * 16, stop_token_ids=[99] * 64),
+        stopping(min_tokens=1000),
+        OK | {"logprobs": 20, "request_id": "a" * 128, "priority": -(2**31)},
+    ],
+)
+def test_the_edges_of_what_is_allowed(fields: dict[str, Any]) -> None:
+    convert.check_generate(generation_pb2.GenerateRequest(**fields), LIMITS)
+
+
+def test_all_violations_are_found_at_once() -> None:
+    message = generation_pb2.GenerateRequest(
+        text="",
+        logprobs=50,
+        sampling=generation_pb2.SamplingParams(top_p=2),
+        stopping=generation_pb2.StoppingCriteria(stop=[""]),
+    )
+    with pytest.raises(InvalidArgumentError) as caught:
+        convert.check_generate(message, LIMITS)
+    fields = [violation.field for violation in caught.value.info.violations]
+    assert fields == ["text", "sampling.top_p", "stopping.stop[0]", "logprobs"]
+
+
+def to_request(num_prompt_tokens: int = 4, **fields: Any) -> Any:
+    message = generation_pb2.GenerateRequest(**(OK | fields))
+    convert.check_generate(message, LIMITS)
+    return convert.to_request(message, range(num_prompt_tokens), LIMITS, request_id="r", deadline_s=12.5)
+
+
+def test_defaults() -> None:
+    request = to_request()
+    assert request.prompt_token_ids == (0, 1, 2, 3)
+    assert request.adapters == ()
+    assert (request.request_id, request.deadline_s, request.priority) == ("r", 12.5, 0)
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_tokens) == (0.0, 0, 1.0, 0)
+    assert sampling.logprobs is None
+    assert to_request().sampling.seed != sampling.seed
+    assert to_request(logprobs=0).sampling.logprobs == 0
+    assert to_request(adapters=[use("a")]).adapters == (AdapterUse("a", 1.0),)
+    assert to_request(adapters=[use("a", 0.0)]).adapters == (AdapterUse("a", 0.0),)
+
+
+@pytest.mark.parametrize(
+    ("num_prompt_tokens", "asked", "max_tokens"), [(4, None, 28), (4, 5, 5), (4, 500, 28), (31, None, 1)]
+)
+def test_max_tokens_is_cut_to_the_room_left(
+    num_prompt_tokens: int, asked: int | None, max_tokens: int
+) -> None:
+    criteria = generation_pb2.StoppingCriteria(max_tokens=asked, min_tokens=min(asked or 400, 400))
+    sampling = to_request(num_prompt_tokens, stopping=criteria).sampling
+    assert sampling.max_tokens == max_tokens
+    assert sampling.min_tokens == min(asked or 400, max_tokens)
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [0, 32, 33])
+def test_a_prompt_without_tokens_or_room_is_refused(num_prompt_tokens: int) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        to_request(num_prompt_tokens)
+    assert [violation.field for violation in caught.value.info.violations] == ["text"]
+
+
+def test_top_k_of_the_whole_vocabulary_is_none() -> None:
+    for top_k, expected in ((99, 99), (100, 0), (2**32 - 1, 0)):
+        request = to_request(sampling=generation_pb2.SamplingParams(top_k=top_k))
+        assert request.sampling.top_k == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "fields"),
+    [
+        ("a b", "/x", ["name"]),
+        ("", "", ["name", "source"]),
+        ("sql", "a\0b", ["source"]),
+        ("sql", "x" * 4097, ["source"]),
+    ],
+)
+def test_loading_wants_a_name_and_a_source(name: str, source: str, fields: list[str]) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        convert.check_load_adapter(adapters_pb2.LoadAdapterRequest(name=name, source=source))
+    assert [violation.field for violation in caught.value.info.violations] == fields

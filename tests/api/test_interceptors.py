@@ -1,0 +1,129 @@
+"""The interceptor on all four kinds of calls, and on handlers written either way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from loraplex_server.api.interceptors import CallInterceptor
+from loraplex_server.api.lifecycle import Backend, Lifecycle
+from loraplex_server.errors import AlreadyExistsError
+from loraplex_server.metrics import Metrics
+from prometheus_client import CollectorRegistry
+
+KINDS = ["UnaryUnary", "UnaryStream", "UnaryWrites", "StreamUnary", "StreamStream"]
+
+
+async def act(word: bytes) -> bytes:
+    if word == b"fail":
+        raise AlreadyExistsError("there is one", resource=("thing", "x"))
+    if word == b"crash":
+        raise RuntimeError("secret detail")
+    if word == b"hang":
+        await asyncio.Event().wait()
+    return word.upper()
+
+
+async def unary_unary(request: bytes, context: Any) -> bytes:
+    return await act(request)
+
+
+async def unary_stream(request: bytes, context: Any) -> AsyncIterator[bytes]:
+    yield b"first"
+    yield await act(request)
+
+
+async def unary_writes(request: bytes, context: Any) -> None:
+    await context.write(b"first")
+    await context.write(await act(request))
+
+
+async def stream_unary(requests: AsyncIterator[bytes], context: Any) -> bytes:
+    return b"".join([await act(request) async for request in requests])
+
+
+async def stream_stream(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+    yield b"first"
+    async for request in requests:
+        yield await act(request)
+
+
+HANDLERS = grpc.method_handlers_generic_handler(
+    "loraplex.test.Kinds",
+    {
+        "UnaryUnary": grpc.unary_unary_rpc_method_handler(unary_unary),
+        "UnaryStream": grpc.unary_stream_rpc_method_handler(unary_stream),
+        "UnaryWrites": grpc.unary_stream_rpc_method_handler(unary_writes),
+        "StreamUnary": grpc.stream_unary_rpc_method_handler(stream_unary),
+        "StreamStream": grpc.stream_stream_rpc_method_handler(stream_stream),
+    },
+)
+
+
+async def call(channel: grpc.aio.Channel, kind: str, word: bytes, timeout: float = 20) -> list[bytes]:
+    path = f"/loraplex.test.Kinds/{kind}"
+    match kind:
+        case "UnaryUnary":
+            return [await channel.unary_unary(path)(word, timeout=timeout)]
+        case "UnaryStream" | "UnaryWrites":
+            return [answer async for answer in channel.unary_stream(path)(word, timeout=timeout)]
+        case "StreamUnary":
+            return [await channel.stream_unary(path)(iter([word]), timeout=timeout)]
+    return [answer async for answer in channel.stream_stream(path)(iter([word]), timeout=timeout)]
+
+
+def counted(registry: CollectorRegistry, kind: str, code: str) -> float:
+    labels = {"method": f"/loraplex.test.Kinds/{kind}", "code": code}
+    return registry.get_sample_value("loraplex_grpc_calls_total", labels) or 0.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_errors_metrics_and_drain(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        lifecycle, metrics = Lifecycle(), Metrics()
+        server = grpc.aio.server(interceptors=[CallInterceptor(lifecycle, metrics)])
+        server.add_generic_rpc_handlers((HANDLERS,))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+
+        async def code_of(word: bytes, timeout: float = 20) -> grpc.aio.AioRpcError:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call(channel, kind, word, timeout)
+            return caught.value
+
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            error = await code_of(b"word")
+            assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "the server is starting")
+
+            lifecycle.serve(Backend(engine=None, tokenizer=None, limits=None))  # type: ignore[arg-type]
+            assert (await call(channel, kind, b"word"))[-1] == b"WORD"
+            error = await code_of(b"fail")
+            assert (error.code(), error.details()) == (grpc.StatusCode.ALREADY_EXISTS, "there is one")
+            error = await code_of(b"crash")
+            assert error.code() == grpc.StatusCode.INTERNAL
+            assert "secret" not in str(error.details())
+            assert "secret detail" in caplog.text
+            error = await code_of(b"hang", timeout=0.2)
+            assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+            await asyncio.wait_for(lifecycle.wait_idle(), 10)
+
+            lifecycle.drain()
+            error = await code_of(b"word")
+            assert (error.code(), error.details()) == (
+                grpc.StatusCode.UNAVAILABLE,
+                "the server is shutting down",
+            )
+        await server.stop(None)
+        for code, times in {
+            "OK": 1,
+            "ALREADY_EXISTS": 1,
+            "INTERNAL": 1,
+            "DEADLINE_EXCEEDED": 1,
+            "UNAVAILABLE": 2,
+        }.items():
+            assert counted(metrics.registry, kind, code) == times, code
+
+    asyncio.run(main())
