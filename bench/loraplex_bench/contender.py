@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from loraplex_bench.compare import Answered, BenchModel, Job
+from loraplex_bench.launcher import child_environment
 
 
 class ContenderError(RuntimeError):
@@ -50,7 +51,7 @@ class Contender:
             stderr=self._log,
             text=True,
             # A worker that waits must not spin: the others are being measured.
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"},
+            env=child_environment({"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}),
         )
         try:
             self.load_s: float = self._receive()["seconds"]

@@ -83,7 +83,7 @@ class LaunchedServer:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**os.environ, **(env or {})},
+            env=child_environment(env),
             start_new_session=True,
         )
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -133,7 +133,7 @@ class LaunchedServer:
             log = self.log_tail()
             self.kill()
             raise LaunchError(f"the server did not stop within {timeout_s:g} s of SIGTERM\n{log}") from None
-        left = self._wait_group_gone(5.0)
+        left = self._wait_group_gone(min(5.0, timeout_s))
         log = self.log_tail()
         self.kill()
         if left:
@@ -145,6 +145,7 @@ class LaunchedServer:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._wait_group_gone(5.0)
         self._reader.join(timeout=10)
         if self._process.stdout is not None:
             self._process.stdout.close()
@@ -210,6 +211,12 @@ class LaunchedServer:
         while (left := process_group(self._process.pid)) and time.monotonic() < deadline:
             time.sleep(0.05)
         return left
+
+
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Environment of a Python process that shall find the same modules as this one, installed or not."""
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return {**os.environ, "PYTHONPATH": path, **(extra or {})}
 
 
 def process_group(group: int) -> list[int]:

@@ -28,7 +28,7 @@ class Metrics:
 
     samples: tuple[Sample, ...]
 
-    def get(self, name: str, **labels: str) -> float | None:
+    def get(self, name: str, /, **labels: str) -> float | None:
         """Sum over the samples of that name that carry these labels; None if there is none."""
         values = [
             sample.value
@@ -37,7 +37,7 @@ class Metrics:
         ]
         return sum(values) if values else None
 
-    def value(self, name: str, **labels: str) -> float:
+    def value(self, name: str, /, **labels: str) -> float:
         """As `get`. Raises `LookupError` if there is no such sample."""
         found = self.get(name, **labels)
         if found is None:

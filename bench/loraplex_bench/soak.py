@@ -30,7 +30,7 @@ from loraplex.errors import DeadlineExceededError, NotFoundError, PermissionDeni
 from loraplex_bench.answers import AnswerBook, Judgement, Verdict
 from loraplex_bench.demo.tasks import MAX_ANSWER_TOKENS, TASKS, data_dir, expected, make_lines, prompt
 from loraplex_bench.environment import environment
-from loraplex_bench.launcher import LaunchedServer, LaunchError, demo_flags
+from loraplex_bench.launcher import LaunchedServer, LaunchError, child_environment, demo_flags
 from loraplex_bench.metrics import Metrics, scrape
 from loraplex_bench.progress import live
 from loraplex_bench.report import table, write_json
@@ -289,7 +289,7 @@ class _Soak:
             *self._leak_checks(adapters, metrics),
             Check(
                 "base weights unchanged",
-                checksum == model.weight_checksum and metrics.value("loraplex_weight_checksum_ok") == 1,
+                checksum == model.weight_checksum and metrics.get("loraplex_weight_checksum_ok") == 1,
                 f"sha256 {checksum[:16]}, recomputed over the resident weights",
             ),
             memory_check(self._memory, config.duration_s),
@@ -388,6 +388,7 @@ class _Soak:
                 *(sys.executable, "-m", "loraplex_bench.crash_client", self._server.grpc, "4"),
                 *rng.sample(self._served, 3),
                 stdout=asyncio.subprocess.PIPE,
+                env=child_environment(),
             )
             try:
                 assert process.stdout is not None
@@ -520,8 +521,7 @@ class _Soak:
         return Check("answers", right > 0 and not bad, f"{right} right; {found}")
 
     def _leak_checks(self, adapters: Sequence[AdapterInfo], metrics: Metrics) -> Iterator[Check]:
-        blocks = metrics.value("loraplex_kv_blocks_used")
-        yield Check("KV blocks free", blocks == 0, f"{blocks:g} in use")
+        yield _zero("KV blocks free", metrics, "loraplex_kv_cache_usage_ratio", "of them in use")
         held = {adapter.name: adapter.references for adapter in adapters if adapter.references}
         yield Check("adapter references free", not held, f"held: {held}" if held else "none held")
         resident = [adapter.name for adapter in adapters if adapter.state is AdapterState.DEVICE]
@@ -537,8 +537,7 @@ class _Soak:
             names == set(self._served) and not odd,
             f"{len(names)} registered" + (f", draining or pinned: {odd}" if odd else ""),
         )
-        problems = metrics.value("loraplex_integrity_problems")
-        yield Check("pools intact", problems == 0, f"{problems:g} problems")
+        yield _zero("pools intact", metrics, "loraplex_integrity_problems", "problems")
 
     def _coverage_check(self, adapters: Sequence[AdapterInfo]) -> Check:
         """A soak in which nothing was evicted, killed or broken off would prove little."""
@@ -632,6 +631,13 @@ async def _all(actors: Sequence[Coroutine[Any, Any, None]]) -> None:
                 group.create_task(actor)
     except BaseExceptionGroup as failed:
         raise failed.exceptions[0] from None
+
+
+def _zero(name: str, metrics: Metrics, metric: str, what: str) -> Check:
+    """Passed if the metric is there and 0."""
+    value = metrics.get(metric)
+    found = f"the server exposes no {metric}" if value is None else f"{value:g} {what}"
+    return Check(name, value == 0, found)
 
 
 def _busy(metrics: Metrics) -> float:

@@ -308,20 +308,18 @@ def _throughput(lanes: Sequence[Lane], elapsed_s: float) -> str:
 def _cache(
     before: dict[str, AdapterInfo], after: dict[str, AdapterInfo], metrics: Metrics, slots: int
 ) -> str:
-    """What the adapter cache did during the batch, as AdapterService and the Prometheus endpoint tell it."""
+    """What the adapter cache did: in the batch by AdapterService, since the start by the metrics."""
     counts = {
         name: sum(getattr(after[key], name) - getattr(before[key], name) for key in before)
         for name in ("hits", "misses", "evictions")
     }
-    swap_s, swaps = (
-        metrics.get("loraplex_adapter_swap_seconds_sum"),
-        metrics.get("loraplex_adapter_swap_seconds_count"),
-    )
-    rows = [[f"{slots} slots, {len(before)} adapters", *counts.values()]]
-    text = table(["adapter cache", *counts], rows)
-    if swap_s is not None and swaps:
-        text += f"\n{swaps:g} swap-ins since the start, {milliseconds(swap_s / swaps)} ms each."
-    return text
+    lines = [table(["adapter cache, in the batch", *counts], [[f"{slots} slots", *counts.values()]])]
+    for kind, what in (("load", "from disk to host memory"), ("copy", "from host memory to the device")):
+        number = metrics.get("loraplex_adapter_swap_in_seconds_count", kind=kind)
+        seconds = metrics.get("loraplex_adapter_swap_in_seconds_sum", kind=kind)
+        if number and seconds is not None:
+            lines.append(f"{number:g} adapters brought {what}, {milliseconds(seconds / number)} ms each.")
+    return "\n".join(lines)
 
 
 def _verdict(lanes: Sequence[Lane]) -> bool:
