@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepPlan:
-    """What the runner computes in one forward pass. Filled by `engine/planning.py`, read by `model/runner.py`.
+    """What the runner computes in one pass. Filled by `engine/planning.py`, read by `model/runner.py`.
 
     T tokens of B sequences stand in one ragged row. Example, with blocks of 4: sequence 0 decodes its
     sixth token, sequence 1 prefills three, and adapter slot 2 belongs to sequence 1::
@@ -38,7 +38,8 @@ class StepPlan:
     """Keys visible to the sequence's last token, this step's tokens included."""
     block_start: Ints
     blocks: Ints
-    # Runs: contiguous tokens of one composition; tokens in no run have no adapter. [R], [R], [R + 1], [P], [P].
+    # Runs: contiguous tokens of one composition; tokens in no run have no adapter. [R], [R], [R + 1],
+    # and the pairs (slot, weight) of all runs, [P].
     run_start: Ints
     run_end: Ints
     run_pair_start: Ints
@@ -69,7 +70,9 @@ class StepPlan:
     def runs(self) -> list[tuple[int, int, tuple[tuple[int, float], ...]]]:
         """(first token, end, ((slot, weight), ...)) of each run, as the LoRA batch is built from."""
         found = []
-        for index, (start, end) in enumerate(zip(self.run_start.tolist(), self.run_end.tolist(), strict=True)):
+        for index, (start, end) in enumerate(
+            zip(self.run_start.tolist(), self.run_end.tolist(), strict=True)
+        ):
             pairs = slice(self.run_pair_start[index], self.run_pair_start[index + 1])
             slots, weights = self.pair_slot[pairs].tolist(), self.pair_weight[pairs].tolist()
             found.append((start, end, tuple(zip(slots, weights, strict=True))))
@@ -95,12 +98,11 @@ class StepPlan:
             raise ValueError(f"no step plan: {len(buffer)} bytes do not fit the header")
         sections = np.split(words, np.cumsum(lengths)[:-1])
         floats = {"pair_weight", "temperature", "top_p", "uniform"}
-        return cls(
-            **{
-                field.name: section.view(np.float64) if field.name in floats else section
-                for field, section in zip(fields, sections, strict=True)
-            }
-        )
+        arrays: dict[str, Any] = {
+            field.name: section.view(np.float64) if field.name in floats else section
+            for field, section in zip(fields, sections, strict=True)
+        }
+        return cls(**arrays)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from loraplex_kernels import dispatch
@@ -33,15 +34,13 @@ def build_engine(
         ServerError: the model or the adapters cannot be served; the text says why.
     """
     torch.set_num_threads(config.model.threads or max(1, (os.cpu_count() or 2) - 1))
-    dispatch.set_kernels(config.model.kernels)
+    dispatch.set_kernels(cast(dispatch.Kernels, config.model.kernels))
     base = loader.load(config.model, progress=progress)
     device, dtype = base.format.device, base.format.dtype
     kernels = dispatch.backend(device)
     check_ragged(base)
     limit = architecture.longest_context(base.config, config.scheduler.max_model_len)
-    registry = SiteRegistry.from_projections(
-        [(p.path, p.in_features, p.out_features) for p in base.projections]
-    )
+    registry = SiteRegistry((p.path, p.in_features, p.out_features) for p in base.projections)
     adapters = AdapterStore(registry, config.adapters, device=device, dtype=dtype, wake=wake)
     block_size = config.scheduler.kv_block_size
     per_block = memory.block_bytes(base.kv_shapes, block_size, dtype)

@@ -18,14 +18,14 @@ from loraplex_server.engine.messages import (
     IntegrityReply,
     Stats,
     StepRecord,
+    Times,
     TokenDelta,
     TokenLogprobs,
     Tokens,
-    Times,
     TopLogprob,
 )
 from loraplex_server.engine.planning import build_plan
-from loraplex_server.engine.scheduler import Scheduler, Scheduled, device_references
+from loraplex_server.engine.scheduler import Scheduled, Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.errors import (
     InvalidArgumentError,
@@ -121,23 +121,30 @@ class Engine:
     def stats(self) -> Stats:
         """What happened since the last call, and the state now."""
         steps, self._steps = tuple(self._steps), []
-        return self.adapters.stats(
+        adapters = self.adapters
+        return Stats(
             steps=steps,
+            swaps=tuple(adapters.drain_swaps()),
             waiting=len(self.scheduler.waiting),
             running=len(self.scheduler.running),
             waiting_for_adapter=self.scheduler.num_waiting_for_adapter,
             kv_blocks_used=self._blocks.num_used,
             kv_blocks=self._blocks.num_blocks,
+            adapter_device_bytes_used=adapters.device_bytes_used,
+            adapter_host_bytes_used=adapters.host_bytes_used,
+            adapters_on_device=adapters.on_device,
+            adapters_on_host=adapters.on_host,
+            adapter_hits=adapters.hits,
+            adapter_misses=adapters.misses,
         )
 
     def check_integrity(self, call_id: int = 0) -> IntegrityReply:
         """Compares every pool with its holders, and the weights with their checksum."""
-        sequences = list(self._sequences.values())
-        held = device_references(sequences)
         problems = self.scheduler.check_integrity() + self.adapters.check_integrity()
-        if self.adapters.device_references != held:
+        held = sum(len(sequence.handles) for sequence in self._sequences.values())
+        if self.adapters.references() != held:
             problems.append(
-                f"the adapter store counts {self.adapters.device_references} device references, requests hold {held}"
+                f"the adapter store counts {self.adapters.references()} references, requests hold {held}"
             )
         checksum = self._runner.weight_checksum()
         if checksum != self.info.weight_checksum:
@@ -148,7 +155,7 @@ class Engine:
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
             kv_blocks_used=self._blocks.num_used,
-            adapter_references=self.adapters.references,
+            adapter_references=self.adapters.references(),
             weight_checksum=checksum,
         )
 

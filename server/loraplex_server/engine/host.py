@@ -26,6 +26,7 @@ from loraplex_server.engine.messages import (
     PROTOCOL_VERSION,
     AdapterCommand,
     AdapterReply,
+    AdapterStatus,
     Cancel,
     CheckIntegrity,
     FromEngine,
@@ -113,7 +114,6 @@ class EngineHost:
         os.chmod(socket_path, 0o600)
         self._stopping = False
         self._last_stats_s = 0.0
-        self._draining: list[tuple[str, int, str]] = []
 
     def emit(self, client: str, message: FromEngine) -> None:
         """Sends a message to a client; one that is gone gets nothing."""
@@ -132,13 +132,12 @@ class EngineHost:
     def run(self, engine: Engine) -> None:
         """Accepts clients and steps the engine until told to stop. The caller's thread owns the engine."""
         self._listener.listen()
-        threading.Thread(target=self._accept, args=(engine,), name="engine-accept", daemon=True).start()
+        threading.Thread(target=self._accept, name="engine-accept", daemon=True).start()
         try:
             progressed = False
             while not self._stopping:
                 self._handle_events(engine, wait=not progressed)
                 progressed = engine.step()
-                self._finish_unloads(engine)
                 self._send_stats(engine, idle=not progressed)
         finally:
             self._listener.close()
@@ -188,26 +187,30 @@ class EngineHost:
 
     def _adapter_command(self, engine: Engine, client: str, command: AdapterCommand) -> None:
         adapters = engine.adapters
+
+        def reply(answer: AdapterStatus | ServerError | list[AdapterStatus]) -> None:
+            if isinstance(answer, ServerError):
+                self.emit(client, AdapterReply(command.call_id, error=answer.info))
+            else:
+                found = (answer,) if isinstance(answer, AdapterStatus) else tuple(answer)
+                self.emit(client, AdapterReply(command.call_id, found))
+
         try:
             match command.op:
                 case "list":
-                    found = adapters.list()
+                    reply(adapters.list())
                 case "get":
-                    found = (adapters.get(command.name),)
+                    reply(adapters.get(command.name))
                 case "pin":
-                    found = (adapters.pin(command.name, command.pinned),)
+                    adapters.pin(command.name, command.pinned, reply)
                 case "load":
-                    adapters.load(command.name, Path(command.source), self._replier(client, command))
-                    return
+                    adapters.load(command.name, command.source, reply)
                 case "unload":
-                    adapters.unload(command.name, self._replier(client, command))
-                    return
+                    adapters.unload(command.name, lambda: reply(adapters.list()))
                 case op:
-                    raise InternalError(f"no adapter operation {op!r}")
+                    reply(InternalError(f"there is no adapter operation {op!r}"))
         except ServerError as error:
-            self.emit(client, AdapterReply(command.call_id, error=error.info))
-        else:
-            self.emit(client, AdapterReply(command.call_id, found))
+            reply(error)
 
     def _send_stats(self, engine: Engine, *, idle: bool) -> None:
         now_s = time.monotonic()
@@ -217,7 +220,7 @@ class EngineHost:
             for client in self._clients.values():
                 client.send(stats)
 
-    def _accept(self, engine: Engine) -> None:
+    def _accept(self) -> None:
         while True:
             try:
                 connection, _ = self._listener.accept()

@@ -91,7 +91,9 @@ class KvBlockPool:
         held = Counter(block for table in block_tables for block in table)
         for block, references in enumerate(self._references):
             if references != held[block]:
-                problems.append(f"KV block {block} counts {references} references and has {held[block]} holders")
+                problems.append(
+                    f"KV block {block} counts {references} references and has {held[block]} holders"
+                )
         free = set(self._free)
         if len(free) != len(self._free):
             problems.append("a KV block is on the free list twice")

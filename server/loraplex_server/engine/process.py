@@ -42,7 +42,9 @@ class EngineProcess:
             problem: ErrorInfo | None = self._ready.recv()
         except EOFError:
             self._process.join()
-            raise InternalError(f"the engine died while starting, exit code {self._process.exitcode}") from None
+            raise InternalError(
+                f"the engine died while starting, exit code {self._process.exitcode}"
+            ) from None
         if problem is not None:
             self.terminate()
             raise from_info(problem)

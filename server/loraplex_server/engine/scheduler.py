@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Protocol
 
 from loraplex_server.adapters.store import AdapterHandle, Readiness
 from loraplex_server.config import SchedulerConfig
 from loraplex_server.engine.kv_blocks import KvBlockPool
 from loraplex_server.engine.sequence import Sequence, Status
-from loraplex_server.errors import DeadlineExceededError, ServerError
+from loraplex_server.errors import DeadlineExceededError, InternalError, ServerError
 
 AdmissionOrder = Callable[[list[Sequence], float], list[Sequence]]
 """The waiting sequences (in order of arrival) and the time, to the order in which they are admitted.
@@ -44,7 +44,7 @@ class AdapterReadiness(Protocol):
     def unreserve(self, handles: tuple[AdapterHandle, ...]) -> None:
         """Gives the device references back."""
 
-    def failure(self, handles: tuple[AdapterHandle, ...]) -> ServerError:
+    def failure(self, handles: tuple[AdapterHandle, ...]) -> ServerError | None:
         """Why the last answer for `handles` was FAILED."""
 
 
@@ -137,7 +137,9 @@ class Scheduler:
         failed: list[tuple[Sequence, ServerError]] = []
         for sequence in late:
             self.finish(sequence)
-            failed.append((sequence, DeadlineExceededError("the deadline passed before the answer was complete")))
+            failed.append(
+                (sequence, DeadlineExceededError("the deadline passed before the answer was complete"))
+            )
         return failed
 
     def _continue_running(self) -> tuple[list[Scheduled], int]:
@@ -168,17 +170,19 @@ class Scheduler:
         budget: int,
         now_s: float,
     ) -> None:
-        blocked: set[tuple[AdapterHandle, ...]] = set()
+        # Handles are a request's own; what is blocked for one request is so for all that name the same.
+        blocked: set[tuple[str, ...]] = set()
         urgent = False
         for sequence in self._order(self.waiting, now_s):
             if budget <= 0 or len(self.running) >= self._config.max_num_requests:
                 break
-            if not sequence.reserved and sequence.handles and (urgent or sequence.handles in blocked):
+            names = tuple(handle.name for handle in sequence.handles)
+            if names and not sequence.reserved and (urgent or names in blocked):
                 self._note_wait(sequence, now_s)
                 continue
             match self._readiness(sequence):
                 case Readiness.FAILED:
-                    error = self._adapters.failure(sequence.handles)
+                    error = self._adapters.failure(sequence.handles) or InternalError("no reason was given")
                     self.finish(sequence)
                     failed.append((sequence, error))
                     continue
@@ -187,7 +191,7 @@ class Scheduler:
                     continue
                 case Readiness.BLOCKED:
                     self._note_wait(sequence, now_s)
-                    blocked.add(sequence.handles)
+                    blocked.add(names)
                     started_s = sequence.adapter_wait_start_s
                     assert started_s is not None
                     urgent = urgent or now_s - started_s > self._config.max_adapter_wait_s
@@ -282,8 +286,3 @@ class Scheduler:
             if sequence.handles and not sequence.reserved
         ]
         return problems
-
-
-def device_references(sequences: Iterable[Sequence]) -> int:
-    """Device references that `sequences` hold, as the adapter store should count them."""
-    return sum(len(sequence.handles) for sequence in sequences if sequence.reserved)

@@ -10,6 +10,9 @@ from loraplex_server.adapters.store import AdapterHandle
 from loraplex_server.core.request import Request
 from loraplex_server.engine.kv_blocks import block_key
 
+EFFECT_VERSION = 1
+"""Grows when what an adapter's bytes mean for keys and values changes."""
+
 Composition = tuple[tuple[AdapterHandle, float], ...]
 
 
@@ -81,7 +84,7 @@ class Sequence:
         """Whose KV this is: the tenant, and content and weight of each adapter in order."""
         parts = [self.request.tenant]
         parts += [
-            f"{handle.content_hash}@{use.weight!r}@{handle.effect_version}"
+            f"{handle.content_hash}@{use.weight!r}@{EFFECT_VERSION}"
             for handle, use in zip(self.handles, self.request.adapters, strict=True)
         ]
         return "\0".join(parts).encode()

@@ -38,7 +38,10 @@ def check(config: PreTrainedConfig) -> None:
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise _refusal(kind, "it is an encoder-decoder; only decoders are served")
-    if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
+    if (
+        getattr(config, "vision_config", None) is not None
+        or getattr(config, "audio_config", None) is not None
+    ):
         raise _refusal(kind, "it is multimodal; serve its text model alone")
     if getattr(config, "quantization_config", None) is not None:
         raise _refusal(kind, "its weights are quantised already; give the unquantised checkpoint")
@@ -57,14 +60,16 @@ def longest_context(config: PreTrainedConfig, asked: int) -> int:
     Raises:
         FailedPreconditionError: `asked` lies beyond what can be served exactly.
     """
-    own = getattr(config, "max_position_embeddings", None) or asked or 4096
+    own: int = getattr(config, "max_position_embeddings", None) or asked or 4096
     limit, reason = own, "the model's max_position_embeddings"
     for rope in _rope_parameters(config):
         if rope.get("rope_type") in ("longrope", "dynamic"):
-            original = rope.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", own
+            original = int(
+                rope.get("original_max_position_embeddings")
+                or getattr(config, "original_max_position_embeddings", None)
+                or own
             )
-            # transformers' dynamic kind grows from max_position_embeddings, longrope switches at the original.
+            # "dynamic" grows beyond max_position_embeddings, "longrope" switches at the original length.
             steady = original if rope["rope_type"] == "longrope" else min(own, original)
             if steady < limit:
                 limit = steady
@@ -109,10 +114,12 @@ def find_groups(model: PreTrainedModel) -> list[tuple[Projection, ...]]:
         if path in taken:
             continue
         parent, _, leaf = path.rpartition(".")
-        group = (projection,)
+        group: tuple[Projection, ...] = (projection,)
         for names in _SIBLINGS:
             siblings = [found.get(f"{parent}.{name}") for name in names]
-            if leaf in names and all(s is not None and s.in_features == projection.in_features for s in siblings):
+            if leaf in names and all(
+                s is not None and s.in_features == projection.in_features for s in siblings
+            ):
                 group = tuple(s for s in siblings if s is not None)
         taken.update(member.path for member in group)
         groups.append(group)
@@ -165,7 +172,7 @@ def _parameters_on_meta() -> Iterator[None]:
         if parameter is not None:
             module._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ class StepContext:
 
     Attributes:
         attention: the ragged batch, shared by all layers.
-        kv_caches: one tensor a layer, [num_blocks, 2, block_size, num_kv_heads, head_dim].
+        kv_caches: one tensor a layer, [num_blocks, 2, num_kv_heads, block_size, head_dim].
         effects: what adapters do at each site in this step, in order; empty in a base-only step.
     """
 

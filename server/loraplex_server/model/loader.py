@@ -73,7 +73,8 @@ class BaseModel:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
+            flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(memoryview(flat.numpy()).cast("B"))
         return digest.hexdigest()
 
 

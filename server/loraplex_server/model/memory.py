@@ -21,9 +21,7 @@ def block_bytes(kv_shapes: Sequence[tuple[int, int]], block_size: int, dtype: to
     return sum(2 * block_size * heads * width for heads, width in kv_shapes) * dtype.itemsize
 
 
-def num_kv_blocks(
-    config: SchedulerConfig, per_block: int, max_model_len: int, device: torch.device
-) -> int:
+def num_kv_blocks(config: SchedulerConfig, per_block: int, max_model_len: int, device: torch.device) -> int:
     """How many blocks the cache has: what `kv_cache_bytes` holds, or a default of the free memory.
 
     Raises:
@@ -49,10 +47,14 @@ def num_kv_blocks(
 
 
 def allocate_kv(
-    kv_shapes: Sequence[tuple[int, int]], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    kv_shapes: Sequence[tuple[int, int]],
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[torch.Tensor, ...]:
-    """One cache a layer, [num_blocks, 2, block_size, heads, width]; its content is undefined."""
+    """One cache a layer, [num_blocks, 2, heads, block_size, width]; its content is undefined."""
     return tuple(
-        torch.zeros(num_blocks, 2, block_size, heads, width, dtype=dtype, device=device)
+        torch.zeros(num_blocks, 2, heads, block_size, width, dtype=dtype, device=device)
         for heads, width in kv_shapes
     )

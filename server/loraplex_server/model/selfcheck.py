@@ -44,14 +44,14 @@ def check_ragged(base: BaseModel) -> None:
         ) from error
     finally:
         base.model.set_attn_implementation(attention.NAME)
-    error = (ragged - stock).abs().max().item()
+    difference = (ragged - stock).abs().max().item()
     scale = stock.abs().max().item()
     packed = 1e-1 if base.format.packed_int4 else 0.0
     tolerance = max(_TOLERANCE[base.format.dtype], packed)
-    if not error <= tolerance * scale:
+    if not difference <= tolerance * scale:
         raise FailedPreconditionError(
             f"the architecture {base.config.model_type!r} cannot be served: sequences in one row answer "
-            f"otherwise than alone (logits differ by {error:.3g} of {scale:.3g})"
+            f"otherwise than alone (logits differ by {difference:.3g} of {scale:.3g})"
         )
 
 

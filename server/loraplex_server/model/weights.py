@@ -7,7 +7,8 @@ from typing import Protocol, cast
 
 import torch
 from loraplex_kernels import int4, nf4
-from loraplex_kernels.int4 import Int4Weight, PackedInt4Weight
+from loraplex_kernels.int4 import Int4Weight, cpu_packed
+from loraplex_kernels.int4.cpu_packed import PackedInt4Weight
 from loraplex_kernels.nf4 import Nf4Weight
 
 
@@ -84,7 +85,7 @@ class PackedInt4:
         return self.weight.shape
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return int4.packed_matmul(x, self.weight, bias)
+        return cpu_packed.matmul(x, self.weight, bias)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return self.weight.tensors()
@@ -126,8 +127,8 @@ class WeightFormat:
             shape=(sum(part.shape[0] for part in parts), parts[0].shape[1]),
             group=parts[0].group,
         )
-        if self.packed_int4 and int4.packed_supported(joined.shape, joined.group):
-            return [PackedInt4(PackedInt4Weight.pack(joined))]
+        if self.packed_int4 and cpu_packed.supported(joined.shape, joined.group):
+            return [PackedInt4(PackedInt4Weight.from_int4(joined))]
         return [Int4(joined)]
 
     def _nf4(self, weights: list[torch.Tensor]) -> list[Nf4Weight]:

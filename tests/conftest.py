@@ -1,0 +1,233 @@
+"""What the tests share: tiny checkpoints of real architectures, PEFT adapters for them, and the oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "r6": {"r": 6, "lora_alpha": 6, "target_modules": "all"},
+    "r7": {"r": 7, "lora_alpha": 16, "target_modules": "attention", "use_rslora": True},
+    "r8": {"r": 8, "lora_alpha": 8, "target_modules": "all", "rank_pattern": {r".*layers\.1\..*": 3}},
+    "r12": {"r": 12, "lora_alpha": 32, "target_modules": "mlp"},
+    "r14": {"r": 14, "lora_alpha": 14, "target_modules": "all", "use_rslora": True},
+    "r16": {"r": 16, "lora_alpha": 16, "target_modules": "all", "layers_to_transform": [1]},
+    "r32": {"r": 32, "lora_alpha": 64, "target_modules": "attention", "alpha_pattern": {"o_proj": 8}},
+    "r4": {"r": 4, "lora_alpha": 2, "target_modules": "all"},
+}
+_TARGETS = {
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "mlp": ["gate_proj", "up_proj", "down_proj"],
+}
+_FUSED = {"attention": ["qkv_proj", "o_proj"], "mlp": ["gate_up_proj", "down_proj"]}
+
+
+@pytest.fixture(scope="session")
+def adapter_names() -> list[str]:
+    """The adapters that `tiny` makes for each architecture: mixed ranks, alphas, targets and patterns."""
+    return list(ADAPTERS)
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyModel:
+    """A checkpoint and its adapters on disk."""
+
+    base: Path
+    adapters: Path
+
+
+def _config(architecture: str) -> Any:
+    import transformers
+
+    common: dict[str, Any] = {
+        "vocab_size": 211,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    extra: dict[str, dict[str, Any]] = {
+        "Llama": {},
+        "Mistral": {"sliding_window": 9},
+        "Qwen2": {},
+        "Qwen3": {"head_dim": 16},
+        "Gemma2": {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 16},
+        "Gemma3Text": {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 16},
+        "Phi3": {},
+    }
+    return getattr(transformers, f"{architecture}Config")(**common, **extra[architecture])
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
+    """Makes (once a session) a random checkpoint of an architecture, and adapters with non-zero A and B.
+
+    Weights are far larger than transformers initialises them, so that the two best tokens are well apart
+    and every layer matters.
+    """
+    made: dict[str, TinyModel] = {}
+
+    def make(architecture: str) -> TinyModel:
+        if architecture not in made:
+            made[architecture] = _make(architecture, tmp_path_factory.mktemp(architecture))
+        return made[architecture]
+
+    return make
+
+
+def _make(architecture: str, folder: Path) -> TinyModel:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    generator = torch.Generator().manual_seed(7)
+
+    def randomise(tensor: torch.Tensor, std: float, mean: float = 0.0) -> None:
+        tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * std + mean)
+
+    model = AutoModelForCausalLM.from_config(_config(architecture), dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" in name or "lm_head" in name:
+            # Gemma uses its embeddings as its head: large ones would repeat the last token for ever.
+            randomise(parameter, 0.02 if architecture.startswith("Gemma") else 1.0)
+        elif name.endswith("bias"):
+            randomise(parameter, 0.5)
+        elif parameter.ndim > 1:
+            gain = 3.0 if "o_proj" in name or "down_proj" in name else 1.5
+            randomise(parameter, gain * parameter.shape[1] ** -0.5)
+        else:
+            randomise(parameter, 0.2, 0.0 if architecture.startswith("Gemma") else 1.0)
+    model.save_pretrained(folder / "base")
+    targets = _FUSED if architecture == "Phi3" else _TARGETS
+    targets = {**targets, "all": targets["attention"] + targets["mlp"]}
+    for name, options in ADAPTERS.items():
+        chosen = {**options, "target_modules": targets[options["target_modules"]]}
+        base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        peft = get_peft_model(base, LoraConfig(**chosen))
+        scale = options["lora_alpha"] / options["r"] ** (0.5 if options.get("use_rslora") else 1.0)
+        for key, parameter in peft.named_parameters():
+            if "lora_A" in key:
+                randomise(parameter, parameter.shape[1] ** -0.5)
+            elif "lora_B" in key:
+                randomise(parameter, 0.8 / (scale * parameter.shape[1] ** 0.5))
+        peft.save_pretrained(folder / "adapters" / name)
+    return TinyModel(folder / "base", folder / "adapters")
+
+
+class Oracle:
+    """transformers + PEFT in fp32 on the dequantised weights, one request at a time."""
+
+    def __init__(self, tiny: TinyModel, quantization: str) -> None:
+        import torch
+        from loraplex_kernels import int4, nf4
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(
+            tiny.base, dtype=torch.float32, attn_implementation="eager"
+        )
+        for path, module in base.named_modules():
+            if isinstance(module, torch.nn.Linear) and ".layers." in path:
+                if quantization == "nf4":
+                    module.weight.data = nf4.dequantize(nf4.quantize(module.weight.data))
+                elif quantization == "int4":
+                    module.weight.data = int4.dequantize(int4.quantize(module.weight.data))
+        names = sorted(path.name for path in tiny.adapters.iterdir())
+        self._model = PeftModel.from_pretrained(base, tiny.adapters / names[0], adapter_name=names[0])
+        for name in names[1:]:
+            self._model.load_adapter(tiny.adapters / name, adapter_name=name)
+        self._model.eval()
+
+    def generate(
+        self, prompt: Sequence[int], adapters: Sequence[tuple[str, float]], max_tokens: int
+    ) -> tuple[list[int], Any]:
+        """Greedy tokens (end of sequence ignored) and the logits [max_tokens, vocabulary] behind them.
+
+        One adapter at weight 1 runs as PEFT runs it; a composition is the base plus the weighted sum of
+        PEFT's own delta weights.
+        """
+        import torch
+
+        model = self._model
+        with torch.inference_mode():
+            if not adapters:
+                with model.disable_adapter():
+                    return self._generate(prompt, max_tokens)
+            if len(adapters) == 1 and adapters[0][1] == 1.0:
+                model.set_adapter(adapters[0][0])
+                return self._generate(prompt, max_tokens)
+            before = self._add_deltas(adapters)
+            try:
+                with model.disable_adapter():
+                    return self._generate(prompt, max_tokens)
+            finally:
+                for layer, weight in before:
+                    layer.weight.data = weight
+
+    def _add_deltas(self, adapters: Sequence[tuple[str, float]]) -> list[tuple[Any, Any]]:
+        from peft.tuners.lora import LoraLayer
+
+        before = []
+        for module in self._model.modules():
+            if isinstance(module, LoraLayer):
+                layer = module.get_base_layer()
+                before.append((layer, layer.weight.data))
+                weight = layer.weight.data.clone()
+                for name, factor in adapters:
+                    if name in module.lora_A:
+                        weight += factor * module.get_delta_weight(name)
+                layer.weight.data = weight
+        return before
+
+    def _generate(self, prompt: Sequence[int], max_tokens: int) -> tuple[list[int], Any]:
+        import torch
+
+        ids = torch.tensor([list(prompt)])
+        output = self._model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return output.sequences[0, len(prompt) :].tolist(), torch.cat(output.logits)
+
+
+@pytest.fixture(scope="session")
+def oracle(tiny: Callable[[str], TinyModel]) -> Callable[[str, str], Oracle]:
+    """`oracle(architecture, quantization)`, made once a session."""
+    made: dict[tuple[str, str], Oracle] = {}
+
+    def make(architecture: str, quantization: str) -> Oracle:
+        key = architecture, quantization
+        if key not in made:
+            made[key] = Oracle(tiny(architecture), quantization)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet() -> None:
+    """One thread: two beside a busy machine make single operations take milliseconds."""
+    import torch
+
+    torch.set_num_threads(1)
+    logging.getLogger("loraplex_server").setLevel(logging.WARNING)

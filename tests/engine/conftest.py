@@ -1,0 +1,113 @@
+"""An engine in the test's own thread, and what it answered."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig, SchedulerConfig
+from loraplex_server.core.request import AdapterUse, Request, SamplingParams
+from loraplex_server.engine.build import build_engine
+from loraplex_server.engine.engine import Engine
+from loraplex_server.engine.messages import Failed, Times, TokenLogprobs, Tokens
+
+
+@dataclasses.dataclass
+class Answer:
+    """What one request got."""
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    finish: str | None = None
+    error: Any = None
+    times: Times | None = None
+
+
+class Harness:
+    """Submits to an engine and collects what it emits."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.answers: dict[str, Answer] = {}
+        self.engine: Engine = build_engine(config, self._collect, progress=False)
+
+    def _collect(self, client: str, message: Tokens | Failed) -> None:
+        if isinstance(message, Failed):
+            self.answers[message.request_id].error = message.error
+            return
+        for delta in message.deltas:
+            answer = self.answers[delta.request_id]
+            assert answer.finish is None
+            answer.tokens += delta.token_ids
+            answer.logprobs += delta.logprobs
+            if delta.finish is not None:
+                answer.finish, answer.times = delta.finish.value, delta.times
+
+    def submit(
+        self,
+        name: str,
+        prompt: Sequence[int],
+        adapters: Sequence[tuple[str, float]] = (),
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        **sampling: Any,
+    ) -> Answer:
+        self.answers[name] = Answer()
+        uses = tuple(AdapterUse(adapter, weight) for adapter, weight in adapters)
+        params = SamplingParams(**sampling)
+        self.engine.submit(
+            "test",
+            Request(name, tuple(prompt), params, uses, priority=priority, deadline_s=deadline_s),
+        )
+        return self.answers[name]
+
+    def run(self, limit_s: float = 60.0) -> None:
+        """Steps until nothing is left to do."""
+        end_s = time.monotonic() + limit_s
+        while self.engine.has_work:
+            assert time.monotonic() < end_s, "the engine did not finish in time"
+            if not self.engine.step():
+                self.engine.adapters.wait_event(0.05)
+
+    def assert_clean(self) -> None:
+        """Nothing is held, nothing is broken."""
+        report = self.engine.check_integrity()
+        assert report.problems == ()
+        assert (report.running, report.waiting, report.kv_blocks_used, report.adapter_references) == (0, 0, 0, 0)
+
+
+MakeHarness = Callable[..., Harness]
+
+
+@pytest.fixture
+def harness() -> Iterator[MakeHarness]:
+    """`harness(tiny_model, quantization=…, scheduler={…}, adapters={…}, model={…})`; checked at the end."""
+    made: list[Harness] = []
+
+    def make(
+        tiny_model: Any,
+        quantization: str = "none",
+        *,
+        scheduler: dict[str, Any] | None = None,
+        adapters: dict[str, Any] | None = None,
+        model: dict[str, Any] | None = None,
+    ) -> Harness:
+        config = EngineConfig(
+            ModelConfig(
+                str(tiny_model.base),
+                quantization=quantization,
+                **{"dtype": "float32", "threads": 1, **(model or {})},
+            ),
+            SchedulerConfig(**(scheduler or {})),
+            AdapterConfig(folders=(tiny_model.adapters,), **{"device_bytes": 4 << 20, **(adapters or {})}),
+        )
+        made.append(Harness(config))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.assert_clean()
+        one.engine.adapters.close()
