@@ -1,8 +1,8 @@
 """Time paged ragged attention on this machine: ``python -m loraplex_bench.ops_attention [--threads N]``.
 
 One row per workload: the host's share once per step, then microseconds per layer (best of several runs) for
-writing the keys and values, for the op, and for the plain way to do the same: one gather and one SDPA call per
-sequence.
+writing the keys and values, for the op, and for the plain way to do the same: one gather and one SDPA call
+per sequence.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-
 from loraplex_kernels.attention import AttentionBatch, kv_cache_shape, paged_attention, write_kv
 
 BLOCK_SIZE = 16
@@ -97,14 +96,17 @@ def measure(workload: Workload, dtype: torch.dtype, device: torch.device, runs: 
         )
 
     def attend(batch: AttentionBatch) -> torch.Tensor:
-        return paged_attention(
-            q, cache, batch, scale=scale, sliding_window=window, softcap=softcap, k=k, v=v
-        )
+        return paged_attention(q, cache, batch, scale=scale, sliding_window=window, softcap=softcap, k=k, v=v)
 
     batch = build()
     write_kv(k, v, cache, batch)
     per_sequence = [
-        (int(row), int(query), slots_of(table, int(context), device), mask(int(query), int(context), window, q))
+        (
+            int(row),
+            int(query),
+            slots_of(table, int(context), device),
+            mask(int(query), int(context), window, q),
+        )
         for row, query, context, table in zip(
             query_start, queries, contexts, np.split(blocks, starts[1:-1]), strict=False
         )

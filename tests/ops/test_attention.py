@@ -1,4 +1,5 @@
-"""Paged ragged attention against a float64 loop that sees the history itself, never the cache or its layout."""
+"""Paged ragged attention against a float64 loop that sees the history itself, never the cache or its
+layout."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import torch
 from loraplex_kernels.attention import AttentionBatch, kv_cache_shape, paged_attention, write_kv
 from loraplex_kernels.attention.layouts import DECODE_SPLIT_GAIN, split
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -39,13 +41,14 @@ def make_case(
     block_size: int = 8,
     dtype: torch.dtype = torch.float32,
     poison: float | None = math.nan,
-    keep_keys: int | None = None,
+    window: int | None = None,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Case:
     """Shuffle the blocks of all sequences over a cache whose other cells hold `poison`.
 
-    The cells of this step's tokens hold it too, until `write_kv`. With `keep_keys` only the last that many
-    keys before each sequence's first query are there, as when blocks behind a sliding window were given away.
+    The cells of this step's tokens hold it too, until `write_kv`, and so do the cells that a sliding window
+    has left behind: their blocks may have been given away.
     """
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -66,7 +69,7 @@ def make_case(
             torch.randn(context, num_kv_heads, head_dim, generator=generator).to(dtype) for _ in range(2)
         )
         first = context - query_len
-        for position in range(0 if keep_keys is None else max(0, first - keep_keys), first):
+        for position in range(0 if window is None else max(0, first - window + 1), first):
             block, offset = table[position // block_size], position % block_size
             cache[block, 0, :, offset] = keys[position]
             cache[block, 1, :, offset] = values[position]
@@ -82,16 +85,18 @@ def make_case(
         ids.astype(np.int32),
         np.concatenate(slots),
         block_size=block_size,
-        device="cpu",
+        device=device,
     )
     tokens = sum(query for query, _ in lengths)
     q = torch.randn(tokens, num_heads, head_dim, generator=generator).to(dtype)
-    return Case(q, torch.cat(own_k), torch.cat(own_v), cache, batch, histories, lengths)
+    tensors = (tensor.to(device) for tensor in (q, torch.cat(own_k), torch.cat(own_v), cache))
+    return Case(*tensors, batch, histories, lengths)
 
 
 def oracle(case: Case, scale: float, window: int | None, softcap: float | None) -> torch.Tensor:
     """One query and one head at a time, in float64."""
-    out = torch.zeros(case.q.shape, dtype=torch.float64)
+    queries = case.q.cpu().double()
+    out = torch.zeros_like(queries)
     per_kv_head = case.q.shape[1] // case.k.shape[1]
     row = 0
     for (query_len, context), (keys, values) in zip(case.lengths, case.histories, strict=True):
@@ -99,7 +104,7 @@ def oracle(case: Case, scale: float, window: int | None, softcap: float | None) 
             first = 0 if window is None else max(0, position - window + 1)
             for head in range(case.q.shape[1]):
                 visible = keys[first : position + 1, head // per_kv_head].double()
-                logits = visible @ case.q[row, head].double() * scale
+                logits = visible @ queries[row, head] * scale
                 if softcap is not None:
                     logits = softcap * torch.tanh(logits / softcap)
                 weights = torch.softmax(logits, 0)
@@ -120,7 +125,7 @@ def attend(
     )
     assert out.dtype == case.q.dtype
     assert out.shape == case.q.shape
-    return out.double(), oracle(case, scale, window, softcap)
+    return out.cpu().double(), oracle(case, scale, window, softcap)
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
@@ -138,23 +143,27 @@ def random_lengths(rng: np.random.Generator, sequences: int) -> list[tuple[int, 
     return lengths
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "softcap"])
 @pytest.mark.parametrize("window", [None, 1, 7, 20])
 @pytest.mark.parametrize("sequences", [1, 2, 9, 33])
-def test_random_ragged_batches(sequences: int, window: int | None, softcap: float | None) -> None:
+def test_random_ragged_batches(
+    sequences: int, window: int | None, softcap: float | None, device: str
+) -> None:
     seed = sequences * 100 + (window or 0)
     lengths = random_lengths(np.random.default_rng(seed), sequences)
-    case = make_case(lengths, seed=seed, keep_keys=None if window is None else window)
+    case = make_case(lengths, seed=seed, window=window, device=device)
     assert_close(*attend(case, window=window, softcap=softcap, own=bool(seed % 2)), torch.float32)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("heads", "head_dim"), [((4, 4), 16), ((6, 2), 32), ((8, 1), 64), ((2, 1), 256), ((3, 1), 24)]
 )
-def test_heads_and_dtypes(heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
+def test_heads_and_dtypes(heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: str) -> None:
     lengths = [(1, 9), (5, 5), (1, 30), (4, 17), (1, 1), (7, 7), (5, 5)]
-    case = make_case(lengths, heads=heads, head_dim=head_dim, dtype=dtype)
+    case = make_case(lengths, heads=heads, head_dim=head_dim, dtype=dtype, device=device)
     assert_close(*attend(case), dtype)
     assert_close(*attend(case, window=6, softcap=2.0), dtype)
 
@@ -191,18 +200,19 @@ def test_layers_share_a_batch(lengths: list[tuple[int, int]]) -> None:
         assert_close(got.double(), oracle(second, scale, window, softcap), torch.float32)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("own", [False, True], ids=["from cache", "own keys"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "softcap"])
 def test_other_cells_cannot_leak(
-    dtype: torch.dtype, window: int | None, softcap: float | None, own: bool
+    dtype: torch.dtype, window: int | None, softcap: float | None, own: bool, device: str
 ) -> None:
     """NaN, Inf and large finite values in every cell that is not visible change no bit of the result."""
     lengths = [(1, 17), (20, 20), (1, 3), (6, 31), (12, 12), (20, 20), (1, 64), (9, 25)]
     results = []
     for poison in (math.nan, math.inf, -math.inf, 1e30, None):
-        case = make_case(lengths, dtype=dtype, poison=poison, keep_keys=window)
+        case = make_case(lengths, dtype=dtype, poison=poison, window=window, device=device)
         got, want = attend(case, window=window, softcap=softcap, own=own)
         assert_close(got, want, dtype)
         results.append(got)
@@ -306,6 +316,9 @@ def test_sequences_without_queries_and_empty_steps() -> None:
         ({"context_len": [12]}, "context_len"),
         ({"context_len": [12, 3]}, "context_len"),
         ({"context_len": [12, 17]}, "block_start"),
+        ({"blocks": [3, 1, 0]}, "block_start"),
+        ({"blocks": [3, -1, 0, 2]}, "blocks"),
+        ({"slot_mapping": [0, 1, 2, 3, -1]}, "slot_mapping"),
     ],
 )
 def test_bad_metadata_is_refused(change: dict[str, object], named: str) -> None:
@@ -323,6 +336,8 @@ def test_bad_tensors_are_refused() -> None:
     q, cache, batch = case.q, case.cache, case.batch
     with pytest.raises(ValueError, match="kv_cache"):
         paged_attention(q, cache.transpose(2, 3), batch, scale=1.0)
+    with pytest.raises(ValueError, match="kv_cache"):
+        paged_attention(q, cache[: batch.min_blocks - 1], batch, scale=1.0)
     with pytest.raises(ValueError, match="q "):
         paged_attention(q[1:], cache, batch, scale=1.0)
     with pytest.raises(ValueError, match="q "):

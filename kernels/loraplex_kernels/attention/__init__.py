@@ -1,9 +1,9 @@
 """Paged ragged attention: every sequence of a step, decodes and prefill chunks alike, in one call per layer.
 
 The KV cache of a layer is one contiguous tensor [num_blocks, 2, num_kv_heads, block_size, head_dim]
-(`kv_cache_shape`): a block is one contiguous piece, its keys before its values, and in each a head's positions lie
-together, so that reading one head of a block is one sequential run. Build an `AttentionBatch` once per step, then
-call `write_kv` and `paged_attention` in every layer.
+(`kv_cache_shape`): a block is one contiguous piece, its keys before its values, and in each a head's
+positions lie together, so that reading one head of a block is one sequential run. Build an `AttentionBatch`
+once per step, then call `write_kv` and `paged_attention` in every layer.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def paged_attention(
     """Causal attention of the step's queries [T, Hq, D] over their sequences' cached keys and values.
 
     The step's own keys and values must have been written (`write_kv`). Query head h reads key head
-    h // (Hq / Hkv). With `sliding_window` w the query at position i sees keys i - w < j <= i. With `softcap` c
-    a scaled logit x becomes c * tanh(x / c). Softmax is in fp32. `k` and `v`, if given, are what `write_kv` was
-    given: they spare reading the cache for prompts that start in this step, and never change the result.
-    Cells outside a sequence's visible context may hold anything, NaN included.
+    h // (Hq / Hkv). With `sliding_window` w the query at position i sees keys i - w < j <= i. With
+    `softcap` c a scaled logit x becomes c * tanh(x / c). Softmax is in fp32. `k` and `v`, if given, are
+    what `write_kv` was given: they spare reading the cache for prompts that start in this step, and never
+    change the result. Cells outside a sequence's visible context may hold anything, NaN included.
 
     Returns [T, Hq, D] in q's dtype. Raises ValueError if a shape, the window or the cap does not fit.
     """
@@ -76,4 +76,8 @@ def _check_cache(kv_cache: torch.Tensor, batch: AttentionBatch) -> None:
         raise ValueError(
             f"kv_cache {tuple(shape)} must be contiguous "
             f"[num_blocks, 2, num_kv_heads, {batch.block_size}, head_dim]: allocate it with kv_cache_shape"
+        )
+    if batch.min_blocks > shape[0]:
+        raise ValueError(
+            f"kv_cache has {shape[0]} blocks, but blocks or slot_mapping name {batch.min_blocks - 1}"
         )

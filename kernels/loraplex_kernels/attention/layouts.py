@@ -22,7 +22,7 @@ PREFILL_SPLIT_GAIN = 4096
 def kv_cache_shape(
     num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
 ) -> tuple[int, int, int, int, int]:
-    """The shape of one layer's KV cache: [num_blocks, 2 (keys, values), num_kv_heads, block_size, head_dim]."""
+    """The shape of one layer's KV cache; of the two, keys come first."""
     return (num_blocks, 2, num_kv_heads, block_size, head_dim)
 
 
@@ -30,8 +30,8 @@ class SparseIndex(NamedTuple):
     """The visible cells of each (decode, query head) pair, for kernels that read the cache where it lies."""
 
     pattern: torch.Tensor
-    """Sparse CSR [n * Hq, table_rows] fp32: a row's stored columns are its cells, their values what is added to
-    the logits (0 or -inf, or nothing but 0)."""
+    """Sparse CSR [n * Hq, table_rows] fp32: a row's stored columns are its cells, neither sorted nor
+    distinct; their values (0 or -inf) are what is added to the logits."""
     cells: torch.Tensor
     """[n * Hq * key_len] int32 or int64: those columns, rows of the cache seen as [table_rows, head_dim]."""
     offsets: torch.Tensor
@@ -85,8 +85,10 @@ class QueryGroup:
         assert isinstance(bias, torch.Tensor)
         return bias
 
-    def sparse_index(self, num_heads: int, num_kv_heads: int, table_rows: int, *, masked: bool) -> SparseIndex:
-        """For groups of `query_len` 1: the cells of each query head; with `masked`, padding's value is -inf."""
+    def sparse_index(
+        self, num_heads: int, num_kv_heads: int, table_rows: int, *, masked: bool
+    ) -> SparseIndex:
+        """For groups of `query_len` 1: each query head's cells; with `masked`, padding's value is -inf."""
         key = (num_heads, num_kv_heads, table_rows, masked)
         index = self._cache.get(key)
         if index is None:
@@ -133,12 +135,14 @@ class _Pieces(NamedTuple):
 class AttentionBatch:
     """The ragged batch of one step. Host arrays are numpy; tensors lie on `device`.
 
-    A sequence's queries are its last positions: with `query_len = query_start[i + 1] - query_start[i]`, row r of
-    sequence i stands at position `context_len[i] - query_len + r`.
+    A sequence's queries are its last positions: with `query_len = query_start[i + 1] - query_start[i]`, row
+    r of sequence i stands at position `context_len[i] - query_len + r`.
     """
 
     num_tokens: int
     block_size: int
+    min_blocks: int
+    """How many blocks a cache must have to hold every block that the step names."""
     query_start: Ints
     """[B + 1]: sequence i owns rows query_start[i] : query_start[i + 1]."""
     context_len: Ints
@@ -179,15 +183,22 @@ class AttentionBatch:
         if starts.ndim != 1 or not starts.size or starts[0] != 0 or starts[-1] != slots.size:
             raise ValueError(f"query_start must run from 0 to the {slots.size} tokens of slot_mapping")
         if context.shape != (starts.size - 1,) or table_start.shape != starts.shape:
-            raise ValueError(f"context_len or block_start is not for query_start's {starts.size - 1} sequences")
+            raise ValueError(
+                f"context_len or block_start is not for query_start's {starts.size - 1} sequences"
+            )
         query_len = starts[1:] - starts[:-1]
         if (query_len < 0).any() or (context < query_len).any():
             raise ValueError("context_len must be at least the number of the sequence's rows in query_start")
-        if ((table_start[1:] - table_start[:-1]) * block_size < context).any() or table_start[-1] > table.size:
+        if ((table_start[1:] - table_start[:-1]) * block_size < context).any() or table_start[
+            -1
+        ] > table.size:
             raise ValueError("block_start gives a sequence fewer cells than its context_len")
+        if table_start.min(initial=0) < 0 or table.min(initial=0) < 0 or slots.min(initial=0) < 0:
+            raise ValueError("block_start, blocks and slot_mapping must not be negative")
         return cls(
             num_tokens=int(starts[-1]),
             block_size=block_size,
+            min_blocks=int(max(table.max(initial=-1), slots.max(initial=-1) // block_size)) + 1,
             query_start=starts,
             context_len=context,
             block_start=table_start,
@@ -196,7 +207,7 @@ class AttentionBatch:
         )
 
     def cells(self, num_kv_heads: int) -> torch.Tensor:
-        """[T * Hkv] int64: where each token's heads are written, as rows of the cache seen as [.., head_dim]."""
+        """[T * Hkv] int64: the rows that each token's heads go to, of the cache seen as [.., head_dim]."""
         cells = self._cells.get(num_kv_heads)
         if cells is None:
             cells = head_cells(self.slots.unsqueeze(1), self.block_size, num_kv_heads).view(-1)
@@ -330,5 +341,7 @@ def split(chosen: Ints, query_len: Ints, key_len: Ints, gain: int) -> list[Ints]
     return [leaf for part in parts for leaf in split(chosen[part], query_len, key_len, gain)]
 
 
-def _to_device(array: npt.NDArray[np.int64] | npt.NDArray[np.bool_], device: torch.device | str) -> torch.Tensor:
+def _to_device(
+    array: npt.NDArray[np.int64] | npt.NDArray[np.bool_], device: torch.device | str
+) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)

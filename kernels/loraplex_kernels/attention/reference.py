@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from loraplex_kernels.attention.layouts import AttentionBatch, QueryGroup
 
-# Scores are materialised only where the logits are soft-capped; a slice of queries holds at most this many.
-MAX_SCORES = 1 << 24
+# Scores are materialised only where the logits are soft-capped; a slice of queries holds about this many.
+MAX_SCORES = 1 << 22
 
 with warnings.catch_warnings():
     # torch announces once per process that CSR tensors are in beta; nothing a user could act on.
@@ -72,8 +72,8 @@ def _decode_in_place(
 ) -> torch.Tensor:
     """One query per piece [n, Hq, D], reading keys and values where they lie: no gathered copy.
 
-    Scores are a product of queries and cache sampled at the visible cells; the output is a weighted bag of cache
-    rows. Both kernels walk the cells of one query head after another.
+    Scores are a product of queries and cache sampled at the visible cells; the output is a weighted bag of
+    cache rows. Both kernels walk the cells of one query head after another.
     """
     num_heads, head_dim = q.shape[1:]
     num_kv_heads, block_size = kv_cache.shape[2:4]
@@ -107,7 +107,9 @@ def _keys_values(
             else tensor.narrow(0, group.row_start, len(group.rows))
             for tensor in (k, v)
         ]
-        keys, values = (tensor.reshape(shape[0], shape[2], num_kv_heads, head_dim).transpose(1, 2) for tensor in own)
+        keys, values = (
+            tensor.reshape(shape[0], shape[2], num_kv_heads, head_dim).transpose(1, 2) for tensor in own
+        )
         return keys, values
     table = kv_cache.view(-1, head_dim)
     cells = group.cells(num_kv_heads).view(-1)
@@ -136,6 +138,10 @@ def _dense(
         grouped = q.view(n, num_kv_heads, num_heads // num_kv_heads, head_dim)
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=bias, scale=scale).reshape(q.shape)
     per_head = q.view(n, queries, num_heads, head_dim).transpose(1, 2)
+    if bias is not None and q.is_cuda and num_heads != num_kv_heads:
+        # CUDA's fused kernels take a mask or shared key heads, not both; the other one holds all scores.
+        k, v = (tensor.repeat_interleave(num_heads // num_kv_heads, dim=1) for tensor in (k, v))
+        num_kv_heads = num_heads
     out = F.scaled_dot_product_attention(
         per_head,
         k,
@@ -158,18 +164,18 @@ def _softcapped(
     per_kv_head = num_heads // num_kv_heads
     k, v = k.float().unsqueeze(2), v.float().unsqueeze(2)
     per_head = q.view(n, queries, num_kv_heads, per_kv_head, head_dim).permute(0, 2, 3, 1, 4).float()
-    if group.fresh:
-        bias: torch.Tensor | None = torch.full((queries, keys), -torch.inf, device=q.device).triu_(1)
-    else:
-        bias = group.bias(torch.float32)
-        bias = None if bias is None else bias.unsqueeze(1)
+    bias = group.bias(torch.float32)
     step = max(1, MAX_SCORES // (n * num_heads * keys))
     parts = []
     for begin in range(0, queries, step):
-        scores = torch.matmul(per_head[..., begin : begin + step, :], k.mT).mul_(scale / softcap)
+        end = min(begin + step, queries)
+        seen = end if group.fresh else keys
+        scores = torch.matmul(per_head[..., begin:end, :], k[..., :seen, :].mT).mul_(scale / softcap)
         scores = scores.tanh_().mul_(softcap)
-        if bias is not None:
-            scores += bias[..., begin : begin + step, :]
-        parts.append(torch.matmul(torch.softmax(scores, dim=-1), v))
+        if group.fresh:
+            scores += torch.full((end - begin, seen), -torch.inf, device=q.device).triu_(begin + 1)
+        elif bias is not None:
+            scores += bias[:, :, None, begin:end]
+        parts.append(torch.matmul(torch.softmax(scores, dim=-1), v[..., :seen, :]))
     out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
     return out.permute(0, 3, 1, 2, 4).reshape(q.shape).to(q.dtype)
