@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import regex  # type: ignore[import-untyped]
 
@@ -28,6 +29,11 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_PATTERN_CHARS = 4096
 MATCH_SECONDS = 1.0
 """Time that all patterns of one adapter may take."""
+
+_QUICK_SECONDS = 0.02
+
+_WITHOUT_REPEATS = re.compile(r"[\w.\\\[\]-]{0,4096}")
+"""Patterns without repetition, choice or groups: they cannot take long, and `re` is faster than `regex`."""
 
 _INPUT_SCALE = "an input scale"
 _OUTPUT_SCALE = "an output scale"
@@ -113,43 +119,62 @@ class UnsupportedError(ValueError):
 
 
 class Patterns:
-    """Matches regular expressions from outside within one time limit for all of them."""
+    """Matches regular expressions from outside within one time limit for all of them.
 
-    def __init__(self, seconds: float = MATCH_SECONDS) -> None:
-        self._left_s = seconds
-        self._compiled: dict[str, regex.Pattern[str]] = {}
+    Every method raises UnsupportedError for what is no regular expression, or takes too long.
+    """
 
-    def compile(self, pattern: str) -> None:
-        """Raises UnsupportedError if `pattern` is no regular expression."""
-        if len(pattern) > MAX_PATTERN_CHARS:
-            raise UnsupportedError(f"pattern {quoted(pattern, 60)} has over {MAX_PATTERN_CHARS} characters")
-        if pattern not in self._compiled:
-            try:
-                self._compiled[pattern] = regex.compile(pattern)
-            except (regex.error, RecursionError, OverflowError, ValueError) as error:
-                raise UnsupportedError(f"{quoted(pattern)} is no regular expression") from error
+    def __init__(self) -> None:
+        self._left_s = MATCH_SECONDS
+        self._simple: dict[str, re.Pattern[str]] = {}
+        self._others: dict[str, regex.Pattern[str]] = {}
 
     def fullmatch(self, pattern: str, path: str) -> bool:
-        return (
-            self._run(lambda compiled, left_s: compiled.fullmatch(path, timeout=left_s), pattern) is not None
-        )
+        """Whether `pattern` matches the whole path."""
+        return self._matches(pattern, pattern, path)
+
+    def ends_with(self, pattern: str, path: str) -> bool:
+        """Whether `pattern` matches the whole path or its end from a "." on."""
+        return self._matches(pattern, rf"(.*\.)?({pattern})", path)
 
     def layer(self, pattern: str, path: str) -> int | None:
         """The number in the group `idx` of a match at the beginning of `path`."""
-        match = self._run(lambda compiled, left_s: compiled.match(path, timeout=left_s), pattern)
+        match = self._search(pattern, path, "match")
         return None if match is None else int(match.group("idx"))
 
-    def _run(
-        self, search: Callable[[regex.Pattern[str], float], regex.Match[str] | None], pattern: str
-    ) -> regex.Match[str] | None:
-        self.compile(pattern)
+    def _matches(self, given: str, pattern: str, path: str) -> bool:
+        if _WITHOUT_REPEATS.fullmatch(given) is None:
+            return self._search(pattern, path, "fullmatch") is not None
+        if pattern not in self._simple:
+            try:
+                self._simple[pattern] = re.compile(pattern)
+            except re.error as error:
+                raise UnsupportedError(f"{quoted(given)} is no regular expression") from error
+        return self._simple[pattern].fullmatch(path) is not None
+
+    def _search(self, pattern: str, path: str, how: Literal["match", "fullmatch"]) -> regex.Match[str] | None:
+        search = getattr(self._compile(pattern), how)
         begin = time.monotonic()
         try:
-            return search(self._compiled[pattern], max(self._left_s, 1e-3))
+            try:
+                return search(path, timeout=_QUICK_SECONDS)
+            except TimeoutError:
+                # Once more without the interpreter's lock, so that the engine goes on meanwhile.
+                return search(path, timeout=max(self._left_s, _QUICK_SECONDS), concurrent=True)
         except TimeoutError as error:
             raise UnsupportedError(f"the pattern {quoted(pattern)} takes too long to match") from error
         finally:
             self._left_s -= time.monotonic() - begin
+
+    def _compile(self, pattern: str) -> regex.Pattern[str]:
+        if len(pattern) > MAX_PATTERN_CHARS:
+            raise UnsupportedError(f"pattern {quoted(pattern, 60)} has over {MAX_PATTERN_CHARS} characters")
+        if pattern not in self._others:
+            try:
+                self._others[pattern] = regex.compile(pattern)
+            except (regex.error, RecursionError, OverflowError, ValueError) as error:
+                raise UnsupportedError(f"{quoted(pattern)} is no regular expression") from error
+        return self._others[pattern]
 
 
 @dataclass(frozen=True)
@@ -216,7 +241,7 @@ class LoraSettings:
         return next((layer for layer in layers if layer is not None), None)
 
     def _key(self, pattern: Mapping[str, object], path: str) -> str:
-        return next((key for key in pattern if self.patterns.fullmatch(rf"(.*\.)?({key})", path)), path)
+        return next((key for key in pattern if self.patterns.ends_with(key, path)), path)
 
 
 def parse_config(text: bytes) -> LoraSettings:
@@ -257,8 +282,6 @@ def parse_config(text: bytes) -> LoraSettings:
         raise UnsupportedError("layers_to_transform and layers_pattern need target_modules to be a list")
     if settings.layers_pattern and not settings.layers_to_transform:
         raise UnsupportedError("layers_pattern needs layers_to_transform")
-    for key in (*settings.rank_pattern, *settings.alpha_pattern):
-        patterns.compile(rf"(.*\.)?({key})")
     return settings
 
 

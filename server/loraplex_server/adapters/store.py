@@ -30,10 +30,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from loraplex_kernels.lora.layouts import MAX_RANK, AdapterLayout, LoraPool, extent_alignment
+from loraplex_kernels.lora.layouts import MAX_RANK, LoraPool
 
-from loraplex_server.adapters.arena import Arena, Move
+from loraplex_server.adapters.device_tier import DeviceTier
+from loraplex_server.adapters.host_tier import HostTier
 from loraplex_server.adapters.manifest import AdapterManifest, read_manifest, refusal
+from loraplex_server.adapters.record import AdapterHandle, AdapterState, Record, StatusCallback, unread_status
 from loraplex_server.adapters.sites import SiteRegistry
 from loraplex_server.adapters.sources import CONFIG_FILE, Stamp, check_name, resolve_folder, stamp
 from loraplex_server.adapters.weights import HostBlob, lay_out, read_weights
@@ -52,28 +54,14 @@ from loraplex_server.errors import (
     UnavailableError,
 )
 
-_log = logging.getLogger(__name__)
+__all__ = ["AdapterHandle", "AdapterState", "AdapterStore", "Readiness", "StatusCallback"]
 
-MAX_SLOTS = 256
-"""Adapters on the device where the operator set no cap."""
+_log = logging.getLogger(__name__)
 
 _READS_IN_FLIGHT = 2
 """One that runs and one that waits, so that the reader never idles and the order stays ours to choose."""
 
 _MAX_SWAP_RECORDS = 4096
-_STAGING_ELEMENTS = 1 << 22
-
-StatusCallback = Callable[[AdapterStatus | ServerError], None]
-
-
-class AdapterState(enum.StrEnum):
-    """Where an adapter is; names as in `loraplex.v1.AdapterState`."""
-
-    UNLOADED = "unloaded"
-    LOADING = "loading"
-    HOST = "host"
-    COPYING = "copying"
-    DEVICE = "device"
 
 
 class Readiness(enum.Enum):
@@ -87,76 +75,6 @@ class Readiness(enum.Enum):
     LOADING = "loading"
     BLOCKED = "blocked"
     FAILED = "failed"
-
-
-class AdapterHandle:
-    """One request's reference to one version of an adapter; made by `resolve`, ended by `release`."""
-
-    __slots__ = ("_counted", "_group", "_record", "_reserved")
-
-    def __init__(self, record: _Record, group: tuple[_Record, ...]) -> None:
-        self._record = record
-        self._group = group
-        self._reserved = False
-        self._counted = False
-
-    @property
-    def name(self) -> str:
-        return self._record.name
-
-    @property
-    def content_hash(self) -> str:
-        """Identity of the weights and configuration; "" until they were first read, set once READY."""
-        return self._record.content_hash
-
-    def __repr__(self) -> str:
-        return f"AdapterHandle({self.name!r}, reserved={self._reserved})"
-
-
-@dataclasses.dataclass(eq=False)
-class _Record:
-    """One version of an adapter. `slot` and `start` are set together, when room is given to it."""
-
-    name: str
-    source: str
-    manifest: AdapterManifest
-    layout: AdapterLayout
-    units: int
-    host_bytes: int
-    content_hash: str = ""
-    blob: HostBlob | None = None
-    reading: bool = False
-    slot: int | None = None
-    start: int = 0
-    copying: bool = False
-    resident: bool = False
-    pinned: bool = False
-    draining: bool = False
-    retired: bool = False
-    error: ServerError | None = None
-    references: int = 0
-    device_references: int = 0
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
-    on_loaded: StatusCallback | None = None
-    on_pinned: list[StatusCallback] = dataclasses.field(default_factory=list)
-    on_drained: list[Callable[[], None]] = dataclasses.field(default_factory=list)
-
-    @property
-    def state(self) -> AdapterState:
-        if self.resident:
-            return AdapterState.DEVICE
-        if self.copying:
-            return AdapterState.COPYING
-        if self.blob is not None:
-            return AdapterState.HOST
-        return AdapterState.LOADING if self.reading else AdapterState.UNLOADED
-
-    @property
-    def idle(self) -> bool:
-        """Whether it may leave the device."""
-        return self.resident and not self.device_references and not self.pinned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +108,7 @@ class AdapterStore:
         wake: called from a worker when there is something to `poll`; must be quick and thread-safe.
 
     Raises:
-        InvalidArgumentError: the device or host budget holds no adapter at all.
+        InvalidArgumentError: the device budget holds no adapter at all.
     """
 
     def __init__(
@@ -203,47 +121,33 @@ class AdapterStore:
         max_rank: int = MAX_RANK,
         wake: Callable[[], None] | None = None,
     ) -> None:
+        device = torch.device(device)
         self._registry = registry
         self._config = config
         self._dtype = dtype
         self._max_rank = max_rank
         self._wake = wake
-        device = torch.device(device)
         self._pin_memory = device.type == "cuda"
-
-        self._arena = Arena(config.device_bytes // dtype.itemsize, extent_alignment(registry.row_lengths))
-        smallest = min(
-            (self._arena.padded(8 * (e.in_features + e.out_features)) for e in registry), default=1
-        )
-        most = self._arena.capacity // smallest
-        if not most:
-            raise InvalidArgumentError.field(
-                "adapter_device_bytes", f"{config.device_bytes} bytes hold no adapter of this model"
-            )
-        num_slots = min(config.max_on_device or MAX_SLOTS, most)
-        self._pool = LoraPool.allocate(
-            num_elements=self._arena.capacity,
-            num_slots=num_slots,
-            num_entries=len(registry),
-            dtype=dtype,
+        self._device = DeviceTier(
+            registry,
+            capacity_bytes=config.device_bytes,
+            max_adapters=config.max_on_device,
             device=device,
+            dtype=dtype,
             max_rank=max_rank,
+            evicted=lambda record: self._note("evict_device", record),
         )
-        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._host = HostTier(config.host_bytes, lambda record: self._note("evict_host", record))
 
-        self._records: dict[str, _Record] = {}
+        self._records: dict[str, Record] = {}
+        self._retired: set[Record] = set()
         self._inspecting: dict[str, _Inspection] = {}
         self._broken: dict[str, _Broken] = {}
-        self._retired: set[_Record] = set()
         self._handles: set[AdapterHandle] = set()
-        # Least recently used first. On the device: all with a slot. In host memory: all with a blob.
-        self._on_device: collections.OrderedDict[_Record, None] = collections.OrderedDict()
-        self._on_host: collections.OrderedDict[_Record, None] = collections.OrderedDict()
         # Waiting to be read, first come first served; demand before prefetch.
-        self._demanded: dict[_Record, None] = {}
-        self._prefetched: dict[_Record, None] = {}
-        self._waiting_pins: dict[_Record, None] = {}
-        self._host_used = 0
+        self._demanded: dict[Record, None] = {}
+        self._prefetched: dict[Record, None] = {}
+        self._waiting_pins: dict[Record, None] = {}
         self._reads = 0
         self._hits = 0
         self._misses = 0
@@ -253,38 +157,40 @@ class AdapterStore:
         self._event = threading.Event()
         self._closed = False
         self._reader = Worker("adapter-reader", self._post)
-        self._copy_worker = Worker("adapter-copier", self._post)
-        self._copier = DeviceCopier(self._pool.arena)
+        self._copier = Worker("adapter-copier", self._post)
+        self._copies = DeviceCopier(self._device.pool.arena)
 
     # What there is
 
     @property
     def pool(self) -> LoraPool:
         """The device memory that the kernels read; the same object for the store's lifetime."""
-        return self._pool
+        return self._device.pool
 
     @property
     def num_slots(self) -> int:
         """Most adapters on the device at once."""
-        return self._pool.num_slots
+        return self._device.num_slots
 
     @property
     def device_bytes_used(self) -> int:
-        return self._arena.used_units * self._dtype.itemsize
+        """Bytes of the arena in use, room set aside included."""
+        return self._device.used_units * self._dtype.itemsize
 
     @property
     def host_bytes_used(self) -> int:
         """Bytes of host copies, those being read included."""
-        return self._host_used
+        return self._host.used_bytes
 
     @property
     def on_device(self) -> tuple[str, ...]:
         """Names of the adapters that can run now, least recently used first."""
-        return tuple(record.name for record in self._on_device if record.resident)
+        return tuple(record.name for record in self._device.records if record.resident)
 
     @property
     def on_host(self) -> tuple[str, ...]:
-        return tuple(record.name for record in self._on_host)
+        """Names of the adapters with a host copy, least recently used first."""
+        return tuple(record.name for record in self._host.records)
 
     @property
     def hits(self) -> int:
@@ -293,12 +199,13 @@ class AdapterStore:
 
     @property
     def misses(self) -> int:
+        """How often a request did not."""
         return self._misses
 
     @property
     def busy(self) -> bool:
-        """Whether something is being read or copied, so that a `poll` will be due."""
-        return bool(self._inspecting or self._reads or any(record.copying for record in self._on_device))
+        """Whether a worker is at something, so that a `poll` will be due."""
+        return bool(self._inspecting or self._reads or any(record.copying for record in self._device.records))
 
     def references(self) -> int:
         """Registry references of all requests together."""
@@ -313,8 +220,8 @@ class AdapterStore:
     def list(self) -> builtins.list[AdapterStatus]:
         """Every adapter, those that drain or are being looked at included, by name."""
         records = [*self._records.values(), *(record for record in self._retired if record.draining)]
-        statuses = [self._status(record) for record in records]
-        statuses += [_unread_status(name, inspection.source) for name, inspection in self._inspecting.items()]
+        statuses = [record.status() for record in records]
+        statuses += [unread_status(name, inspection.source) for name, inspection in self._inspecting.items()]
         return sorted(statuses, key=lambda status: (status.name, status.draining))
 
     def get(self, name: str) -> AdapterStatus:
@@ -347,25 +254,23 @@ class AdapterStore:
 
         Raises:
             NotFoundError: there is no such folder.
-            AlreadyExistsError: a name is taken by an adapter from elsewhere.
+            AlreadyExistsError: a name is taken by an adapter from elsewhere; the text names both.
         """
         if not folder.is_dir():
-            raise NotFoundError(
-                f"there is no adapter folder {str(folder)!r}", resource=("folder", str(folder))
-            )
+            raise NotFoundError(f"there is no folder {str(folder)!r}", resource=("folder", str(folder)))
         names = []
-        for source in sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}")):
-            name = source.name
+        for path in sorted(folder.absolute().glob(f"*/{CONFIG_FILE}")):
+            name, source = path.parent.name, path.parent
             broken = self._broken.get(name)
-            if broken is not None and broken.source != str(source.absolute()):
+            if broken is not None and broken.source != str(source):
                 raise _taken(name, broken.source, str(source))
             try:
-                self.register(name, source.absolute())
+                self.register(name, source)
             except AlreadyExistsError:
                 raise
             except ServerError as error:
                 _log.warning("%s", error)
-                self._broken[name] = _Broken(str(source.absolute()), error, stamp(source))
+                self._broken[name] = _Broken(str(source), error, stamp(source))
                 continue
             names.append(name)
         return names
@@ -384,12 +289,9 @@ class AdapterStore:
         folder = resolve_folder(source, self._config.allowed_roots)
         taken = self._records.get(name)
         if taken is not None and taken.manifest.folder == folder:
-            return self._status(taken)
-        self._check_free(name, str(folder))
-        record = self._new_record(name, str(source), self._inspect(name, folder))
-        self._broken.pop(name, None)
-        self._records[name] = record
-        return self._status(record)
+            return taken.status()
+        self._check_free(name, str(source))
+        return self._admit(name, str(source), self._inspect(name, folder)).status()
 
     def load(self, name: str, source: str, done: StatusCallback) -> None:
         """Registers an adapter and brings it to host memory, in the background.
@@ -408,24 +310,7 @@ class AdapterStore:
         def inspect() -> AdapterManifest:
             return self._inspect(name, resolve_folder(source, self._config.allowed_roots))
 
-        def inspected(outcome: Outcome[AdapterManifest]) -> None:
-            if self._inspecting.get(name) is not inspection:
-                return
-            del self._inspecting[name]
-            if outcome.result is None:
-                done(outcome.error or InternalError("nothing was read"))
-                return
-            try:
-                record = self._new_record(name, source, outcome.result)
-            except ServerError as error:
-                done(error)
-                return
-            self._broken.pop(name, None)
-            self._records[name] = record
-            record.on_loaded = done
-            self._demanded[record] = None
-
-        self._reader.submit(inspect, inspected)
+        self._reader.submit(inspect, lambda outcome: self._was_inspected(name, inspection, outcome))
 
     def unload(self, name: str, done: Callable[[], None]) -> None:
         """Forgets an adapter: requests no longer find it, those that hold it finish.
@@ -439,18 +324,17 @@ class AdapterStore:
         if name in self._inspecting:
             self._inspecting.pop(name).done(_unloaded(name))
             done()
-            return
-        if self._broken.pop(name, None) is not None:
+        elif self._broken.pop(name, None) is not None:
             done()
-            return
-        if name not in self._records:
+        elif name in self._records:
+            record = self._records[name]
+            record.draining = True
+            record.on_drained.append(done)
+            record.pinned = False
+            self._answer(record, _unloaded(name))
+            self._retire(record)
+        else:
             raise _not_found(name)
-        record = self._records[name]
-        record.draining = True
-        record.on_drained.append(done)
-        self._answer(record, _unloaded(name))
-        record.pinned = False
-        self._retire(record)
 
     def pin(self, name: str, pinned: bool, done: StatusCallback) -> None:
         """Keeps an adapter on the device, or lets it go again. `done` is called once it is there, or failed.
@@ -467,16 +351,16 @@ class AdapterStore:
             record.pinned = False
             self._waiting_pins.pop(record, None)
             callbacks, record.on_pinned = record.on_pinned, []
+            self._settle(record)
             for callback in callbacks:
                 callback(CancelledError(f"adapter {name!r} was unpinned", resource=("adapter", name)))
-            self._settle(record)
-            done(self._status(record))
+            done(record.status())
             return
         if not record.pinned:
             self._check_pin(record)
             record.pinned = True
         if record.resident:
-            done(self._status(record))
+            done(record.status())
             return
         record.on_pinned.append(done)
         if record.slot is None:
@@ -493,15 +377,14 @@ class AdapterStore:
             NotFoundError: there is no such adapter.
             FailedPreconditionError: they can never be on the device together, or one cannot be served.
         """
-        if len(names) > self._config.max_per_request:
-            raise InvalidArgumentError.field(
-                "adapters", f"{len(names)} adapters; a request may name {self._config.max_per_request}"
-            )
+        limit = self._config.max_per_request
+        if len(names) > limit:
+            raise InvalidArgumentError.field("adapters", f"{len(names)} are named; at most {limit} may be")
         records = tuple(self._find(name) for name in names)
         self._check_fits(records, "the adapters of this request", "the request")
         handles = tuple(AdapterHandle(record, records) for record in records)
         for handle in handles:
-            handle._record.references += 1
+            handle.record.references += 1
             self._handles.add(handle)
         return handles
 
@@ -513,7 +396,7 @@ class AdapterStore:
             if handle not in self._handles:
                 raise InternalError(f"{handle} was released twice")
             self._handles.remove(handle)
-            record = handle._record
+            record = handle.record
             record.references -= 1
             if not record.references:
                 self._prefetched.pop(record, None)
@@ -525,52 +408,50 @@ class AdapterStore:
         READY and LOADING hold a device reference to each until `unreserve`; BLOCKED and FAILED hold nothing.
         BLOCKED still has what is missing read into host memory, as far as there is room.
         """
-        records = self._distinct(handles)
-        if any(handle._reserved for handle in handles):
+        if any(handle.reserved for handle in handles):
             raise InternalError("an adapter is reserved already")
         self._count(handles)
+        records = list(dict.fromkeys(handle.record for handle in handles))
         if any(record.error for record in records):
             return Readiness.FAILED
         missing = [record for record in records if record.slot is None]
-        if missing and (self._waiting_pins or not self._place(missing, keep=records)):
+        if missing and (self._waiting_pins or not self._device.place(missing, keep=records)):
             self._prefetch(missing)
             return Readiness.BLOCKED
         for handle in handles:
-            handle._reserved = True
-            handle._record.device_references += 1
+            handle.reserved = True
+            handle.record.device_references += 1
         for record in records:
-            self._on_device.move_to_end(record)
+            self._device.touch(record)
         for record in missing:
             self._fetch(record)
         return self.is_ready(handles)
 
     def is_ready(self, handles: Sequence[AdapterHandle]) -> Readiness:
         """READY, LOADING or FAILED, for handles that are reserved. FAILED keeps the references, too."""
-        if not all(handle._reserved for handle in handles):
+        if not all(handle.reserved for handle in handles):
             raise InternalError("an adapter is not reserved")
-        if any(handle._record.error for handle in handles):
+        if any(handle.record.error for handle in handles):
             return Readiness.FAILED
-        return Readiness.READY if all(handle._record.resident for handle in handles) else Readiness.LOADING
+        return Readiness.READY if all(handle.record.resident for handle in handles) else Readiness.LOADING
 
     def unreserve(self, handles: Iterable[AdapterHandle]) -> None:
         """Gives device references back; handles without one are left alone."""
         for handle in handles:
-            if handle._reserved:
-                handle._reserved = False
-                record = handle._record
-                record.device_references -= 1
-                if record in self._on_device:
-                    self._on_device.move_to_end(record)
-                self._settle(record)
+            if handle.reserved:
+                handle.reserved = False
+                handle.record.device_references -= 1
+                self._device.touch(handle.record)
+                self._settle(handle.record)
 
     def failure(self, handles: Iterable[AdapterHandle]) -> ServerError | None:
         """Why a request cannot have its adapters."""
-        return next((handle._record.error for handle in handles if handle._record.error), None)
+        return next((handle.record.error for handle in handles if handle.record.error), None)
 
     def slot(self, handle: AdapterHandle) -> int:
         """The pool's slot of an adapter that is reserved and READY; the same until it is unreserved."""
-        slot = handle._record.slot
-        if slot is None or not handle._reserved or not handle._record.resident:
+        slot = handle.record.slot
+        if slot is None or not handle.reserved or not handle.record.resident:
             raise InternalError(f"{handle} is not on the device")
         return slot
 
@@ -583,15 +464,14 @@ class AdapterStore:
             Whether anything had finished.
         """
         self._event.clear()
-        finished = False
-        while self._posted:
+        finished = len(self._posted)
+        for _ in range(finished):
             self._posted.popleft()()
-            finished = True
         self._place_pins()
         self._dispatch()
-        return finished
+        return finished > 0
 
-    def wait_event(self, timeout_s: float | None) -> bool:
+    def wait_event(self, timeout_s: float | None = None) -> bool:
         """Waits until a worker has finished something, for an engine that is idle."""
         return self._event.wait(timeout_s)
 
@@ -601,7 +481,7 @@ class AdapterStore:
             return
         self._closed = True
         self._reader.close()
-        self._copy_worker.close()
+        self._copier.close()
         error = UnavailableError("the engine stops")
         for inspection in self._inspecting.values():
             inspection.done(error)
@@ -611,93 +491,68 @@ class AdapterStore:
 
     def check_integrity(self) -> builtins.list[str]:
         """One line for each broken invariant of slots, bytes, tables and references."""
-        problems = self._arena.check_integrity()
         records = [*self._records.values(), *self._retired]
-        placed = [record for record in records if record.slot is not None]
-        slots = sorted([*self._free_slots, *(record.slot for record in placed if record.slot is not None)])
-        if slots != list(range(self.num_slots)):
-            problems.append(f"slots: free and used ones are {slots}")
-        if self._arena.extents != {record.start: record.units for record in placed}:
-            problems.append("arena: its extents are not those of the adapters with a slot")
-        if set(self._on_device) != set(placed):
-            problems.append("device: the eviction order does not list the adapters with a slot")
-        if set(self._on_host) != {record for record in records if record.blob is not None}:
-            problems.append("host: the eviction order does not list the adapters with a host copy")
-        host_used = sum(record.host_bytes for record in records if record.blob is not None or record.reading)
-        if host_used != self._host_used or host_used > self._config.host_bytes:
-            problems.append(f"host: {self._host_used} bytes counted, {host_used} in use")
-        counted = collections.Counter(handle._record for handle in self._handles)
-        reserved = collections.Counter(handle._record for handle in self._handles if handle._reserved)
+        problems = self._device.check_integrity(records) + self._host.check_integrity(records)
+        references = collections.Counter(handle.record for handle in self._handles)
+        reserved = collections.Counter(handle.record for handle in self._handles if handle.reserved)
         for record in records:
-            problems += self._check_record(record, counted[record], reserved[record])
-        for slot in self._free_slots:
-            if self._pool.host.rank[slot].any():
-                problems.append(f"slot {slot}: free, but its ranks are not 0")
-        for table in ("a_offset", "b_offset", "rank"):
-            on_device = getattr(self._pool, table).cpu()
-            if not torch.equal(on_device, torch.from_numpy(getattr(self._pool.host, table))):
-                problems.append(f"pool: {table} differs between host and device")
-        return problems
-
-    def _check_record(self, record: _Record, references: int, device_references: int) -> builtins.list[str]:
-        problems = []
-        label = f"adapter {record.name!r}"
-        if (record.references, record.device_references) != (references, device_references):
-            problems.append(
-                f"{label}: counts {record.references}/{record.device_references} references, "
-                f"{references}/{device_references} are held"
+            label = f"adapter {record.name!r}"
+            counted, held = (
+                (record.references, record.device_references),
+                (references[record], reserved[record]),
             )
-        if record.copying and (record.slot is None or record.blob is None or record.resident):
-            problems.append(f"{label}: copied without a slot or a host copy")
-        if record.resident:
-            problems += self._check_tables(record)
-        if record.retired and not (record.references or record.copying or record.reading):
-            problems.append(f"{label}: unused, but not freed")
+            if counted != held:
+                problems.append(f"{label}: counts {counted} references, {held} are held")
+            if record.copying and (record.slot is None or record.blob is None or record.resident):
+                problems.append(f"{label}: copied without a slot or a host copy")
+            if record.slot is not None and not (record.resident or record.copying or record.wanted_on_device):
+                problems.append(f"{label}: has room on the device that nobody wants")
+            if record.retired and not (record.references or record.busy):
+                problems.append(f"{label}: unused, but not freed")
         return problems
 
-    def _check_tables(self, record: _Record) -> builtins.list[str]:
-        if record.slot is None:
-            return [f"adapter {record.name!r}: on the device without a slot"]
-        host, layout = self._pool.host, record.layout
-        entries = [shape.entry for shape in layout.entries]
-        found = [table[record.slot, entries].tolist() for table in (host.rank, host.a_offset, host.b_offset)]
-        expected = [
-            [shape.rank for shape in layout.entries],
-            [record.start + offset for offset in layout.a_offset],
-            [record.start + offset for offset in layout.b_offset],
-        ]
-        if found != expected or int((host.rank[record.slot] > 0).sum()) != len(entries):
-            return [f"adapter {record.name!r}: slot {record.slot} does not point at its extent"]
-        return []
-
-    # Making and ending records
+    # Making and ending versions
 
     def _inspect(self, name: str, folder: Path) -> AdapterManifest:
         return read_manifest(name, folder, self._registry, self._config.allowed_roots, self._max_rank)
 
-    def _new_record(self, name: str, source: str, manifest: AdapterManifest) -> _Record:
-        layout = lay_out(manifest, self._arena.alignment)
-        host_bytes = layout.num_elements * self._dtype.itemsize
-        record = _Record(name, source, manifest, layout, self._arena.padded(layout.num_elements), host_bytes)
+    def _was_inspected(self, name: str, inspection: _Inspection, outcome: Outcome[AdapterManifest]) -> None:
+        if self._inspecting.get(name) is not inspection:
+            return
+        del self._inspecting[name]
+        try:
+            if outcome.result is None:
+                raise outcome.error or InternalError("nothing was read")
+            record = self._admit(name, inspection.source, outcome.result)
+        except ServerError as error:
+            inspection.done(error)
+        else:
+            record.on_loaded = inspection.done
+            self._demanded[record] = None
+
+    def _admit(self, name: str, source: str, manifest: AdapterManifest) -> Record:
+        """Registers a checked adapter that fits both budgets."""
         itemsize = self._dtype.itemsize
+        layout = lay_out(manifest, self._device.alignment)
+        units, host_bytes = self._device.padded(layout.num_elements), layout.num_elements * itemsize
         for option, needed, budget in (
-            ("--adapter-device-bytes", record.units * itemsize, self._arena.capacity * itemsize),
-            ("--adapter-host-bytes", host_bytes, self._config.host_bytes),
+            ("--adapter-device-bytes", units * itemsize, self._device.capacity_units * itemsize),
+            ("--adapter-host-bytes", host_bytes, self._host.capacity_bytes),
         ):
             if needed > budget:
                 raise refusal(name, f"it takes {needed} bytes of {budget}; give the server more {option}")
+        record = Record(name, source, manifest, layout, units, host_bytes)
+        self._broken.pop(name, None)
+        self._records[name] = record
         return record
 
     def _check_free(self, name: str, source: str) -> None:
-        taken: str | None = None
         if name in self._records:
-            taken = self._records[name].source
-        elif name in self._inspecting:
-            taken = self._inspecting[name].source
-        if taken is not None:
-            raise _taken(name, taken, source)
+            raise _taken(name, self._records[name].source, source)
+        if name in self._inspecting:
+            raise _taken(name, self._inspecting[name].source, source)
 
-    def _find(self, name: str) -> _Record:
+    def _find(self, name: str) -> Record:
         record = self._records.get(name)
         if record is not None:
             return record
@@ -713,7 +568,7 @@ class AdapterStore:
             raise
         return self._records[name]
 
-    def _retire(self, record: _Record) -> None:
+    def _retire(self, record: Record) -> None:
         """Takes a version out of the registry; it is freed when nobody holds it."""
         if self._records.get(record.name) is record:
             del self._records[record.name]
@@ -725,153 +580,84 @@ class AdapterStore:
             self._demanded.pop(record, None)
         self._settle(record)
 
-    def _fail(self, record: _Record, error: ServerError) -> None:
+    def _fail(self, record: Record, error: ServerError) -> None:
         """Ends a version: all who hold it get `error`, the next request may try the files again."""
         record.error = error
         record.pinned = False
-        admitted = record.on_loaded is None
-        self._answer(record, error)
-        if admitted and not record.retired:
+        if record.on_loaded is None and not record.retired:
             folder = record.manifest.folder
             self._broken[record.name] = _Broken(str(folder), error, stamp(folder))
+        self._answer(record, error)
         self._retire(record)
 
-    def _settle(self, record: _Record) -> None:
+    def _settle(self, record: Record) -> None:
         """Frees what nobody needs any more, after a reference or a worker has let go of it."""
-        unwanted = not record.device_references and not record.pinned
-        if record.slot is not None and unwanted and not record.resident and not record.copying:
-            self._vacate(record)
+        unfilled = record.slot is not None and not record.resident and not record.copying
+        if unfilled and not record.wanted_on_device:
+            self._device.vacate(record)
             if record in self._demanded and record.on_loaded is None:
                 del self._demanded[record]
                 if record.references:
                     self._prefetched[record] = None
-        if record.retired and not (record.references or record.copying or record.reading):
+        if record.retired and not record.references and not record.busy:
             if record.slot is not None:
-                self._vacate(record)
+                self._device.vacate(record)
             if record.blob is not None:
-                self._drop_host_copy(record)
+                self._host.drop(record)
             self._retired.discard(record)
             callbacks, record.on_drained = record.on_drained, []
             for callback in callbacks:
                 callback()
 
-    def _answer(self, record: _Record, answer: AdapterStatus | ServerError) -> None:
+    def _answer(self, record: Record, answer: AdapterStatus | ServerError) -> None:
         """Calls back whoever loads or pins `record`."""
         callbacks = [*record.on_pinned, *([record.on_loaded] if record.on_loaded else [])]
         record.on_pinned, record.on_loaded = [], None
         for callback in callbacks:
             callback(answer)
 
-    # Room on the device
-
-    def _place(self, missing: Sequence[_Record], keep: Iterable[_Record] = ()) -> bool:
-        """Gives each record a slot and an extent, evicting idle adapters; all or none."""
-        kept = set(keep)
-        idle = [record for record in self._on_device if record.idle and record not in kept]
-        units = sum(record.units for record in missing)
-        if self._arena.free_units + sum(record.units for record in idle) < units:
-            return False
-        if len(self._free_slots) + len(idle) < len(missing):
-            return False
-        while self._arena.free_units < units or len(self._free_slots) < len(missing):
-            self._evict(idle.pop(0))
-        starts = self._allocate(missing)
-        if starts is None:
-            self._compact()
-            starts = self._allocate(missing)
-        if starts is None:
-            # Copies in flight cannot be moved and lie in the way; they end soon.
-            return False
-        for record, start in zip(missing, starts, strict=True):
-            record.slot, record.start = self._free_slots.pop(), start
-            self._on_device[record] = None
-        return True
-
-    def _allocate(self, records: Sequence[_Record]) -> builtins.list[int] | None:
-        starts: list[int] = []
-        for record in records:
-            start = self._arena.allocate(record.units)
-            if start is None:
-                for taken in starts:
-                    self._arena.free(taken)
-                return None
-            starts.append(start)
-        return starts
-
-    def _compact(self) -> None:
-        placed = {record.start: record for record in self._on_device}
-        moves = self._arena.compact([start for start, record in placed.items() if record.copying])
-        for move in moves:
-            record = placed[move.source]
-            record.start = move.target
-            if record.resident:
-                _move(self._pool.arena, move)
-                self._bind(record)
-
-    def _bind(self, record: _Record) -> None:
-        assert record.slot is not None
-        self._pool.bind(record.slot, record.start, record.layout)
-
-    def _evict(self, record: _Record) -> None:
-        record.evictions += 1
-        self._swaps.append(SwapRecord("evict_device", record.name, 0.0, record.host_bytes))
-        self._vacate(record)
-
-    def _vacate(self, record: _Record) -> None:
-        """Takes slot and extent away from a record that no step and no copy uses."""
-        assert record.slot is not None
-        assert not record.copying
-        if record.resident:
-            self._pool.clear(record.slot)
-        record.resident = False
-        self._arena.free(record.start)
-        self._free_slots.append(record.slot)
-        record.slot = None
-        del self._on_device[record]
+    # Room
 
     def _place_pins(self) -> None:
         for record in list(self._waiting_pins):
-            if record.slot is None and not self._place([record]):
+            if not self._device.place([record]):
                 return
             del self._waiting_pins[record]
             self._fetch(record)
 
-    def _check_pin(self, record: _Record) -> None:
-        pinned = {record, *(other for other in self._records.values() if other.pinned)}
+    def _check_pin(self, record: Record) -> None:
+        pinned = {record, *self._pinned()}
         others = [other for other in self._records.values() if other not in pinned]
-        groups = {handle._group for handle in self._handles}
+        groups = {handle.group for handle in self._handles}
         groups.add((max(others, key=lambda other: other.units),) if others else ())
         for group in groups:
-            names = ", ".join(sorted({member.name for member in group} - {record.name}))
-            self._check_fits(
-                [*group, *pinned], f"{record.name!r} pinned and {names or 'nothing'} beside it", "the pin"
-            )
+            beside = ", ".join(sorted({member.name for member in group} - {record.name})) or "nothing"
+            self._check_fits([*group, *pinned], f"{record.name!r} pinned and {beside} beside it", "the pin")
 
-    def _check_fits(self, records: Iterable[_Record], what: str, whose: str) -> None:
-        pinned = [record for record in self._records.values() if record.pinned]
-        together = {*records, *pinned}
-        needed = sum(record.units for record in together)
-        if needed <= self._arena.capacity and len(together) <= self.num_slots:
+    def _check_fits(self, records: Iterable[Record], what: str, whose: str) -> None:
+        together = {*records, *self._pinned()}
+        if self._device.could_fit(together):
             return
         itemsize = self._dtype.itemsize
+        needed, capacity = sum(record.units for record in together), self._device.capacity_units
         raise FailedPreconditionError(
             f"{what} need {len(together)} slots and {needed * itemsize} bytes on the device, pinned ones "
-            f"included; it has {self.num_slots} slots and {self._arena.capacity * itemsize} bytes, "
-            f"so {whose} is refused"
+            f"included; it has {self.num_slots} slots and {capacity * itemsize} bytes, so {whose} is refused"
         )
+
+    def _pinned(self) -> builtins.list[Record]:
+        return [record for record in self._records.values() if record.pinned]
 
     # Disk to host, host to device
 
-    def _prefetch(self, records: Iterable[_Record]) -> None:
+    def _prefetch(self, records: Iterable[Record]) -> None:
         for record in records:
             if record.blob is None and not record.reading and record not in self._demanded:
                 self._prefetched[record] = None
         self._dispatch()
 
-    def _fetch(self, record: _Record) -> None:
-        """Goes on with bringing in a record that has room on the device."""
-        if record.resident or record.copying:
-            return
+    def _fetch(self, record: Record) -> None:
+        """Goes on with bringing in a record that has just got room on the device."""
         if record.blob is not None:
             self._copy(record, record.blob)
         elif not record.reading:
@@ -885,37 +671,13 @@ class AdapterStore:
             demanded = bool(self._demanded)
             waiting = self._demanded if demanded else self._prefetched
             record = next(iter(waiting))
-            if not self._make_host_room(record.host_bytes, demanded):
+            if not self._host.begin(record, demanded=demanded):
                 return
             del waiting[record]
             self._read(record)
 
-    def _make_host_room(self, needed: int, demanded: bool) -> bool:
-        """Evicts host copies; a prefetch takes only those of adapters that no request holds."""
-        room = self._config.host_bytes - self._host_used
-        victims: list[_Record] = []
-        for record in self._on_host:
-            if room >= needed:
-                break
-            if not record.copying and (demanded or not record.references):
-                victims.append(record)
-                room += record.host_bytes
-        if room < needed:
-            return False
-        for record in victims:
-            self._swaps.append(SwapRecord("evict_host", record.name, 0.0, record.host_bytes))
-            self._drop_host_copy(record)
-        return True
-
-    def _drop_host_copy(self, record: _Record) -> None:
-        record.blob = None
-        self._host_used -= record.host_bytes
-        del self._on_host[record]
-
-    def _read(self, record: _Record) -> None:
-        record.reading = True
+    def _read(self, record: Record) -> None:
         self._reads += 1
-        self._host_used += record.host_bytes
         manifest, layout, roots = record.manifest, record.layout, self._config.allowed_roots
 
         def read() -> HostBlob:
@@ -923,44 +685,41 @@ class AdapterStore:
 
         self._reader.submit(read, lambda outcome: self._was_read(record, outcome))
 
-    def _was_read(self, record: _Record, outcome: Outcome[HostBlob]) -> None:
-        record.reading = False
+    def _was_read(self, record: Record, outcome: Outcome[HostBlob]) -> None:
         self._reads -= 1
         blob, error = outcome.result, outcome.error
         if blob is not None and record.content_hash not in ("", blob.content_hash):
             error = refusal(record.name, "its weights were changed on disk; unload it and load it anew")
         if blob is None or error is not None:
-            self._host_used -= record.host_bytes
+            self._host.abandon(record)
             self._fail(record, error or InternalError("nothing was read"))
             return
-        record.blob = blob
         record.content_hash = blob.content_hash
-        self._on_host[record] = None
-        self._swaps.append(SwapRecord("load", record.name, outcome.seconds, record.host_bytes))
+        self._host.arrived(record, blob)
+        self._note("load", record, outcome.seconds)
         if record.on_loaded is not None:
             callback, record.on_loaded = record.on_loaded, None
-            callback(self._status(record))
+            callback(record.status())
         if record.slot is not None:
             self._copy(record, blob)
         self._settle(record)
 
-    def _copy(self, record: _Record, blob: HostBlob) -> None:
+    def _copy(self, record: Record, blob: HostBlob) -> None:
         record.copying = True
-        self._on_host.move_to_end(record)
-        job = self._copier.prepare(record.start, blob.data)
-        self._copy_worker.submit(job, lambda outcome: self._was_copied(record, outcome))
+        self._host.touch(record)
+        job = self._copies.prepare(record.start, blob.data)
+        self._copier.submit(job, lambda outcome: self._was_copied(record, outcome))
 
-    def _was_copied(self, record: _Record, outcome: Outcome[None]) -> None:
+    def _was_copied(self, record: Record, outcome: Outcome[None]) -> None:
         record.copying = False
         if outcome.error is not None:
             self._fail(record, outcome.error)
             return
-        record.resident = True
-        self._bind(record)
-        self._swaps.append(SwapRecord("copy", record.name, outcome.seconds, record.host_bytes))
+        self._device.arrived(record)
+        self._note("copy", record, outcome.seconds)
         callbacks, record.on_pinned = record.on_pinned, []
         for callback in callbacks:
-            callback(self._status(record))
+            callback(record.status())
         self._settle(record)
 
     # Small things
@@ -971,78 +730,30 @@ class AdapterStore:
         if self._wake is not None:
             self._wake()
 
-    def _distinct(self, handles: Iterable[AdapterHandle]) -> builtins.list[_Record]:
-        return list(dict.fromkeys(handle._record for handle in handles))
+    def _note(self, kind: str, record: Record, seconds: float = 0.0) -> None:
+        self._swaps.append(SwapRecord(kind, record.name, seconds, record.host_bytes))
 
     def _count(self, handles: Iterable[AdapterHandle]) -> None:
         for handle in handles:
-            if not handle._counted:
-                handle._counted = True
-                if handle._record.resident:
-                    handle._record.hits += 1
-                    self._hits += 1
-                else:
-                    handle._record.misses += 1
-                    self._misses += 1
-
-    def _status(self, record: _Record) -> AdapterStatus:
-        return AdapterStatus(
-            name=record.name,
-            source=record.source,
-            state=record.state.value,
-            pinned=record.pinned,
-            peft_type=record.manifest.peft_type,
-            rank=record.manifest.rank,
-            target_modules=record.manifest.target_modules,
-            bytes=record.host_bytes,
-            content_hash=record.content_hash,
-            references=record.references,
-            draining=record.draining,
-            hits=record.hits,
-            misses=record.misses,
-            evictions=record.evictions,
-        )
-
-
-def _move(arena: torch.Tensor, move: Move) -> None:
-    """Carries out a move within the arena, front to back, so that it may overlap itself."""
-    apart = move.source - move.target >= move.size
-    step = move.size if apart else _STAGING_ELEMENTS
-    for offset in range(0, move.size, step):
-        size = min(step, move.size - offset)
-        source = arena[move.source + offset : move.source + offset + size]
-        arena[move.target + offset : move.target + offset + size].copy_(source if apart else source.clone())
+            if not handle.counted:
+                handle.counted = True
+                hit = handle.record.resident
+                handle.record.hits += hit
+                handle.record.misses += not hit
+                self._hits += hit
+                self._misses += not hit
 
 
 def _not_found(name: str) -> NotFoundError:
     return NotFoundError(f"there is no adapter {name!r}", resource=("adapter", name))
 
 
-def _taken(name: str, source: str, other: str) -> AlreadyExistsError:
-    return AlreadyExistsError(
-        f"adapter {name!r} is registered from {source!r} and cannot come from {other!r} too",
-        resource=("adapter", name),
-    )
-
-
 def _unloaded(name: str) -> CancelledError:
     return CancelledError(f"adapter {name!r} was unloaded", resource=("adapter", name))
 
 
-def _unread_status(name: str, source: str) -> AdapterStatus:
-    return AdapterStatus(
-        name=name,
-        source=source,
-        state=AdapterState.LOADING.value,
-        pinned=False,
-        peft_type="",
-        rank=0,
-        target_modules=(),
-        bytes=0,
-        content_hash="",
-        references=0,
-        draining=False,
-        hits=0,
-        misses=0,
-        evictions=0,
+def _taken(name: str, source: str, other: str) -> AlreadyExistsError:
+    return AlreadyExistsError(
+        f"adapter {name!r} is registered from {source!r} and cannot come from {other!r} too",
+        resource=("adapter", name),
     )

@@ -1,0 +1,174 @@
+"""Adapters as PEFT saves them, on tiny random models, and stores that serve them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loraplex_server.adapters.record import AdapterHandle
+from loraplex_server.adapters.sites import SiteRegistry
+from loraplex_server.adapters.store import AdapterStore, Readiness
+from loraplex_server.config import AdapterConfig
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+LLAMA = LlamaConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=40,
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def base_model() -> Callable[[], LlamaForCausalLM]:
+    """Makes the tiny base model; PEFT changes it in place, so everyone needs one of their own."""
+
+    def make() -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LLAMA)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def registry() -> SiteRegistry:
+    """Every linear of the tiny model's layers."""
+    model = LlamaForCausalLM(LLAMA)
+    return SiteRegistry(
+        (path, module.in_features, module.out_features)
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and path != "lm_head"
+    )
+
+
+@pytest.fixture
+def save_peft(tmp_path: Path, base_model: Callable[[], LlamaForCausalLM]) -> Callable[..., Any]:
+    """`save_peft(name, **settings)`: a random LoRA adapter, saved by PEFT; returns the PEFT model."""
+    from peft import LoraConfig, get_peft_model
+
+    def save(name: str, seed: int = 1, **settings: Any) -> Any:
+        settings.setdefault("init_lora_weights", False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            base = base_model()
+            torch.manual_seed(seed)
+            model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
+            model.save_pretrained(tmp_path / name)
+        return model
+
+    return save
+
+
+@pytest.fixture
+def write_adapter(registry: SiteRegistry) -> Callable[..., Path]:
+    """Writes an adapter's two files quickly, as PEFT lays them out; `config` and `change` spoil them."""
+
+    def write(
+        folder: Path,
+        *,
+        rank: int = 4,
+        modules: tuple[str, ...] = ("q_proj", "v_proj"),
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        config: dict[str, Any] | None = None,
+        change: Callable[[dict[str, torch.Tensor]], None] | None = None,
+    ) -> Path:
+        generator = torch.Generator().manual_seed(seed)
+        tensors: dict[str, torch.Tensor] = {}
+        for entry in registry:
+            if entry.path.rpartition(".")[2] in modules:
+                prefix = f"base_model.model.{entry.path}"
+                a = torch.randn(rank, entry.in_features, generator=generator)
+                b = torch.randn(entry.out_features, rank, generator=generator)
+                tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = (
+                    a.to(dtype),
+                    b.to(dtype),
+                )
+        if change is not None:
+            change(tensors)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        settings = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": 2 * rank,
+            "target_modules": sorted(modules),
+            **(config or {}),
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def make_store(registry: SiteRegistry) -> Iterator[Callable[..., AdapterStore]]:
+    """Makes stores on the CPU, and in the end closes them and checks that they are whole."""
+    stores: list[AdapterStore] = []
+
+    def make(
+        *folders: Path,
+        device_bytes: int = 1 << 20,
+        host_bytes: int = 1 << 20,
+        max_on_device: int = 0,
+        max_per_request: int = 8,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> AdapterStore:
+        config = AdapterConfig(
+            folders=folders,
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+            max_on_device=max_on_device,
+            max_per_request=max_per_request,
+        )
+        store = AdapterStore(registry, config, device="cpu", dtype=dtype, **options)
+        stores.append(store)
+        for folder in folders:
+            store.register_folder(folder)
+        return store
+
+    yield make
+    for store in stores:
+        store.close()
+        assert store.check_integrity() == []
+
+
+@pytest.fixture
+def settle() -> Callable[[AdapterStore], None]:
+    """Polls until the workers have nothing to do."""
+
+    def run(store: AdapterStore) -> None:
+        while store.busy:
+            assert store.wait_event(20)
+            store.poll()
+
+    return run
+
+
+@pytest.fixture
+def bring(settle: Callable[[AdapterStore], None]) -> Callable[..., tuple[AdapterHandle, ...]]:
+    """`bring(store, *names)`: resolves and reserves until READY."""
+
+    def run(store: AdapterStore, *names: str) -> tuple[AdapterHandle, ...]:
+        handles = store.resolve(names)
+        readiness = store.reserve(handles)
+        assert readiness in (Readiness.READY, Readiness.LOADING)
+        settle(store)
+        assert store.is_ready(handles) is Readiness.READY
+        return handles
+
+    return run
