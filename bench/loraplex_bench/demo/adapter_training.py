@@ -64,7 +64,7 @@ class AdapterRecipe:
     """How each adapter is trained."""
 
     seed: int = 21
-    steps: int = 250
+    steps: int = 200
     rows: int = 64
     peak_learning_rate: float = 4e-3
 

@@ -12,10 +12,12 @@ from typing import Any
 
 from loraplex_bench.demo.adapter_training import ADAPTERS, AdapterRecipe
 from loraplex_bench.demo.base_training import BaseRecipe
-from loraplex_bench.demo.check import CHECK_SEED, accuracies
+from loraplex_bench.demo.check import CHECK_SEED, accuracies, load_tokenizer, load_with_adapters
+from loraplex_bench.demo.leaks import unnoticed_leaks
 from loraplex_bench.demo.quantization import MODES
 from loraplex_bench.demo.tasks import MAX_LINE_LENGTH, MIN_LINE_LENGTH, make_lines
 
+_LEAK_LINES = 16
 _HARDWARE = "2-core x86-64 CPU, one torch thread per run"
 
 
@@ -31,6 +33,12 @@ def write_record(data: Path, work: Path, num_lines: int) -> None:
     """Checks base and adapters on `num_lines` fresh lines each and writes `TRAINING.json` into `data`."""
     names = list(ADAPTERS)
     exact = accuracies(data / "base", data / "adapters", names, MODES, make_lines(CHECK_SEED, num_lines))
+    model = load_with_adapters(data / "base", data / "adapters", names, "nf4")
+    tokenizer = load_tokenizer(data / "base")
+    others: dict[str, list[str | None]] = {
+        name: [None, names[index - 1], names[index - 5], names[index - 9]] for index, name in enumerate(names)
+    }
+    unnoticed = {name: unnoticed_leaks(model, tokenizer, name, others[name], _LEAK_LINES) for name in names}
     record = {
         "hardware": _HARDWARE,
         "software": {"python": platform.python_version()}
@@ -41,11 +49,18 @@ def write_record(data: Path, work: Path, num_lines: int) -> None:
             "seed": CHECK_SEED,
             "how": "greedy generation by transformers and PEFT, float32 compute, to the end of sequence; "
             "the answer must be exact",
+            "unnoticed_leaks": "fraction of right answers although another adapter, or none, ran over the "
+            "prompt alone or over the decoded tokens alone",
         },
         "base": {"recipe": asdict(BaseRecipe()), **_run(work, "base"), "exact": exact["base"]},
         "adapter_recipe": {**asdict(AdapterRecipe()), "trained_on": "nf4"},
         "adapters": {
-            name: {**asdict(spec), **_run(work, name), "exact": exact[name]}
+            name: {
+                **asdict(spec),
+                **_run(work, name),
+                "exact": exact[name],
+                "unnoticed_leaks": unnoticed[name],
+            }
             for name, spec in ADAPTERS.items()
         },
         "sha256": weights_hashes(data),

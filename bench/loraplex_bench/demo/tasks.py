@@ -1,8 +1,8 @@
 """The demo's text transformations, the lines they are asked about, and the one right answer to each.
 
-Every adapter of the demo model performs one task; without an adapter the base copies its line. Lines are drawn
-so that all right answers to a line, the copy included, differ pairwise: what came from another adapter, or from
-none, cannot pass for the right answer.
+Every adapter of the demo model performs one task; without an adapter the base copies its line. Lines are
+drawn so that all right answers to a line, the copy included, differ pairwise: what came from another adapter,
+or from none, cannot pass for the right answer.
 
 Pure Python without dependencies: load harness and soak test check millions of answers with it.
 """
