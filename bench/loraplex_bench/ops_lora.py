@@ -4,8 +4,8 @@
     python -m loraplex_bench.ops_lora --device cuda --dtype bfloat16 --model llama-3-8b
 
 Every layer has adapters and base weights of its own, so a pass over the layers reads them from memory as a
-forward pass does. On CUDA a pass is replayed as a graph. Times are the best of `--repeats` passes, per site and
-summed over the layers.
+forward pass does. On CUDA a pass is replayed as a graph. Times are the best of `--repeats` passes, per site
+and summed over the layers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import torch
-from torch import Tensor
-
 from loraplex_kernels import lora
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ RANKS = (4, 6, 7, 8, 12, 14, 16, 32)
 
 @dataclass(frozen=True)
 class Timing:
-    """One row of the table, in microseconds per site; `site` "all" is the sum over the model's sites, in all layers."""
+    """One row of the table, in microseconds per site; `site` "all" is the sum over all layers' sites."""
 
     model: str
     tokens: int
@@ -76,7 +76,8 @@ def make_pool(
             entries += [(entry + index, in_features, width) for index, width in enumerate(widths)]
             entry += len(widths)
     layouts = [
-        lora.adapter_layout([lora.EntryShape(*entry_shape, rank) for entry_shape in entries]) for rank in ranks
+        lora.adapter_layout([lora.EntryShape(*shape_of_entry, rank) for shape_of_entry in entries])
+        for rank in ranks
     ]
     multiple = lora.extent_alignment({length for _, *lengths in entries for length in lengths})
     starts, end = [], 0
@@ -84,7 +85,12 @@ def make_pool(
         starts.append(end)
         end = -(-(end + layout.num_elements) // multiple) * multiple
     pool = lora.LoraPool.allocate(
-        num_elements=end, num_slots=len(ranks), num_entries=entry, dtype=dtype, device=device, max_rank=max(ranks)
+        num_elements=end,
+        num_slots=len(ranks),
+        num_entries=entry,
+        dtype=dtype,
+        device=device,
+        max_rank=max(ranks),
     )
     pool.arena.normal_(std=0.02)
     for slot, (start, layout) in enumerate(zip(starts, layouts, strict=True)):
@@ -126,15 +132,19 @@ def measure(
     pool, sites = make_pool(shape, ranks, dtype, device)
     bounds = [tokens * index // adapters for index in range(adapters + 1)]
     runs: list[lora.Run] = [
-        (bounds[slot], bounds[slot + 1], ((slot, 1.0),)) for slot in range(adapters) if bounds[slot] < bounds[slot + 1]
+        (start, end, ((slot, 1.0),)) for slot, (start, end) in enumerate(pairwise(bounds))
     ]
-    buffers = lora.LoraBatchBuffers(max_tokens=tokens, max_pairs=tokens, device=device, fixed_grid=device.type == "cuda")
+    buffers = lora.LoraBatchBuffers(
+        max_tokens=tokens, max_pairs=tokens, max_segments=adapters, device=device, fixed_grid=True
+    )
     batch = buffers.fill(runs)
     rows = []
     for name, (in_features, widths) in shape.sites().items():
         x = torch.randn(tokens, in_features, device=device).to(dtype)
         y = torch.zeros(tokens, sum(widths), device=device, dtype=dtype)
-        weights = [torch.randn(sum(widths), in_features, device=device, dtype=dtype) for _ in range(shape.layers)]
+        weights = [
+            torch.randn(sum(widths), in_features, device=device, dtype=dtype) for _ in range(shape.layers)
+        ]
 
         def run_lora(x: Tensor = x, y: Tensor = y, name: str = name) -> None:
             for site in sites[name]:
@@ -155,7 +165,7 @@ def measure(
 def main() -> None:
     """Print the table, or JSON lines."""
     parser = argparse.ArgumentParser(description="time the LoRA op against the base matmul of each site")
-    parser.add_argument("--model", action="append", choices=sorted(MODELS), help="default: demo and llama-100m")
+    parser.add_argument("--model", action="append", choices=sorted(MODELS), help="default: the small two")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--threads", type=int, default=1, help="torch threads on CPU")
@@ -167,7 +177,7 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype)
     mixes = [(8, 8), (32, 1), (32, 16), (32, 32), (256, 1), (256, 4)]
     if not arguments.json:
-        print(f"{'model':12} {'tokens':>6} {'adapters':>8} {'site':8} {'lora us':>10} {'base us':>10} {'lora/base':>9}")
+        print("model        tokens adapters site        lora us    base us lora/base")
     with torch.inference_mode():
         for model in arguments.model or ["demo", "llama-100m"]:
             for tokens, adapters in mixes:

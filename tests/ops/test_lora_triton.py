@@ -1,0 +1,284 @@
+"""The Triton LoRA kernels against a float64 oracle: natively on CUDA, else through Triton's interpreter on
+CPU.
+
+The interpreter has to be chosen before a kernel module is imported, so without a GPU this file runs itself in
+a process of its own, and `TestKernels` is collected only where the kernels can run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loraplex_kernels import dispatch, lora
+from loraplex_kernels.lora import tiles
+
+pytest.importorskip("triton")
+
+INTERPRETED = dispatch.interpreting()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+RUNS_HERE = INTERPRETED or torch.cuda.is_available()
+
+MIXED = [(6, 7, 1), (0, 16, 4), (12, 0, 0), (0, 0, 0), (32, 14, 8), (3, 70, 24), (1, 1, 1), (64, 5, 24)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def run_under_the_interpreter(root: Path, marker: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-m", marker]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert re.search(r"^\d+ passed", result.stdout, re.MULTILINE), result.stdout[-2000:]
+
+
+@pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
+def test_under_the_interpreter(pytestconfig: pytest.Config) -> None:
+    run_under_the_interpreter(pytestconfig.rootpath, "not kernels_wide")
+
+
+@pytest.mark.kernels_wide
+@pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
+def test_wide_sweep_under_the_interpreter(pytestconfig: pytest.Config) -> None:
+    run_under_the_interpreter(pytestconfig.rootpath, "kernels_wide")
+
+
+class TestKernels:
+    __test__ = RUNS_HERE
+
+    @pytest.fixture(autouse=True)
+    def triton_kernels(self) -> Iterator[None]:
+        dispatch.launches.clear()
+        with dispatch.using("triton"):
+            yield
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("tokens", "in_features", "widths", "longest"),
+        [
+            (1, 40, (24,), 1),
+            (5, 1030, (40, 17), 2),
+            (17, 96, (64, 32, 32), 2),
+            (33, 130, (70, 33, 150, 16), 4),
+            (64, 128, (256, 256), 5),
+            (200, 70, (90, 33), 90),
+        ],
+    )
+    def test_random_batches(
+        self,
+        lora_case: Any,
+        dtype: torch.dtype,
+        tokens: int,
+        in_features: int,
+        widths: tuple[int, ...],
+        longest: int,
+    ) -> None:
+        ranks = [(*slot_ranks, 9)[: len(widths)] for slot_ranks in MIXED]
+        runs = lora_case.random_runs(tokens, tokens, len(ranks), longest)
+        if not any(adapters for _, _, adapters in runs):
+            runs = [(0, tokens, ((0, 1.0), (4, -0.5)))]
+        case = lora_case(
+            in_features=in_features,
+            widths=widths,
+            ranks=ranks,
+            runs=runs,
+            num_tokens=tokens + 1,
+            dtype=dtype,
+            device=DEVICE,
+        )
+        case.run()
+        case.check()
+        assert dispatch.launches == {"lora.shrink.triton": 1, "lora.expand.triton": 1}
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_one_adapter_for_all(self, lora_case: Any, dtype: torch.dtype) -> None:
+        case = lora_case(
+            in_features=192,
+            widths=(160, 64),
+            ranks=[(128, 12)],
+            runs=[(0, 257, ((0, 0.5),))],
+            num_tokens=257,
+            dtype=dtype,
+            device=DEVICE,
+        )
+        assert case.batch.tile_rows == tiles.PREFILL_ROWS
+        case.run()
+        case.check()
+
+    def test_a_different_adapter_for_each_token(self, lora_case: Any) -> None:
+        case = lora_case(
+            in_features=96,
+            widths=(96, 32, 32),
+            ranks=[(1 + slot, 1 + slot % 16, 6) for slot in range(32)],
+            runs=[(token, token + 1, ((31 - token, 1.0),)) for token in range(32)],
+            num_tokens=32,
+            dtype=torch.bfloat16,
+            device=DEVICE,
+        )
+        case.run()
+        case.check()
+
+    def test_four_adapters_on_one_token_in_order(self, lora_case: Any) -> None:
+        composition = ((2, 1.0), (0, -0.5), (3, 1.75), (1, 0.3))
+        case = lora_case(
+            in_features=96,
+            widths=(96,),
+            ranks=[(6,), (24,), (1,), (16,)],
+            runs=[(0, 3, composition), (3, 4, composition[:2]), (4, 6, composition[::-1])],
+            num_tokens=6,
+            dtype=torch.float32,
+            device=DEVICE,
+        )
+        case.run()
+        case.check()
+        first = case.y.clone()
+        case.y_buffer.copy_(case.before)
+        case.run()
+        assert torch.equal(case.y, first), "two runs differ in bits"
+
+    def test_many_planes(self, lora_case: Any) -> None:
+        case = lora_case(
+            in_features=4112,
+            widths=(48,),
+            ranks=[(16,), (5,)],
+            runs=[(0, 2, ((0, 1.0),)), (2, 3, ((1, 1.0),))],
+            num_tokens=3,
+            dtype=torch.float16,
+            device=DEVICE,
+        )
+        h = lora.shrink(case.x, case.pool, case.site, case.batch)
+        assert h.shape[0] == 16
+        lora.expand(h, case.pool, case.site, case.batch, case.y)
+        case.check()
+
+    @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+    @pytest.mark.parametrize("rows", [1, 3, 40])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_a_broken_adapter_stays_with_its_tenant(self, lora_case: Any, rows: int, value: float) -> None:
+        case = lora_case(
+            in_features=64,
+            widths=(64, 32),
+            ranks=[(8, 8), (8, 8), (16, 4)],
+            runs=[(index * rows, (index + 1) * rows, ((index, 1.0),)) for index in range(3)],
+            num_tokens=3 * rows,
+            dtype=torch.float32,
+            device=DEVICE,
+        )
+        case.pool.a(1, case.first_entry, 64).fill_(value)
+        case.pool.b(1, case.first_entry + 1, 32).fill_(value)
+        case.run()
+        y = case.y.cpu()
+        assert not y[rows : 2 * rows].isfinite().any()
+        exact, tolerance = case.oracle()
+        others = [*range(rows), *range(2 * rows, 3 * rows)]
+        assert ((y.double() - exact).abs() <= tolerance)[others].all()
+
+    def test_fixed_grids_serve_any_batch(self, lora_case: Any) -> None:
+        buffers = lora.LoraBatchBuffers(
+            max_tokens=12, max_pairs=16, max_segments=8, device=DEVICE, fixed_grid=True
+        )
+        for seed, runs in enumerate(
+            [
+                [(token, token + 1, ((token % 8, 1.0),)) for token in range(12)],
+                [(3, 5, ((7, 1.0), (2, -1.0)))],
+                [(0, 12, ((5, 0.5),))],
+            ]
+        ):
+            case = lora_case(
+                in_features=96,
+                widths=(64, 40),
+                ranks=[slot_ranks[:2] for slot_ranks in MIXED],
+                runs=runs,
+                num_tokens=12,
+                dtype=torch.float32,
+                device=DEVICE,
+                seed=seed,
+            )
+            case.batch = buffers.fill(runs)
+            case.run()
+            case.check()
+
+    def test_slices_apart(self, lora_case: Any) -> None:
+        case = lora_case(
+            in_features=64,
+            widths=(40, 130, 1, 33),
+            gap=3,
+            ranks=[(4, 9, 17, 2), (0, 3, 3, 0)],
+            runs=[(1, 3, ((1, 1.0),)), (4, 8, ((0, 1.0), (1, 1.0)))],
+            num_tokens=9,
+            dtype=torch.float32,
+            device=DEVICE,
+        )
+        case.run()
+        case.check()
+
+    @pytest.mark.skipif(DEVICE != "cuda" or not RUNS_HERE, reason="needs a GPU: CUDA graphs")
+    def test_one_graph_serves_any_mix(self, lora_case: Any) -> None:
+        buffers = lora.LoraBatchBuffers(
+            max_tokens=16, max_pairs=32, max_segments=8, device=DEVICE, fixed_grid=True
+        )
+        arguments = {
+            "in_features": 256,
+            "widths": (256, 64, 64),
+            "ranks": MIXED,
+            "num_tokens": 16,
+            "dtype": torch.bfloat16,
+            "device": DEVICE,
+        }
+        captured: list[lora.Run] = [(token, token + 1, ((token % 4, 1.0),)) for token in range(8)]
+        case = lora_case(runs=captured, **arguments)
+        case.batch = buffers.fill(captured)
+        case.run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            case.run()
+        for runs in (
+            captured,
+            [(2, 3, ((6, 1.0),))],
+            [(0, 16, ((5, 1.0), (7, -0.5)))],
+            [(token, token + 1, ((token % 8, 1.0),)) for token in range(16)],
+        ):
+            buffers.fill(runs)
+            case.runs = runs
+            case.y_buffer.copy_(case.before)
+            graph.replay()
+            case.check()
+
+    @pytest.mark.kernels_wide
+    @pytest.mark.parametrize("seed", range(120))
+    def test_wide_sweep(self, lora_case: Any, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def between(low: int, high: int) -> int:
+            return int(torch.randint(low, high + 1, (1,), generator=generator))
+
+        dtype = DTYPES[seed % 3]
+        num_slots = [1, 3, 8, 24][between(0, 3)]
+        num_slices = between(1, 4)
+        top_rank = [8, 32, 128][between(0, 2)]
+        ranks = [[max(0, between(-2, top_rank)) for _ in range(num_slices)] for _ in range(num_slots)]
+        tokens = [between(1, 4), between(5, 40), between(41, 300)][between(0, 2)]
+        longest = max(1, tokens // 8)
+        runs = lora_case.random_runs(seed, tokens, num_slots, longest)
+        if not any(adapters for _, _, adapters in runs):
+            runs = [(0, tokens, ((0, -1.5),))]
+        case = lora_case(
+            in_features=between(1, 300),
+            widths=tuple(between(1, 150) for _ in range(num_slices)),
+            gap=between(0, 2),
+            ranks=ranks,
+            runs=runs,
+            num_tokens=tokens + between(0, 3),
+            dtype=dtype,
+            device=DEVICE,
+            seed=seed,
+        )
+        case.run()
+        case.check()
