@@ -1,9 +1,58 @@
+# Everything a developer does, each in one word. `make help` lists them.
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+# One thread a test process: two beside a busy machine make single operations take milliseconds.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TRITON_DEFAULT_FP_FUSION ?= 1
 
-.PHONY: protos
-protos: ## Regenerate the SDK's stubs from protos/
-	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=clients/python --pyi_out=clients/python \
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast test-kernels lint bench bench-gpu soak protos train clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(STAMP) ## Make .venv and install everything into it
+
+$(STAMP): pyproject.toml .ci/constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[server,bench,dev]'
+	@touch $@
+
+demo: $(STAMP) ## Start a real server on the demo model and put eight adapters and the base to work at once
+	$(VENV)/bin/loraplex demo
+
+lint: $(STAMP) ## ruff and mypy (strict)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test: lint ## Everything, on any machine: at most 15 minutes on two cores
+	$(TEST_ENV) $(PY) -m pytest -q --durations=15
+
+test-fast: $(STAMP) ## The inner loop: two minutes
+	$(TEST_ENV) $(PY) -m pytest -q -x -m 'not slow and not kernels_wide and not gpu_bench'
+
+test-kernels: $(STAMP) ## The wide sweep of the Triton kernels, under the interpreter where there is no GPU
+	$(TEST_ENV) $(PY) -m pytest -q -m kernels_wide tests/ops
+
+bench: $(STAMP) ## The benches that fit this machine, side by side with their peers; results in bench/results
+	$(VENV)/bin/loraplex bench side-by-side --output bench/results
+
+bench-gpu: ## Correctness, then timings of the kernels and the engine on the GPU at hand (uses $(PYTHON) as it is)
+	PYTHONPATH=server:kernels:clients/python:bench $(PYTHON) -m loraplex_bench.gpu --output bench/results
+
+soak: $(STAMP) ## Five minutes of load with crashes, cancellations and swaps; every answer checked
+	$(VENV)/bin/loraplex bench soak
+
+protos: $(STAMP) ## Regenerate the SDK's stubs from protos/
+	$(PY) -m grpc_tools.protoc -I protos --python_out=clients/python --pyi_out=clients/python \
 	  --grpc_python_out=clients/python protos/loraplex/v1/*.proto
+
+train: $(STAMP) ## Train the demo model and its adapters anew (hours)
+	$(PY) -m loraplex_bench.demo.train
+
+clean: ## Remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

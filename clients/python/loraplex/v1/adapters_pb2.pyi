@@ -52,7 +52,7 @@ class Adapter(_message.Message):
     hits: int
     misses: int
     evictions: int
-    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., pinned: _Optional[bool] = ..., peft_type: _Optional[str] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., bytes: _Optional[int] = ..., content_hash: _Optional[str] = ..., references: _Optional[int] = ..., draining: _Optional[bool] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., evictions: _Optional[int] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., pinned: bool = ..., peft_type: _Optional[str] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., bytes: _Optional[int] = ..., content_hash: _Optional[str] = ..., references: _Optional[int] = ..., draining: bool = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., evictions: _Optional[int] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
     __slots__ = ("name", "source")
@@ -108,7 +108,7 @@ class PinAdapterRequest(_message.Message):
     PINNED_FIELD_NUMBER: _ClassVar[int]
     name: str
     pinned: bool
-    def __init__(self, name: _Optional[str] = ..., pinned: _Optional[bool] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., pinned: bool = ...) -> None: ...
 
 class PinAdapterResponse(_message.Message):
     __slots__ = ("adapter",)

@@ -5,7 +5,7 @@ import warnings
 
 from loraplex.v1 import adapters_pb2 as loraplex_dot_v1_dot_adapters__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class AdapterServiceStub:
+class AdapterServiceStub(object):
     """The adapters this server knows, and where each one is.
     """
 
@@ -62,7 +62,7 @@ class AdapterServiceStub:
                 _registered_method=True)
 
 
-class AdapterServiceServicer:
+class AdapterServiceServicer(object):
     """The adapters this server knows, and where each one is.
     """
 
@@ -142,7 +142,7 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class AdapterService:
+class AdapterService(object):
     """The adapters this server knows, and where each one is.
     """
 

@@ -5,7 +5,7 @@ import warnings
 
 from loraplex.v1 import generation_pb2 as loraplex_dot_v1_dot_generation__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class GenerationServiceStub:
+class GenerationServiceStub(object):
     """Text generation on the resident base model, each request with its own adapters.
     """
 
@@ -47,7 +47,7 @@ class GenerationServiceStub:
                 _registered_method=True)
 
 
-class GenerationServiceServicer:
+class GenerationServiceServicer(object):
     """Text generation on the resident base model, each request with its own adapters.
     """
 
@@ -92,7 +92,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class GenerationService:
+class GenerationService(object):
     """Text generation on the resident base model, each request with its own adapters.
     """
 
