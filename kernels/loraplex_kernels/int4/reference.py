@@ -1,8 +1,8 @@
 """Affine int4 in plain torch, on any device.
 
-Each output row is cut along its width into groups; a group's 16 steps are ``(code - 8) * scale + zero``. Scales and
-zeros are fp32 tensors whose values `quantize` chooses among those that bf16 can hold, so that the packed CPU format,
-which stores bf16, represents exactly the same weights.
+Each output row is cut along its width into groups; a group's 16 steps are ``(code - 8) * scale + zero``.
+Scales and zeros are fp32 tensors whose values `quantize` chooses among those that bf16 can hold, so that the
+packed CPU format, which stores bf16, represents exactly the same weights.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels._nibbles import decode, encode
+from loraplex_kernels.dense import linear
 
 GROUPS = (128, 64, 32)
 """Group sizes, the preferred one first."""
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_STEPS = tuple(float(code - 8) for code in range(16))
-# Elements quantised at once: bounds the temporaries to about 30 MiB.
-_CHUNK = 1 << 20
+STEPS: tuple[float, ...] = tuple(float(code - 8) for code in range(16))
+"""What the codes 0..15 stand for, in units of the scale above the zero."""
+# Elements quantised at once: bounds the temporaries to a few MiB.
+_CHUNK = 1 << 18
 # fp32 elements of a dequantised tile: on a CPU it must stay in the cache between the look-up and the product.
 _CPU_TILE = 1 << 19
 _GPU_TILE = 1 << 24
@@ -57,8 +59,8 @@ class Int4Weight:
         for name, tensor in (("scale", self.scale), ("zero", self.zero)):
             if tensor.shape != (n, k // self.group):
                 raise ValueError(
-                    f"{name}: expected [{n}, {k // self.group}] for a weight of {n} x {k} in groups of {self.group}, "
-                    f"got {list(tensor.shape)}"
+                    f"{name}: expected [{n}, {k // self.group}] for a weight of {n} x {k} in groups of "
+                    f"{self.group}, got {list(tensor.shape)}"
                 )
 
     @property
@@ -92,24 +94,25 @@ def choose_group(width: int) -> int:
         if width > 0 and width % group == 0:
             return group
     raise ValueError(
-        f"width: int4 needs an input width that is a multiple of 32, got {width}; use --quantization nf4 or none"
+        f"width: int4 needs an input width that is a multiple of 32, got {width}; "
+        "use --quantization nf4 or none"
     )
 
 
 def quantize(weight: Tensor, *, group: int | None = None) -> Int4Weight:
     """Quantise a weight to affine int4, rounding to nearest.
 
-    Every element is off by at most half a step of its group (up to fp32 rounding): the step is rounded up to bf16 and
-    covers the group's range also after the zero's rounding. Works through the weight in chunks of rows: beyond the
-    result, temporaries stay near 30 MiB whatever the size.
+    Every element is off by at most half a step of its group (up to fp32 rounding): the step is rounded up to
+    bf16 and covers the group's range also after the zero's rounding. Works through the weight in chunks of
+    rows: beyond the result, temporaries stay at a few MiB whatever the size.
 
     Args:
         weight: fp32, fp16 or bf16 [N, K], on any device; not modified.
         group: 128, 64 or 32, dividing K; default: the largest that does.
 
     Raises:
-        ValueError: for a weight that is no floating-point matrix, is empty, whose width no group divides, or that
-            holds inf or NaN.
+        ValueError: for a weight that is no floating-point matrix, is empty, whose width no group divides, or
+            that holds inf or NaN.
     """
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"weight: expected a non-empty matrix [N, K], got shape {list(weight.shape)}")
@@ -162,11 +165,12 @@ def matmul(x: Tensor, w: Int4Weight, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"x: last dimension is {x.shape[-1]}, the weight's input width is {k}")
     compute = torch.float32 if w.device.type == "cpu" else x.dtype
     rows = x.reshape(-1, k).to(compute)
-    out = torch.empty(n, rows.shape[0], dtype=compute, device=x.device)
+    out = torch.empty(rows.shape[0], n, dtype=compute, device=x.device)
     for start, stop, tile in _tiles(w):
-        torch.mm(tile.to(compute), rows.t(), out=out[start:stop])
-    result = out.t() if bias is None else out.t() + bias
-    return result.to(x.dtype).reshape(*x.shape[:-1], n)
+        out[:, start:stop] = linear(rows, tile.to(compute))
+    if bias is not None:
+        out += bias
+    return out.to(x.dtype).view(*x.shape[:-1], n)
 
 
 def _quantize_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,7 +196,7 @@ def _tiles(w: Int4Weight) -> Iterator[tuple[int, int, Tensor]]:
     buffer = torch.empty(step * k, dtype=torch.float32, device=w.device)
     for start in range(0, n, step):
         stop = min(start + step, n)
-        values = decode(w.packed[start:stop].reshape(-1), _STEPS, buffer[: (stop - start) * k])
+        values = decode(w.packed[start:stop].reshape(-1), STEPS, buffer[: (stop - start) * k])
         # Product and sum are rounded apart: a fused multiply-add would give other bits on other devices.
         groups = values.view(stop - start, -1, w.group)
         groups.mul_(w.scale[start:stop, :, None]).add_(w.zero[start:stop, :, None])

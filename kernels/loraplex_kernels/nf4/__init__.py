@@ -1,4 +1,4 @@
-"""NF4, the 4-bit NormalFloat of QLoRA: quantise, dequantise and multiply without a dense copy of the weight."""
+"""NF4, the 4-bit NormalFloat of QLoRA: quantise, dequantise, multiply without a dense copy of the weight."""
 
 from __future__ import annotations
 
