@@ -56,6 +56,14 @@ class Metrics:
         self._preemptions = self._counter("loraplex_preemptions", "Requests preempted, to be recomputed.")
         self._kv_ratio = self._gauge("loraplex_kv_cache_usage_ratio", "KV blocks in use, of all, 0 to 1.")
         self._kv_blocks = self._gauge("loraplex_kv_cache_blocks", "KV blocks there are.")
+        self._kv_used = self._gauge("loraplex_kv_cache_blocks_used", "KV blocks that requests hold.")
+        self._problems = self._gauge(
+            "loraplex_integrity_problems", "Broken invariants of the pools in the last audit; 0 is right."
+        )
+        self._weights_ok = self._gauge(
+            "loraplex_weight_checksum_ok", "1 if the base weights had their checksum in the last audit."
+        )
+        self._audits = self._gauge("loraplex_audits", "Audits completed; one runs after work, when idle.")
 
         self._adapter_hits = self._counter(
             "loraplex_adapter_hits", "Requests that found an adapter on the device."
@@ -157,6 +165,10 @@ class Metrics:
         self._waiting_for_adapter.set(stats.waiting_for_adapter)
         self._kv_blocks.set(stats.kv_blocks)
         self._kv_ratio.set(stats.kv_blocks_used / max(1, stats.kv_blocks))
+        self._kv_used.set(stats.kv_blocks_used)
+        self._problems.set(stats.integrity_problems)
+        self._weights_ok.set(stats.weights_ok)
+        self._audits.set(stats.audits)
         self._adapter_used.labels("device").set(stats.adapter_device_bytes_used)
         self._adapter_used.labels("host").set(stats.adapter_host_bytes_used)
         self._adapters_resident.labels("device").set(len(stats.adapters_on_device))

@@ -22,7 +22,7 @@ MAX_TOKENS = 12
 BLOCK = 4
 # A composition of two, one of three with a negative weight, and a single adapter at half weight.
 COMPOSITIONS = [
-    (("r6", 1.0), ("r16", 0.5)),
+    (("r6", 1.0), ("r16", 1.5)),
     (("r14", 0.7), ("r7", -0.4), ("r32", 0.6)),
     (("r12", 0.5),),
 ]

@@ -13,6 +13,7 @@ from loraplex_kernels import dispatch
 from loraplex_server.adapters.sites import SiteRegistry
 from loraplex_server.adapters.store import AdapterStore
 from loraplex_server.config import EngineConfig
+from loraplex_server.engine.audit import finish
 from loraplex_server.engine.engine import Emit, Engine
 from loraplex_server.engine.messages import EngineInfo
 from loraplex_server.model import architecture, loader, memory
@@ -70,7 +71,7 @@ def build_engine(
         max_model_len=limit,
         parameters=base.parameters,
         weight_bytes=base.weight_bytes,
-        weight_checksum=base.checksum(),
+        weight_checksum=finish(base.checksum_steps()),
         max_batch_tokens=config.scheduler.max_batch_tokens,
         max_num_requests=config.scheduler.max_num_requests,
         kv_block_size=block_size,

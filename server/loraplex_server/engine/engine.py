@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Protocol
 
 from loraplex_server.adapters.store import AdapterStore
 from loraplex_server.config import EngineConfig
 from loraplex_server.core.request import FinishReason, Request
 from loraplex_server.core.step import SampledToken, StepOutput, StepPlan
+from loraplex_server.engine.audit import Audit, finish
 from loraplex_server.engine.kv_blocks import KvBlockPool
 from loraplex_server.engine.messages import (
     EngineInfo,
@@ -43,8 +44,8 @@ class Runner(Protocol):
     def run(self, plan: StepPlan) -> StepOutput:
         """Computes the plan and samples one token for each of its `sample_row`."""
 
-    def weight_checksum(self) -> str:
-        """SHA-256 over the resident base weights, computed now."""
+    def weight_checksum(self) -> Generator[None, None, str]:
+        """SHA-256 over the resident base weights, in pieces: yields between them, returns it at the end."""
 
 
 class Engine:
@@ -63,6 +64,8 @@ class Engine:
         self.scheduler = Scheduler(config.scheduler, self._blocks, adapters)
         self._sequences: dict[tuple[str, str], Sequence] = {}
         self._steps: list[StepRecord] = []
+        self._hits = self._misses = 0
+        self._audit = Audit(self._problems, runner.weight_checksum, info.weight_checksum)
 
     @property
     def has_work(self) -> bool:
@@ -97,6 +100,7 @@ class Engine:
             self._retire(sequence)
         if not schedule.scheduled:
             return False
+        self._audit.worked()
         plan = build_plan(
             schedule.scheduled, self._blocks.block_size, self.adapters.slot, self.info.eos_token_ids
         )
@@ -118,10 +122,16 @@ class Engine:
         )
         return True
 
+    def idle(self) -> bool:
+        """Looks after the engine while there is nothing to step; whether there is more to do at once."""
+        return self._audit.idle()
+
     def stats(self) -> Stats:
         """What happened since the last call, and the state now."""
         steps, self._steps = tuple(self._steps), []
         adapters = self.adapters
+        hits, misses = adapters.hits - self._hits, adapters.misses - self._misses
+        self._hits, self._misses = adapters.hits, adapters.misses
         return Stats(
             steps=steps,
             swaps=tuple(adapters.drain_swaps()),
@@ -134,19 +144,17 @@ class Engine:
             adapter_host_bytes_used=adapters.host_bytes_used,
             adapters_on_device=adapters.on_device,
             adapters_on_host=adapters.on_host,
-            adapter_hits=adapters.hits,
-            adapter_misses=adapters.misses,
+            adapter_hits=hits,
+            adapter_misses=misses,
+            integrity_problems=len(self._audit.problems),
+            weights_ok=self._audit.weights_ok,
+            audits=self._audit.passes,
         )
 
     def check_integrity(self, call_id: int = 0) -> IntegrityReply:
         """Compares every pool with its holders, and the weights with their checksum."""
-        problems = self.scheduler.check_integrity() + self.adapters.check_integrity()
-        held = sum(len(sequence.handles) for sequence in self._sequences.values())
-        if self.adapters.references() != held:
-            problems.append(
-                f"the adapter store counts {self.adapters.references()} references, requests hold {held}"
-            )
-        checksum = self._runner.weight_checksum()
+        problems = self._problems()
+        checksum = finish(self._runner.weight_checksum())
         if checksum != self.info.weight_checksum:
             problems.append("the base weights have changed since they were loaded")
         return IntegrityReply(
@@ -158,6 +166,16 @@ class Engine:
             adapter_references=self.adapters.references(),
             weight_checksum=checksum,
         )
+
+    def _problems(self) -> list[str]:
+        """A line for each disagreement between a pool and its holders."""
+        problems = self.scheduler.check_integrity() + self.adapters.check_integrity()
+        held = sum(len(sequence.handles) for sequence in self._sequences.values())
+        if self.adapters.references() != held:
+            problems.append(
+                f"the adapter store counts {self.adapters.references()} references, requests hold {held}"
+            )
+        return problems
 
     def _add(self, client: str, request: Request) -> None:
         limit = self.info.max_model_len

@@ -134,10 +134,11 @@ class EngineHost:
         self._listener.listen()
         threading.Thread(target=self._accept, name="engine-accept", daemon=True).start()
         try:
-            progressed = False
+            busy = False
             while not self._stopping:
-                self._handle_events(engine, wait=not progressed)
+                self._handle_events(engine, wait=not busy)
                 progressed = engine.step()
+                busy = progressed or engine.idle()
                 self._send_stats(engine, idle=not progressed)
         finally:
             self._listener.close()

@@ -219,7 +219,13 @@ class SwapRecord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Stats(_Message, frozen=True):
-    """Counters and gauges since the last `Stats`, sent to every client at most ten times a second."""
+    """Counters and gauges since the last `Stats`, sent to every client about ten times a second.
+
+    Attributes:
+        integrity_problems: found by the last audit of the pools, which runs when the engine is idle.
+        weights_ok: the base weights had their checksum in the last audit.
+        audits: completed since the start.
+    """
 
     steps: tuple[StepRecord, ...]
     swaps: tuple[SwapRecord, ...]
@@ -234,6 +240,9 @@ class Stats(_Message, frozen=True):
     adapters_on_host: tuple[str, ...]
     adapter_hits: int
     adapter_misses: int
+    integrity_problems: int = 0
+    weights_ok: bool = True
+    audits: int = 0
 
 
 FromEngine = Welcome | Tokens | Failed | AdapterReply | IntegrityReply | Stats

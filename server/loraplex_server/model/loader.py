@@ -12,6 +12,7 @@ import hashlib
 import logging
 import re
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -68,13 +69,14 @@ class BaseModel:
     def weight_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
-    def checksum(self) -> str:
-        """SHA-256 over names and bytes of all resident weights."""
+    def checksum_steps(self) -> Generator[None, None, str]:
+        """SHA-256 over names and bytes of all resident weights, in pieces: yields between tensors."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors().items()):
+            yield
             digest.update(name.encode())
             flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            digest.update(memoryview(flat.numpy()).cast("B"))
+            digest.update(flat.numpy().data)
         return digest.hexdigest()
 
 

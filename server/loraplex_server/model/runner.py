@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import numpy as np
 import torch
 from loraplex_kernels.attention import AttentionBatch
@@ -73,9 +75,9 @@ class ModelRunner:
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def weight_checksum(self) -> str:
-        """SHA-256 over the resident base weights, computed now."""
-        return self._base.checksum()
+    def weight_checksum(self) -> Generator[None, None, str]:
+        """SHA-256 over the resident base weights, in pieces: yields between them, returns it at the end."""
+        return self._base.checksum_steps()
 
     def _effects(self, plan: StepPlan) -> tuple[Effect, ...]:
         """What adapters do in this step; nothing is launched for a step without adapters."""
