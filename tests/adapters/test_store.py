@@ -1,0 +1,862 @@
+"""The cache as its callers see it: states, room, eviction, pins, loading and unloading."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loraplex_server.adapters.record import AdapterHandle
+from loraplex_server.adapters.sites import SiteRegistry
+from loraplex_server.adapters.store import AdapterStore, Readiness
+from loraplex_server.engine.messages import AdapterStatus
+from loraplex_server.errors import (
+    AlreadyExistsError,
+    CancelledError,
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    PermissionDeniedError,
+    ServerError,
+    UnavailableError,
+)
+from safetensors.torch import load_file
+
+READY, LOADING, BLOCKED, FAILED = Readiness.READY, Readiness.LOADING, Readiness.BLOCKED, Readiness.FAILED
+
+ROOM = 7296
+"""Bytes that one of the adapters below takes on the device; in host memory it is 7168."""
+
+Settle = Callable[[AdapterStore], None]
+Bring = Callable[..., tuple[AdapterHandle, ...]]
+MakeStore = Callable[..., AdapterStore]
+
+
+class Answer:
+    """A callback that keeps what it is called with."""
+
+    def __init__(self) -> None:
+        self.value: AdapterStatus | ServerError | None = None
+        self.calls = 0
+
+    def __call__(self, value: AdapterStatus | ServerError | None = None) -> None:
+        self.value = value
+        self.calls += 1
+
+
+@pytest.fixture
+def folder(tmp_path: Path, write_adapter: Callable[..., Path]) -> Path:
+    """Adapters a to f, all of one size."""
+    for seed, name in enumerate("abcdef"):
+        write_adapter(tmp_path / "adapters" / name, seed=seed)
+    return tmp_path / "adapters"
+
+
+@pytest.fixture
+def served(registry: SiteRegistry) -> Callable[[AdapterStore, AdapterHandle, Path], bool]:
+    """Whether a handle's slot serves the weights in the folder, bit for bit."""
+
+    def check(store: AdapterStore, handle: AdapterHandle, folder: Path) -> bool:
+        slot = store.slot(handle)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        for entry in registry:
+            prefix = f"base_model.model.{entry.path}"
+            if f"{prefix}.lora_A.weight" not in tensors:
+                assert int(store.pool.rank[slot, entry.index]) == 0
+                continue
+            a = store.pool.a(slot, entry.index, entry.in_features)
+            b = store.pool.b(slot, entry.index, entry.out_features)
+            if not torch.equal(a, tensors[f"{prefix}.lora_A.weight"]):
+                return False
+            if not torch.equal(b.T, 2 * tensors[f"{prefix}.lora_B.weight"]):
+                return False
+        return True
+
+    return check
+
+
+# Registering
+
+
+def test_a_folder_registers_each_of_its_adapters(make_store: MakeStore, folder: Path) -> None:
+    (folder / "no-adapter").mkdir()
+    store = make_store(folder)
+    assert store.register_folder(folder) == list("abcdef"), "again is no error"
+    status = store.get("b")
+    assert status == AdapterStatus(
+        name="b",
+        source=str(folder / "b"),
+        state="unloaded",
+        pinned=False,
+        peft_type="LORA",
+        rank=4,
+        target_modules=("q_proj", "v_proj"),
+        bytes=7168,
+        content_hash="",
+        references=0,
+        draining=False,
+        hits=0,
+        misses=0,
+        evictions=0,
+    )
+    assert [status.name for status in store.list()] == list("abcdef")
+    assert (store.host_bytes_used, store.device_bytes_used) == (0, 0), "registering reads no weights"
+
+
+def test_a_bad_adapter_is_kept_with_its_error_and_heals_when_its_files_do(
+    make_store: MakeStore, folder: Path, write_adapter: Callable[..., Path], bring: Bring
+) -> None:
+    write_adapter(folder / "bad", config={"use_dora": True})
+    write_adapter(folder / "bad name!")
+    store = make_store(folder)
+    assert set(store.broken()) == {"bad", "bad name!"}
+    for _ in range(2):
+        with pytest.raises(FailedPreconditionError, match="DoRA"):
+            store.resolve(["a", "bad"])
+    with pytest.raises(FailedPreconditionError, match="DoRA"):
+        store.get("bad")
+    assert store.references() == 0, "the good adapter of a refused request is not held"
+    write_adapter(folder / "bad", rank=6)
+    store.release(bring(store, "bad"))
+    assert store.get("bad").rank == 6
+    assert set(store.broken()) == {"bad name!"}
+
+
+def test_one_name_in_two_folders_is_an_error_that_names_both(
+    make_store: MakeStore, folder: Path, tmp_path: Path, write_adapter: Callable[..., Path]
+) -> None:
+    write_adapter(tmp_path / "more" / "c")
+    with pytest.raises(AlreadyExistsError) as caught:
+        make_store(folder, tmp_path / "more")
+    assert str(folder / "c") in str(caught.value)
+    assert str(tmp_path / "more" / "c") in str(caught.value)
+
+
+@pytest.mark.parametrize("spoiled", ["adapters", "more"])
+def test_so_it_is_if_one_of_them_is_bad(
+    spoiled: str, make_store: MakeStore, folder: Path, tmp_path: Path, write_adapter: Callable[..., Path]
+) -> None:
+    write_adapter(tmp_path / "more" / "c")
+    (tmp_path / spoiled / "c" / "adapter_model.safetensors").unlink()
+    with pytest.raises(AlreadyExistsError):
+        make_store(folder, tmp_path / "more")
+
+
+def test_sources_outside_the_roots_are_denied(
+    make_store: MakeStore, folder: Path, tmp_path: Path, write_adapter: Callable[..., Path]
+) -> None:
+    store = make_store(folder)
+    with pytest.raises(PermissionDeniedError):
+        store.register("x", write_adapter(tmp_path / "elsewhere"))
+    with pytest.raises(InvalidArgumentError):
+        store.register("../x", folder / "a")
+    with pytest.raises(NotFoundError):
+        store.register_folder(tmp_path / "missing")
+
+
+def test_an_adapter_larger_than_a_budget_is_refused_and_the_option_named(
+    make_store: MakeStore, folder: Path
+) -> None:
+    for option in ("host", "device"):
+        store = make_store(folder, **{f"{option}_bytes": 7000})
+        with pytest.raises(FailedPreconditionError, match=f"--adapter-{option}-bytes"):
+            store.resolve(["a"])
+    with pytest.raises(InvalidArgumentError, match="adapter_device_bytes"):
+        make_store(folder, device_bytes=1000)
+
+
+# States
+
+
+def test_the_states_of_an_adapter(make_store: MakeStore, folder: Path, served: Callable[..., bool]) -> None:
+    store = make_store(folder)
+    handles = store.resolve(["a"])
+    states = [store.get("a").state]
+    assert store.reserve(handles) is LOADING
+    states.append(store.get("a").state)
+    while store.busy:
+        assert store.wait_event(20)
+        states.append(store.get("a").state)
+        assert store.is_ready(handles) is LOADING, "nothing changes but in a poll"
+        store.poll()
+    states.append(store.get("a").state)
+    assert states == ["unloaded", "loading", "loading", "copying", "device"]
+    assert store.is_ready(handles) is READY
+    assert served(store, handles[0], folder / "a")
+    assert store.on_device == store.on_host == ("a",)
+    assert (store.device_bytes_used, store.host_bytes_used) == (ROOM, 7168)
+    assert len(handles[0].content_hash) == 64
+    assert [swap.kind for swap in store.drain_swaps()] == ["load", "copy"]
+    assert store.drain_swaps() == []
+    store.release(handles)
+    assert store.get("a").state == "device", "it stays until the room is needed"
+
+
+def test_a_load_goes_to_host_memory_only(make_store: MakeStore, folder: Path, settle: Settle) -> None:
+    store = make_store(folder)
+    loaded = Answer()
+    store.load("x", "a", loaded)
+    assert store.get("x").state == "loading"
+    with pytest.raises(AlreadyExistsError):
+        store.load("x", "b", Answer())
+    with pytest.raises(NotFoundError):
+        store.resolve(["x"])
+    settle(store)
+    assert isinstance(loaded.value, AdapterStatus)
+    assert (loaded.value.state, loaded.value.source, loaded.calls) == ("host", "a", 1)
+    with pytest.raises(AlreadyExistsError, match="'a'"):
+        store.load("x", "b", Answer())
+
+
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [("missing", NotFoundError), ("../outside", PermissionDeniedError), ("bad", FailedPreconditionError)],
+)
+def test_a_load_that_fails_registers_nothing(
+    source: str,
+    error: type[ServerError],
+    make_store: MakeStore,
+    folder: Path,
+    settle: Settle,
+    write_adapter: Callable[..., Path],
+) -> None:
+    store = make_store(folder)
+    write_adapter(folder / "bad", change=lambda tensors: next(iter(tensors.values())).fill_(torch.nan))
+    failed = Answer()
+    store.load("x", source, failed)
+    settle(store)
+    assert isinstance(failed.value, error)
+    assert failed.calls == 1
+    with pytest.raises(NotFoundError):
+        store.get("x")
+    assert store.host_bytes_used == 0
+
+
+def test_a_load_mends_what_a_folder_held_broken(
+    make_store: MakeStore, folder: Path, settle: Settle, write_adapter: Callable[..., Path]
+) -> None:
+    write_adapter(folder / "bad", config={"use_dora": True})
+    store = make_store(folder)
+    loaded = Answer()
+    store.load("bad", str(folder / "a"), loaded)
+    settle(store)
+    assert isinstance(loaded.value, AdapterStatus)
+    assert store.broken() == {}
+
+
+def test_the_host_copy_may_go_while_the_device_copy_stays(
+    make_store: MakeStore, folder: Path, bring: Bring, served: Callable[..., bool]
+) -> None:
+    store = make_store(folder, host_bytes=7168)
+    a, b = bring(store, "a"), bring(store, "b")
+    assert store.on_device == ("a", "b")
+    assert store.on_host == ("b",)
+    assert served(store, a[0], folder / "a")
+    assert served(store, b[0], folder / "b")
+
+
+def test_the_least_recently_used_leave_first(make_store: MakeStore, folder: Path, bring: Bring) -> None:
+    store = make_store(folder, device_bytes=3 * ROOM)
+    for name in "abc":
+        store.release(bring(store, name))
+    store.release(bring(store, "a"))
+    c = bring(store, "c")
+    store.release(bring(store, "d"))
+    assert store.on_device == ("a", "c", "d"), "b was the least recently used"
+    store.release(c)
+    for name in "ef":
+        store.release(bring(store, name))
+    assert store.on_device == ("c", "e", "f")
+    assert [status.evictions for status in store.list()] == [1, 1, 0, 1, 0, 0]
+    evicted = [swap.adapter for swap in store.drain_swaps() if swap.kind == "evict_device"]
+    assert evicted == ["b", "a", "d"]
+
+
+def test_the_number_of_adapters_has_a_cap_of_its_own(
+    make_store: MakeStore, folder: Path, bring: Bring
+) -> None:
+    store = make_store(folder, max_on_device=2)
+    assert store.num_slots == 2
+    bring(store, "a", "b")
+    assert store.reserve(store.resolve(["c"])) is BLOCKED
+
+
+def test_an_adapter_in_use_is_never_evicted(
+    make_store: MakeStore, folder: Path, bring: Bring, settle: Settle, served: Callable[..., bool]
+) -> None:
+    store = make_store(folder, device_bytes=2 * ROOM)
+    a = bring(store, "a")
+    b = bring(store, "b")
+    c = store.resolve(["c"])
+    for _ in range(3):
+        assert store.reserve(c) is BLOCKED
+        store.poll()
+    assert served(store, a[0], folder / "a")
+    store.unreserve(b)
+    assert store.reserve(c) is LOADING
+    assert store.on_device == ("a",)
+    settle(store)
+    assert served(store, c[0], folder / "c")
+    assert served(store, a[0], folder / "a")
+    with pytest.raises(InternalError):
+        store.slot(b[0])
+
+
+def test_room_set_aside_is_not_given_away(make_store: MakeStore, folder: Path, settle: Settle) -> None:
+    store = make_store(folder, device_bytes=ROOM)
+    a, b = store.resolve(["a"]), store.resolve(["b"])
+    assert store.reserve(a) is LOADING
+    assert store.reserve(b) is BLOCKED
+    settle(store)
+    assert store.reserve(b) is BLOCKED
+    assert store.is_ready(a) is READY
+
+
+def test_giving_up_while_loading_frees_the_room(make_store: MakeStore, folder: Path, settle: Settle) -> None:
+    store = make_store(folder, device_bytes=ROOM)
+    a, b = store.resolve(["a"]), store.resolve(["b"])
+    store.reserve(a)
+    store.release(a)
+    assert store.device_bytes_used == 0
+    assert store.reserve(b) is LOADING
+    store.wait_event(20)
+    store.poll()
+    assert store.check_integrity() == []
+    settle(store)
+    assert store.is_ready(b) is READY
+    assert store.get("a").state == "host", "what was read stays"
+
+
+def test_giving_up_while_copying_keeps_the_copy(make_store: MakeStore, folder: Path, settle: Settle) -> None:
+    store = make_store(folder, device_bytes=ROOM)
+    a, b = store.resolve(["a"]), store.resolve(["b"])
+    store.reserve(a)
+    store.wait_event(20)
+    store.poll()
+    assert store.get("a").state == "copying"
+    store.release(a)
+    assert store.reserve(b) is BLOCKED, "what a worker writes cannot be taken away"
+    assert store.check_integrity() == []
+    settle(store)
+    assert store.get("a").state == "device"
+    assert store.reserve(b) is LOADING
+
+
+def test_loads_of_one_adapter_are_one(make_store: MakeStore, folder: Path, settle: Settle) -> None:
+    store = make_store(folder)
+    requests = [store.resolve(["a", "b"]) for _ in range(5)]
+    assert [store.reserve(handles) for handles in requests] == [LOADING] * 5
+    settle(store)
+    assert [store.is_ready(handles) for handles in requests] == [READY] * 5
+    assert sorted(swap.kind for swap in store.drain_swaps()) == ["copy", "copy", "load", "load"]
+    assert len({store.slot(handles[0]) for handles in requests}) == 1
+
+
+def test_an_adapter_named_twice_is_one(make_store: MakeStore, folder: Path, bring: Bring) -> None:
+    store = make_store(folder, device_bytes=ROOM)
+    first, second = bring(store, "a", "a")
+    assert store.slot(first) == store.slot(second)
+    assert store.get("a").references == 2
+    store.release([first])
+    assert store.on_device == ("a",)
+    store.release([second])
+
+
+def test_hits_and_misses_count_once_a_request(make_store: MakeStore, folder: Path, bring: Bring) -> None:
+    store = make_store(folder, device_bytes=ROOM)
+    a = bring(store, "a")
+    blocked = store.resolve(["b"])
+    for _ in range(4):
+        store.reserve(blocked)
+    for _ in range(3):  # preempted and taken up again
+        store.unreserve(a)
+        assert store.reserve(a) is READY
+    bring(store, "a")
+    assert (store.hits, store.misses) == (1, 2)
+    assert [(store.get(name).hits, store.get(name).misses) for name in "ab"] == [(1, 1), (0, 1)]
+
+
+# Several adapters in one request
+
+
+def test_two_compositions_that_contend_take_turns(
+    make_store: MakeStore, folder: Path, settle: Settle, served: Callable[..., bool]
+) -> None:
+    """Room for three: {a, b} and {c, d} can each hold half and wait for ever, unless it is all or nothing."""
+    store = make_store(folder, device_bytes=3 * ROOM)
+    first, second = store.resolve(["a", "b"]), store.resolve(["c", "d"])
+    assert store.reserve(first) is LOADING
+    assert store.reserve(second) is BLOCKED
+    assert store.device_bytes_used == 2 * ROOM, "the one that is blocked holds nothing"
+    settle(store)
+    assert store.is_ready(first) is READY
+    assert store.reserve(second) is BLOCKED
+    store.release(first)
+    assert store.reserve(second) is LOADING
+    settle(store)
+    assert all(served(store, handle, folder / handle.name) for handle in second)
+
+
+def test_a_blocked_request_has_its_adapters_read_meanwhile(
+    make_store: MakeStore, folder: Path, settle: Settle, bring: Bring
+) -> None:
+    store = make_store(folder, device_bytes=ROOM)
+    a = bring(store, "a")
+    b = store.resolve(["b"])
+    assert store.reserve(b) is BLOCKED
+    settle(store)
+    assert store.get("b").state == "host"
+    store.release(a)
+    assert store.reserve(b) is LOADING
+    assert store.get("b").state == "copying"
+
+
+def test_prefetches_do_not_drive_out_what_requests_wait_for(
+    make_store: MakeStore, folder: Path, settle: Settle, bring: Bring
+) -> None:
+    store = make_store(folder, device_bytes=ROOM, host_bytes=2 * 7168)
+    a = bring(store, "a")
+    waiting = [store.resolve([name]) for name in "bcd"]
+    for _ in range(3):
+        for handles in waiting:
+            assert store.reserve(handles) is BLOCKED
+        settle(store)
+    assert sum(swap.kind == "load" for swap in store.drain_swaps()) == 2, "a and b; there is no room for more"
+    store.release([*waiting[0], *waiting[1]])
+    store.poll()
+    settle(store)
+    assert store.get("d").state == "host", "a and b are held by nobody who waits"
+    store.release(a)
+
+
+def test_a_demand_is_served_before_prefetches_and_may_take_their_room(
+    make_store: MakeStore, folder: Path, settle: Settle
+) -> None:
+    store = make_store(folder, device_bytes=2 * ROOM, host_bytes=2 * 7168)
+    first = store.resolve(["a", "b"])
+    store.reserve(first)
+    waiting = [store.resolve([name]) for name in "cd"]
+    for handles in waiting:
+        assert store.reserve(handles) is BLOCKED
+    settle(store)
+    store.release(first)
+    last = store.resolve(["e", "f"])
+    assert store.reserve(last) is LOADING
+    settle(store)
+    assert store.is_ready(last) is READY
+
+
+def test_what_can_never_fit_together_is_refused_at_once(make_store: MakeStore, folder: Path) -> None:
+    store = make_store(folder, device_bytes=2 * ROOM)
+    with pytest.raises(FailedPreconditionError, match="3 slots"):
+        store.resolve(["a", "b", "c"])
+    assert store.references() == 0
+    store.resolve(["a", "b", "a"])
+    with pytest.raises(InvalidArgumentError, match="9 are named"):
+        store.resolve(["a"] * 9)
+    with pytest.raises(NotFoundError) as caught:
+        store.resolve(["a", "zz"])
+    assert caught.value.info.resource == ("adapter", "zz")
+
+
+def test_room_in_pieces_is_moved_together(
+    make_store: MakeStore,
+    folder: Path,
+    tmp_path: Path,
+    write_adapter: Callable[..., Path],
+    bring: Bring,
+    served: Callable[..., bool],
+) -> None:
+    """a and c are in use, the gaps beside them are too small for the large one, and together they are not."""
+    write_adapter(folder / "large", rank=16, seed=9)
+    store = make_store(folder, device_bytes=4 * ROOM)
+    held = {name: bring(store, name) for name in "abcd"}
+    slots = {name: store.slot(handles[0]) for name, handles in held.items()}
+    store.release([*held.pop("b"), *held.pop("d")])
+    held["large"] = bring(store, "large")
+    assert store.on_device == ("a", "c", "large")
+    for name, handles in held.items():
+        assert served(store, handles[0], folder / name), f"the bytes of {name} were not kept"
+    assert store.slot(held["c"][0]) == slots["c"]
+    assert store.check_integrity() == []
+
+
+def test_what_is_being_copied_is_not_moved(
+    make_store: MakeStore,
+    folder: Path,
+    write_adapter: Callable[..., Path],
+    bring: Bring,
+    settle: Settle,
+    served: Callable[..., bool],
+) -> None:
+    write_adapter(folder / "large", rank=16, seed=9)
+    store = make_store(folder, device_bytes=4 * ROOM)
+    held = {name: bring(store, name) for name in "adbe"}
+    c, large = store.resolve(["c"]), store.resolve(["large"])
+    store.release(held["d"])
+    assert store.reserve(c) is LOADING
+    while store.get("c").state != "copying":
+        assert store.wait_event(20)
+        store.poll()
+    # c lies where d was, so the room that a and e leave is in two pieces until c can be moved.
+    store.release([*held["a"], *held["e"]])
+    assert store.reserve(large) is BLOCKED
+    assert store.check_integrity() == []
+    settle(store)
+    assert store.reserve(large) is LOADING
+    settle(store)
+    for handles in (held["b"], c, large):
+        assert served(store, handles[0], folder / handles[0].name)
+
+
+# Failures
+
+
+def test_a_file_that_goes_bad_fails_every_waiter_and_heals_later(
+    make_store: MakeStore,
+    folder: Path,
+    settle: Settle,
+    bring: Bring,
+    write_adapter: Callable[..., Path],
+    served: Callable[..., bool],
+) -> None:
+    store = make_store(folder, device_bytes=2 * ROOM)
+    held = bring(store, "b")
+    alone, together, blocked = store.resolve(["a"]), store.resolve(["a", "b"]), store.resolve(["a", "c"])
+    (folder / "a" / "adapter_model.safetensors").write_bytes(b"spoiled")
+    assert store.reserve(alone) is LOADING
+    assert store.reserve(together) is LOADING
+    assert store.reserve(blocked) is BLOCKED
+    settle(store)
+    for handles in (alone, together):
+        assert store.is_ready(handles) is FAILED
+        error = store.failure(handles)
+        assert isinstance(error, FailedPreconditionError)
+        assert "'a'" in str(error)
+    assert store.reserve(blocked) is FAILED
+    assert store.failure(blocked) is error
+    assert store.failure(held) is None
+    with pytest.raises(FailedPreconditionError) as caught:
+        store.resolve(["a"])
+    assert caught.value is error
+    assert store.check_integrity() == []
+    for handles in (alone, together, blocked):
+        store.release(handles)
+    assert store.device_bytes_used == ROOM, "the room of what failed is free"
+    write_adapter(folder / "a", seed=11)
+    healed = bring(store, "a")
+    assert served(store, healed[0], folder / "a")
+
+
+def test_weights_that_changed_under_a_name_are_not_mixed_with_the_old(
+    make_store: MakeStore, folder: Path, bring: Bring, settle: Settle, write_adapter: Callable[..., Path]
+) -> None:
+    """Same header, other values: only the hash can tell, when the weights are read a second time."""
+    store = make_store(folder, device_bytes=ROOM, host_bytes=7168)
+    first = bring(store, "a")
+    before = first[0].content_hash
+    store.release(first)
+    store.release(bring(store, "b"))
+    assert store.get("a").state == "unloaded"
+    write_adapter(folder / "a", seed=77)
+    second = store.resolve(["a"])
+    assert store.reserve(second) is LOADING
+    settle(store)
+    assert store.is_ready(second) is FAILED
+    assert "changed on disk" in str(store.failure(second))
+    store.release(second)
+    done = Answer()
+    store.unload("a", done)
+    store.register("a", folder / "a")
+    third = bring(store, "a")
+    assert third[0].content_hash not in ("", before)
+
+
+def test_a_handle_is_used_as_it_should_be(make_store: MakeStore, folder: Path, bring: Bring) -> None:
+    store = make_store(folder)
+    handles = store.resolve(["a"])
+    for wrong in (lambda: store.is_ready(handles), lambda: store.slot(handles[0])):
+        with pytest.raises(InternalError):
+            wrong()
+    store.reserve(handles)
+    with pytest.raises(InternalError, match="reserved already"):
+        store.reserve(handles)
+    store.release(handles)
+    with pytest.raises(InternalError, match="released twice"):
+        store.release(handles)
+
+
+def test_integrity_tells_what_is_broken(make_store: MakeStore, folder: Path, bring: Bring) -> None:
+    store = make_store(folder)
+    (handle,) = bring(store, "a")
+    assert store.check_integrity() == []
+    store.pool.host.a_offset[store.slot(handle), 0] += 96
+    assert any("does not point at its extent" in line for line in store.check_integrity())
+    store.pool.host.a_offset[store.slot(handle), 0] -= 96
+    handle.record.references += 1
+    assert any("are held" in line for line in store.check_integrity())
+    handle.record.references -= 1
+    store.pool.host.rank[7, 0] = 4
+    assert any("serves no adapter" in line for line in store.check_integrity())
+    store.pool.host.rank[7, 0] = 0
+
+
+# Pins
+
+
+def test_a_pinned_adapter_comes_to_the_device_and_stays(
+    make_store: MakeStore, folder: Path, bring: Bring, settle: Settle
+) -> None:
+    store = make_store(folder, device_bytes=2 * ROOM)
+    pinned = Answer()
+    store.pin("a", True, pinned)
+    assert pinned.calls == 0
+    settle(store)
+    assert isinstance(pinned.value, AdapterStatus)
+    assert (pinned.value.state, pinned.value.pinned, pinned.calls) == ("device", True, 1)
+    for name in "bcdb":
+        store.release(bring(store, name))
+    assert store.on_device == ("a", "b")
+    again = Answer()
+    store.pin("a", True, again)
+    assert again.calls == 1
+    unpinned = Answer()
+    store.pin("a", False, unpinned)
+    assert isinstance(unpinned.value, AdapterStatus)
+    assert not unpinned.value.pinned
+    bring(store, "c", "d")
+    assert store.on_device == ("c", "d")
+
+
+def test_pins_leave_room_for_the_others(
+    make_store: MakeStore, folder: Path, bring: Bring, settle: Settle
+) -> None:
+    store = make_store(folder, device_bytes=3 * ROOM)
+    composed = store.resolve(["b", "c"])
+    store.pin("a", True, Answer())
+    with pytest.raises(FailedPreconditionError, match="'d' pinned and b, c beside it"):
+        store.pin("d", True, Answer())
+    with pytest.raises(FailedPreconditionError, match="pinned ones included"):
+        store.resolve(["b", "c", "d"])
+    assert not store.get("d").pinned
+    store.release(composed)
+    store.pin("d", True, Answer())
+    with pytest.raises(FailedPreconditionError):
+        store.pin("e", True, Answer())
+    settle(store)
+    assert set(store.on_device) == {"a", "d"}
+    with pytest.raises(NotFoundError):
+        store.pin("zz", True, Answer())
+
+
+def test_a_pin_waits_for_room_and_goes_first(
+    make_store: MakeStore, folder: Path, bring: Bring, settle: Settle
+) -> None:
+    store = make_store(folder, device_bytes=2 * ROOM)
+    running = [*bring(store, "a"), *bring(store, "b")]
+    pinned = Answer()
+    store.pin("c", True, pinned)
+    later = store.resolve(["d"])
+    assert store.reserve(later) is BLOCKED
+    store.unreserve(running)
+    assert store.reserve(later) is BLOCKED, "the pin was first"
+    assert store.reserve(running) is READY, "what is there may run"
+    store.unreserve(running)
+    store.poll()
+    settle(store)
+    assert pinned.calls == 1
+    assert store.reserve(later) is LOADING
+    settle(store)
+
+
+def test_a_pin_that_fails_or_is_taken_back_is_answered(
+    make_store: MakeStore, folder: Path, bring: Bring, settle: Settle
+) -> None:
+    store = make_store(folder, device_bytes=2 * ROOM)
+    running = [*bring(store, "a"), *bring(store, "b")]
+    taken_back, unloaded, failed = Answer(), Answer(), Answer()
+    store.pin("c", True, taken_back)
+    store.pin("c", False, Answer())
+    assert isinstance(taken_back.value, CancelledError)
+    store.pin("c", True, unloaded)
+    store.unload("c", Answer())
+    assert isinstance(unloaded.value, CancelledError)
+    store.release(running)
+    (folder / "d" / "adapter_model.safetensors").write_bytes(b"spoiled")
+    store.pin("d", True, failed)
+    settle(store)
+    assert isinstance(failed.value, FailedPreconditionError)
+    assert store.device_bytes_used == ROOM, "the room of d is free again"
+
+
+# Unloading
+
+
+def test_an_unload_drains_and_then_frees_everything(
+    make_store: MakeStore, folder: Path, bring: Bring, served: Callable[..., bool]
+) -> None:
+    store = make_store(folder)
+    running, waiting = bring(store, "a"), store.resolve(["a"])
+    done = Answer()
+    store.unload("a", done)
+    with pytest.raises(NotFoundError):
+        store.resolve(["a"])
+    assert (store.get("a").draining, store.get("a").references, done.calls) == (True, 2, 0)
+    assert served(store, running[0], folder / "a")
+    store.release(running)
+    assert store.reserve(waiting) is READY, "whoever held it runs to the end"
+    assert done.calls == 0
+    store.release(waiting)
+    assert done.calls == 1
+    assert (store.device_bytes_used, store.host_bytes_used, store.references()) == (0, 0, 0)
+    with pytest.raises(NotFoundError):
+        store.get("a")
+    with pytest.raises(NotFoundError):
+        store.unload("a", Answer())
+
+
+def test_a_name_is_free_again_while_the_old_version_drains(
+    make_store: MakeStore,
+    folder: Path,
+    bring: Bring,
+    settle: Settle,
+    served: Callable[..., bool],
+    write_adapter: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    old_files = shutil.copytree(folder / "a", tmp_path / "old")
+    store = make_store(folder)
+    old = bring(store, "a")
+    drained, loaded = Answer(), Answer()
+    store.unload("a", drained)
+    write_adapter(folder / "a", seed=42, rank=6)
+    store.load("a", str(folder / "a"), loaded)
+    settle(store)
+    assert isinstance(loaded.value, AdapterStatus)
+    new = bring(store, "a")
+    assert old[0].content_hash != new[0].content_hash
+    assert store.slot(old[0]) != store.slot(new[0])
+    assert served(store, old[0], old_files)
+    assert served(store, new[0], folder / "a")
+    assert [(status.draining, status.rank) for status in store.list() if status.name == "a"] == [
+        (False, 6),
+        (True, 4),
+    ]
+    store.release(old)
+    assert drained.calls == 1
+    assert not store.get("a").draining
+    assert served(store, new[0], folder / "a")
+
+
+def test_a_draining_adapter_still_loads_for_who_waits(
+    make_store: MakeStore, folder: Path, settle: Settle, bring: Bring, served: Callable[..., bool]
+) -> None:
+    store = make_store(folder, device_bytes=ROOM)
+    b = bring(store, "b")
+    waiting = store.resolve(["a"])
+    assert store.reserve(waiting) is BLOCKED
+    done = Answer()
+    store.unload("a", done)
+    store.release(b)
+    assert store.reserve(waiting) is LOADING
+    settle(store)
+    assert served(store, waiting[0], folder / "a")
+    store.release(waiting)
+    assert done.calls == 1
+
+
+@pytest.mark.parametrize("polls", [0, 1, 2])
+def test_an_unload_waits_for_what_the_workers_are_at(
+    polls: int, make_store: MakeStore, folder: Path, settle: Settle
+) -> None:
+    store = make_store(folder)
+    handles = store.resolve(["a"])
+    store.reserve(handles)
+    for _ in range(polls):
+        assert store.wait_event(20)
+        store.poll()
+    done = Answer()
+    store.unload("a", done)
+    store.release(handles)
+    assert store.check_integrity() == []
+    assert done.calls == (polls == 2), "nothing is being read or copied any more only after two polls"
+    settle(store)
+    assert done.calls == 1
+    assert (store.device_bytes_used, store.host_bytes_used) == (0, 0)
+
+
+def test_an_unload_cancels_a_load(make_store: MakeStore, folder: Path, settle: Settle) -> None:
+    store = make_store(folder)
+    for polls in (0, 1):
+        loaded, unloaded = Answer(), Answer()
+        store.load("x", "a", loaded)
+        for _ in range(polls):
+            store.wait_event(20)
+            store.poll()
+        store.unload("x", unloaded)
+        assert isinstance(loaded.value, CancelledError)
+        settle(store)
+        store.poll()
+        settle(store)
+        assert (loaded.calls, unloaded.calls) == (1, 1)
+        assert store.host_bytes_used == 0
+        with pytest.raises(NotFoundError):
+            store.get("x")
+
+
+def test_a_broken_adapter_can_be_unloaded(
+    make_store: MakeStore, folder: Path, write_adapter: Callable[..., Path]
+) -> None:
+    write_adapter(folder / "bad", config={"use_dora": True})
+    store = make_store(folder)
+    done = Answer()
+    store.unload("bad", done)
+    assert done.calls == 1
+    with pytest.raises(NotFoundError):
+        store.resolve(["bad"])
+
+
+# Workers
+
+
+def test_the_engine_is_woken_when_there_is_something_to_poll(
+    registry: SiteRegistry, make_store: MakeStore, folder: Path, settle: Settle
+) -> None:
+    woken: list[int] = []
+    store = make_store(folder, wake=lambda: woken.append(1))
+    assert not store.wait_event(0)
+    assert not store.poll()
+    store.reserve(store.resolve(["a"]))
+    assert store.wait_event(20)
+    assert woken
+    assert store.poll()
+    settle(store)
+    assert len(woken) == 2
+
+
+def test_closing_stops_the_threads_and_answers_who_waits(make_store: MakeStore, folder: Path) -> None:
+    store = make_store(folder)
+    pending = Answer()
+    store.load("x", "a", pending)
+    store.reserve(store.resolve(["b"]))
+    store.close()
+    store.close()
+    assert isinstance(pending.value, UnavailableError)
+    assert pending.calls == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_dtype_is_copied_whole(
+    dtype: torch.dtype, make_store: MakeStore, folder: Path, bring: Bring, registry: SiteRegistry
+) -> None:
+    store = make_store(folder, dtype=dtype)
+    (handle,) = bring(store, "a")
+    tensors: dict[str, Any] = load_file(folder / "a" / "adapter_model.safetensors")
+    entry = registry.entry("model.layers.1.self_attn.v_proj")
+    assert entry is not None
+    expected = tensors[f"base_model.model.{entry.path}.lora_A.weight"].to(dtype)
+    assert torch.equal(store.pool.a(store.slot(handle), entry.index, entry.in_features), expected)
