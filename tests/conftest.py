@@ -132,7 +132,7 @@ def _make(architecture: str, folder: Path) -> TinyModel:
 class Oracle:
     """transformers + PEFT in fp32 on the dequantised weights, one request at a time."""
 
-    def __init__(self, tiny: TinyModel, quantization: str) -> None:
+    def __init__(self, tiny: TinyModel, quantization: str, dtype: str = "float32") -> None:
         import torch
         from loraplex_kernels import int4, nf4
         from peft import PeftModel
@@ -147,11 +147,12 @@ class Oracle:
                     module.weight.data = nf4.dequantize(nf4.quantize(module.weight.data))
                 elif quantization == "int4":
                     module.weight.data = int4.dequantize(int4.quantize(module.weight.data))
+        base.to(getattr(torch, dtype))
         names = sorted(path.name for path in tiny.adapters.iterdir())
         self._model = PeftModel.from_pretrained(base, tiny.adapters / names[0], adapter_name=names[0])
         for name in names[1:]:
             self._model.load_adapter(tiny.adapters / name, adapter_name=name)
-        self._model.eval()
+        self._model.to(getattr(torch, dtype)).eval()
 
     def generate(
         self, prompt: Sequence[int], adapters: Sequence[tuple[str, float]], max_tokens: int
@@ -178,6 +179,18 @@ class Oracle:
             finally:
                 for layer, weight in before:
                     layer.weight.data = weight
+
+    def logits(self, tokens: Sequence[int], adapter: str | None) -> Any:
+        """Logits [len(tokens), vocabulary], fp32, of one forward pass with an adapter or none."""
+        import torch
+
+        ids = torch.tensor([list(tokens)])
+        with torch.inference_mode():
+            if adapter is None:
+                with self._model.disable_adapter():
+                    return self._model(input_ids=ids, use_cache=False).logits[0].float()
+            self._model.set_adapter(adapter)
+            return self._model(input_ids=ids, use_cache=False).logits[0].float()
 
     def _add_deltas(self, adapters: Sequence[tuple[str, float]]) -> list[tuple[Any, Any]]:
         from peft.tuners.lora import LoraLayer
@@ -211,14 +224,14 @@ class Oracle:
 
 
 @pytest.fixture(scope="session")
-def oracle(tiny: Callable[[str], TinyModel]) -> Callable[[str, str], Oracle]:
-    """`oracle(architecture, quantization)`, made once a session."""
-    made: dict[tuple[str, str], Oracle] = {}
+def oracle(tiny: Callable[[str], TinyModel]) -> Callable[..., Oracle]:
+    """`oracle(architecture, quantization, dtype="float32")`, made once a session."""
+    made: dict[tuple[str, str, str], Oracle] = {}
 
-    def make(architecture: str, quantization: str) -> Oracle:
-        key = architecture, quantization
+    def make(architecture: str, quantization: str, dtype: str = "float32") -> Oracle:
+        key = architecture, quantization, dtype
         if key not in made:
-            made[key] = Oracle(tiny(architecture), quantization)
+            made[key] = Oracle(tiny(architecture), quantization, dtype)
         return made[key]
 
     return make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,11 +35,11 @@ def one_thread() -> None:
 
 @pytest.fixture
 def base_model() -> Callable[[], LlamaForCausalLM]:
-    """Makes the tiny base model; PEFT changes it in place, so everyone needs one of their own."""
+    """Makes the tiny base model; PEFT changes it and its configuration, so everyone needs one of their own."""
 
     def make() -> LlamaForCausalLM:
         torch.manual_seed(0)
-        return LlamaForCausalLM(LLAMA)
+        return LlamaForCausalLM(copy.deepcopy(LLAMA))
 
     return make
 

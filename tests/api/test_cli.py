@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from loraplex_server import log
+from loraplex_server.api.tokenizer import Tokenizer
 from loraplex_server.cli import build_parser, main, to_config
 from loraplex_server.config import EngineConfig, ModelConfig, ServerConfig
 
@@ -86,6 +90,26 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         assert action.help, action.option_strings
         assert action.option_strings[0] in out
     assert "(default: 256MiB)" in out
+
+
+def test_the_api_process_does_without_torch(checkpoint: Path) -> None:
+    program = (
+        "import sys; from loraplex_server.api.tokenizer import Tokenizer
+from loraplex_server.cli import hide_torch; hide_torch();"
+        "import loraplex_server.api.app, loraplex_server.engine.process;"
+        "from loraplex_server.api.tokenizer import Tokenizer;"
+        "text = Tokenizer.load(sys.argv[1]).decode([40, 41]);"
+        "assert sys.modules['torch'] is None; print(repr(text))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(checkpoint)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == repr(Tokenizer.load(str(checkpoint)).decode([40, 41]))
 
 
 @pytest.fixture

@@ -96,13 +96,13 @@ def resolve_device(device: str) -> torch.device:
 def resolve_format(config: ModelConfig, device: torch.device) -> WeightFormat:
     """The weight format, "auto" dtype resolved: float32 on a CPU, bfloat16 on a GPU that has it.
 
-    On a CPU an explicit float32 is a promise of exactness: packed int4, whose products are bf16, is then
-    left alone.
+    On a CPU, packed int4 multiplies in bf16: it is taken where the dtype is left open or is bf16, and left
+    alone where more was asked for.
     """
     dtype = config.dtype
     if dtype == "auto" and device.type == "cuda":
         dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    packed = config.quantization == "int4" and device.type == "cpu" and dtype != "float32"
+    packed = config.quantization == "int4" and device.type == "cpu" and dtype in ("auto", "bfloat16")
     return WeightFormat(
         quantization=config.quantization,
         dtype=_DTYPES["float32" if dtype == "auto" else dtype],
