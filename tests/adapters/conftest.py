@@ -35,7 +35,7 @@ def one_thread() -> None:
 
 @pytest.fixture
 def base_model() -> Callable[[], LlamaForCausalLM]:
-    """Makes the tiny base model; PEFT changes it and its configuration, so everyone needs one of their own."""
+    """Makes the tiny base model; PEFT changes it and its configuration, so each is new."""
 
     def make() -> LlamaForCausalLM:
         torch.manual_seed(0)
