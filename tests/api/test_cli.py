@@ -94,8 +94,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_api_process_does_without_torch(checkpoint: Path) -> None:
     program = (
-        "import sys; from loraplex_server.api.tokenizer import Tokenizer
-from loraplex_server.cli import hide_torch; hide_torch();"
+        "import sys; from loraplex_server.cli import hide_torch; hide_torch();"
         "import loraplex_server.api.app, loraplex_server.engine.process;"
         "from loraplex_server.api.tokenizer import Tokenizer;"
         "text = Tokenizer.load(sys.argv[1]).decode([40, 41]);"

@@ -106,7 +106,7 @@ def test_answers_errors_metrics_and_drain(kind: str, caplog: pytest.LogCaptureFi
             assert error.code() == grpc.StatusCode.INTERNAL
             assert "secret" not in str(error.details())
             assert "secret detail" in caplog.text
-            error = await code_of(b"hang", timeout=0.2)
+            error = await code_of(b"hang", timeout=0.5)
             assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
             await asyncio.wait_for(lifecycle.wait_idle(), 10)
 

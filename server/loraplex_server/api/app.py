@@ -126,8 +126,8 @@ class _Server:
             raise
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         # The tokenizer's and torch's objects are here to stay; collections need not look at them again.
-        gc.collect()
         gc.freeze()
+        self._stack.callback(gc.unfreeze)
         host = self._config.api.host
         metrics = "off" if metrics_port is None else _address(host, metrics_port)
         print(f"loraplex ready grpc={_address(host, grpc_port)} metrics={metrics}", flush=True)
