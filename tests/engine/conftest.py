@@ -76,7 +76,12 @@ class Harness:
         """Nothing is held, nothing is broken."""
         report = self.engine.check_integrity()
         assert report.problems == ()
-        assert (report.running, report.waiting, report.kv_blocks_used, report.adapter_references) == (0, 0, 0, 0)
+        assert (report.running, report.waiting, report.kv_blocks_used, report.adapter_references) == (
+            0,
+            0,
+            0,
+            0,
+        )
 
 
 MakeHarness = Callable[..., Harness]
@@ -102,7 +107,7 @@ def harness() -> Iterator[MakeHarness]:
                 **{"dtype": "float32", "threads": 1, **(model or {})},
             ),
             SchedulerConfig(**(scheduler or {})),
-            AdapterConfig(folders=(tiny_model.adapters,), **{"device_bytes": 4 << 20, **(adapters or {})}),
+            AdapterConfig(**{"folders": (tiny_model.adapters,), "device_bytes": 4 << 20, **(adapters or {})}),
         )
         made.append(Harness(config))
         return made[-1]

@@ -48,7 +48,9 @@ def planned(engine: Any, rows: list[tuple[str | None, tuple[int, ...]]]) -> Iter
             store.poll()
             readiness = store.is_ready(handles)
         assert readiness is Readiness.READY
-        sequence = Sequence(Request(str(index), tokens, adapters=tuple(map(AdapterUse, names))), "test", handles)
+        sequence = Sequence(
+            Request(str(index), tokens, adapters=tuple(map(AdapterUse, names))), "test", handles
+        )
         size = -(-len(tokens) // BLOCK)
         sequence.block_table = list(range(index * size, (index + 1) * size))
         sequences.append(sequence)
@@ -117,5 +119,7 @@ def test_packed_int4_stays_within_two_percent(
         ours = served_logits(harness, tiny(architecture), part, "int4", "auto")
         error = rms(ours - truth) / float(truth.std())
         ties = assert_ties_only(ours, truth)
-        print(f"\nlevel (ii) {architecture} packed int4, {len(part)} sequences: error {error:.2e}, {ties} ties")
+        print(
+            f"\nlevel (ii) {architecture} packed int4, {len(part)} sequences: error {error:.2e}, {ties} ties"
+        )
         assert error <= 0.02

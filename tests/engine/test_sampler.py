@@ -81,7 +81,9 @@ def test_a_row_does_not_depend_on_the_others(logits: torch.Tensor) -> None:
     }
     together = tokens(logits, **columns)
     for row in range(0, len(logits), 17):
-        alone = tokens(logits[row : row + 1], **{name: value[row : row + 1] for name, value in columns.items()})
+        alone = tokens(
+            logits[row : row + 1], **{name: value[row : row + 1] for name, value in columns.items()}
+        )
         assert alone == [together[row]]
 
 
@@ -104,4 +106,6 @@ def test_logprobs_are_of_the_unmodified_distribution(logits: torch.Tensor) -> No
         assert answer.logprob == pytest.approx(truth[row, answer.token_id].item(), abs=1e-5)
         best = truth[row].topk(count) if count else None
         assert [token for token, _ in answer.top] == (best.indices.tolist() if best else [])
-        assert [value for _, value in answer.top] == pytest.approx(best.values.tolist() if best else [], abs=1e-5)
+        assert [value for _, value in answer.top] == pytest.approx(
+            best.values.tolist() if best else [], abs=1e-5
+        )

@@ -138,7 +138,10 @@ def test_decodes_go_before_a_long_prefill_that_was_admitted_earlier() -> None:
     short.token_ids.append(0)
     scheduler.running.append(short)
     schedule = scheduler.schedule()
-    assert [(item.sequence is short, item.num_tokens) for item in schedule.scheduled] == [(True, 1), (False, 7)]
+    assert [(item.sequence is short, item.num_tokens) for item in schedule.scheduled] == [
+        (True, 1),
+        (False, 7),
+    ]
 
 
 def test_no_more_run_than_allowed() -> None:
@@ -297,7 +300,10 @@ def test_random_loads_keep_every_invariant(seed: int) -> None:
             names = rng.sample(["a", "b", "c", "d", "e"], rng.choice([0, 1, 1, 2]))
             live.append(
                 sequence(
-                    prompt, names, max_tokens=rng.randint(1, max(1, room - prompt)), priority=rng.randint(0, 1)
+                    prompt,
+                    names,
+                    max_tokens=rng.randint(1, max(1, room - prompt)),
+                    priority=rng.randint(0, 1),
                 )
             )
             scheduler.add(live[-1])
@@ -307,7 +313,10 @@ def test_random_loads_keep_every_invariant(seed: int) -> None:
         assert sum(tokens(schedule)) <= scheduler._config.max_batch_tokens
         assert len(scheduler.running) <= scheduler._config.max_num_requests
         for item in schedule.scheduled:
-            assert len(item.sequence.block_table) * pool.block_size >= item.sequence.num_computed + item.num_tokens
+            assert (
+                len(item.sequence.block_table) * pool.block_size
+                >= item.sequence.num_computed + item.num_tokens
+            )
         commit(scheduler, schedule)
         assert scheduler.check_integrity() == []
     for _ in range(20_000):

@@ -1,0 +1,110 @@
+"""`--kernels triton` through the whole engine: natively on CUDA, under Triton's interpreter elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+_SCRIPT = """
+import json, sys
+from pathlib import Path
+from loraplex_kernels import dispatch
+from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig, SchedulerConfig
+from loraplex_server.core.request import AdapterUse, Request, SamplingParams
+from loraplex_server.engine.build import build_engine
+
+base, adapters, kernels, device = sys.argv[1:]
+answers = {}
+def collect(client, message):
+    for delta in message.deltas:
+        answers.setdefault(delta.request_id, []).extend(delta.token_ids)
+
+config = EngineConfig(
+    ModelConfig(base, quantization="nf4", device=device, dtype="float32", kernels=kernels, threads=1),
+    SchedulerConfig(max_batch_tokens=32),
+    AdapterConfig(folders=(Path(adapters),), device_bytes=1 << 20),
+)
+engine = build_engine(config, collect, progress=False)
+uses = {"one": [("r6", 1.0)], "two": [("r16", 1.0)], "three": [("r32", 1.0)],
+        "sum": [("r6", 0.5), ("r16", 0.5)], "base": []}
+for index, (name, chosen) in enumerate(uses.items()):
+    engine.submit("test", Request(name, tuple(range(5 + index, 11 + index)),
+        SamplingParams(max_tokens=4, ignore_eos=True), tuple(AdapterUse(*use) for use in chosen)))
+while engine.has_work:
+    if not engine.step():
+        engine.adapters.wait_event(0.05)
+problems = engine.check_integrity().problems
+engine.adapters.close()
+print(json.dumps({"answers": answers, "launches": dispatch.launches, "problems": problems}))
+"""
+
+
+def _serve(tiny_model: Any, kernels: str, device: str) -> dict[str, Any]:
+    """The engine in a process of its own: the interpreter is chosen before Triton is imported."""
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), TRITON_DEFAULT_FP_FUSION="1")
+    if kernels == "triton" and device == "cpu":
+        env["TRITON_INTERPRET"] = "1"
+    arguments = [str(tiny_model.base), str(tiny_model.adapters), kernels, device]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _SCRIPT, *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_layer(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The first layer of the tiny Llama alone, and the adapters cut to it."""
+    import dataclasses
+
+    from safetensors.torch import load_file, save_file
+
+    whole = tiny("Llama")
+    folder = tmp_path_factory.mktemp("one-layer")
+    (folder / "base").mkdir()
+    config = json.loads((whole.base / "config.json").read_text()) | {"num_hidden_layers": 1}
+    config.pop("layer_types", None)
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+
+    def cut(source: Path, target: Path) -> None:
+        tensors = {name: t for name, t in load_file(source).items() if ".layers.1." not in name}
+        save_file(tensors, target)
+
+    cut(whole.base / "model.safetensors", folder / "base" / "model.safetensors")
+    for name in ("r6", "r16", "r32"):
+        target = folder / "adapters" / name
+        target.mkdir(parents=True)
+        options = json.loads((whole.adapters / name / "adapter_config.json").read_text())
+        options["layers_to_transform"] = None
+        (target / "adapter_config.json").write_text(json.dumps(options))
+        # r16 acts on the second layer only: it lends its tensors to the first.
+        tensors = load_file(whole.adapters / name / "adapter_model.safetensors")
+        if name == "r16":
+            tensors = {key.replace(".layers.1.", ".layers.0."): t for key, t in tensors.items()}
+        tensors = {key: t.contiguous() for key, t in tensors.items() if ".layers.0." in key}
+        save_file(tensors, target / "adapter_model.safetensors")
+    return dataclasses.replace(whole, base=folder / "base", adapters=folder / "adapters")
+
+
+def test_triton_answers_as_torch_does(one_layer: Any) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    truth = _serve(one_layer, "torch", device)
+    found = _serve(one_layer, "triton", device)
+    assert found["answers"] == truth["answers"]
+    assert len({tuple(tokens) for tokens in found["answers"].values()}) == 5, "adapters must be told apart"
+    assert found["launches"]["lora.shrink.triton"] > 0
+    assert found["launches"]["lora.expand.triton"] == found["launches"]["lora.shrink.triton"]
+    assert not any(name.startswith("lora") and name.endswith("triton") for name in truth["launches"])
+    assert found["problems"] == truth["problems"] == []
