@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(dispatch.interpreting(), reason="the interpreter
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ROWS = (tiles.DECODE_ROWS, tiles.PREFILL_ROWS)
+H_PITCH = 64
 DIVISIBLE_BY_16 = re.compile(r"x_stride|y_stride|in_features|column_\d|width_\d")
 
 
@@ -94,7 +95,13 @@ def shrink_variant(capability: int, dtype: torch.dtype, rows: int, tmp_path: Pat
     from loraplex_kernels.lora.kernel import shrink_kernel
 
     config = tiles.choose(rows, dtype)
-    constants = {"ROWS": rows, "RANK_BLOCK": config.shrink_rank, "K_BLOCK": config.shrink_k, "UPCAST": False}
+    constants = {
+        "H_PITCH": H_PITCH,
+        "ROWS": rows,
+        "RANK_BLOCK": config.shrink_rank,
+        "K_BLOCK": config.shrink_k,
+        "UPCAST": False,
+    }
     warps, stages = config.shrink_warps, config.shrink_stages
     return compile_for(capability, shrink_kernel, dtype, constants, warps, stages, tmp_path)
 
@@ -104,6 +111,7 @@ def expand_variant(capability: int, dtype: torch.dtype, rows: int, planes: int, 
 
     config = tiles.choose(rows, dtype)
     constants = {
+        "H_PITCH": H_PITCH,
         "ROWS": rows,
         "RANK_BLOCK": config.expand_rank,
         "COLUMN_BLOCK": config.expand_columns,

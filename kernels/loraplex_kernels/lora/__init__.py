@@ -58,7 +58,7 @@ def shrink(x: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> Tenso
     """First product of every pair with every slice's A, to be handed to `expand`.
 
     x: ``[T, in_features]``, the pool's dtype, rows contiguous, T at least ``batch.num_tokens``.
-    Returns h: float32 ``[planes, pairs, num_slices, max_rank]``, partial sums over planes; columns from a
+    Returns h: float32 ``[pairs, num_slices, planes, max_rank]``, partial sums over planes; columns from a
     pair's rank on are undefined. Raises `ValueError` for shapes, dtypes or devices that do not fit.
     """
     _check(x, "x", site.in_features, pool, site, batch)

@@ -31,7 +31,7 @@ _UPCAST = dispatch.interpreting()
 _ALIGNMENT = tl.constexpr(ALIGNMENT)
 
 # Arguments whose divisibility would only multiply the variants to compile.
-_PLAIN = ["num_entries", "first_entry", "h_plane_stride", "h_pair_stride", "h_slice_stride"]
+_PLAIN = ["num_entries", "first_entry", "h_pair_stride"]
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -47,9 +47,8 @@ def shrink_kernel(
     in_features,
     num_entries,
     first_entry,
-    h_plane_stride,
     h_pair_stride,
-    h_slice_stride,
+    H_PITCH: tl.constexpr,
     ROWS: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr,
@@ -89,9 +88,9 @@ def shrink_kernel(
                 x = x.to(tl.float32)
                 a = a.to(tl.float32)
             h = tl.dot(x, a, acc=h, input_precision="ieee")
-        h_rows = h_ptr + plane.to(tl.int64) * h_plane_stride + pair[:, None].to(tl.int64) * h_pair_stride
-        h_block = h_rows + slice_index * h_slice_stride + rank_row[None, :]
-        tl.store(h_block, h, mask=pair_mask[:, None] & rank_mask[None, :])
+        h_rows = h_ptr + pair[:, None].to(tl.int64) * h_pair_stride
+        h_column = (slice_index * tl.num_programs(2) + plane) * H_PITCH + rank_row
+        tl.store(h_rows + h_column[None, :], h, mask=pair_mask[:, None] & rank_mask[None, :])
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -116,9 +115,8 @@ def expand_kernel(
     width_3,
     num_entries,
     first_entry,
-    h_plane_stride,
     h_pair_stride,
-    h_slice_stride,
+    H_PITCH: tl.constexpr,
     ROWS: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
     COLUMN_BLOCK: tl.constexpr,
@@ -157,7 +155,6 @@ def expand_kernel(
     y_mask = row_mask[:, None] & column_mask[None, :]
     y = tl.load(y_block, mask=y_mask, other=0.0)
 
-    plane_offset = tl.arange(0, PLANES).to(tl.int64) * h_plane_stride
     delta = tl.zeros((ROWS, COLUMN_BLOCK), dtype=tl.float32)
     total_rank = 0
     for member in range(first_member, end_member):
@@ -167,16 +164,18 @@ def expand_kernel(
         rank = tl.load(rank_ptr + entry)
         b_offset = tl.multiple_of(tl.load(b_offset_ptr + entry), _ALIGNMENT)
         weight = tl.load(pair_weight_ptr + pair, mask=row_mask, other=0.0)
-        h_rows = h_ptr + pair[:, None].to(tl.int64) * h_pair_stride + slice_index * h_slice_stride
+        h_rows = h_ptr + pair[:, None].to(tl.int64) * h_pair_stride + slice_index * (PLANES * H_PITCH)
         total_rank += rank
         for rank_first in range(0, rank, RANK_BLOCK):
             rank_row = rank_first + tl.arange(0, RANK_BLOCK)
             rank_mask = rank_row < rank
             b_block = arena_ptr + b_offset + rank_row[:, None].to(tl.int64) * width + column[None, :]
             b = tl.load(b_block, mask=rank_mask[:, None] & column_mask[None, :], other=0.0)
-            h_block = plane_offset[:, None, None] + (h_rows + rank_row[None, :])[None, :, :]
-            h_mask = (row_mask[:, None] & rank_mask[None, :])[None, :, :]
-            h = tl.sum(tl.load(h_block, mask=h_mask, other=0.0), axis=0)
+            # With a pitch known to the compiler, all planes of a row share one address register.
+            h = tl.zeros((ROWS, RANK_BLOCK), dtype=tl.float32)
+            for plane in tl.static_range(PLANES):
+                h_block = h_rows + (plane * H_PITCH + rank_row[None, :])
+                h += tl.load(h_block, mask=row_mask[:, None] & rank_mask[None, :], other=0.0)
             h = (h * weight[:, None]).to(b.dtype)
             if UPCAST:
                 h = h.to(tl.float32)
@@ -189,12 +188,10 @@ def expand_kernel(
 
 
 def shrink(x: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> Tensor:
-    """Launch the shrink for all slices of `site`: h is float32 ``[planes, pair_rows, num_slices,
-    max_rank]``.
-    """
+    """Launch the shrink for all slices: h is float32 ``[pair_rows, num_slices, planes, max_rank]``."""
     config = tiles.choose(batch.tile_rows, x.dtype)
     planes = tiles.planes(batch.tile_rows, batch.pair_rows, site.in_features)
-    shape = (planes, batch.pair_rows, site.num_slices, pool.max_rank)
+    shape = (batch.pair_rows, site.num_slices, planes, pool.max_rank)
     h = torch.empty(shape, dtype=torch.float32, device=x.device)
     shrink_kernel[(batch.shrink_tiles, site.num_slices, planes)](
         x,
@@ -208,7 +205,8 @@ def shrink(x: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> Tenso
         site.in_features,
         pool.num_entries,
         site.first_entry,
-        *h.stride()[:3],
+        h.stride(0),
+        H_PITCH=pool.max_rank,
         ROWS=config.rows,
         RANK_BLOCK=config.shrink_rank,
         K_BLOCK=config.shrink_k,
@@ -239,11 +237,12 @@ def expand(h: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch, y: Tenso
         *columns,
         pool.num_entries,
         site.first_entry,
-        *h.stride()[:3],
+        h.stride(0),
+        H_PITCH=pool.max_rank,
         ROWS=config.rows,
         RANK_BLOCK=config.expand_rank,
         COLUMN_BLOCK=config.expand_columns,
-        PLANES=h.shape[0],
+        PLANES=h.shape[2],
         UPCAST=_UPCAST,
         num_warps=config.expand_warps,
         num_stages=config.expand_stages,

@@ -14,20 +14,20 @@ from loraplex_kernels.lora.segments import LoraBatch
 
 
 def shrink(x: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> Tensor:
-    """``h[0, p, s, :rank] = x[token of p] @ A.T`` for each pair p and slice s; columns past the rank are
+    """``h[p, s, 0, :rank] = x[token of p] @ A.T`` for each pair p and slice s; columns past the rank are
     zero.
 
-    x ``[T, in_features]`` → h ``[1, num_pairs, num_slices, max_rank]``, float32 (float64 for a float64 x).
+    x ``[T, in_features]`` → h ``[num_pairs, num_slices, 1, max_rank]``, float32 (float64 for a float64 x).
     """
     accumulate = torch.promote_types(x.dtype, torch.float32)
-    h = x.new_zeros((1, batch.num_pairs, site.num_slices, pool.max_rank), dtype=accumulate)
+    h = x.new_zeros((batch.num_pairs, site.num_slices, 1, pool.max_rank), dtype=accumulate)
     for slot, first, end in batch.host.segment.tolist():
         tokens = torch.from_numpy(batch.host.pair_token[first:end]).to(x.device)
         rows = x.index_select(0, tokens).to(accumulate)
         for s in range(site.num_slices):
             a = pool.a(slot, site.first_entry + s, site.in_features)
             if len(a):
-                h[0, first:end, s, : len(a)] = rows @ a.to(accumulate).T
+                h[first:end, s, 0, : len(a)] = rows @ a.to(accumulate).T
     return h
 
 
@@ -44,7 +44,7 @@ def expand(h: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch, y: Tenso
                 b = pool.b(slot, site.first_entry + s, width)
                 if len(b):
                     pairs = slice(first + shift, end + shift)
-                    term = (h[:, pairs, s, : len(b)].sum(0) * weight[pairs, None]) @ b.to(h.dtype)
+                    term = (h[pairs, s, :, : len(b)].sum(1) * weight[pairs, None]) @ b.to(h.dtype)
                     delta = term if delta is None else delta + term
             if delta is not None:
                 columns = y[:, column : column + width]

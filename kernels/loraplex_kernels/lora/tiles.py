@@ -3,8 +3,8 @@
 Rows per tile are decided once a step, when the batch's metadata is built, since tiles are cut on the host;
 the rest is looked up at launch, from numbers that the batch's buffers fix, so a CUDA graph keeps its
 variants. The sizes follow from the shapes (decode reads adapters, a row or two each; prefill multiplies) and
-from what the compiler makes of them for sm_90: registers that leave room for 4 to 6 programs on a
-multiprocessor at decode, wgmma at prefill, no spills.
+from what the compiler makes of them for sm_90: at decode few registers, so that many programs on a
+multiprocessor keep reads in flight; wgmma at prefill; no spills.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DECODE_ROWS = 16
 PREFILL_ROWS = 64
 
 _HALF = {
-    DECODE_ROWS: LoraTiles(DECODE_ROWS, 16, 128, 4, 4, 16, 128, 4, 2),
+    DECODE_ROWS: LoraTiles(DECODE_ROWS, 16, 128, 4, 4, 16, 128, 4, 1),
     PREFILL_ROWS: LoraTiles(PREFILL_ROWS, 32, 64, 4, 3, 32, 128, 8, 2),
 }
 _SINGLE = {
