@@ -16,7 +16,7 @@ class Finish:
 
     Attributes:
         stop_match: the stop string that ended it, or "".
-        times: the engine's; None where a stop string ended the answer before the engine did.
+        times: the engine's last; as of the first token where a stop string ended the answer.
     """
 
     reason: FinishReason
@@ -54,11 +54,13 @@ class Answer:
         self._pending: list[tuple[int, int, TokenLogprobs | None]] = []
         self._characters = 0
         self._released = 0
+        self._times: Times | None = None
         self.num_tokens = 0
 
     def push(self, delta: TokenDelta) -> Piece:
         """Takes new tokens in. After a piece with `finish` nothing more may be pushed."""
         text = ""
+        self._times = delta.times or self._times
         last = len(delta.token_ids) - 1
         for index, token_id in enumerate(delta.token_ids):
             logprobs = delta.logprobs[index] if delta.logprobs else None
@@ -66,12 +68,12 @@ class Answer:
             if not (delta.stop_token and index == last):
                 text += self._match(self._detokenizer.push(token_id))
             if self._matcher.match is not None:
-                return self._stopped(text, delta.times)
+                return self._stopped(text)
         if delta.finish is None:
             return self._piece(text, None)
         text += self._match(self._detokenizer.flush())
         if self._matcher.match is not None:
-            return self._stopped(text, delta.times)
+            return self._stopped(text)
         text += self._matcher.flush()
         return self._piece(text, Finish(delta.finish, "", delta.times))
 
@@ -81,9 +83,9 @@ class Answer:
         self._released += len(certain)
         return certain
 
-    def _stopped(self, text: str, times: Times | None) -> Piece:
+    def _stopped(self, text: str) -> Piece:
         self._pending = [token for token in self._pending if token[0] < self._released]
-        return self._piece(text, Finish(FinishReason.STOP, self._matcher.match or "", times))
+        return self._piece(text, Finish(FinishReason.STOP, self._matcher.match or "", self._times))
 
     def _piece(self, text: str, finish: Finish | None) -> Piece:
         ready = self._pending

@@ -278,7 +278,7 @@ def _channel_options(api: ApiConfig) -> list[tuple[str, Any]]:
         ("grpc.so_reuseport", 0),
         # A unary generation sends nothing for long: let clients ping, and find those that are gone.
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
     ]

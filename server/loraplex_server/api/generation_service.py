@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import AsyncGenerator
-from typing import Any, cast
+from typing import Any
 
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
 
@@ -16,7 +16,7 @@ from loraplex_server.api.answer import Answer, Piece
 from loraplex_server.api.lifecycle import Backend, Lifecycle
 from loraplex_server.api.status import code_of_cancellation
 from loraplex_server.core.request import Request
-from loraplex_server.engine.messages import Times, TokenDelta
+from loraplex_server.engine.messages import Times
 from loraplex_server.errors import DeadlineExceededError, InternalError, ServerError
 from loraplex_server.metrics import Metrics
 
@@ -98,7 +98,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """The answer's pieces. Leaving early, for whatever reason, ends the request in the engine."""
         outcome: str | None = None
         times: Times | None = None
-        deltas = cast("AsyncGenerator[TokenDelta]", backend.engine.stream(request))
+        deltas = backend.engine.stream(request)
         try:
             async with contextlib.aclosing(deltas):
                 async for delta in deltas:

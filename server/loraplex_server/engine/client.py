@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+
+import msgspec
 
 from loraplex_server.core.request import Request
 from loraplex_server.engine.messages import (
@@ -84,7 +86,7 @@ class EngineClient:
         """Calls `listener` with every `Stats` message from now on."""
         self._stats_listeners.append(listener)
 
-    async def stream(self, request: Request) -> AsyncIterator[TokenDelta]:
+    async def stream(self, request: Request) -> AsyncGenerator[TokenDelta]:
         """Runs a request; yields its deltas, the last one with `finish` set.
 
         Leaving the iteration early (close, cancellation, an exception) cancels the request in the
@@ -185,6 +187,8 @@ class EngineClient:
                 self._dispatch(await _read(self._reader))
         except (OSError, asyncio.IncompleteReadError):
             self._lose(UnavailableError("the engine has stopped; the server has to be restarted"))
+        except msgspec.DecodeError as error:
+            self._lose(InternalError(f"the engine sent what is no message: {error}"))
 
     def _dispatch(self, message: FromEngine) -> None:
         match message:
@@ -223,7 +227,7 @@ def _join(first: TokenDelta, second: TokenDelta) -> TokenDelta:
         logprobs=first.logprobs + second.logprobs,
         finish=second.finish,
         stop_token=second.stop_token,
-        times=second.times,
+        times=second.times or first.times,
     )
 
 

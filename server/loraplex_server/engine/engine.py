@@ -241,16 +241,16 @@ class Engine:
         if token.logprob is not None:
             top = tuple(TopLogprob(token_id, logprob) for token_id, logprob in token.top)
             logprobs = (TokenLogprobs(token.token_id, token.logprob, top),)
-        if finish is None:
-            return TokenDelta(request.request_id, (token.token_id,), logprobs)
-        self._retire(sequence)
+        times = _times(sequence, now_s) if finish is not None or sequence.num_generated == 1 else None
+        if finish is not None:
+            self._retire(sequence)
         return TokenDelta(
             request.request_id,
             (token.token_id,),
             logprobs,
             finish=finish,
             stop_token=is_end,
-            times=_times(sequence, now_s),
+            times=times,
         )
 
     def _retire(self, sequence: Sequence) -> None:

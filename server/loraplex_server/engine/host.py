@@ -112,6 +112,8 @@ class EngineHost:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(socket_path)
         os.chmod(socket_path, 0o600)
+        # From here on clients may connect; they are answered once `run` is called.
+        self._listener.listen()
         self._stopping = False
         self._last_stats_s = 0.0
 
@@ -131,7 +133,6 @@ class EngineHost:
 
     def run(self, engine: Engine) -> None:
         """Accepts clients and steps the engine until told to stop. The caller's thread owns the engine."""
-        self._listener.listen()
         threading.Thread(target=self._accept, name="engine-accept", daemon=True).start()
         try:
             busy = False
@@ -241,7 +242,6 @@ class EngineHost:
                 or not hmac.compare_digest(hello.token, self._token)
             ):
                 _log.warning("a connection was refused: wrong token or protocol version")
-                connection.close()
                 return
             client = _Client(hello.client_id, connection)
             self._events.put(_Connected(client))
@@ -249,11 +249,15 @@ class EngineHost:
                 self._events.put((client.id, _read_frame(stream)))
         except (OSError, EOFError):
             pass
-        except msgspec.DecodeError:
-            _log.exception("a client sent what is no message")
+        except msgspec.DecodeError as error:
+            _log.warning("a connection is closed: it sent what is no message (%s)", error)
         finally:
             if client is not None:
                 self._events.put(_Gone(client.id))
+            else:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+                connection.close()
 
 
 def _read_frame(stream: BinaryIO) -> ToEngine:

@@ -126,7 +126,8 @@ class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     """New tokens of one request.
 
     Attributes:
-        finish: set on the last delta of a request, then `times` is too.
+        finish: set on the last delta of a request.
+        times: set on the first delta, for clients that end at a stop string, and on the last.
         stop_token: the last token id ended the generation (end of sequence or a stop token) and has
             no text.
     """

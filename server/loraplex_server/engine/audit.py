@@ -1,0 +1,81 @@
+"""Looking after the engine while it is idle: are the pools whole, are the weights what was loaded?"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator
+
+_log = logging.getLogger(__name__)
+
+# Idle this long before an audit begins, and at least this long between two.
+_SETTLE_S = 0.5
+_EVERY_S = 5.0
+
+
+class Audit:
+    """One audit after each spell of work, in pieces of one tensor, so that a new request never waits for it.
+
+    Attributes:
+        problems: lines of the last audit of the pools; empty when all is well.
+        weights_ok: whether the weights had their checksum when last looked at.
+        passes: audits completed.
+    """
+
+    def __init__(
+        self,
+        check_pools: Callable[[], list[str]],
+        weight_checksum: Callable[[], Generator[None, None, str]],
+        expected: str,
+    ) -> None:
+        self._check_pools = check_pools
+        self._weight_checksum = weight_checksum
+        self._expected = expected
+        self._due = True
+        self._idle_since_s: float | None = None
+        self._last_s = -_EVERY_S
+        self._running: Generator[None, None, str] | None = None
+        self.problems: tuple[str, ...] = ()
+        self.weights_ok = True
+        self.passes = 0
+
+    def worked(self) -> None:
+        """A step ran: audit again when there is time."""
+        self._due = True
+        self._idle_since_s = None
+
+    def idle(self) -> bool:
+        """Does a piece of the audit, if one is due. Whether there is more to do at once."""
+        if self._running is None:
+            return self._begin(time.monotonic())
+        try:
+            next(self._running)
+        except StopIteration as end:
+            self._running = None
+            self.weights_ok = end.value == self._expected
+            self.passes += 1
+            if not self.weights_ok:
+                _log.error("the base weights have changed since they were loaded")
+            return False
+        return True
+
+    def _begin(self, now_s: float) -> bool:
+        if self._idle_since_s is None:
+            self._idle_since_s = now_s
+        if not self._due or now_s - self._idle_since_s < _SETTLE_S or now_s - self._last_s < _EVERY_S:
+            return False
+        self._due, self._last_s = False, now_s
+        self.problems = tuple(self._check_pools())
+        for problem in self.problems:
+            _log.error("integrity: %s", problem)
+        self._running = self._weight_checksum()
+        return True
+
+
+def finish(steps: Generator[None, None, str]) -> str:
+    """Runs what comes in pieces to its end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return str(end.value)
