@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex_kernels._nibbles import decode
+from loraplex_kernels._nibbles import decode, scratch
 from loraplex_kernels.dense import linear
 from loraplex_kernels.int4.reference import GROUPS, STEPS, Int4Weight
 
@@ -218,7 +218,7 @@ def _tiles(
     n, k = w.shape
     whole = n - n % block
     step = max(_TILE // (k * block), 1) * block
-    buffer = torch.empty(min(step, n) * k, dtype=dtype)
+    buffer = scratch("tile", min(step, n) * k, dtype, w.device)
     spans = [(start, min(start + step, whole), block) for start in range(0, whole, step)]
     if whole < n:
         spans.append((whole, n, n - whole))

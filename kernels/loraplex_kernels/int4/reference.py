@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex_kernels._nibbles import decode, encode
+from loraplex_kernels._nibbles import decode, encode, scratch
 from loraplex_kernels.dense import linear
 
 GROUPS = (128, 64, 32)
@@ -25,7 +25,7 @@ STEPS: tuple[float, ...] = tuple(float(code - 8) for code in range(16))
 # Elements quantised at once: bounds the temporaries to a few MiB.
 _CHUNK = 1 << 18
 # fp32 elements of a dequantised tile: on a CPU it must stay in the cache between the look-up and the product.
-_CPU_TILE = 1 << 19
+_CPU_TILE = 1 << 20
 _GPU_TILE = 1 << 24
 
 
@@ -165,11 +165,11 @@ def matmul(x: Tensor, w: Int4Weight, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"x: last dimension is {x.shape[-1]}, the weight's input width is {k}")
     compute = torch.float32 if w.device.type == "cpu" else x.dtype
     rows = x.reshape(-1, k).to(compute)
-    out = torch.empty(rows.shape[0], n, dtype=compute, device=x.device)
-    for start, stop, tile in _tiles(w):
-        out[:, start:stop] = linear(rows, tile.to(compute))
-    if bias is not None:
-        out += bias
+    columns = [
+        linear(rows, tile.to(compute), None if bias is None else bias[start:stop].to(compute))
+        for start, stop, tile in _tiles(w)
+    ]
+    out = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
     return out.to(x.dtype).view(*x.shape[:-1], n)
 
 
@@ -193,7 +193,7 @@ def _tiles(w: Int4Weight) -> Iterator[tuple[int, int, Tensor]]:
     """Dense tiles (first row, one past the last, fp32 [rows, K]) in order; each overwrites the one before."""
     n, k = w.shape
     step = min(max((_CPU_TILE if w.device.type == "cpu" else _GPU_TILE) // k, 1), n)
-    buffer = torch.empty(step * k, dtype=torch.float32, device=w.device)
+    buffer = scratch("tile", step * k, torch.float32, w.device)
     for start in range(0, n, step):
         stop = min(start + step, n)
         values = decode(w.packed[start:stop].reshape(-1), STEPS, buffer[: (stop - start) * k])
