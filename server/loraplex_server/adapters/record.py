@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from loraplex_kernels.lora.layouts import AdapterLayout
-
-from loraplex_server.adapters.manifest import AdapterManifest
-from loraplex_server.adapters.weights import HostBlob
 from loraplex_server.engine.messages import AdapterStatus
 from loraplex_server.errors import ServerError
+
+if TYPE_CHECKING:
+    # The scheduler knows handles, and must not need torch for it.
+    from loraplex_kernels.lora.layouts import AdapterLayout
+
+    from loraplex_server.adapters.manifest import AdapterManifest
+    from loraplex_server.adapters.weights import HostBlob
 
 StatusCallback = Callable[[AdapterStatus | ServerError], None]
 
@@ -24,6 +28,19 @@ class AdapterState(enum.StrEnum):
     HOST = "host"
     COPYING = "copying"
     DEVICE = "device"
+
+
+class Readiness(enum.Enum):
+    """What a request that wants its adapters gets.
+
+    READY: all are on the device. LOADING: room is set aside, ask `is_ready` after the next `poll`. BLOCKED:
+    there is no room now and nothing is held, reserve again later. FAILED: see `AdapterStore.failure`.
+    """
+
+    READY = "ready"
+    LOADING = "loading"
+    BLOCKED = "blocked"
+    FAILED = "failed"
 
 
 @dataclasses.dataclass(eq=False)

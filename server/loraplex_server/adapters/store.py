@@ -23,7 +23,6 @@ from __future__ import annotations
 import builtins
 import collections
 import dataclasses
-import enum
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -35,7 +34,14 @@ from loraplex_kernels.lora.layouts import MAX_RANK, LoraPool
 from loraplex_server.adapters.device_tier import DeviceTier
 from loraplex_server.adapters.host_tier import HostTier
 from loraplex_server.adapters.manifest import AdapterManifest, read_manifest, refusal
-from loraplex_server.adapters.record import AdapterHandle, AdapterState, Record, StatusCallback, unread_status
+from loraplex_server.adapters.record import (
+    AdapterHandle,
+    AdapterState,
+    Readiness,
+    Record,
+    StatusCallback,
+    unread_status,
+)
 from loraplex_server.adapters.sites import SiteRegistry
 from loraplex_server.adapters.sources import CONFIG_FILE, Stamp, check_name, resolve_folder, stamp
 from loraplex_server.adapters.weights import HostBlob, lay_out, read_weights
@@ -62,19 +68,6 @@ _READS_IN_FLIGHT = 2
 """One that runs and one that waits, so that the reader never idles and the order stays ours to choose."""
 
 _MAX_SWAP_RECORDS = 4096
-
-
-class Readiness(enum.Enum):
-    """What a request that wants its adapters gets.
-
-    READY: all are on the device. LOADING: room is set aside, ask `is_ready` after the next `poll`. BLOCKED:
-    there is no room now and nothing is held, reserve again later. FAILED: see `AdapterStore.failure`.
-    """
-
-    READY = "ready"
-    LOADING = "loading"
-    BLOCKED = "blocked"
-    FAILED = "failed"
 
 
 @dataclasses.dataclass(frozen=True)

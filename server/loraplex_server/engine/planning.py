@@ -7,7 +7,7 @@ from itertools import accumulate, groupby
 
 import numpy as np
 
-from loraplex_server.adapters.store import AdapterHandle
+from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.core.random import uniform
 from loraplex_server.core.step import StepPlan
 from loraplex_server.engine.scheduler import Scheduled

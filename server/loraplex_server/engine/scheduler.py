@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from loraplex_server.adapters.store import AdapterHandle, Readiness
+from loraplex_server.adapters.record import AdapterHandle, Readiness
 from loraplex_server.config import SchedulerConfig
 from loraplex_server.engine.kv_blocks import KvBlockPool
 from loraplex_server.engine.sequence import Sequence, Status

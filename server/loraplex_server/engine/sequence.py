@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import time
 
-from loraplex_server.adapters.store import AdapterHandle
+from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.core.request import Request
 from loraplex_server.engine.kv_blocks import block_key
 
