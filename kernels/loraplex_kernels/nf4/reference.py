@@ -300,6 +300,6 @@ def _nest(absmax: Tensor) -> NestedAbsmax:
     if absmax.device.type == "cpu":
         # bitsandbytes' CPU code first rounds to the nearest of 65,536 even steps, and so does this.
         scaled = scaled.add_(1).mul_(_GRID).add_(0.5).floor_().div_(_GRID).sub_(1)
-    codes = torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
+    codes = torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
     codes[scale == 0] = 0
     return NestedAbsmax(codes.view(-1)[: absmax.numel()], scale, levels, offset)
