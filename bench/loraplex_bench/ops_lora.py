@@ -75,11 +75,11 @@ def make_pool(
             sites[name].append(lora.LoraSite(entry, in_features, slices))
             entries += [(entry + index, in_features, width) for index, width in enumerate(widths)]
             entry += len(widths)
+    multiple = lora.extent_alignment({length for _, *lengths in entries for length in lengths})
     layouts = [
-        lora.adapter_layout([lora.EntryShape(*shape_of_entry, rank) for shape_of_entry in entries])
+        lora.adapter_layout([lora.EntryShape(*shape_of_entry, rank) for shape_of_entry in entries], multiple)
         for rank in ranks
     ]
-    multiple = lora.extent_alignment({length for _, *lengths in entries for length in lengths})
     starts, end = [], 0
     for layout in layouts:
         starts.append(end)

@@ -63,16 +63,17 @@ class LoraCase:
         return torch.randn(*shape, generator=self.generator).to(self.dtype)
 
     def _make_pool(self) -> None:
+        multiple = lora.extent_alignment([self.in_features, *self.widths])
         layouts = [
             lora.adapter_layout(
                 [
                     lora.EntryShape(self.first_entry + s, self.in_features, width, rank)
                     for s, (width, rank) in enumerate(zip(self.widths, slot_ranks, strict=True))
-                ]
+                ],
+                multiple,
             )
             for slot_ranks in self.ranks
         ]
-        multiple = math.lcm(lora.ALIGNMENT, *(layout.alignment for layout in layouts))
         starts, end = [], multiple
         for layout in layouts:
             starts.append(end)

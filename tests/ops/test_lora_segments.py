@@ -173,6 +173,9 @@ def test_awkward_widths_give_up_whole_rows() -> None:
     layout = lora.adapter_layout([lora.EntryShape(0, 601, 257, 3), lora.EntryShape(1, 601, 263, 3)])
     assert layout.alignment == lora.ALIGNMENT
     assert all(offset % lora.ALIGNMENT == 0 for offset in layout.a_offset + layout.b_offset)
+    # One alignment serves the model: an adapter that could do better follows it.
+    assert lora.adapter_layout([lora.EntryShape(0, 64, 96, 3)], 16).alignment == 16
+    assert lora.adapter_layout([lora.EntryShape(0, 64, 96, 3)], 960).alignment == 960
 
 
 @pytest.mark.parametrize(

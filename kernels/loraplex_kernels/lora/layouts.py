@@ -34,7 +34,7 @@ RANK_ALIGN = 8
 ALIGNMENT = 16
 """Blocks begin at a multiple of this many elements, so that a row can be read in 16-byte pieces."""
 
-MAX_EXTENT_ALIGNMENT = 1 << 20
+MAX_EXTENT_ALIGNMENT = 1 << 18
 """Row-aligned extents are given up where they would have to begin at multiples of more elements than this."""
 
 MAX_RANK = 512
@@ -119,10 +119,12 @@ def extent_alignment(row_lengths: Iterable[int]) -> int:
     return alignment if alignment <= MAX_EXTENT_ALIGNMENT else ALIGNMENT
 
 
-def adapter_layout(entries: Sequence[EntryShape]) -> AdapterLayout:
+def adapter_layout(entries: Sequence[EntryShape], alignment: int | None = None) -> AdapterLayout:
     """Lay out one adapter. Pure; the order of `entries` is kept in the result.
 
-    Raises `ValueError` for a repeated entry, an empty shape, or a rank outside 0..`MAX_RANK`.
+    `alignment`: extents begin at its multiples; `extent_alignment` over all row lengths of the model (by
+    default over this adapter's own). Raises `ValueError` for a repeated entry, an empty shape, or a rank
+    outside 0..`MAX_RANK`.
     """
     if len({shape.entry for shape in entries}) != len(entries):
         raise ValueError("entries must not repeat")
@@ -133,7 +135,7 @@ def adapter_layout(entries: Sequence[EntryShape]) -> AdapterLayout:
             raise ValueError(f"entry {shape.entry} has an empty shape: {shape.in_features} to {shape.width}")
     present = tuple(shape for shape in entries if shape.rank)
     row_lengths = {length for shape in present for length in (shape.in_features, shape.width)}
-    alignment = extent_alignment(row_lengths)
+    alignment = alignment or extent_alignment(row_lengths)
     row_aligned = alignment % math.lcm(ALIGNMENT, *row_lengths) == 0
 
     a_offset = [0] * len(present)
