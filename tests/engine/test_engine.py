@@ -1,4 +1,4 @@
-"""The engine's behaviour beyond parity: seeds, limits, cancellation, refusals, and many adapters in few slots."""
+"""The engine beyond parity: seeds, limits, cancellation, refusals, and many adapters in few slots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Level (ii): bf16, fp16 and packed int4 stay as near to the fp32 oracle as transformers + PEFT in that dtype.
+"""Level (ii): bf16, fp16 and packed int4 stay as near to the fp32 oracle as PEFT in that dtype.
 
 Logits are teacher-forced: every position of given sequences, all adapters and the base in one ragged row.
 """
@@ -101,8 +101,9 @@ def test_half_precision_is_as_exact_as_peft(
     ratio = rms(ours - truth) / rms(theirs - truth)
     ties = assert_ties_only(ours, truth)
     print(
-        f"\nlevel (ii) {architecture} {quantization} {dtype}: error {rms(ours - truth) / truth.std():.2e} of the "
-        f"logits' deviation, {ratio:.2f} of PEFT's; {ties} of {truth.shape[0] * LENGTH} greedy tokens differ, all ties"
+        f"\nlevel (ii) {architecture} {quantization} {dtype}: error {rms(ours - truth) / truth.std():.2e} of "
+        f"the logits' deviation, {ratio:.2f} of PEFT's; {ties} of {truth.shape[0] * LENGTH} greedy tokens "
+        "differ, all ties"
     )
     assert ratio <= 1.5
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from loraplex_kernels import dense
 from loraplex_kernels.lora import LoraSite
 
 from loraplex_server.model import context
@@ -61,6 +62,19 @@ class SiteGroup:
             return self.weights[0].matmul(rows, self.bias)
         parts = torch.cat([weight.matmul(rows, None) for weight in self.weights], dim=-1)
         return parts if self.bias is None else parts.add_(self.bias)
+
+
+class FrozenHead(torch.nn.Module):
+    """The output embeddings, unquantised, in the place of an `nn.Linear` that shares its parameters."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] to [..., vocabulary]."""
+        return dense.linear(x, self.weight, self.bias)
 
 
 class SiteLinear(torch.nn.Module):

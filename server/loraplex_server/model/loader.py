@@ -27,7 +27,7 @@ from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError
 from loraplex_server.model import architecture
 from loraplex_server.model.architecture import Projection
 from loraplex_server.model.checkpoint import Checkpoint, locate
-from loraplex_server.model.linear import SiteGroup, SiteLinear
+from loraplex_server.model.linear import FrozenHead, SiteGroup, SiteLinear
 from loraplex_server.model.weights import WeightFormat
 
 _log = logging.getLogger(__name__)
@@ -143,6 +143,9 @@ def load(config: ModelConfig, *, progress: bool = True) -> BaseModel:
     kv_shapes = tuple(architecture.kv_shapes(model))
     expected = set(model.state_dict())
     groups = _Filler(model, grouped, weight_format).fill(checkpoint, expected, progress)
+    head = model.get_output_embeddings()
+    if isinstance(head, torch.nn.Linear):
+        model.set_output_embeddings(FrozenHead(head))
     model.to(device)
     return BaseModel(
         model=model,

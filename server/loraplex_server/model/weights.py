@@ -6,7 +6,7 @@ import dataclasses
 from typing import Protocol, cast
 
 import torch
-from loraplex_kernels import int4, nf4
+from loraplex_kernels import dense, int4, nf4
 from loraplex_kernels.int4 import Int4Weight, cpu_packed
 from loraplex_kernels.int4.cpu_packed import PackedInt4Weight
 from loraplex_kernels.nf4 import Nf4Weight
@@ -36,7 +36,7 @@ class Dense:
         return (self.weight.shape[0], self.weight.shape[1])
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return torch.nn.functional.linear(x, self.weight, bias)
+        return dense.linear(x, self.weight, bias)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"weight": self.weight}

@@ -1,0 +1,276 @@
+"""The whole path as a user has it: `loraplex serve` in a process, the SDK over gRPC, answers checked."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from loraplex import Client, errors
+from loraplex_bench.demo.tasks import TASKS, data_dir, expected, make_lines, prompt
+
+_READY = re.compile(r"loraplex ready grpc=(\S+) metrics=(\S+)\n")
+
+
+class Server:
+    """One `loraplex serve` process on the demo model."""
+
+    def __init__(self, *flags: str) -> None:
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "loraplex_server",
+            "--port",
+            "0",
+            "--metrics-port",
+            "0",
+        ]
+        command += ["--model", str(data_dir() / "base"), "--adapters", str(data_dir() / "adapters")]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        self.process = subprocess.Popen(
+            [*command, "--threads", "1", *flags],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        # Drained all the while, so that the server never waits for a reader of its log.
+        self.log: list[str] = []
+        assert self.process.stderr is not None
+        self._drain = threading.Thread(target=self.log.extend, args=(self.process.stderr,), daemon=True)
+        self._drain.start()
+        assert self.process.stdout is not None
+        match = _READY.fullmatch(self.process.stdout.readline())
+        assert match is not None, "".join(self.log)
+        self.address, self.metrics_address = match.groups()
+
+    def metrics(self) -> dict[str, float]:
+        with urllib.request.urlopen(f"http://{self.metrics_address}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(timeout=60)
+        self._drain.join(timeout=10)
+        assert self.process.stdout is not None
+        assert self.process.stdout.read() == "", "stdout carries the ready line and nothing else"
+        self.process.stdout.close()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return code
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    started = Server("--quantization", "nf4", "--max-adapters-on-device", "3", "--max-num-requests", "16")
+    yield started
+    code = started.stop()
+    assert code == 0, "".join(started.log)
+    assert not any("Traceback" in line for line in started.log), "".join(started.log)
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Client]:
+    with Client(server.address) as made:
+        yield made
+
+
+def idle(server: Server) -> dict[str, float]:
+    """Waits until nothing runs and an audit has looked at it; returns the metrics of then."""
+    audits = server.metrics()["loraplex_audits"]
+    end_s = time.monotonic() + 30
+    while True:
+        metrics = server.metrics()
+        busy = metrics["loraplex_requests_running"] + metrics["loraplex_requests_waiting"]
+        if not busy and metrics["loraplex_audits"] > audits:
+            return metrics
+        assert time.monotonic() < end_s, "the server did not come to rest"
+        time.sleep(0.2)
+
+
+def test_every_adapter_and_the_base_at_once_through_three_slots(server: Server, client: Client) -> None:
+    """204 requests, all adapters mixed: every answer is its own adapter's, and nothing is held at the end."""
+    names: list[str | None] = [*TASKS, None]
+    asked = [(name, line) for seed, name in enumerate(names) for line in make_lines(seed, 12)]
+    asked.sort(key=lambda pair: pair[1])
+
+    def ask(pair: tuple[str | None, str]) -> str:
+        name, line = pair
+        return client.generate(prompt(line), adapter=name, max_tokens=40).text
+
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(ask, asked))
+    wrong = [
+        (name, line, text)
+        for (name, line), text in zip(asked, answers, strict=True)
+        if text != expected(name, line)
+    ]
+    # The adapters are right in 99% of all lines or more; a leak would be wrong in all.
+    assert len(wrong) <= len(asked) // 50, wrong
+    for name, line, text in wrong:
+        assert text not in {expected(other, line) for other in names if other != name}, f"{name} leaked"
+    metrics = idle(server)
+    assert metrics["loraplex_kv_cache_blocks_used"] == 0
+    assert metrics["loraplex_integrity_problems"] == 0
+    assert metrics["loraplex_weight_checksum_ok"] == 1
+    assert metrics['loraplex_adapter_evictions_total{tier="device"}'] > 0
+    assert all(adapter.references == 0 for adapter in client.adapters.list())
+
+
+def test_streams_compose_to_the_unary_answer(client: Client) -> None:
+    line = make_lines(100, 1)[0]
+    whole = client.generate(prompt(line), adapter="upper", max_tokens=40, logprobs=2)
+    chunks = list(client.stream(prompt(line), adapter="upper", max_tokens=40))
+    assert "".join(chunk.text for chunk in chunks) == whole.text == expected("upper", line)
+    assert [token for chunk in chunks for token in chunk.token_ids] == list(whole.token_ids)
+    assert whole.finish_reason == chunks[-1].finish_reason == "stop"
+    assert whole.usage.completion_tokens == len(whole.token_ids) == len(line) + 1
+    assert whole.logprobs is not None
+    assert len(whole.logprobs) == len(whole.token_ids)
+    assert all(entry.logprob <= 0 and len(entry.top) == 2 for entry in whole.logprobs)
+
+
+def test_compositions_stop_strings_and_seeds(client: Client) -> None:
+    line = make_lines(101, 1)[0]
+    both = client.generate(prompt(line), adapters=[("upper", 1.0), ("snake", 1.0)], max_tokens=40)
+    assert both.text != expected("upper", line)
+    half = line[: len(line) // 2]
+    cut = client.generate(prompt(line), stop=[line[len(half) : len(half) + 2]], max_tokens=40)
+    assert line.startswith(cut.text)
+    assert cut.stop_match == line[len(half) : len(half) + 2]
+    drawn = [
+        client.generate(prompt(line), temperature=3.0, seed=seed, max_tokens=20, ignore_eos=True).token_ids
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_errors_are_typed_and_the_server_goes_on(client: Client) -> None:
+    line = make_lines(102, 1)[0]
+    with pytest.raises(errors.NotFoundError, match="nobody"):
+        client.generate(prompt(line), adapter="nobody")
+    with pytest.raises(errors.InvalidRequestError) as caught:
+        client.generate(prompt(line), top_p=2.0)
+    assert [violation.field for violation in caught.value.field_violations] == ["sampling.top_p"]
+    with pytest.raises(errors.InvalidRequestError, match="prompt"):
+        client.generate([5] * 600)
+    with pytest.raises(errors.DeadlineExceededError):
+        client.generate(prompt(line), max_tokens=400, ignore_eos=True, timeout=0.3)
+    with pytest.raises(errors.PermissionDeniedError):
+        client.adapters.load("stranger", "/etc")
+    assert client.generate(prompt(line), max_tokens=40).text == line
+
+
+def test_abandoned_streams_free_everything(server: Server, client: Client) -> None:
+    streams = [
+        client.stream(prompt(line), adapter="rot13", max_tokens=400, ignore_eos=True)
+        for line in make_lines(103, 6)
+    ]
+    for stream in streams:
+        next(iter(stream))
+        stream.close()
+    metrics = idle(server)
+    assert metrics["loraplex_kv_cache_blocks_used"] == 0
+    assert metrics["loraplex_integrity_problems"] == 0
+    assert client.adapters.get("rot13").references == 0
+
+
+def test_adapters_come_and_go_at_run_time(client: Client) -> None:
+    line = make_lines(104, 1)[0]
+    source = str(data_dir() / "adapters" / "atbash")
+    loaded = client.adapters.load("mirror", source)
+    assert (loaded.name, loaded.pinned) == ("mirror", False)
+    assert client.generate(prompt(line), adapter="mirror", max_tokens=40).text == expected("atbash", line)
+    with pytest.raises(errors.AlreadyExistsError):
+        client.adapters.load("mirror", source)
+    assert client.adapters.pin("mirror").pinned
+    assert client.adapters.get("mirror").content_hash == client.adapters.get("mirror").content_hash != ""
+    remaining = client.adapters.unload("mirror")
+    assert "mirror" not in {adapter.name for adapter in remaining}
+    with pytest.raises(errors.NotFoundError):
+        client.generate(prompt(line), adapter="mirror")
+
+
+def test_health_and_model(server: Server, client: Client) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", "loraplex.v1.GenerationService", "loraplex.v1.AdapterService"):
+            status = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status
+            assert status == health_pb2.HealthCheckResponse.SERVING
+    model = client.model()
+    assert (model.architecture, model.quantization, model.device) == ("LlamaForCausalLM", "nf4", model.device)
+    assert model.max_adapters_on_device == 3
+    assert len(model.weight_checksum) == 64
+
+
+@pytest.mark.parametrize("quantization", ["int4", "none"])
+def test_other_weights_give_the_same_answers(quantization: str) -> None:
+    started = Server("--quantization", quantization)
+    try:
+        with Client(started.address) as client:
+            names: list[str | None] = [*TASKS, None]
+            with ThreadPoolExecutor(17) as pool:
+                lines = make_lines(7, len(names))
+                answers = list(
+                    pool.map(
+                        lambda pair: client.generate(prompt(pair[1]), adapter=pair[0], max_tokens=40).text,
+                        zip(names, lines, strict=True),
+                    )
+                )
+            right = sum(
+                text == expected(name, line) for name, line, text in zip(names, lines, answers, strict=True)
+            )
+            assert right >= len(names) - 1
+    finally:
+        assert started.stop() == 0
+
+
+def test_a_second_signal_is_not_needed_and_running_requests_drain() -> None:
+    started = Server("--quantization", "nf4")
+    line = make_lines(105, 1)[0]
+    with Client(started.address) as client:
+        stream = client.stream(prompt(line), max_tokens=150, ignore_eos=True)
+        chunks = iter(stream)
+        next(chunks)
+        started.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        with pytest.raises(errors.UnavailableError):
+            client.generate(prompt(line), timeout=5)
+        last = list(chunks)[-1]
+        assert last.finish_reason == "length"
+    assert started.stop() == 0
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [
+                *(sys.executable, "-W", "ignore", "-m", "loraplex_server"),
+                *("--model", str(data_dir() / "base"), "--port", str(port), "--metrics-port", "-1"),
+            ],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode != 0
+    assert str(port) in done.stderr
+    assert "Traceback" not in done.stderr
