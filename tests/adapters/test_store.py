@@ -433,6 +433,20 @@ def test_prefetches_do_not_drive_out_what_requests_wait_for(
     store.release(a)
 
 
+def test_what_nobody_waits_for_any_more_is_not_read(
+    make_store: MakeStore, folder: Path, settle: Settle, bring: Bring
+) -> None:
+    store = make_store(folder, device_bytes=ROOM, host_bytes=7168)
+    a, b = bring(store, "a"), store.resolve(["b"])
+    assert store.reserve(b) is BLOCKED
+    assert store.get("b").state == "unloaded", "there is no room to read it into"
+    store.release(b)
+    store.release(a)
+    store.poll()
+    settle(store)
+    assert store.on_host == ("a",)
+
+
 def test_a_demand_is_served_before_prefetches_and_may_take_their_room(
     make_store: MakeStore, folder: Path, settle: Settle
 ) -> None:

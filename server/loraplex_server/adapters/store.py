@@ -140,6 +140,7 @@ class AdapterStore:
         # Waiting to be read, first come first served; demand before prefetch.
         self._demanded: dict[Record, None] = {}
         self._prefetched: dict[Record, None] = {}
+        self._pinned: set[Record] = set()
         self._waiting_pins: dict[Record, None] = {}
         self._reads = 0
         self._hits = 0
@@ -323,7 +324,7 @@ class AdapterStore:
             record = self._records[name]
             record.draining = True
             record.on_drained.append(done)
-            record.pinned = False
+            self._set_pinned(record, False)
             self._answer(record, _unloaded(name))
             self._retire(record)
         else:
@@ -341,8 +342,7 @@ class AdapterStore:
         """
         record = self._find(name)
         if not pinned:
-            record.pinned = False
-            self._waiting_pins.pop(record, None)
+            self._set_pinned(record, False)
             callbacks, record.on_pinned = record.on_pinned, []
             self._settle(record)
             for callback in callbacks:
@@ -351,7 +351,7 @@ class AdapterStore:
             return
         if not record.pinned:
             self._check_pin(record)
-            record.pinned = True
+            self._set_pinned(record, True)
         if record.resident:
             done(record.status())
             return
@@ -496,6 +496,8 @@ class AdapterStore:
             )
             if counted != held:
                 problems.append(f"{label}: counts {counted} references, {held} are held")
+            if record.pinned != (record in self._pinned):
+                problems.append(f"{label}: its pin is not listed")
             if record.copying and (record.slot is None or record.blob is None or record.resident):
                 problems.append(f"{label}: copied without a slot or a host copy")
             if record.slot is not None and not (record.resident or record.copying or record.wanted_on_device):
@@ -567,8 +569,6 @@ class AdapterStore:
             del self._records[record.name]
         self._retired.add(record)
         record.retired = True
-        self._waiting_pins.pop(record, None)
-        self._prefetched.pop(record, None)
         if not record.device_references:
             self._demanded.pop(record, None)
         self._settle(record)
@@ -576,7 +576,7 @@ class AdapterStore:
     def _fail(self, record: Record, error: ServerError) -> None:
         """Ends a version: all who hold it get `error`, the next request may try the files again."""
         record.error = error
-        record.pinned = False
+        self._set_pinned(record, False)
         if record.on_loaded is None and not record.retired:
             folder = record.manifest.folder
             self._broken[record.name] = _Broken(str(folder), error, stamp(folder))
@@ -619,7 +619,7 @@ class AdapterStore:
             self._fetch(record)
 
     def _check_pin(self, record: Record) -> None:
-        pinned = {record, *self._pinned()}
+        pinned = {record, *self._pinned}
         others = [other for other in self._records.values() if other not in pinned]
         groups = {handle.group for handle in self._handles}
         groups.add((max(others, key=lambda other: other.units),) if others else ())
@@ -628,7 +628,7 @@ class AdapterStore:
             self._check_fits([*group, *pinned], f"{record.name!r} pinned and {beside} beside it", "the pin")
 
     def _check_fits(self, records: Iterable[Record], what: str, whose: str) -> None:
-        together = {*records, *self._pinned()}
+        together = {*records, *self._pinned}
         if self._device.could_fit(together):
             return
         itemsize = self._dtype.itemsize
@@ -638,8 +638,13 @@ class AdapterStore:
             f"included; it has {self.num_slots} slots and {capacity * itemsize} bytes, so {whose} is refused"
         )
 
-    def _pinned(self) -> builtins.list[Record]:
-        return [record for record in self._records.values() if record.pinned]
+    def _set_pinned(self, record: Record, pinned: bool) -> None:
+        record.pinned = pinned
+        if pinned:
+            self._pinned.add(record)
+        else:
+            self._pinned.discard(record)
+            self._waiting_pins.pop(record, None)
 
     # Disk to host, host to device
 

@@ -111,16 +111,16 @@ def _write(target: np.ndarray[Any, Any], tensor: TensorInfo, raw: bytes, scale: 
     values = _decode(tensor.dtype, raw)
     if not np.isfinite(values).all():
         raise MalformedFileError(f"tensor {quoted(tensor.name)} holds NaN or infinity")
-    values = values.reshape(tensor.shape)
     with np.errstate(over="ignore"):
-        if scale is not None:
-            values = values.T * np.float32(scale)
-        encoded = _encode(values, target.dtype)
+        encoded = _encode(values if scale is None else values * np.float32(scale), target.dtype)
     if _overflowed(encoded):
         raise MalformedFileError(
             f"tensor {quoted(tensor.name)} has values too large for the server's dtype; use --dtype float32"
         )
-    target[: encoded.size] = encoded.reshape(-1)
+    rows = encoded.reshape(tensor.shape)
+    if scale is not None:
+        rows = rows.T
+    target[: rows.size].reshape(rows.shape)[...] = rows
 
 
 def _decode(dtype: str, raw: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -133,8 +133,13 @@ def _encode(values: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[An
     """Finite float32 as float32, float16, or the bits of bfloat16 (uint16), rounded to nearest even."""
     if dtype != np.uint16:
         return values.astype(dtype)
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    return ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
+    bits = values.view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    rounded >>= 16
+    return rounded.astype(np.uint16)
 
 
 def _overflowed(encoded: np.ndarray[Any, Any]) -> bool:
