@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: who may import whom, names that shadow, stubs that are current."""
+"""House rules that a machine can check: who may import whom, names that shadow, stubs that are current."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def test_only_the_container_folders_have_their_names() -> None:
         relative = path.relative_to(ROOT)
         if relative.parts and (relative.parts[0].startswith(".") or relative.parts[0] in ("build", "dist")):
             continue
-        assert path.stem not in ("kernels", "server", "clients", "triton") or len(relative.parts) == 1, relative
+        is_container = len(relative.parts) == 1
+        assert is_container or path.stem not in ("kernels", "server", "clients", "triton"), relative
     for container in ("server", "kernels", "bench", "clients", "protos", "tests"):
         assert not (ROOT / container / "__init__.py").exists()
 
@@ -105,7 +106,6 @@ def test_python_files_declare_their_annotations_lazily() -> None:
         for path in _files(package):
             if path.parent.name == "v1" or not path.read_text().strip():
                 continue
-            tree = ast.parse(path.read_text())
-            body = [node for node in tree.body if not isinstance(node, ast.Expr)]
-            futures = [node for node in body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
-            assert futures or not body, f"{path.relative_to(ROOT)} lacks `from __future__ import annotations`"
+            body = [node for node in ast.parse(path.read_text()).body if not isinstance(node, ast.Expr)]
+            lazy = any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in body)
+            assert lazy or not body, f"{path.relative_to(ROOT)} lacks `from __future__ import annotations`"
