@@ -134,9 +134,10 @@ class Oracle:
 
     def __init__(self, tiny: TinyModel, quantization: str, dtype: str = "float32") -> None:
         import torch
-        from loraplex_kernels import int4, nf4
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
+
+        from loraplex_kernels import int4, nf4
 
         base = AutoModelForCausalLM.from_pretrained(
             tiny.base, dtype=torch.float32, attn_implementation="eager"

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 
 from loraplex import AsyncClient
-
 from loraplex_bench.demo.tasks import make_lines, prompt
 
 

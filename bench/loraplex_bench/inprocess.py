@@ -6,12 +6,11 @@ import threading
 import time
 from collections.abc import Sequence
 
+from loraplex_bench.compare import Answered, BenchModel, Job
 from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig, SchedulerConfig
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams
 from loraplex_server.engine.build import build_engine
 from loraplex_server.engine.messages import Failed, FromEngine, Tokens
-
-from loraplex_bench.compare import Answered, BenchModel, Job
 
 _CLIENT = "bench"
 

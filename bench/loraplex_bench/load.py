@@ -16,7 +16,6 @@ from collections.abc import Sequence
 
 from loraplex import AsyncClient
 from loraplex.errors import LoraplexError
-
 from loraplex_bench.answers import UNCHECKED, AnswerBook, Judgement, Verdict, checkable
 from loraplex_bench.workload import PlannedRequest
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from loraplex_kernels.attention import AttentionBatch, kv_cache_shape, paged_attention, write_kv
 
 BLOCK_SIZE = 16

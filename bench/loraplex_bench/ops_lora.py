@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 import torch
-from loraplex_kernels import lora
 from torch import Tensor
+
+from loraplex_kernels import lora
 
 
 @dataclass(frozen=True)

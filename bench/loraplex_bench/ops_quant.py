@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from loraplex_kernels import dense, int4, nf4
 from loraplex_kernels.int4 import cpu_packed
-from torch import Tensor
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
 SHAPES = ((4096, 4096), (768, 2048))

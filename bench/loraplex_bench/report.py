@@ -16,6 +16,9 @@ from loraplex_bench.load import LoadResult, Outcome
 FORMAT = 1
 """Version of the JSON that `write_json` writes."""
 
+COMPOSITIONS = "(compositions)"
+"""The row of all requests that name several adapters."""
+
 GOODPUT_METRICS = ("ttft", "tpot", "e2e")
 
 
@@ -48,7 +51,7 @@ class Distribution:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSummary:
-    """One adapter's part of a run (or the base's, or a composition's)."""
+    """One adapter's part of a run, or the base's, or that of all compositions."""
 
     label: str
     requests: int
@@ -118,7 +121,8 @@ def summarize(result: LoadResult, goodput_s: Mapping[str, float] | None = None) 
     verdicts = Counter(outcome.judgement.verdict for outcome in done)
     by_label: defaultdict[str, list[Outcome]] = defaultdict(list)
     for outcome in result.outcomes:
-        by_label[outcome.request.label].append(outcome)
+        many = len(outcome.request.adapters) > 1
+        by_label[COMPOSITIONS if many else outcome.request.label].append(outcome)
     adapters = tuple(_adapter_summary(label, by_label[label]) for label in sorted(by_label))
     output_tokens = sum(outcome.output_tokens for outcome in done)
     prompt_tokens = sum(outcome.prompt_tokens for outcome in done)

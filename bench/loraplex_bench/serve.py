@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from loraplex import AdapterInfo, AsyncClient, LoraplexError, ModelInfo
-
 from loraplex_bench.demo.tasks import TASKS
 from loraplex_bench.environment import environment
 from loraplex_bench.launcher import LaunchedServer, LaunchError, demo_flags

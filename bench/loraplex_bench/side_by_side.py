@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from loraplex import AsyncClient, LoraplexError
-
 from loraplex_bench.compare import PEFT_WEIGHTS, Answered, BenchModel, Job
 from loraplex_bench.contender import Contender, ContenderError
 from loraplex_bench.demo.tasks import TASKS, data_dir

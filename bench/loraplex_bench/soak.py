@@ -26,7 +26,6 @@ from typing import Any
 
 from loraplex import AdapterInfo, AdapterState, AsyncClient, LoraplexError
 from loraplex.errors import DeadlineExceededError, NotFoundError, PermissionDeniedError
-
 from loraplex_bench.answers import AnswerBook, Judgement, Verdict
 from loraplex_bench.demo.tasks import MAX_ANSWER_TOKENS, TASKS, data_dir, expected, make_lines, prompt
 from loraplex_bench.environment import environment
@@ -56,6 +55,9 @@ LINES_PER_ADAPTER = 24
 
 MIN_SCREENED = 0.99
 """Least fraction of lines that an adapter, alone on the server, must answer right."""
+
+AUDIT_INTERVAL_S = 6.0
+"""An idle engine that has something to audit does so within this time."""
 
 FLAT_SHARE = 0.03
 FLAT_BYTES = 12 << 20
@@ -275,13 +277,10 @@ class _Soak:
             async with live(lambda: self._describe(started), interval_s=10.0):
                 await _all(actors)
             idle_s = await self._wait_idle()
-            adapters = await client.adapters.list()
             await self._verify_all(client)
+            metrics = await self._audited()
+            adapters = await client.adapters.list()
             checksum = (await client.model()).weight_checksum
-        assert self._server.metrics is not None
-        # The engine reports a few times a second, and what it reports must be from after the last request.
-        await asyncio.sleep(1.0)
-        metrics = await asyncio.to_thread(scrape, self._server.metrics)
         checks = (
             screening,
             self._answers_check(),
@@ -486,13 +485,34 @@ class _Soak:
     async def _wait_idle(self, timeout_s: float = 30.0) -> float | None:
         """Seconds until the server had neither running nor waiting requests; None if it never did."""
         started = time.monotonic()
-        assert self._server.metrics is not None
         while time.monotonic() - started < timeout_s:
-            metrics = await asyncio.to_thread(scrape, self._server.metrics)
-            if _busy(metrics) == 0:
+            if _busy(await self._scrape()) == 0:
                 return time.monotonic() - started
             await asyncio.sleep(0.2)
         return None
+
+    async def _audited(self, timeout_s: float = 60.0) -> Metrics:
+        """The metrics once the engine, idle, has looked at its pools and weights again.
+
+        An audit may have begun before the last request: the one that counts is that after which no more comes.
+        """
+        first = metrics = await self._scrape()
+        started = changed = time.monotonic()
+        while time.monotonic() - started < timeout_s:
+            await asyncio.sleep(0.5)
+            latest = await self._scrape()
+            if latest.get("loraplex_audits") != metrics.get("loraplex_audits"):
+                changed = time.monotonic()
+            metrics = latest
+            new = metrics.get("loraplex_audits") != first.get("loraplex_audits")
+            if new and time.monotonic() - changed > AUDIT_INTERVAL_S:
+                return metrics
+        self._fault(f"the engine did not audit itself within {timeout_s:g} s", "errors: no audit")
+        return metrics
+
+    async def _scrape(self) -> Metrics:
+        assert self._server.metrics is not None
+        return await asyncio.to_thread(scrape, self._server.metrics)
 
     async def _verify_all(self, client: AsyncClient) -> None:
         """Every adapter once more, all at once."""
@@ -521,7 +541,7 @@ class _Soak:
         return Check("answers", right > 0 and not bad, f"{right} right; {found}")
 
     def _leak_checks(self, adapters: Sequence[AdapterInfo], metrics: Metrics) -> Iterator[Check]:
-        yield _zero("KV blocks free", metrics, "loraplex_kv_cache_usage_ratio", "of them in use")
+        yield _zero("KV blocks free", metrics, "loraplex_kv_cache_blocks_used", "in use")
         held = {adapter.name: adapter.references for adapter in adapters if adapter.references}
         yield Check("adapter references free", not held, f"held: {held}" if held else "none held")
         resident = [adapter.name for adapter in adapters if adapter.state is AdapterState.DEVICE]

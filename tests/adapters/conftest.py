@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.adapters.sites import SiteRegistry
 from loraplex_server.adapters.store import AdapterStore, Readiness
 from loraplex_server.config import AdapterConfig
-from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 LLAMA = LlamaConfig(
     hidden_size=32,

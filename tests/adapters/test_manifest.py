@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+
 from loraplex_server.adapters.manifest import AdapterManifest, read_manifest
 from loraplex_server.adapters.peft_config import parse_config
 from loraplex_server.adapters.sites import SiteRegistry
 from loraplex_server.errors import FailedPreconditionError, PermissionDeniedError
-from peft.tuners.tuners_utils import check_target_module_exists
 
 ReadManifest = Callable[..., AdapterManifest]
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from loraplex_server.adapters.sites import LoraPart, SiteAddress, SiteRegistry
 
 PATH = "model.layers.1.self_attn.q_proj"

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from loraplex_server.adapters.sources import check_name, resolve_folder, stamp
 from loraplex_server.errors import InvalidArgumentError, NotFoundError, PermissionDeniedError
 

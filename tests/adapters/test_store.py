@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.adapters.sites import SiteRegistry
 from loraplex_server.adapters.store import AdapterStore, Readiness
@@ -24,7 +26,6 @@ from loraplex_server.errors import (
     ServerError,
     UnavailableError,
 )
-from safetensors.torch import load_file
 
 READY, LOADING, BLOCKED, FAILED = Readiness.READY, Readiness.LOADING, Readiness.BLOCKED, Readiness.FAILED
 

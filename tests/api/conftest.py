@@ -19,6 +19,11 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
 from loraplex.v1 import adapters_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
 from loraplex_server.api.app import serve
 from loraplex_server.api.tokenizer import Tokenizer
@@ -42,10 +47,6 @@ from loraplex_server.engine.messages import (
     encode,
 )
 from loraplex_server.errors import InternalError, ServerError
-from prometheus_client.parser import text_string_to_metric_families
-from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 _CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",

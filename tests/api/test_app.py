@@ -12,6 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
 from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2, model_pb2_grpc
 from loraplex_server.core.request import FinishReason, Request
 from loraplex_server.engine.messages import (

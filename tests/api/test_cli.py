@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from loraplex_server import log
 from loraplex_server.api.tokenizer import Tokenizer
 from loraplex_server.cli import build_parser, main, to_config

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from loraplex.v1 import adapters_pb2, generation_pb2
 from loraplex_server.api import convert
 from loraplex_server.core.request import AdapterUse

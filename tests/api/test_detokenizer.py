@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+
 from loraplex_server.api.detokenizer import Detokenizer
 from loraplex_server.api.tokenizer import Tokenizer
 

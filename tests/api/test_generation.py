@@ -12,6 +12,7 @@ import pytest
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+
 from loraplex.v1 import generation_pb2
 from loraplex_server.core.request import AdapterUse, FinishReason, Request
 from loraplex_server.engine.messages import Failed, Times, TokenDelta, TokenLogprobs, Tokens, TopLogprob

@@ -8,11 +8,12 @@ from typing import Any
 
 import grpc
 import pytest
+from prometheus_client import CollectorRegistry
+
 from loraplex_server.api.interceptors import CallInterceptor
 from loraplex_server.api.lifecycle import Backend, Lifecycle
 from loraplex_server.errors import AlreadyExistsError
 from loraplex_server.metrics import Metrics
-from prometheus_client import CollectorRegistry
 
 KINDS = ["UnaryUnary", "UnaryStream", "UnaryWrites", "StreamUnary", "StreamStream"]
 

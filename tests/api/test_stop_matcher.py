@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
+
 from loraplex_server.api.detokenizer import StopMatcher
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+
 from loraplex.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,

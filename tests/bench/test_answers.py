@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+
 from loraplex_bench.answers import AnswerBook, Verdict, checkable
 from loraplex_bench.demo.tasks import TASKS, expected, make_lines
 from loraplex_bench.workload import PlannedRequest

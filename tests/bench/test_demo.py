@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from loraplex_bench.answers import AnswerBook, Judgement, Verdict
 from loraplex_bench.demo.run import Answer, Lane, main
 from loraplex_bench.demo.tasks import expected, make_lines

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from loraplex_bench.launcher import LaunchedServer, LaunchError, process_group
 
 READY = "print('warming up'); print('loraplex ready grpc=127.0.0.1:5 metrics=127.0.0.1:6', flush=True);"

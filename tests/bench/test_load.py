@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+
 from loraplex import AsyncClient
 from loraplex_bench.answers import Verdict
 from loraplex_bench.cli import main

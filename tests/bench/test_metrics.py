@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from loraplex_bench.metrics import parse, scrape
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
+
+from loraplex_bench.metrics import parse, scrape
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from loraplex_bench.answers import Judgement, Verdict
 from loraplex_bench.load import LoadResult, Outcome
 from loraplex_bench.report import (

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from loraplex_bench.cli import main
 from loraplex_bench.compare import BenchModel, Job
 from loraplex_bench.contender import Contender, ContenderError

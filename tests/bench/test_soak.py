@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from loraplex_bench.soak import MemorySample, SoakConfig, memory_check, render, soak
 
 MIB = 1 << 20

@@ -8,6 +8,7 @@ import statistics
 from collections import Counter
 
 import pytest
+
 from loraplex_bench.demo.tasks import TASKS, answers_differ
 from loraplex_bench.workload import (
     LengthRange,

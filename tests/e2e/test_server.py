@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from loraplex import Client, errors
 from loraplex_bench.demo.tasks import TASKS, data_dir, expected, make_lines, prompt
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
+
 from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig, SchedulerConfig
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams
 from loraplex_server.engine.build import build_engine

@@ -8,6 +8,7 @@ import statistics
 import msgspec
 import numpy as np
 import pytest
+
 from loraplex_server.core.random import uniform
 from loraplex_server.core.request import AdapterUse, FinishReason, Request, SamplingParams
 from loraplex_server.core.step import StepPlan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from loraplex_server.engine.kv_blocks import KvBlockPool, block_key
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from loraplex_server.config import ModelConfig
 from loraplex_server.errors import FailedPreconditionError, NotFoundError, ServerError
 from loraplex_server.model import architecture, loader
 from loraplex_server.model.selfcheck import check_ragged
-from safetensors.torch import load_file, save_file
 
 
 def load(folder: Path, **options: Any) -> loader.BaseModel:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from loraplex_server.adapters.record import Readiness
 from loraplex_server.core.request import AdapterUse, Request
 from loraplex_server.core.step import StepPlan

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from loraplex_kernels import lora
 from loraplex_server.adapters import weights as adapter_weights
 from loraplex_server.model import memory

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams
 from loraplex_server.engine.client import EngineClient

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from loraplex_server.core.random import uniform
 from loraplex_server.core.step import StepPlan
 from loraplex_server.model.sampler import sample

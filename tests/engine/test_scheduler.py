@@ -8,6 +8,7 @@ from collections.abc import Sequence as Seq
 from typing import Any, cast
 
 import pytest
+
 from loraplex_server.adapters.record import AdapterHandle, Readiness
 from loraplex_server.config import SchedulerConfig
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from loraplex_kernels import lora
 from torch import Tensor
+
+from loraplex_kernels import lora
 
 NAN = float("nan")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+
 from loraplex_kernels.attention import AttentionBatch, kv_cache_shape, paged_attention, write_kv
 from loraplex_kernels.attention.layouts import DECODE_SPLIT_GAIN, split
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from loraplex_kernels import int4
 from loraplex_kernels.int4 import cpu_packed, reference
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from loraplex_kernels import dispatch
 from loraplex_kernels.lora import tiles
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from loraplex_kernels import lora
 from loraplex_kernels.lora import tiles
 

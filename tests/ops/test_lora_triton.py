@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from loraplex_kernels import dispatch, lora
 from loraplex_kernels.lora import tiles
 

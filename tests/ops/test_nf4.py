@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from loraplex_kernels import nf4
 from loraplex_kernels.nf4 import reference
 

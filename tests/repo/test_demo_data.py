@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from loraplex_bench.demo.tasks import (
     MAX_LINE_LENGTH,
     MIN_LINE_LENGTH,

@@ -18,6 +18,7 @@ from google.protobuf import any_pb2
 from google.protobuf.message import Message
 from google.rpc import status_pb2
 from grpc_status import rpc_status
+
 from loraplex import AsyncClient, Client
 from loraplex.v1 import (
     adapters_pb2_grpc,

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+
 from loraplex import AsyncClient, Client, RetryPolicy
 from loraplex._channel import REPEATABLE
 from loraplex.errors import (

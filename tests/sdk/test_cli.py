@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
+
 from loraplex import _extras, cli
 from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
 

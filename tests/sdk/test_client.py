@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from loraplex import AdapterInfo, ModelInfo, Timing, TokenLogprobs, TopLogprob, Usage
 from loraplex.errors import InternalError, InvalidRequestError
 from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+
 from loraplex import Keepalive, TlsConfig
 from loraplex._channel import is_local
 from loraplex.errors import InvalidRequestError, UnavailableError

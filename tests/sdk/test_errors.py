@@ -9,6 +9,7 @@ import grpc
 import pytest
 from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2
+
 from loraplex import errors
 from loraplex._status import ERROR_BY_CODE
 from loraplex.errors import LoraplexError

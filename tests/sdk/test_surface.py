@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from typing import Any, get_type_hints
 
-import loraplex
 import pytest
+
+import loraplex
 from loraplex import AsyncClient, AsyncGenerationStream, Client, GenerateOptions, GenerationStream
 from loraplex._async import AsyncAdapters
 from loraplex._convert import generate_request

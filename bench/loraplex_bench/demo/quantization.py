@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from loraplex_kernels import int4, nf4
 from torch import nn
+
+from loraplex_kernels import int4, nf4
 
 Mode = Literal["none", "nf4", "int4"]
 MODES: tuple[Mode, ...] = ("none", "nf4", "int4")

@@ -18,7 +18,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from loraplex import AdapterInfo, AsyncClient, LoraplexError, ModelInfo
-
 from loraplex_bench.answers import AnswerBook, Judgement, Verdict
 from loraplex_bench.demo.tasks import MAX_ANSWER_TOKENS, TASKS, data_dir, make_lines, prompt
 from loraplex_bench.launcher import LaunchedServer, LaunchError, demo_flags

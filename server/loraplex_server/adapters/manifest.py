@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex_kernels.lora.layouts import EntryShape
-
 from loraplex_server.adapters.effects import SERVED, LowRankAdd, SiteEffects
 from loraplex_server.adapters.peft_config import (
     MAX_CONFIG_BYTES,

@@ -29,8 +29,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from loraplex_kernels.lora.layouts import MAX_RANK, LoraPool
 
+from loraplex_kernels.lora.layouts import MAX_RANK, LoraPool
 from loraplex_server.adapters.device_tier import DeviceTier
 from loraplex_server.adapters.host_tier import HostTier
 from loraplex_server.adapters.manifest import AdapterManifest, read_manifest, refusal

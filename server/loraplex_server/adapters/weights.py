@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from loraplex_kernels.lora.layouts import AdapterLayout, adapter_layout
 
+from loraplex_kernels.lora.layouts import AdapterLayout, adapter_layout
 from loraplex_server.adapters.manifest import AdapterManifest, refusal
 from loraplex_server.adapters.sources import WEIGHTS_FILE, open_file
 from loraplex_server.adapters.tensor_file import MalformedFileError, TensorInfo, quoted, read_header

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from loraplex.v1 import adapters_pb2, adapters_pb2_grpc
-
 from loraplex_server.api import convert
 from loraplex_server.api.lifecycle import Lifecycle
 

@@ -15,6 +15,7 @@ import grpc
 import prometheus_client
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+
 from loraplex.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -23,7 +24,6 @@ from loraplex.v1 import (
     model_pb2,
     model_pb2_grpc,
 )
-
 from loraplex_server.api.adapter_service import AdapterService
 from loraplex_server.api.convert import Limits
 from loraplex_server.api.generation_service import GenerationService

@@ -12,7 +12,6 @@ import secrets
 from collections.abc import Callable, Sequence
 
 from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
-
 from loraplex_server.api.answer import Finish, Piece
 from loraplex_server.core.request import AdapterUse, FinishReason, Request, SamplingParams
 from loraplex_server.engine.messages import AdapterStatus, EngineInfo, TokenLogprobs

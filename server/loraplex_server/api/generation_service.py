@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
-
 from loraplex_server import log
 from loraplex_server.api import convert
 from loraplex_server.api.answer import Answer, Piece

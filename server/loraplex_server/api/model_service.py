@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from loraplex.v1 import model_pb2, model_pb2_grpc
-
 from loraplex_server.api import convert
 from loraplex_server.api.lifecycle import Lifecycle
 

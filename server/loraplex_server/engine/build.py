@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
-from loraplex_kernels import dispatch
 
+from loraplex_kernels import dispatch
 from loraplex_server.adapters.sites import SiteRegistry
 from loraplex_server.adapters.store import AdapterStore
 from loraplex_server.config import EngineConfig

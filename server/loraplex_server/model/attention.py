@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from loraplex_kernels.attention import paged_attention, write_kv
 from transformers import AttentionInterface
 
+from loraplex_kernels.attention import paged_attention, write_kv
 from loraplex_server.model import context
 
 NAME = "loraplex_paged"

@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
-from loraplex_kernels.attention import AttentionBatch
 
+from loraplex_kernels.attention import AttentionBatch
 from loraplex_server.model.effects import Effect
 
 

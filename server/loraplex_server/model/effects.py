@@ -6,6 +6,7 @@ import dataclasses
 from typing import Protocol
 
 import torch
+
 from loraplex_kernels import lora
 from loraplex_kernels.lora import LoraBatch, LoraPool, LoraSite
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+
 from loraplex_kernels import dense
 from loraplex_kernels.lora import LoraSite
-
 from loraplex_server.model import context
 from loraplex_server.model.weights import FrozenWeight
 

@@ -16,12 +16,12 @@ from collections.abc import Generator
 from pathlib import Path
 
 import torch
-from loraplex_kernels.lora import LoraSite
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from loraplex_kernels.lora import LoraSite
 from loraplex_server.config import ModelConfig
 from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError
 from loraplex_server.model import architecture

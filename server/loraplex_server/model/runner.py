@@ -6,9 +6,9 @@ from collections.abc import Generator
 
 import numpy as np
 import torch
+
 from loraplex_kernels.attention import AttentionBatch
 from loraplex_kernels.lora import LoraBatchBuffers, LoraPool
-
 from loraplex_server.core.step import StepOutput, StepPlan
 from loraplex_server.model import context
 from loraplex_server.model.context import StepContext

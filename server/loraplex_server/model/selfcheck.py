@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from loraplex_kernels.attention import AttentionBatch
 
+from loraplex_kernels.attention import AttentionBatch
 from loraplex_server.errors import FailedPreconditionError
 from loraplex_server.model import attention, context
 from loraplex_server.model.context import StepContext

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Protocol, cast
 
 import torch
+
 from loraplex_kernels import dense, int4, nf4
 from loraplex_kernels.int4 import Int4Weight, cpu_packed
 from loraplex_kernels.int4.cpu_packed import PackedInt4Weight
