@@ -71,7 +71,7 @@ def served_logits(harness: Any, tiny_model: Any, rows: Any, quantization: str, d
     )
     with planned(served.engine, rows) as plan:
         logits: torch.Tensor = served.engine._runner.logits(plan)
-    return logits.float().view(len(rows), LENGTH, -1)
+    return logits.float().cpu().view(len(rows), LENGTH, -1)
 
 
 def assert_ties_only(found: torch.Tensor, truth: torch.Tensor) -> int:
@@ -109,6 +109,9 @@ def test_half_precision_is_as_exact_as_peft(
     assert ratio <= 1.5
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="packed int4 is a CPU format; --dtype auto is bf16 here"
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_packed_int4_stays_within_two_percent(
     architecture: str, tiny: Any, oracle: Any, harness: Any, rows: Any
