@@ -4,8 +4,8 @@
 
 Runs the op tests and the parity tests of the engine on the GPU (they choose it by themselves), then times the
 LoRA op of a Llama-3-8B and a 1B model, bf16, under CUDA graphs, against the dense bf16 product of the same
-site. Writes one JSON named after the card, with the environment. Installs nothing: it uses the interpreter and
-the packages it is run with.
+site. Writes one JSON named after the card, with the environment. Installs nothing: it uses the interpreter
+and the packages it is run with.
 """
 
 from __future__ import annotations
