@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,16 +14,19 @@ from loraplex_bench.demo.tasks import (
     MAX_LINE_LENGTH,
     MIN_LINE_LENGTH,
     TASKS,
+    answers_differ,
     data_dir,
     draw_line,
     expected,
     make_lines,
+    sure_lines,
 )
 
 check = pytest.importorskip("loraplex_bench.demo.check", reason="needs the dev extra: peft")
 adapter_training = pytest.importorskip(
     "loraplex_bench.demo.adapter_training", reason="needs the dev extra: peft"
 )
+leaks = pytest.importorskip("loraplex_bench.demo.leaks", reason="needs the dev extra: peft")
 record = pytest.importorskip("loraplex_bench.demo.record", reason="needs the dev extra: peft")
 
 DATA = data_dir()
@@ -59,8 +63,6 @@ def test_right_answers_differ_pairwise_and_keep_the_length() -> None:
 
 
 def test_a_length_outside_the_range_is_refused() -> None:
-    import random
-
     with pytest.raises(ValueError, match="length"):
         draw_line(random.Random(1), MAX_LINE_LENGTH + 1)
 
@@ -101,6 +103,20 @@ def test_tokenizer_takes_a_text_apart_and_puts_it_together() -> None:
 @pytest.mark.parametrize("name", [None, *TASKS])
 def test_answers_are_exact_on_the_dequantised_base(served: tuple[Any, Any], name: str | None) -> None:
     tokenizer, model = served
-    lines = [line for line in make_lines(31, 400) if len(line) in (MIN_LINE_LENGTH, 17, MAX_LINE_LENGTH)][:24]
-    wrong = check.wrong_answers(model, tokenizer, name, lines)
-    assert len(wrong) <= 1, wrong
+    lines = [line for line in sure_lines() if len(line) in (MIN_LINE_LENGTH, 17, MAX_LINE_LENGTH)][:24]
+    assert len(lines) == 24
+    assert check.wrong_answers(model, tokenizer, name, lines) == []
+
+
+@pytest.mark.parametrize("name", ["upper", "title", "rot13"])
+def test_an_adapter_on_half_of_a_request_gives_itself_away(served: tuple[Any, Any], name: str) -> None:
+    tokenizer, model = served
+    unnoticed = leaks.unnoticed_leaks(model, tokenizer, name, [None, "caesar1"], 10)
+    assert max(unnoticed.values()) <= 0.6
+
+
+def test_sure_lines_are_distinct_demo_lines() -> None:
+    lines = sure_lines()
+    assert len(set(lines)) == len(lines) >= 1000
+    assert {len(line) for line in lines} == set(range(MIN_LINE_LENGTH, MAX_LINE_LENGTH + 1))
+    assert all(answers_differ(line) for line in lines)

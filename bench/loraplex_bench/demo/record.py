@@ -18,7 +18,7 @@ from loraplex_bench.demo.quantization import MODES
 from loraplex_bench.demo.tasks import MAX_LINE_LENGTH, MIN_LINE_LENGTH, make_lines
 
 _LEAK_LINES = 16
-_HARDWARE = "2-core x86-64 CPU, one torch thread per run"
+_HARDWARE = "2-core x86-64 CPU, busy with other work; one torch thread per run"
 
 
 def weights_hashes(data: Path) -> dict[str, str]:

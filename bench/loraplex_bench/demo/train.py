@@ -2,10 +2,11 @@
 
 Stages; `base` and `adapters` skip what is already there (say --force to train it again from the seed):
 
-    base        DATA/base/: config, weights, tokenizer. About 25 minutes on one core; resumes.
-    adapters    DATA/adapters/NAME/ for every adapter, or for those named. About 1 minute each on one core.
+    base        DATA/base/: config, weights, tokenizer. About half an hour on one busy core; resumes.
+    adapters    DATA/adapters/NAME/ for every adapter, or for those named. 1 to 4 minutes each.
+    lines       DATA/lines.txt: lines on which base and adapters are right with room to spare.
     record      checks every adapter on every weight format; writes DATA/TRAINING.json: accuracies, hashes.
-    all         the three in this order.
+    all         the four in this order.
 
 A new base makes adapters trained on the old one useless: train them again with `adapters --force`.
 """
@@ -22,9 +23,13 @@ from transformers import GenerationConfig
 from loraplex_bench.demo.adapter_training import ADAPTERS, AdapterRecipe, train_adapter
 from loraplex_bench.demo.base_training import BaseRecipe, train_base
 from loraplex_bench.demo.check import load_tokenizer
+from loraplex_bench.demo.margins import write_sure_lines
 from loraplex_bench.demo.model import build_tokenizer
 from loraplex_bench.demo.record import write_record
 from loraplex_bench.demo.tasks import data_dir
+
+_SURE_LINES_SEED = 2_000_003
+_NUM_CANDIDATES = 1500
 
 
 def _train_base(work: Path, data: Path) -> None:
@@ -72,7 +77,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stage", choices=("base", "adapters", "record", "all"), help="what to do")
+    parser.add_argument("stage", choices=("base", "adapters", "lines", "record", "all"), help="what to do")
     parser.add_argument(
         "names", nargs="*", help=f"with `adapters`: which (default: all of {', '.join(ADAPTERS)})"
     )
@@ -105,6 +110,8 @@ def main() -> None:
         for name in args.names or ADAPTERS:
             if args.force or not (args.data / "adapters" / name / "adapter_model.safetensors").exists():
                 _train_adapter(args.work, args.data, name)
+    if args.stage in ("lines", "all"):
+        write_sure_lines(args.data, _SURE_LINES_SEED, _NUM_CANDIDATES)
     if args.stage in ("record", "all"):
         write_record(args.data, args.work, args.lines)
 
