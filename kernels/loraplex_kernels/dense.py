@@ -7,6 +7,7 @@ carries for its other dtypes, is about twice as fast there from a few rows on, a
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 # crossover.
 _MIN_ROWS = 3
 _MIN_PRODUCTS = 1_500_000
+# oneDNN compiles code for each shape and keeps it, some 0.6 MB each. A server sees any number of rows, so rows
+# are rounded up: to a multiple of an eighth of the next power of two, at least 8.
+_MIN_STEP = 8
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -28,16 +32,38 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., N].
     """
-    if (
-        x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and x.numel() >= _MIN_ROWS * x.shape[-1]
-        and x.numel() * weight.shape[0] >= _MIN_PRODUCTS
-        and _has_onednn()
-    ):
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product
-    return torch.nn.functional.linear(x, weight, bias)
+    if x.device.type != "cpu" or x.numel() < _MIN_ROWS * x.shape[-1]:
+        return torch.nn.functional.linear(x, weight, bias)
+    if x.dtype == torch.float32:
+        if x.numel() * weight.shape[0] < _MIN_PRODUCTS or not _has_onednn():
+            return torch.nn.functional.linear(x, weight, bias)
+        return _in_few_shapes(_onednn, x, weight, bias)
+    # Half precision is oneDNN's in torch, too.
+    return _in_few_shapes(torch.nn.functional.linear, x, weight, bias)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+def _in_few_shapes(
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``product(x, weight, bias)`` with x's rows padded, so that few shapes are ever compiled."""
+    rows = x.numel() // x.shape[-1]
+    padded = padded_rows(rows)
+    if padded == rows:
+        return product(x, weight, bias)
+    flat = x.new_zeros(padded, x.shape[-1])
+    flat[:rows] = x.reshape(rows, -1)
+    return product(flat, weight, bias)[:rows].view(*x.shape[:-1], -1)
+
+
+def padded_rows(rows: int) -> int:
+    """The number of rows that a product of `rows` rows is computed with."""
+    step = max(_MIN_STEP, 1 << max(0, (rows - 1).bit_length() - 3))
+    return -(-rows // step) * step
 
 
 @functools.cache

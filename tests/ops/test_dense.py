@@ -30,3 +30,19 @@ def test_linear_equals_the_float64_product(dtype, transposed, biased, shape) -> 
 def test_small_products_and_no_rows_are_served() -> None:
     assert dense.linear(torch.ones(0, 64), torch.ones(8, 64)).shape == (0, 8)
     assert dense.linear(torch.ones(2, 64), torch.ones(8, 64)).tolist() == [[64.0] * 8] * 2
+
+
+def test_many_row_counts_take_few_shapes() -> None:
+    """What oneDNN compiles for a shape stays in memory: a server must not meet a new one at every step."""
+    padded = [dense.padded_rows(rows) for rows in range(1, 4097)]
+    assert all(rows <= found for rows, found in enumerate(padded, start=1))
+    assert all(found <= max(rows + 7, rows * 1.25) for rows, found in enumerate(padded, start=1))
+    assert len(set(padded)) <= 40
+
+
+@pytest.mark.parametrize("rows", range(3, 40, 3))
+def test_padding_changes_nothing(rows: int) -> None:
+    x, weight = torch.randn(2, rows, 320), torch.randn(1024, 320)
+    out = dense.linear(x, weight)
+    assert out.shape == (2, rows, 1024)
+    torch.testing.assert_close(out, (x.double() @ weight.double().T).float(), rtol=1e-4, atol=1e-3)
