@@ -152,7 +152,7 @@ class AsyncGenerationStream:
     async def __anext__(self) -> GenerationChunk:
         with TranslatedErrors(self.request_id):
             response = await self._call.read()
-        if response is grpc.aio.EOF:  # type: ignore[attr-defined]
+        if response is grpc.aio.EOF:
             self._reader.check_complete()
             raise StopAsyncIteration
         return self._reader.chunk(response)

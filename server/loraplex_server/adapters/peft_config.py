@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import regex  # type: ignore[import-untyped]
+import regex
 
 from loraplex_server.adapters.tensor_file import MalformedFileError, parse_object, quoted
 

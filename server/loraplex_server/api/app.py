@@ -105,7 +105,7 @@ class _Server:
         self._stack = stack
         self._lifecycle = Lifecycle()
         self._metrics = Metrics()
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._health = health.aio.HealthServicer()
         self._version = _version()
 
     async def run(self, launch: LaunchEngine, signals: asyncio.Queue[int]) -> int:

@@ -29,7 +29,7 @@ _Context = Any
 _Behavior = Callable[[Any, _Context], Any]
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the handlers of all services.
 
     A caller may send its own request id as metadata `x-request-id`; it is sent back so, with the status.
