@@ -16,8 +16,8 @@ from torch import Tensor
 # crossover.
 _MIN_ROWS = 3
 _MIN_PRODUCTS = 1_500_000
-# oneDNN compiles code for each shape and keeps it, some 0.6 MB each. A server sees any number of rows, so they
-# are rounded up: to a multiple of an eighth of the next power of two, at least 8.
+# oneDNN compiles code for each shape and keeps it, some 0.6 MB each. A server sees any number of rows, so
+# they are rounded up: to a multiple of an eighth of the next power of two, at least 8.
 _MIN_STEP = 8
 
 
