@@ -54,7 +54,11 @@ class AnswerBook:
 
     def judge(self, task: str | None, line: str, text: str) -> Judgement:
         """Judges the whole answer `text` that the adapter `task` (None: the base) gave to `line`."""
-        if text == expected(task, line):
+        return self.judge_against(expected(task, line), line, text)
+
+    def judge_against(self, right: str, line: str, text: str) -> Judgement:
+        """Judges the whole answer `text` to `line` where `right` is the only right one."""
+        if text == right:
             return _RIGHT
         owners = self._owners.get(text)
         if owners is None:

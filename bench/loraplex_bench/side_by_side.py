@@ -196,7 +196,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
     parser.add_argument(
-        "--out",
+        "--output",
         type=Path,
         default=Path("bench/results"),
         metavar="DIR",
@@ -226,9 +226,9 @@ def run(args: argparse.Namespace) -> int:
     print(text)
     stem = f"side-by-side-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M}"
     document = {"kind": "side-by-side", "environment": environment(), "result": comparison}
-    write_json(args.out / f"{stem}.json", document)
-    (args.out / f"{stem}.txt").write_text(text + "\n")
-    print(f"\nwritten: {args.out / stem}.json and .txt")
+    write_json(args.output / f"{stem}.json", document)
+    (args.output / f"{stem}.txt").write_text(text + "\n")
+    print(f"\nwritten: {args.output / stem}.json and .txt")
     return 0 if all(agreement.holds for agreement in comparison.agreements) else 1
 
 

@@ -24,10 +24,18 @@ from collections.abc import Awaitable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from loraplex import AdapterInfo, AdapterState, AsyncClient, LoraplexError
+from loraplex import AdapterInfo, AdapterState, AsyncClient, LoraplexError, ModelInfo
 from loraplex.errors import DeadlineExceededError, NotFoundError, PermissionDeniedError
 from loraplex_bench.answers import AnswerBook, Judgement, Verdict
-from loraplex_bench.demo.tasks import MAX_ANSWER_TOKENS, TASKS, data_dir, expected, make_lines, prompt
+from loraplex_bench.demo.tasks import (
+    MAX_ANSWER_TOKENS,
+    MAX_LINE_LENGTH,
+    TASKS,
+    data_dir,
+    expected,
+    prompt,
+    sure_lines,
+)
 from loraplex_bench.environment import environment
 from loraplex_bench.launcher import LaunchedServer, LaunchError, child_environment, demo_flags
 from loraplex_bench.metrics import Metrics, scrape
@@ -264,6 +272,7 @@ class _Soak:
         async with AsyncClient(self._server.grpc, retry=None) as client:
             model = await client.model()
             screening = await self._screen(client)
+            await self._warm_up(client, model)
             self._book = AnswerBook(line for lines in self._lines.values() for line in lines)
             started = time.monotonic()
             self._deadline = started + config.duration_s
@@ -299,13 +308,15 @@ class _Soak:
     async def _screen(self, client: AsyncClient) -> Check:
         """Asks each adapter about its lines, alone, and keeps those it answers right.
 
-        A trained model errs now and then; what it answers right alone it must answer right under load.
+        The lines are ones on which the model is sure; what it answers right alone it must answer right
+        under load.
         """
+        pool = sure_lines()
         asked = right = 0
         for number, task in enumerate((None, *self._served, *(path.name for path in self._spare_tasks()))):
             if task is not None and task not in self._served:
                 await client.adapters.load(task, self._spare_path(task))
-            lines = make_lines(self._config.seed * 1000 + number, LINES_PER_ADAPTER)
+            lines = random.Random(self._config.seed * 1000 + number).sample(pool, LINES_PER_ADAPTER)
             kept = []
             for line in lines:
                 answer = await client.generate(prompt(line), adapter=task, max_tokens=MAX_ANSWER_TOKENS)
@@ -320,6 +331,13 @@ class _Soak:
                 await client.adapters.unload(task)
         passed = right >= MIN_SCREENED * asked and all(self._lines.values())
         return Check("right when alone", passed, f"{right} of {asked} answers, before the soak")
+
+    async def _warm_up(self, client: AsyncClient, model: ModelInfo) -> None:
+        """Steps of every size there is: CPU libraries keep code and buffers for each number of rows they
+        have met, which would look like a leak while the soak meets them one by one."""
+        load = self._config.concurrency * (MAX_LINE_LENGTH + 2)
+        for tokens in range(1, min(load, model.max_batch_tokens, model.max_model_len - 1) + 1):
+            await client.generate([self._config.seed] * tokens, max_tokens=1)
 
     # Actors: each runs until the time is up.
 
@@ -494,7 +512,8 @@ class _Soak:
     async def _audited(self, timeout_s: float = 60.0) -> Metrics:
         """The metrics once the engine, idle, has looked at its pools and weights again.
 
-        An audit may have begun before the last request: the one that counts is that after which no more comes.
+        An audit may have begun before the last request: the one that counts is that after which no more
+            comes.
         """
         first = metrics = await self._scrape()
         started = changed = time.monotonic()

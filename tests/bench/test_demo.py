@@ -6,7 +6,7 @@ import pytest
 
 from loraplex_bench.answers import AnswerBook, Judgement, Verdict
 from loraplex_bench.demo.run import Answer, Lane, main
-from loraplex_bench.demo.tasks import expected, make_lines
+from loraplex_bench.demo.tasks import TASKS, expected, make_lines
 
 
 def lane(*verdicts: Verdict | None) -> Lane:
@@ -14,7 +14,7 @@ def lane(*verdicts: Verdict | None) -> Lane:
         Answer(str(index), text=f"t{index}", judgement=None if verdict is None else Judgement(verdict))
         for index, verdict in enumerate(verdicts)
     ]
-    return Lane((("rot13", 1.0),), "rot13", 8, answers)
+    return Lane((("rot13", 1.0),), "rotates", TASKS["rot13"].apply, 8, answers)
 
 
 def test_a_lane_shows_what_went_wrong_before_what_went_right():
@@ -33,10 +33,11 @@ def test_the_book_knows_what_the_demo_asks():
     assert book.judge("rot13", line, expected("rot13", line)).verdict is Verdict.RIGHT
 
 
-def test_too_few_adapters_are_refused(capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("flag", ["--adapters", "--lines", "--slots"])
+def test_too_few_are_refused(flag: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
-        main(["--adapters", "1"])
-    assert "--adapters" in capsys.readouterr().err
+        main([flag, "0"])
+    assert flag in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -45,7 +46,7 @@ def test_the_demo_answers_right_and_stops_cleanly(capfd: pytest.CaptureFixture[s
     out = capfd.readouterr().out
     assert code == 0, out
     assert "Ready after" in out
-    assert "56 of 56 answers right" in out
+    assert "120 of 120 answers right" in out
     assert "tokens/s over gRPC" in out
     assert "evictions" in out
     assert "Server stopped with exit code 0." in out

@@ -92,7 +92,7 @@ def test_everything_runs_side_by_side_on_a_tiny_model(tmp_path: Path, capsys: py
         "1",
         "--repeats",
         "1",
-        "--out",
+        "--output",
         str(tmp_path),
     ]
     assert main([*arguments, "--num-requests", "8", "--num-adapters", "4", "--max-tokens", "6"]) == 0

@@ -12,14 +12,17 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import functools
+import itertools
+import random
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from loraplex import AdapterInfo, AsyncClient, LoraplexError, ModelInfo
-from loraplex_bench.answers import AnswerBook, Judgement, Verdict
-from loraplex_bench.demo.tasks import MAX_ANSWER_TOKENS, TASKS, data_dir, make_lines, prompt
+from loraplex_bench.answers import UNCHECKED, AnswerBook, Judgement, Verdict
+from loraplex_bench.demo.tasks import MAX_ANSWER_TOKENS, MAX_LINE_LENGTH, TASKS, data_dir, prompt, sure_lines
 from loraplex_bench.launcher import LaunchedServer, LaunchError, demo_flags
 from loraplex_bench.metrics import Metrics, scrape
 from loraplex_bench.report import Distribution, milliseconds, table
@@ -30,6 +33,9 @@ Starts the real server on the embedded demo model (4-bit, with adapters that eac
 way), asks many adapters and the base at once through the SDK, shows every answer and whether it is right, and
 stops the server. The exit code is 0 only if every answer was right and the server stopped cleanly.
 """
+
+Mix = tuple[tuple[str, float], ...]
+"""Adapters with their weights."""
 
 MARKS = {Verdict.RIGHT: "right", Verdict.WRONG: "WRONG", Verdict.LEAK: "LEAK", Verdict.UNCHECKED: ""}
 
@@ -55,24 +61,24 @@ class Lane:
     """All lines asked of one adapter, of the base, or of one composition.
 
     Attributes:
-        task: whose right answer is expected; ignored where `judged` is False.
+        does: what its answers should be, in words.
+        expect: the right answer to a line; None where it is shown only.
+        rank: of all its adapters together; 0 for the base.
     """
 
-    adapters: tuple[tuple[str, float], ...]
-    task: str | None
-    rank: int | None
+    adapters: Mix
+    does: str
+    expect: Callable[[str], str] | None
+    rank: int
     answers: list[Answer]
-    judged: bool = True
+
+    @property
+    def judged(self) -> bool:
+        return self.expect is not None
 
     @property
     def label(self) -> str:
         return adapters_label(self.adapters)
-
-    @property
-    def does(self) -> str:
-        if not self.judged:
-            return "a mixture: no right answer is known"
-        return TASKS[self.task].description if self.task is not None else "copies the line"
 
     @property
     def done(self) -> bool:
@@ -108,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="adapters on the device at once (default: %(default)s)",
     )
     parser.add_argument(
-        "--lines", type=int, default=4, metavar="N", help="lines for each (default: %(default)s)"
+        "--lines", type=int, default=8, metavar="N", help="lines for each (default: %(default)s)"
     )
     parser.add_argument(
         "--quantization",
@@ -118,8 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=1, help="of the lines (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.adapters < 2 or args.lines < 1 or args.slots < 2:
-        parser.error("--adapters and --slots must be at least 2, and --lines at least 1")
+    if args.adapters < 1 or args.lines < 1:
+        parser.error("--adapters and --lines must be at least 1")
+    if args.slots < 3:
+        parser.error("--slots must be at least 3: one request names three adapters")
     try:
         return _demo(args)
     except (LaunchError, LoraplexError, OSError) as error:
@@ -150,14 +158,15 @@ async def _converse(server: LaunchedServer, args: argparse.Namespace) -> bool:
         model = await client.model()
         known = {adapter.name: adapter for adapter in await client.adapters.list()}
         names = [name for name in TASKS if name in known][: args.adapters]
-        lines = iter(make_lines(args.seed, (len(names) + 3) * args.lines))
+        lines = itertools.cycle(_shuffled(sure_lines(), args.seed))
 
-        def lane(adapters: tuple[tuple[str, float], ...], task: str | None, *, judged: bool = True) -> Lane:
-            ranks = [known[name].rank for name, _ in adapters if name in known]
-            answers = [Answer(next(lines)) for _ in range(args.lines)]
-            return Lane(adapters, task, sum(ranks) if ranks else None, answers, judged)
+        def lane(adapters: Mix, does: str, expect: Callable[[str], str] | None) -> Lane:
+            rank = sum(known[name].rank for name, _ in adapters if name in known)
+            return Lane(adapters, does, expect, rank, [Answer(next(lines)) for _ in range(args.lines)])
 
-        lanes = [lane((), None), *(lane(((name, 1.0),), name) for name in names)]
+        tasks = (TASKS[name] for name in names)
+        lanes = [lane((), "copies the line", lambda line: line)]
+        lanes += [lane(((task.name, 1.0),), task.description, task.apply) for task in tasks]
         book = AnswerBook(answer.line for each in lanes for answer in each.answers)
         print(_describe(model, len(names)))
         print(f"{len(lanes) * args.lines} requests at once, {args.lines} to each of these:\n", flush=True)
@@ -167,7 +176,7 @@ async def _converse(server: LaunchedServer, args: argparse.Namespace) -> bool:
         elapsed_s = time.monotonic() - started
         after = {adapter.name: adapter for adapter in await client.adapters.list()}
 
-        mixtures = await _mixtures(client, names, lane)
+        mixtures = await _mixtures(client, names[-1], lane)
         print("\nSeveral adapters in one request, summed with their weights:\n", flush=True)
         async with _display(mixtures):
             await asyncio.gather(*(_ask(client, each, book) for each in mixtures))
@@ -178,16 +187,25 @@ async def _converse(server: LaunchedServer, args: argparse.Namespace) -> bool:
     return _verdict([*lanes, *mixtures])
 
 
-async def _mixtures(client: AsyncClient, names: Sequence[str], lane: Callable[..., Lane]) -> list[Lane]:
-    """Two compositions: one whose right answer is known, since two halves of an adapter are that adapter,
-    the second half loaded under a name of its own while the server runs; and one to look at."""
-    whole, other = names[-1], names[0]
+async def _mixtures(client: AsyncClient, whole: str, lane: Callable[..., Lane]) -> list[Lane]:
+    """Compositions: two with answers that are known, and one to look at.
+
+    Two halves of an adapter are that adapter; the second half is loaded under a name of its own while the
+    server runs. And two adapters that change different characters do both when they are summed.
+    """
     twin = f"{whole}-twin"
     await client.adapters.load(twin, data_dir() / "adapters" / whole)
+    both = _in_turn("vowelmask", "redact")
     return [
-        lane(((whole, 0.5), (twin, 0.5)), whole),
-        lane(((whole, 0.5), (other, 0.5)), None, judged=False),
+        lane(((whole, 0.5), (twin, 0.5)), f"two halves: {TASKS[whole].description}", TASKS[whole].apply),
+        lane((("vowelmask", 0.8), ("redact", 0.8)), "both: vowels become *, digits #", both),
+        lane((("upper", 0.7), ("snake", 0.7), ("rot5", 0.7)), "mostly all three: not judged", None),
     ]
+
+
+def _in_turn(*names: str) -> Callable[[str], str]:
+    """The tasks of these names, one after the other."""
+    return lambda line: functools.reduce(lambda text, name: TASKS[name].apply(text), names, line)
 
 
 async def _ask(client: AsyncClient, lane: Lane, book: AnswerBook) -> None:
@@ -210,10 +228,10 @@ async def _ask_one(client: AsyncClient, lane: Lane, answer: Answer, book: Answer
     except LoraplexError as error:
         answer.error = str(error)
         return
-    judgement = (
-        book.judge(lane.task, answer.line, answer.text) if lane.judged else Judgement(Verdict.UNCHECKED)
-    )
-    answer.judgement = judgement
+    if lane.expect is None:
+        answer.judgement = UNCHECKED
+    else:
+        answer.judgement = book.judge_against(lane.expect(answer.line), answer.line, answer.text)
 
 
 @contextlib.asynccontextmanager
@@ -249,15 +267,24 @@ async def _plain_rows(lanes: Sequence[Lane]) -> None:
 
 def _rich_table() -> Callable[[Sequence[Lane]], Any] | None:
     try:
+        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
     except ImportError:  # rich comes with loraplex[bench]
         return None
 
+    wide = Console().width >= 140
+
     def draw(lanes: Sequence[Lane]) -> Any:
         drawing = Table()
-        for column in ("adapter", "rank", "what it does", "line", "answer", "right", "TTFT ms"):
-            drawing.add_column(column, no_wrap=column not in ("what it does",))
+        drawing.add_column("adapter", no_wrap=True)
+        if wide:
+            drawing.add_column("rank", justify="right")
+            drawing.add_column("what it does")
+        for column in ("line", "answer"):
+            drawing.add_column(column, no_wrap=True, min_width=MAX_LINE_LENGTH if wide else None)
+        drawing.add_column("right", justify="right", min_width=5)
+        drawing.add_column("TTFT ms", justify="right", min_width=7)
         for lane in lanes:
             shown = lane.shown
             bad = lane.judged and any(answer.done and not _is_right(answer) for answer in lane.answers)
@@ -265,8 +292,7 @@ def _rich_table() -> Callable[[Sequence[Lane]], Any] | None:
             first = [answer.ttft_s for answer in lane.answers if answer.ttft_s is not None]
             drawing.add_row(
                 lane.label,
-                str(lane.rank) if lane.rank else "",
-                lane.does,
+                *((str(lane.rank or ""), lane.does) if wide else ()),
                 Text(shown.line),
                 Text(_text(shown), style=style),
                 Text(lane.score, style=style),
@@ -288,6 +314,10 @@ def _text(answer: Answer) -> str:
 
 def _is_right(answer: Answer) -> bool:
     return answer.judgement is not None and answer.judgement.verdict is Verdict.RIGHT
+
+
+def _shuffled(lines: Sequence[str], seed: int) -> list[str]:
+    return random.Random(seed).sample(lines, len(lines))
 
 
 def _describe(model: ModelInfo, adapters: int) -> str:
