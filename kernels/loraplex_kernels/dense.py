@@ -7,7 +7,7 @@ carries for its other dtypes, is about twice as fast there from a few rows on, a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ _MIN_PRODUCTS = 1_500_000
 # oneDNN compiles code for each shape and keeps it, some 0.6 MB each. A server sees any number of rows, so
 # they are rounded up: to a multiple of an eighth of the next power of two, at least 8.
 _MIN_STEP = 8
+
+Tile = tuple[int, int, Tensor]
+"""First row, one past the last, and the dense rows [rows, K] of a part of a weight."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -40,6 +43,40 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _in_few_shapes(_onednn, x, weight, bias)
     # Half precision is oneDNN's in torch, too.
     return _in_few_shapes(torch.nn.functional.linear, x, weight, bias)
+
+
+def linear_by_tiles(
+    x: Tensor, shape: tuple[int, int], tiles: Iterable[Tile], bias: Tensor | None = None
+) -> Tensor:
+    """``x @ weight.T + bias`` for a weight of `shape` (N, K) that comes tile by tile, in order of its rows.
+
+    On a CPU products and sums are fp32 whatever x's dtype; elsewhere tiles are cast to it and the matrix unit
+    accumulates in fp32. A tile is used up before the next is asked for. Returns [..., N] in x's dtype.
+
+    Raises:
+        ValueError: if x's last dimension is not K.
+    """
+    n, k = shape
+    if x.shape[-1] != k:
+        raise ValueError(f"x: last dimension is {x.shape[-1]}, the weight's input width is {k}")
+    compute = torch.float32 if x.device.type == "cpu" else x.dtype
+    rows = x.reshape(-1, k).to(compute)
+    columns = [
+        linear(rows, tile.to(compute), None if bias is None else bias[start:stop].to(compute))
+        for start, stop, tile in tiles
+    ]
+    out = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+    return out.to(x.dtype).view(*x.shape[:-1], n)
+
+
+def assemble(
+    shape: tuple[int, int], tiles: Iterable[Tile], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The whole weight of `shape` in `dtype`, from its tiles."""
+    out = torch.empty(shape, dtype=dtype, device=device)
+    for start, stop, tile in tiles:
+        out[start:stop] = tile
+    return out
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

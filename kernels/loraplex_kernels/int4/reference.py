@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels._nibbles import decode, encode, scratch
-from loraplex_kernels.dense import linear
+from loraplex_kernels.dense import Tile, assemble, linear_by_tiles
 
 GROUPS = (128, 64, 32)
 """Group sizes, the preferred one first."""
@@ -139,10 +139,7 @@ def quantize(weight: Tensor, *, group: int | None = None) -> Int4Weight:
 
 def dequantize(w: Int4Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The dense weight, [N, K] in ``dtype`` (values are computed in fp32 and rounded once)."""
-    out = torch.empty(w.shape, dtype=dtype, device=w.device)
-    for start, stop, tile in _tiles(w):
-        out[start:stop] = tile
-    return out
+    return assemble(w.shape, _tiles(w), dtype, w.device)
 
 
 def matmul(x: Tensor, w: Int4Weight, bias: Tensor | None = None) -> Tensor:
@@ -160,17 +157,7 @@ def matmul(x: Tensor, w: Int4Weight, bias: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: if x's last dimension is not K.
     """
-    n, k = w.shape
-    if x.shape[-1] != k:
-        raise ValueError(f"x: last dimension is {x.shape[-1]}, the weight's input width is {k}")
-    compute = torch.float32 if w.device.type == "cpu" else x.dtype
-    rows = x.reshape(-1, k).to(compute)
-    columns = [
-        linear(rows, tile.to(compute), None if bias is None else bias[start:stop].to(compute))
-        for start, stop, tile in _tiles(w)
-    ]
-    out = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
-    return out.to(x.dtype).view(*x.shape[:-1], n)
+    return linear_by_tiles(x, w.shape, _tiles(w), bias)
 
 
 def _quantize_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,7 +176,7 @@ def _round_up_to_bf16(values: Tensor) -> Tensor:
     return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)
 
 
-def _tiles(w: Int4Weight) -> Iterator[tuple[int, int, Tensor]]:
+def _tiles(w: Int4Weight) -> Iterator[Tile]:
     """Dense tiles (first row, one past the last, fp32 [rows, K]) in order; each overwrites the one before."""
     n, k = w.shape
     step = min(max((_CPU_TILE if w.device.type == "cpu" else _GPU_TILE) // k, 1), n)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels._nibbles import decode, encode, scratch
-from loraplex_kernels.dense import linear
+from loraplex_kernels.dense import Tile, assemble, linear_by_tiles
 
 # Quantiles of the standard normal, scaled to [-1, 1] (QLoRA, Dettmers et al. 2023, appendix E).
 _LEVELS = (
@@ -191,10 +191,7 @@ def quantize(weight: Tensor, *, block_size: int = 64, double_quant: bool = False
 
 def dequantize(w: Nf4Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The dense weight, [N, K] in ``dtype`` (values are computed in fp32 and rounded once)."""
-    out = torch.empty(w.shape, dtype=dtype, device=w.device)
-    for start, stop, tile in _tiles(w):
-        out[start:stop] = tile
-    return out
+    return assemble(w.shape, _tiles(w), dtype, w.device)
 
 
 def matmul(x: Tensor, w: Nf4Weight, bias: Tensor | None = None) -> Tensor:
@@ -212,17 +209,7 @@ def matmul(x: Tensor, w: Nf4Weight, bias: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: if x's last dimension is not K.
     """
-    n, k = w.shape
-    if x.shape[-1] != k:
-        raise ValueError(f"x: last dimension is {x.shape[-1]}, the weight's input width is {k}")
-    compute = torch.float32 if w.device.type == "cpu" else x.dtype
-    rows = x.reshape(-1, k).to(compute)
-    columns = [
-        linear(rows, tile.to(compute), None if bias is None else bias[start:stop].to(compute))
-        for start, stop, tile in _tiles(w)
-    ]
-    out = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
-    return out.to(x.dtype).view(*x.shape[:-1], n)
+    return linear_by_tiles(x, w.shape, _tiles(w), bias)
 
 
 def _quantize_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -246,7 +233,7 @@ def _quantize_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return codes, absmax
 
 
-def _tiles(w: Nf4Weight) -> Iterator[tuple[int, int, Tensor]]:
+def _tiles(w: Nf4Weight) -> Iterator[Tile]:
     """Dense tiles (first row, one past the last, fp32 [rows, K]) in order; each overwrites the one before.
 
     A tile has near the target size and begins where a block begins.
