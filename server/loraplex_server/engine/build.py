@@ -59,7 +59,24 @@ def build_engine(
     )
     for folder in config.adapters.folders:
         names = adapters.register_folder(folder)
-        _log.info("registered %d adapters", len(names))
+        _log.info("registered %d adapters from %s", len(names), folder)
+    _log.info(
+        "base model: %.1f M parameters in %.1f MiB (%s, activations %s) on %s, kernels %s",
+        base.parameters / 1e6,
+        base.weight_bytes / 2**20,
+        base.format.quantization,
+        str(dtype).removeprefix("torch."),
+        device,
+        kernels,
+    )
+    _log.info(
+        "KV cache: %d blocks of %d tokens, %.1f MiB; adapters on the device: %.1f MiB, %d at most",
+        num_blocks,
+        block_size,
+        num_blocks * per_block / 2**20,
+        config.adapters.device_bytes / 2**20,
+        adapters.num_slots,
+    )
     info = EngineInfo(
         model=config.model.model,
         architecture=type(base.model).__name__,
