@@ -16,6 +16,7 @@ MODULES = {
         "safetensors",
         "numpy",
         "msgspec",
+        "regex",
         "tqdm",
         "prometheus_client",
         "grpc_health",
