@@ -219,6 +219,7 @@ def test_health_and_model(server: Server, client: Client) -> None:
     assert len(model.weight_checksum) == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["int4", "none"])
 def test_other_weights_give_the_same_answers(quantization: str) -> None:
     started = Server("--quantization", quantization)
@@ -241,6 +242,7 @@ def test_other_weights_give_the_same_answers(quantization: str) -> None:
         assert started.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_second_signal_is_not_needed_and_running_requests_drain() -> None:
     started = Server("--quantization", "nf4")
     line = make_lines(105, 1)[0]

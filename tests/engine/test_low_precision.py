@@ -22,7 +22,13 @@ from loraplex_server.engine.planning import build_plan
 from loraplex_server.engine.scheduler import Scheduled
 from loraplex_server.engine.sequence import Sequence
 
-ARCHITECTURES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Phi3"]
+ARCHITECTURES = [
+    "Llama",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Phi3")
+    ),
+]
 LENGTH = 20
 BLOCK = 4
 

@@ -18,7 +18,13 @@ from loraplex_kernels import lora
 from loraplex_server.adapters import weights as adapter_weights
 from loraplex_server.model import memory
 
-ARCHITECTURES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Phi3"]
+ARCHITECTURES = [
+    "Llama",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Phi3")
+    ),
+]
 MAX_TOKENS = 12
 BLOCK = 4
 # A composition of two, one of three with a negative weight, and a single adapter at half weight.

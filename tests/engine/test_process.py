@@ -180,6 +180,7 @@ def test_strangers_are_turned_away(engine: EngineProcess, frame: bytes) -> None:
     assert os.stat(engine.socket_path).st_mode & 0o077 == 0
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_served_is_said_at_start(tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((tiny("Llama").base / "config.json").read_bytes())
     process = launch_engine(EngineConfig(ModelConfig(str(tmp_path))), progress=False)
@@ -188,6 +189,7 @@ def test_a_model_that_cannot_be_served_is_said_at_start(tiny: Any, tmp_path: Pat
     assert not process.alive
 
 
+@pytest.mark.slow
 def test_the_death_of_the_engine_reaches_every_stream(tiny: Any) -> None:
     process = launch_engine(config(tiny("Llama")), progress=False)
     process.wait_ready()
@@ -222,6 +224,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_the_engine_ends_when_its_parent_is_killed(tiny: Any, tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(_PARENT)

@@ -98,6 +98,7 @@ def one_layer(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return dataclasses.replace(whole, base=folder / "base", adapters=folder / "adapters")
 
 
+@pytest.mark.slow
 def test_triton_answers_as_torch_does(one_layer: Any) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     truth = _serve(one_layer, "torch", device)
