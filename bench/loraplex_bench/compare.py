@@ -34,7 +34,3 @@ class Answered:
 
     seconds: float
     token_ids: list[list[int]]
-
-    @property
-    def tokens_per_s(self) -> float:
-        return sum(map(len, self.token_ids)) / self.seconds

@@ -30,7 +30,7 @@ class ContenderError(RuntimeError):
 
 
 class Contender:
-    """A running worker.
+    """A worker, starting when it is made; call `wait_ready` before anything else.
 
     Args:
         spec: what `_open` takes: kind ("peft" or "engine"), weights or quantization, dtype.
@@ -50,14 +50,17 @@ class Contender:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            # A worker that waits must not spin: the others are being measured.
-            env=child_environment({"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}),
+            env=child_environment({"OMP_NUM_THREADS": str(threads)}),
         )
-        try:
-            self.load_s: float = self._receive()["seconds"]
-        except ContenderError:
-            self.close()
-            raise
+
+    def wait_ready(self) -> float:
+        """Waits until it has loaded everything; the seconds that took.
+
+        Raises:
+            ContenderError: it could not.
+        """
+        seconds: float = self._receive()["seconds"]
+        return seconds
 
     def run(self, how: str, jobs: Sequence[Job], max_tokens: int) -> Answered:
         """One measured pass; `how` is a method of the contender ("answer", "one_by_one", "padded")."""

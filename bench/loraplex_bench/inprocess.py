@@ -24,7 +24,7 @@ class InProcessEngine:
         self._wake = threading.Event()
         config = EngineConfig(
             model=ModelConfig(str(model.base), quantization=quantization, dtype=dtype, threads=threads),
-            scheduler=SchedulerConfig(max_model_len=1024),
+            scheduler=SchedulerConfig(max_model_len=512),
             adapters=AdapterConfig(folders=(model.adapters,)),
         )
         self._engine = build_engine(config, self._emit, wake=self._wake.set, progress=False)

@@ -46,8 +46,9 @@ examples:
 """
 
 MODELS = ("demo", "100m", "small")
-ENGINE_QUANTIZATIONS = ("none", "int4", "nf4")
+QUANTIZATIONS = ("none", "int4", "nf4")
 SERVER_QUANTIZATIONS = ("none", "int4")
+"""Those of them that are also measured as a server."""
 
 GOAL_ONE_BY_ONE = 8.0
 GOAL_PADDED = 2.0
@@ -60,17 +61,19 @@ class BenchConfig:
     """What to measure.
 
     Attributes:
-        case_seconds: a case is not repeated once its turns have taken this long together; every case gets
-            one turn.
+        turn_seconds: a turn passes over the requests again and again until it has taken this long.
+        case_seconds: a case gets no further turn once its turns have taken this long; each gets one.
     """
 
     models: tuple[str, ...] = ("demo", "100m")
     threads: tuple[int, ...] = (1, 2)
+    quantizations: tuple[str, ...] = QUANTIZATIONS
     num_requests: int = 32
     num_adapters: int = 16
     prompt_tokens: int = 64
     max_tokens: int = 32
     repeats: int = 3
+    turn_seconds: float = 2.0
     case_seconds: float = 120.0
     seed: int = 0
 
@@ -175,6 +178,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", nargs="+", type=int, default=list(default.threads), metavar="N", help="default: 1 2"
     )
     parser.add_argument(
+        "--quantizations",
+        nargs="+",
+        choices=QUANTIZATIONS,
+        default=list(default.quantizations),
+        metavar="Q",
+        help="of loraplex, beside none (default: none int4 nf4)",
+    )
+    parser.add_argument(
         "--num-requests", type=int, default=default.num_requests, metavar="N", help="default: 32"
     )
     parser.add_argument(
@@ -186,6 +197,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=default.max_tokens, metavar="N", help="default: 32")
     parser.add_argument(
         "--repeats", type=int, default=default.repeats, metavar="N", help="turns (default: 3)"
+    )
+    parser.add_argument(
+        "--turn-seconds",
+        type=float,
+        default=default.turn_seconds,
+        metavar="S",
+        help="a turn repeats the requests until it has taken this long (default: %(default)g)",
     )
     parser.add_argument(
         "--case-seconds",
@@ -209,11 +227,13 @@ def run(args: argparse.Namespace) -> int:
     config = BenchConfig(
         models=tuple(args.models),
         threads=tuple(args.threads),
+        quantizations=tuple(dict.fromkeys(("none", *args.quantizations))),
         num_requests=args.num_requests,
         num_adapters=args.num_adapters,
         prompt_tokens=args.prompt_tokens,
         max_tokens=args.max_tokens,
         repeats=args.repeats,
+        turn_seconds=args.turn_seconds,
         case_seconds=args.case_seconds,
         seed=args.seed,
     )
@@ -247,7 +267,7 @@ def compare(config: BenchConfig) -> Comparison:
             model = _model(name, Path(folder, name), config)
             mixed = make_jobs(model, config)
             for threads in config.threads:
-                with _contenders(model, threads, mixed, left_out) as (cases, dense):
+                with _contenders(model, threads, config.quantizations, mixed, left_out) as (cases, dense):
                     _measure(f"{model.label}, {threads} threads", cases, config)
                     rows += [
                         Row(model.label, threads, c.system, c.weights, c.adapters, tuple(c.turns))
@@ -277,7 +297,7 @@ def find_goals(rows: Sequence[Row]) -> Iterator[Goal]:
         def rate(system: str, weights: str, adapters: bool = True) -> float | None:
             return found.get((model, threads, system, weights, adapters))  # noqa: B023 (used in this turn only)
 
-        for quantization in ENGINE_QUANTIZATIONS:
+        for quantization in QUANTIZATIONS:
             engine = rate("engine", quantization)
             if engine is None:
                 continue
@@ -385,7 +405,7 @@ def _model(name: str, folder: Path, config: BenchConfig) -> BenchModel:
 
 @contextlib.contextmanager
 def _contenders(
-    model: BenchModel, threads: int, mixed: Sequence[Job], left_out: list[str]
+    model: BenchModel, threads: int, quantizations: Sequence[str], mixed: Sequence[Job], left_out: list[str]
 ) -> Iterator[tuple[list[_Case], Contender]]:
     """Starts all contenders; yields their cases, and PEFT on fp32."""
     base_jobs = [Job(job.prompt, None) for job in mixed]
@@ -399,33 +419,38 @@ def _contenders(
             cases.append(_Case(system, weights, with_adapters, lambda tokens: run(jobs, tokens)))
 
         def start(spec: dict[str, str]) -> Contender:
-            _say(f"loading {' '.join(spec.values())} on {model.label}, {threads} threads")
             contender = Contender(model, spec, threads)
             stack.callback(contender.close)
             return contender
 
-        peers: dict[str, Contender] = {}
-        for weights in PEFT_WEIGHTS:
+        # They load at the same time; nothing is measured before the last is ready.
+        _say(f"loading everything on {model.label}, {threads} threads")
+        peers = {weights: start({"kind": "peft", "weights": weights}) for weights in PEFT_WEIGHTS}
+        engines = {
+            quantization: start(
+                {"kind": "engine", "quantization": quantization, "dtype": _dtype(quantization)}
+            )
+            for quantization in quantizations
+        }
+        for weights, peer in list(peers.items()):
             try:
-                peer = start({"kind": "peft", "weights": weights})
+                peer.wait_ready()
+                peer.run("one_by_one", mixed[:1], 1)
             except ContenderError as error:
                 if weights == "dense":
                     raise
                 last_line = str(error).strip().splitlines()[-1]
                 left_out.append(f"PEFT on {weights}, {model.label}, {threads} threads: {last_line}")
                 continue
-            peers[weights] = peer
             label = "fp32" if weights == "dense" else weights
             add("peft (a)", label, mixed, _how(peer, "one_by_one"))
             add("peft (b)", label, mixed, _how(peer, "padded"))
             add("peft (b)", label, base_jobs, _how(peer, "padded"))
-        for quantization in ENGINE_QUANTIZATIONS:
-            spec = {"kind": "engine", "quantization": quantization, "dtype": _dtype(quantization)}
-            engine = start(spec)
+        for quantization, engine in engines.items():
+            engine.wait_ready()
             add("engine", quantization, mixed, _how(engine, "answer"))
             add("engine", quantization, base_jobs, _how(engine, "answer"))
-        for quantization in SERVER_QUANTIZATIONS:
-            _say(f"starting a {quantization} server on {model.label}, {threads} threads")
+        for quantization in [name for name in SERVER_QUANTIZATIONS if name in quantizations]:
             server = stack.enter_context(_Server(model, quantization, threads))
             add("server", quantization, mixed, server.answer)
             add("server", quantization, base_jobs, server.answer)
@@ -438,10 +463,10 @@ class _Server:
     def __init__(self, model: BenchModel, quantization: str, threads: int) -> None:
         flags = [
             *("--model", str(model.base), "--adapters", str(model.adapters), "--quantization", quantization),
-            *("--dtype", _dtype(quantization), "--threads", str(threads), "--max-model-len", "1024"),
+            *("--dtype", _dtype(quantization), "--threads", str(threads), "--max-model-len", "512"),
             *("--port", "0", "--metrics-port", "0"),
         ]
-        self._server = LaunchedServer(flags, env={"OMP_WAIT_POLICY": "passive"})
+        self._server = LaunchedServer(flags)
         self._runner = asyncio.Runner()
         self._client = AsyncClient(self._server.grpc, retry=None)
 
@@ -475,20 +500,31 @@ def _measure(what: str, cases: Sequence[_Case], config: BenchConfig) -> None:
     """Warms every case up, then measures them in turns."""
     for number, case in enumerate(cases, start=1):
         _say(f"{what}: warming up {number}/{len(cases)}: {case.system} {case.weights}")
-        case.run(2)
+        # One request at a time has met every shape after a few tokens; a batch changes until its end.
+        case.run(min(4, config.max_tokens) if case.system == "peft (a)" else config.max_tokens)
     for turn in range(config.repeats):
         for case in cases:
             if turn and case.spent_s + case.spent_s / len(case.turns) > config.case_seconds:
                 continue
-            answer = case.run(config.max_tokens)
-            case.answer = case.answer or answer
-            case.turns.append(answer.tokens_per_s)
-            case.spent_s += answer.seconds
+            rate = _turn(case, config)
             who = "adapters" if case.adapters else "all base"
             _say(
                 f"{what}: turn {turn + 1}/{config.repeats}: {case.system} {case.weights}, {who}: "
-                f"{answer.tokens_per_s:.1f} tokens/s"
+                f"{rate:.1f} tokens/s"
             )
+
+
+def _turn(case: _Case, config: BenchConfig) -> float:
+    """Passes over the requests until the turn is long enough; its tokens per second."""
+    seconds, tokens = 0.0, 0
+    while not tokens or seconds < config.turn_seconds:
+        answer = case.run(config.max_tokens)
+        case.answer = case.answer or answer
+        seconds += answer.seconds
+        tokens += sum(map(len, answer.token_ids))
+    case.turns.append(tokens / seconds)
+    case.spent_s += seconds
+    return case.turns[-1]
 
 
 def _agreement(

@@ -306,7 +306,7 @@ class _Soak:
         return SoakResult(config, dict(self._events), checks, tuple(self._faults), tuple(self._memory))
 
     async def _screen(self, client: AsyncClient) -> Check:
-        """Asks each adapter about its lines, alone, and keeps those it answers right.
+        """Asks each adapter about its lines, no other beside it, and keeps those it answers right.
 
         The lines are ones on which the model is sure; what it answers right alone it must answer right
         under load.
@@ -317,9 +317,11 @@ class _Soak:
             if task is not None and task not in self._served:
                 await client.adapters.load(task, self._spare_path(task))
             lines = random.Random(self._config.seed * 1000 + number).sample(pool, LINES_PER_ADAPTER)
+            answers = await asyncio.gather(
+                *(client.generate(prompt(line), adapter=task, max_tokens=MAX_ANSWER_TOKENS) for line in lines)
+            )
             kept = []
-            for line in lines:
-                answer = await client.generate(prompt(line), adapter=task, max_tokens=MAX_ANSWER_TOKENS)
+            for line, answer in zip(lines, answers, strict=True):
                 if answer.text == expected(task, line):
                     kept.append(line)
                 else:

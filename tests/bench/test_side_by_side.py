@@ -58,6 +58,7 @@ def test_peft_answers_alike_alone_and_in_a_padded_batch(small_model: BenchModel)
     ]
     contender = Contender(small_model, {"kind": "peft", "weights": "dense"}, threads=1)
     try:
+        assert contender.wait_ready() > 0
         alone, together = contender.run("one_by_one", jobs, 6), contender.run("padded", jobs, 6)
         base = contender.run("padded", [Job(job.prompt, None) for job in jobs], 6)
         gap, largest = contender.margin(jobs[0], alone.token_ids[0])
@@ -78,35 +79,23 @@ def test_peft_answers_alike_alone_and_in_a_padded_batch(small_model: BenchModel)
 @pytest.mark.slow
 def test_a_contender_that_cannot_start_says_why(small_model: BenchModel, tmp_path: Path):
     missing = BenchModel("missing", tmp_path, tmp_path, ("a",), 10)
-    with pytest.raises(ContenderError, match="exit code"):
-        Contender(missing, {"kind": "peft", "weights": "dense"}, threads=1)
+    contender = Contender(missing, {"kind": "peft", "weights": "dense"}, threads=1)
+    try:
+        with pytest.raises(ContenderError, match="exit code"):
+            contender.wait_ready()
+    finally:
+        contender.close()
 
 
 @pytest.mark.slow
 def test_everything_runs_side_by_side_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    arguments = [
-        "side-by-side",
-        "--models",
-        "small",
-        "--threads",
-        "1",
-        "--repeats",
-        "1",
-        "--output",
-        str(tmp_path),
-    ]
-    assert main([*arguments, "--num-requests", "8", "--num-adapters", "4", "--max-tokens", "6"]) == 0
+    what = ["--models", "small", "--threads", "1", "--quantizations", "none", "--num-adapters", "4"]
+    size = ["--num-requests", "8", "--max-tokens", "6", "--repeats", "1", "--turn-seconds", "0"]
+    assert main(["side-by-side", *what, *size, "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "8/8" in out
     (path,) = tmp_path.glob("*.json")
     result = json.loads(path.read_text())["result"]
-    systems = {(r["system"], r["weights"]) for r in result["rows"]}
-    engines = {("engine", "none"), ("engine", "int4"), ("engine", "nf4")}
-    assert systems >= {
-        ("peft (a)", "fp32"),
-        ("peft (b)", "fp32"),
-        ("server", "none"),
-        ("server", "int4"),
-        *engines,
-    }
-    assert all(rate > 0 for r in result["rows"] for rate in r["tokens_per_s"])
+    systems = {(row["system"], row["weights"]) for row in result["rows"]}
+    assert systems >= {("peft (a)", "fp32"), ("peft (b)", "fp32"), ("engine", "none"), ("server", "none")}
+    assert all(rate > 0 for row in result["rows"] for rate in row["tokens_per_s"])

@@ -283,8 +283,8 @@ def _rich_table() -> Callable[[Sequence[Lane]], Any] | None:
             drawing.add_column("what it does")
         for column in ("line", "answer"):
             drawing.add_column(column, no_wrap=True, min_width=MAX_LINE_LENGTH if wide else None)
-        drawing.add_column("right", justify="right", min_width=5)
-        drawing.add_column("TTFT ms", justify="right", min_width=7)
+        drawing.add_column("right", justify="right", no_wrap=True, min_width=5)
+        drawing.add_column("TTFT ms", justify="right", no_wrap=True, min_width=7)
         for lane in lanes:
             shown = lane.shown
             bad = lane.judged and any(answer.done and not _is_right(answer) for answer in lane.answers)
