@@ -65,6 +65,7 @@ def test_adapters_belong_to_tokens_not_to_requests() -> None:
 
     class Activated(Sequence):
         __slots__ = ()
+        adapter_changes = (2, 5)
 
         def adapters_at(self, position: int) -> Composition:
             both = super().adapters_at(position)

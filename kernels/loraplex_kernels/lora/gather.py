@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_kernels.lora.layouts import LoraPool, LoraSite
+from loraplex_kernels.lora.layouts import LoraPool, LoraSite, padded_rank
 from loraplex_kernels.lora.segments import HostSegments, LoraBatch, ranges
 
 MATMUL_ROWS = 8
@@ -66,26 +66,37 @@ class _Bags:
 
 
 @dataclass(frozen=True)
+class _Term:
+    """One member of a group: its A of neighbouring slices as one view, and for each slice its part of the
+    shrink's result, and B."""
+
+    a: Tensor
+    weight: float | Tensor
+    slices: tuple[tuple[slice, slice, Tensor], ...]
+
+
+@dataclass(frozen=True)
 class _Product:
-    """One group with many rows: per slice and member, the views of A and B and the weight."""
+    """One group with many rows, multiplied member by member."""
 
     tokens: slice | Tensor
-    terms: tuple[tuple[slice, Tensor, Tensor, float | Tensor], ...]
+    terms: tuple[_Term, ...]
 
     def add(self, x: Tensor, y: Tensor) -> None:
         contiguous = isinstance(self.tokens, slice)
         rows = x[self.tokens]
-        for columns, a, b, weight in self.terms:
-            h = rows @ a.T
+        for term in self.terms:
+            h = rows @ term.a.T
             alpha = 1.0
-            if isinstance(weight, float):
-                alpha = weight
+            if isinstance(term.weight, float):
+                alpha = term.weight
             else:
-                h *= weight
-            if contiguous:
-                y[self.tokens, columns].addmm_(h, b, alpha=alpha)
-            else:
-                _add(y[:, columns], self.tokens, (h * alpha) @ b)
+                h *= term.weight
+            for ranks, columns, b in term.slices:
+                if contiguous:
+                    y[self.tokens, columns].addmm_(h[:, ranks], b, alpha=alpha)
+                else:
+                    _add(y[:, columns], self.tokens, (h[:, ranks] * alpha) @ b)
 
 
 @dataclass(frozen=True)
@@ -257,18 +268,39 @@ def _product(
     end: int,
     members: tuple[tuple[int, int], ...],
 ) -> _Product:
-    terms: list[tuple[slice, Tensor, Tensor, float | Tensor]] = []
-    for s, (column, width) in enumerate(site.slices):
-        for slot, shift in members:
-            a = pool.a(slot, site.first_entry + s, site.in_features)
-            weights = host.pair_weight[first + shift : end + shift]
-            weight: float | Tensor = float(weights[0])
-            if (weights != weights[0]).any():
-                weight = torch.from_numpy(weights).to(a.dtype)[:, None]
-            if len(a):
-                b = pool.b(slot, site.first_entry + s, width)
-                terms.append((slice(column, column + width), a, b, weight))
+    terms: list[_Term] = []
+    for slot, shift in members:
+        weights = host.pair_weight[first + shift : end + shift]
+        weight: float | Tensor = float(weights[0])
+        if (weights != weights[0]).any():
+            weight = torch.from_numpy(weights).to(pool.arena.dtype)[:, None]
+        terms += [_Term(a, weight, slices) for a, slices in _shrinks(pool, site, slot)]
     return _Product(_tokens(host.group_token[first:end]), tuple(terms))
+
+
+def _shrinks(
+    pool: LoraPool, site: LoraSite, slot: int
+) -> list[tuple[Tensor, tuple[tuple[slice, slice, Tensor], ...]]]:
+    """An adapter's A of each stretch of slices that lie one behind the other in the arena, as one view with
+    the zero rows between them, and per slice (its rows, its columns, its B)."""
+    tables, length = pool.host, site.in_features
+    stretches: list[tuple[int, int, list[tuple[slice, slice, Tensor]]]] = []
+    for s, (column, width) in enumerate(site.slices):
+        entry = site.first_entry + s
+        rank, offset = int(tables.rank[slot, entry]), int(tables.a_offset[slot, entry])
+        if not rank:
+            continue
+        if not stretches or offset != stretches[-1][0] + padded_rank(stretches[-1][1]) * length:
+            stretches.append((offset, 0, []))
+        start, rows, parts = stretches.pop()
+        before = padded_rank(rows)
+        b = pool.b(slot, entry, width)
+        parts.append((slice(before, before + rank), slice(column, column + width), b))
+        stretches.append((start, before + rank, parts))
+    return [
+        (pool.arena[start : start + rows * length].view(rows, length), tuple(parts))
+        for start, rows, parts in stretches
+    ]
 
 
 def _add(y: Tensor, tokens: slice | Tensor, delta: Tensor) -> None:

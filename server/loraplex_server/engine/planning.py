@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, groupby
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -82,12 +82,14 @@ def _runs(item: Scheduled, row: int, slot_of: SlotOf) -> list[tuple[int, int, li
     sequence, first = item.sequence, item.sequence.num_computed
     if not sequence.handles:
         return []
+    end = first + item.num_tokens
+    changes = [position for position in sequence.adapter_changes if first < position < end]
     runs = []
-    for composition, stretch in groupby(range(first, first + item.num_tokens), sequence.adapters_at):
-        count = len(list(stretch))
+    for start, stop in pairwise([first, *changes, end]):
+        composition = sequence.adapters_at(start)
         if composition:
-            runs.append((row, row + count, [(slot_of(handle), weight) for handle, weight in composition]))
-        row += count
+            slots = [(slot_of(handle), weight) for handle, weight in composition]
+            runs.append((row + start - first, row + stop - first, slots))
     return runs
 
 

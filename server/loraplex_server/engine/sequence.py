@@ -80,6 +80,11 @@ class Sequence:
         )
 
     @property
+    def adapter_changes(self) -> tuple[int, ...]:
+        """Positions, ascending, at which `adapters_at` begins to answer otherwise than before them."""
+        return ()
+
+    @property
     def namespace(self) -> bytes:
         """Whose KV this is: the tenant, and content and weight of each adapter in order."""
         parts = [self.request.tenant]
