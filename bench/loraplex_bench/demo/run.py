@@ -1,8 +1,8 @@
 """`loraplex demo`: a real server, a dozen adapters and the base asked at once, and every answer checked.
 
 Nothing is faked: the server is a process of its own with the embedded 4-bit model, the requests go through
-the SDK over gRPC, all at the same time, and there are fewer adapter slots on the device than adapters, so that
-the adapter cache has to work.
+the SDK over gRPC, all at the same time, and there are fewer adapter slots on the device than adapters, so
+that the adapter cache has to work.
 """
 
 from __future__ import annotations
