@@ -177,6 +177,7 @@ def test_errors_are_typed_and_the_server_goes_on(client: Client) -> None:
     assert client.generate(prompt(line), max_tokens=40).text == line
 
 
+@pytest.mark.slow
 def test_abandoned_streams_free_everything(server: Server, client: Client) -> None:
     streams = [
         client.stream(prompt(line), adapter="rot13", max_tokens=400, ignore_eos=True)

@@ -156,6 +156,7 @@ def test_a_client_that_is_gone_takes_its_requests_along(tiny: Any, harness: Any)
     served.assert_clean()
 
 
+@pytest.mark.slow
 def test_the_audit_notices_a_changed_weight(tiny: Any, harness: Any) -> None:
     served = harness(tiny("Llama"), "nf4")
     group = served.engine._runner._base.groups[0]

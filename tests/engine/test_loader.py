@@ -92,6 +92,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon from /proc")
 @pytest.mark.parametrize("quantization", ["nf4", "int4"])
 def test_memory_peaks_at_the_4_bit_model_and_a_few_tensors(sharded: Path, quantization: str) -> None:

@@ -39,6 +39,7 @@ def run_under_the_interpreter(root: Path, marker: str) -> None:
     assert re.search(r"^\d+ passed", result.stdout, re.MULTILINE), result.stdout[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
 def test_under_the_interpreter(pytestconfig: pytest.Config) -> None:
     run_under_the_interpreter(pytestconfig.rootpath, "not kernels_wide")

@@ -29,6 +29,8 @@ adapter_training = pytest.importorskip(
 leaks = pytest.importorskip("loraplex_bench.demo.leaks", reason="needs the dev extra: peft")
 record = pytest.importorskip("loraplex_bench.demo.record", reason="needs the dev extra: peft")
 
+pytestmark = pytest.mark.slow
+
 DATA = data_dir()
 TRAINING = json.loads((DATA / "TRAINING.json").read_text())
 
