@@ -126,13 +126,6 @@ def find_groups(model: PreTrainedModel) -> list[tuple[Projection, ...]]:
     return groups
 
 
-def layer_of(path: str) -> int:
-    """The decoder layer that a module path lies in."""
-    match = _LAYER.search(path)
-    assert match is not None
-    return int(match.group(1))
-
-
 def kv_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
     """(KV heads, head dimension) of each layer, as its attention module has them.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 import re
 import sys
 from collections.abc import Generator
@@ -30,7 +29,6 @@ from loraplex_server.model.checkpoint import Checkpoint, locate
 from loraplex_server.model.linear import FrozenHead, SiteGroup, SiteLinear
 from loraplex_server.model.weights import WeightFormat
 
-_log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from loraplex_kernels.attention import kv_cache_shape
 from loraplex_server.config import SchedulerConfig
 from loraplex_server.errors import FailedPreconditionError
 
@@ -53,8 +54,8 @@ def allocate_kv(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[torch.Tensor, ...]:
-    """One cache a layer, [num_blocks, 2, heads, block_size, width]; its content is undefined."""
+    """One cache a layer, of the attention op's `kv_cache_shape`."""
     return tuple(
-        torch.zeros(num_blocks, 2, heads, block_size, width, dtype=dtype, device=device)
+        torch.zeros(kv_cache_shape(num_blocks, block_size, heads, width), dtype=dtype, device=device)
         for heads, width in kv_shapes
     )
