@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -370,8 +370,18 @@ def new_engine(engine_info: EngineInfo, tmp_path: Path) -> Callable[[], Scripted
 
 
 @pytest.fixture
+def _signal_handlers() -> Iterator[None]:
+    """`serve` leaves the signals that end it ignored: put pytest's handlers back."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
 def start_server(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], _signal_handlers: None
 ) -> Callable[..., tuple[asyncio.Task[int], Callable[[], Awaitable[re.Match[str]]]]]:
     """Starts `serve` on free ports with a given engine; gives its task, and a wait for its ready line."""
 

@@ -260,6 +260,16 @@ def test_a_second_signal_is_not_needed_and_running_requests_drain() -> None:
     assert started.stop() == 0
 
 
+@pytest.mark.slow
+def test_signals_until_the_very_end_leave_the_exit_code_alone() -> None:
+    started = Server("--quantization", "nf4")
+    ends = time.monotonic() + 60
+    while started.process.poll() is None and time.monotonic() < ends:
+        started.process.send_signal(signal.SIGTERM)
+        time.sleep(0.002)
+    assert started.stop() == 0
+
+
 def test_a_port_that_is_taken_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

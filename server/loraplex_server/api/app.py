@@ -51,6 +51,7 @@ _SPARE_CALLS = 256
 # For the last messages of calls that drained, or were cancelled, to leave.
 _STOP_GRACE_S = 1.0
 _ENGINE_EXIT_S = 10.0
+_END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class EngineHandle(Protocol):
@@ -80,11 +81,12 @@ async def serve(config: ServerConfig, launch: LaunchEngine = launch_process) -> 
     """Runs the server until a signal or the engine's death ends it; returns the exit code.
 
     The first SIGTERM or SIGINT drains: new calls get UNAVAILABLE, those that run have
-    `config.api.drain_s`. The second ends everything at once.
+    `config.api.drain_s`. The second ends everything at once. Afterwards both are ignored: the
+    process is about to exit, and a late one must not make its exit code a death by signal.
     """
     signals: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _END_SIGNALS:
         loop.add_signal_handler(number, signals.put_nowait, number)
     try:
         async with contextlib.AsyncExitStack() as stack:
@@ -93,8 +95,12 @@ async def serve(config: ServerConfig, launch: LaunchEngine = launch_process) -> 
         _log.error("%s", error)
         return EXIT_FAILED
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        # Masked meanwhile, since asyncio puts the default handler back, which would kill the process.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _END_SIGNALS)
+        for number in _END_SIGNALS:
             loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _END_SIGNALS)
 
 
 class _Server:
