@@ -19,8 +19,9 @@ NAN = float("nan")
 class LoraCase:
     """One site, a pool with some adapters, and a batch.
 
-    The arena is NaN wherever no adapter lies, and y and x are windows of NaN-filled buffers, so that a read
-    out of range shows in the result and a write out of range in `check_poison`.
+    The arena is NaN wherever no adapter of the batch lies, in slots that no run names too, and y and x are
+    windows of NaN-filled buffers, so that a read out of range shows in the result and a write out of range in
+    `check_poison`. With `scaled`, adapters are int8: the poison is then -1, which is NaN read as a scale.
     """
 
     in_features: int
@@ -33,6 +34,7 @@ class LoraCase:
     seed: int = 0
     first_entry: int = 2
     gap: int = 0
+    scaled: bool = False
     pool: lora.LoraPool = field(init=False)
     site: lora.LoraSite = field(init=False)
     batch: lora.LoraBatch = field(init=False)
@@ -72,6 +74,7 @@ class LoraCase:
                     for s, (width, rank) in enumerate(zip(self.widths, slot_ranks, strict=True))
                 ],
                 multiple,
+                scaled=self.scaled,
             )
             for slot_ranks in self.ranks
         ]
@@ -86,10 +89,18 @@ class LoraCase:
             dtype=self.dtype,
             device=self.device,
             max_rank=max([1, *(max(slot_ranks) for slot_ranks in self.ranks)]),
+            scaled=self.scaled,
         )
-        arena = torch.full((self.pool.arena.numel(),), NAN, dtype=self.dtype)
+        poison = -1 if self.scaled else NAN
+        arena = torch.full((self.pool.arena.numel(),), poison, dtype=self.pool.arena.dtype)
         self.matrices: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        used = {slot for _, _, adapters in self.runs for slot, _ in adapters}
         for slot, (start, layout) in enumerate(zip(starts, layouts, strict=True)):
+            if slot not in used:
+                continue
+            if self.scaled:
+                self._write_scaled(arena, slot, start, layout)
+                continue
             offsets = zip(layout.entries, layout.a_offset, layout.b_offset, strict=True)
             for shape, a_offset, b_offset in offsets:
                 a = self.normal(shape.rank, self.in_features) / math.sqrt(self.in_features)
@@ -102,6 +113,25 @@ class LoraCase:
         self.pool.arena.copy_(arena)
         for slot, (start, layout) in enumerate(zip(starts, layouts, strict=True)):
             self.pool.bind(slot, start, layout)
+
+    def _write_scaled(self, arena: Tensor, slot: int, start: int, layout: lora.AdapterLayout) -> None:
+        """Random bytes, zero rows past the rank, and scales with which h is about as large as x."""
+        offsets = zip(layout.entries, layout.a_offset, layout.b_offset, layout.scale_offset, strict=True)
+        for shape, *starts in offsets:
+            padded = shape.rank_padded
+            parts = []
+            for first, width in zip(starts, (shape.in_features, shape.width), strict=False):
+                rows = torch.zeros(padded, width, dtype=torch.int8)
+                rows[: shape.rank].random_(-127, 128, generator=self.generator)
+                arena[start + first : start + first + rows.numel()] = rows.flatten()
+                parts.append(rows[: shape.rank].double())
+            scale = torch.zeros(padded)
+            scale[: shape.rank].uniform_(0.5, 2.0, generator=self.generator)
+            scale /= math.sqrt(self.in_features) * 75 * 75
+            first = start + starts[2]
+            arena[first : first + 4 * padded] = scale.view(torch.int8)
+            a, b = parts
+            self.matrices[slot, shape.entry - self.first_entry] = (a, b * scale[: shape.rank, None].double())
 
     def oracle(self) -> tuple[Tensor, Tensor]:
         """The right y in float64, and how far from it one rounding of h and one of y may lead,

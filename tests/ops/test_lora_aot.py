@@ -1,14 +1,16 @@
 """Every variant of the Triton LoRA kernels compiles for the GPUs we serve on, without a GPU being there.
 
-What the assembler reports is checked too: nothing spills, tensor cores do the half-precision products, and
-adapters are read in 16-byte pieces.
+What the assembler reports is checked too: nothing spills, tensor cores do the products of many rows, and
+adapters are read in 16-byte pieces, of which a row-by-row product has many on the way at once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,41 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(dispatch.interpreting(), reason="the interpreter replaces the compiler")
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-ROWS = (tiles.DECODE_ROWS, tiles.PREFILL_ROWS)
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8"}
+HALVES = (torch.bfloat16, torch.float16)
 H_PITCH = 64
 DIVISIBLE_BY_16 = re.compile(r"x_stride|y_stride|in_features|column_\d|width_\d")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table with one compute dtype."""
+
+    family: tiles.Family
+    compute: torch.dtype
+    adapters: torch.dtype
+    config: tiles.LoraTiles
+
+    def __str__(self) -> str:
+        return f"{self.family}-{TYPES[self.compute]}-{TYPES[self.adapters]}"
+
+
+def variants() -> Iterator[Variant]:
+    """Every row of the table with every dtype, less those that compile to the same code as one before."""
+    seen = set()
+    for family in tiles.FAMILIES:
+        for compute in (torch.float32, *HALVES):
+            for adapters in (compute, torch.int8):
+                config = tiles.BUILT_IN[family, tiles.element(adapters, compute)]
+                code = (compute, adapters, dataclasses.replace(config, shrink_programs=0))
+                if code not in seen:
+                    seen.add(code)
+                    yield Variant(family, compute, adapters, config)
+
+
+VARIANTS = tuple(variants())
+BF16 = tuple(v for v in VARIANTS if v.compute == torch.bfloat16)
+PLAIN_BF16 = tuple(v for v in BF16 if v.adapters == torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -44,21 +77,21 @@ class Compiled:
 def compile_for(
     capability: int,
     kernel: Any,
-    dtype: torch.dtype,
+    variant: Variant,
     constants: dict[str, Any],
     warps: int,
     stages: int,
-    tmp_path: Path,
+    path: Path,
 ) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    element = TYPES[dtype]
     pointers = {
-        "x_ptr": element,
-        "arena_ptr": element,
-        "y_ptr": element,
+        "x_ptr": TYPES[variant.compute],
+        "y_ptr": TYPES[variant.compute],
+        "arena_ptr": TYPES[variant.adapters],
         "h_ptr": "fp32",
+        "scale_ptr": "fp32",
         "pair_weight_ptr": "fp32",
         "a_offset_ptr": "i64",
         "b_offset_ptr": "i64",
@@ -73,10 +106,10 @@ def compile_for(
             if name.endswith("_ptr") or DIVISIBLE_BY_16.fullmatch(name):
                 attributes[index,] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "launch_pdl": constants["PDL"]}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
-    cubin = tmp_path / "kernel.cubin"
+    cubin = path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     report = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True)
@@ -92,69 +125,99 @@ def compile_for(
     )
 
 
-def shrink_variant(capability: int, dtype: torch.dtype, rows: int, tmp_path: Path) -> Compiled:
-    from loraplex_kernels.lora.kernel import shrink_kernel
+def compile_shrink(capability: int, variant: Variant, slices: int, path: Path, even: bool = True) -> Compiled:
+    from loraplex_kernels.lora import kernel
 
-    config = tiles.choose(rows, dtype)
+    config = variant.config
     constants = {
+        **kernel.shrink_constants(config, slices, even),
         "H_PITCH": H_PITCH,
-        "ROWS": rows,
-        "RANK_BLOCK": config.shrink_rank,
-        "K_BLOCK": config.shrink_k,
         "UPCAST": False,
+        "PDL": config.pdl,
     }
-    warps, stages = config.shrink_warps, config.shrink_stages
-    return compile_for(capability, shrink_kernel, dtype, constants, warps, stages, tmp_path)
+    chosen = kernel.shrink_stacked_kernel if config.stacked else kernel.shrink_decode_kernel
+    return compile_for(
+        capability, chosen, variant, constants, config.shrink_warps, config.shrink_stages, path
+    )
 
 
-def expand_variant(capability: int, dtype: torch.dtype, rows: int, planes: int, tmp_path: Path) -> Compiled:
-    from loraplex_kernels.lora.kernel import expand_kernel
+def compile_expand(capability: int, variant: Variant, planes: int, path: Path) -> Compiled:
+    from loraplex_kernels.lora import kernel
 
-    config = tiles.choose(rows, dtype)
+    config = variant.config
     constants = {
+        **kernel.expand_constants(config, planes, variant.adapters),
         "H_PITCH": H_PITCH,
-        "ROWS": rows,
-        "RANK_BLOCK": config.expand_rank,
-        "COLUMN_BLOCK": config.expand_columns,
-        "PLANES": planes,
         "UPCAST": False,
+        "PDL": config.pdl,
     }
-    warps, stages = config.expand_warps, config.expand_stages
-    return compile_for(capability, expand_kernel, dtype, constants, warps, stages, tmp_path)
+    return compile_for(
+        capability, kernel.expand_kernel, variant, constants, config.expand_warps, config.expand_stages, path
+    )
 
 
-def check(compiled: Compiled, capability: int, dtype: torch.dtype, rows: int) -> None:
+def check(compiled: Compiled, capability: int, variant: Variant) -> None:
     assert compiled.stack_bytes == 0, f"spills: {compiled.stack_bytes} bytes of stack"
     assert compiled.local_bytes == 0
     assert "STL" not in compiled.sass, "spills to local memory"
     assert compiled.shared_bytes <= 99 * 1024, "more shared memory than sm_89 has"
-    if dtype != torch.float32:
-        hopper_prefill = capability == 90 and rows == tiles.PREFILL_ROWS
-        assert ("wgmma.mma_async" if hopper_prefill else "mma.sync") in compiled.ptx
+    if variant.compute != torch.float32:
+        wgmma = capability == 90 and variant.config.rows == tiles.PREFILL_ROWS
+        assert ("wgmma.mma_async" if wgmma else "mma.sync") in compiled.ptx
     assert re.search(r"LDG\.E(\.\w+)*\.128|LDGSTS(\.\w+)*\.128", compiled.sass), "no 16-byte reads"
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=TYPES.get)
-@pytest.mark.parametrize("rows", ROWS)
-def test_shrink_on_hopper(dtype: torch.dtype, rows: int, tmp_path: Path) -> None:
-    check(shrink_variant(90, dtype, rows, tmp_path), 90, dtype, rows)
+def in_flight(compiled: Compiled, warps: int) -> int:
+    """Bytes that the row-by-row product of one multiprocessor's programs can have on the way at once."""
+    streaming = len(re.findall(r"LDG\.E\.EF\.128", compiled.sass))
+    programs = min(65536 // (compiled.registers * warps * 32), 228 * 1024 // (compiled.shared_bytes + 1024))
+    return programs * warps * 32 * 16 * streaming
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=TYPES.get)
-@pytest.mark.parametrize(
-    ("rows", "planes"), [*((tiles.DECODE_ROWS, planes) for planes in tiles.PLANES), (tiles.PREFILL_ROWS, 1)]
-)
-def test_expand_on_hopper(dtype: torch.dtype, rows: int, planes: int, tmp_path: Path) -> None:
-    compiled = expand_variant(90, dtype, rows, planes, tmp_path)
-    check(compiled, 90, dtype, rows)
-    if rows == tiles.DECODE_ROWS and dtype != torch.float32:
-        assert compiled.registers <= 128, "fewer than four programs fit a multiprocessor"
+# Latency of device memory times its rate, per multiprocessor of an H100, is about 18 KiB.
+ENOUGH_IN_FLIGHT = 40 * 1024
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_shrink_on_hopper(variant: Variant, tmp_path: Path) -> None:
+    for slices in (1, 3) if variant.config.stacked else (1,):
+        compiled = compile_shrink(90, variant, slices, tmp_path)
+        check(compiled, 90, variant)
+        if variant.family == "decode" and variant.compute != torch.float32:
+            assert in_flight(compiled, variant.config.shrink_warps) >= ENOUGH_IN_FLIGHT
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_expand_on_hopper(variant: Variant, tmp_path: Path) -> None:
+    compiled = compile_expand(90, variant, 8 if variant.family == "decode" else 2, tmp_path)
+    check(compiled, 90, variant)
+    if variant.family == "decode" and variant.compute != torch.float32:
+        assert in_flight(compiled, variant.config.expand_warps) >= ENOUGH_IN_FLIGHT
+
+
+@pytest.mark.parametrize("planes", tiles.PLANES)
+@pytest.mark.parametrize("variant", PLAIN_BF16, ids=str)
+def test_every_number_of_planes(variant: Variant, planes: int, tmp_path: Path) -> None:
+    check(compile_expand(90, variant, planes, tmp_path), 90, variant)
+
+
+@pytest.mark.parametrize("variant", PLAIN_BF16, ids=str)
+def test_odd_inner_dimension(variant: Variant, tmp_path: Path) -> None:
+    check(compile_shrink(90, variant, 2, tmp_path, even=False), 90, variant)
+
+
+@pytest.mark.parametrize("variant", BF16, ids=str)
+def test_programmatic_dependent_launch(variant: Variant, tmp_path: Path) -> None:
+    dependent = dataclasses.replace(variant, config=dataclasses.replace(variant.config, pdl=True))
+    for compiled in (compile_shrink(90, dependent, 2, tmp_path), compile_expand(90, dependent, 2, tmp_path)):
+        check(compiled, 90, variant)
+        assert "griddepcontrol.launch_dependents" in compiled.ptx
+        assert compiled.ptx.count("griddepcontrol.wait") >= 2, "neutral programs must wait as well"
 
 
 @pytest.mark.parametrize("capability", [80, 89])
-@pytest.mark.parametrize("rows", ROWS)
-def test_ampere_and_ada(capability: int, rows: int, tmp_path: Path) -> None:
-    dtype = torch.bfloat16
-    check(shrink_variant(capability, dtype, rows, tmp_path), capability, dtype, rows)
-    planes = 4 if rows == tiles.DECODE_ROWS else 1
-    check(expand_variant(capability, dtype, rows, planes, tmp_path), capability, dtype, rows)
+@pytest.mark.parametrize("variant", PLAIN_BF16, ids=str)
+def test_ampere_and_ada(capability: int, variant: Variant, tmp_path: Path) -> None:
+    check(compile_shrink(capability, variant, 2, tmp_path), capability, variant)
+    planes = 4 if variant.family == "decode" else 1
+    check(compile_expand(capability, variant, planes, tmp_path), capability, variant)

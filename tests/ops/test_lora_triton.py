@@ -7,6 +7,8 @@ a process of its own, and `TestKernels` is collected only where the kernels can 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 import re
 import subprocess
@@ -59,6 +61,11 @@ class TestKernels:
         dispatch.launches.clear()
         with dispatch.using("triton"):
             yield
+
+    @pytest.fixture(autouse=True)
+    def poisoned_h(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What the shrink does not write is NaN to the expand."""
+        monkeypatch.setattr(torch, "empty", functools.partial(torch.full, fill_value=float("nan")))
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
@@ -113,6 +120,91 @@ class TestKernels:
         case.run()
         case.check()
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("tokens", "longest"), [(7, 3), (40, 9), (140, 140)])
+    def test_adapters_in_8_bits(self, lora_case: Any, dtype: torch.dtype, tokens: int, longest: int) -> None:
+        ranks = [(6, 7), (0, 16), (12, 0), (33, 14)]
+        case = lora_case(
+            in_features=144,
+            widths=(80, 33),
+            ranks=ranks,
+            runs=lora_case.random_runs(3 * tokens + 1, tokens, len(ranks), longest),
+            num_tokens=tokens,
+            dtype=dtype,
+            device=DEVICE,
+            scaled=True,
+        )
+        assert case.batch.num_pairs
+        case.run()
+        case.check()
+
+    @pytest.mark.parametrize("scaled", [False, True])
+    @pytest.mark.parametrize("rows", [1, 3, 90])
+    def test_ranks_up_to_the_largest(self, lora_case: Any, rows: int, scaled: bool) -> None:
+        case = lora_case(
+            in_features=48,
+            widths=(40, 24, 16),
+            ranks=[(512, 1, 257), (3, 300, 0)],
+            runs=[(0, rows, ((0, 1.0),)), (rows, 2 * rows, ((1, -0.5), (0, 0.25)))],
+            num_tokens=2 * rows,
+            dtype=torch.float32,
+            device=DEVICE,
+            scaled=scaled,
+        )
+        case.run()
+        case.check()
+
+    @pytest.mark.parametrize("count", range(1, tiles.BUILT_IN["decode", "single"].vector_rows + 3))
+    def test_rows_one_by_one_and_together(self, lora_case: Any, count: int) -> None:
+        """Around the number of rows from which on a tile takes tensor cores; every plane counts once."""
+        case = lora_case(
+            in_features=1040,
+            widths=(270, 64),
+            ranks=[(16, 5), (24, 8)],
+            runs=[(0, count, ((1, 1.0),)), (count, 2 * count, ((0, 0.5), (1, 1.0)))],
+            num_tokens=2 * count,
+            dtype=torch.bfloat16,
+            device=DEVICE,
+        )
+        case.run()
+        case.check()
+
+    def test_no_adapter_no_launch(self, lora_case: Any) -> None:
+        case = lora_case(
+            in_features=64,
+            widths=(64,),
+            ranks=[(8,)],
+            runs=[(0, 4, ())],
+            num_tokens=4,
+            dtype=torch.float32,
+            device=DEVICE,
+        )
+        assert case.batch.num_pairs == 0
+        with pytest.raises(ValueError, match="skip the op"):
+            case.run()
+        assert not dispatch.launches
+        case.check_poison()
+
+    def test_empty_replay_of_a_fixed_grid(self, lora_case: Any) -> None:
+        """A graph may be replayed where no token has an adapter: neutral programs leave y alone."""
+        from loraplex_kernels.lora import kernel
+
+        case = lora_case(
+            in_features=64,
+            widths=(64, 32),
+            ranks=[(8, 8)],
+            runs=[],
+            num_tokens=4,
+            dtype=torch.float32,
+            device=DEVICE,
+        )
+        buffers = lora.LoraBatchBuffers(max_tokens=4, max_pairs=4, device=DEVICE, fixed_grid=True)
+        batch = buffers.fill([])
+        h = kernel.shrink(case.x, case.pool, case.site, batch)
+        kernel.expand(h, case.pool, case.site, batch, case.y)
+        assert bool(h.isnan().all()), "a neutral program wrote"
+        case.check_poison()
+
     def test_a_different_adapter_for_each_token(self, lora_case: Any) -> None:
         case = lora_case(
             in_features=96,
@@ -155,7 +247,7 @@ class TestKernels:
             device=DEVICE,
         )
         h = lora.shrink(case.x, case.pool, case.site, case.batch)
-        assert h.shape[2] == 16
+        assert h.shape[2] == 8
         lora.expand(h, case.pool, case.site, case.batch, case.y)
         case.check()
 
@@ -221,37 +313,72 @@ class TestKernels:
         case.check()
 
     @pytest.mark.skipif(DEVICE != "cuda" or not RUNS_HERE, reason="needs a GPU: CUDA graphs")
-    def test_one_graph_serves_any_mix(self, lora_case: Any) -> None:
+    @pytest.mark.parametrize("pdl", [False, True])
+    @pytest.mark.parametrize("scaled", [False, True])
+    def test_one_graph_serves_any_mix(
+        self, lora_case: Any, scaled: bool, pdl: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Captured with four adapters; replayed with more, fewer, others, one for all, and none."""
+        if pdl and torch.cuda.get_device_capability() < (9, 0):
+            pytest.skip("needs Hopper or newer: programmatic dependent launch")
+        table = {key: dataclasses.replace(config, pdl=pdl) for key, config in tiles.BUILT_IN.items()}
+        monkeypatch.setattr(tiles, "_table_of_card", lambda card: table)
+        everyone: list[lora.Run] = [(token, token + 1, ((token % 8, 1.0),)) for token in range(16)]
+        case = lora_case(
+            runs=everyone,
+            in_features=1024,
+            widths=(1032, 64, 64),
+            ranks=MIXED,
+            num_tokens=16,
+            dtype=torch.bfloat16,
+            device=DEVICE,
+            scaled=scaled,
+        )
         buffers = lora.LoraBatchBuffers(
             max_tokens=16, max_pairs=32, max_segments=8, device=DEVICE, fixed_grid=True
         )
-        arguments = {
-            "in_features": 256,
-            "widths": (256, 64, 64),
-            "ranks": MIXED,
-            "num_tokens": 16,
-            "dtype": torch.bfloat16,
-            "device": DEVICE,
-        }
         captured: list[lora.Run] = [(token, token + 1, ((token % 4, 1.0),)) for token in range(8)]
-        case = lora_case(runs=captured, **arguments)
         case.batch = buffers.fill(captured)
         case.run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             case.run()
-        for runs in (
+        mixes: tuple[list[lora.Run], ...] = (
             captured,
             [(2, 3, ((6, 1.0),))],
             [(0, 16, ((5, 1.0), (7, -0.5)))],
-            [(token, token + 1, ((token % 8, 1.0),)) for token in range(16)],
-        ):
+            everyone,
+            [],
+            [(0, 16, ((4, 1.0),))],
+            captured,
+        )
+        for runs in mixes:
             buffers.fill(runs)
             case.runs = runs
             case.y_buffer.copy_(case.before)
             graph.replay()
             case.check()
+
+    @pytest.mark.skipif(DEVICE != "cuda" or not RUNS_HERE, reason="needs a GPU: races show there alone")
+    @pytest.mark.parametrize(("tokens", "longest"), [(3, 1), (64, 2), (300, 60)])
+    def test_the_same_bits_every_time(self, lora_case: Any, tokens: int, longest: int) -> None:
+        case = lora_case(
+            in_features=2048,
+            widths=(2048, 512, 512),
+            ranks=MIXED,
+            runs=lora_case.random_runs(tokens + 2, tokens, len(MIXED), longest),
+            num_tokens=tokens,
+            dtype=torch.bfloat16,
+            device=DEVICE,
+        )
+        case.run()
+        case.check()
+        first = case.y.clone()
+        for _ in range(20):
+            case.y_buffer.copy_(case.before)
+            case.run()
+            assert torch.equal(case.y, first)
 
     @pytest.mark.kernels_wide
     @pytest.mark.parametrize("seed", range(120))
@@ -264,7 +391,7 @@ class TestKernels:
         dtype = DTYPES[seed % 3]
         num_slots = [1, 3, 8, 24][between(0, 3)]
         num_slices = between(1, 4)
-        top_rank = [8, 32, 128][between(0, 2)]
+        top_rank = [8, 32, 128, 512][between(0, 3)]
         ranks = [[max(0, between(-2, top_rank)) for _ in range(num_slices)] for _ in range(num_slots)]
         tokens = [between(1, 4), between(5, 40), between(41, 300)][between(0, 2)]
         longest = max(1, tokens // 8)
@@ -281,6 +408,7 @@ class TestKernels:
             dtype=dtype,
             device=DEVICE,
             seed=seed,
+            scaled=between(0, 2) == 0,
         )
         case.run()
         case.check()

@@ -59,7 +59,7 @@ def shrink(x: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> Tenso
 
     x: ``[T, in_features]``, the pool's dtype, rows contiguous, T at least ``batch.num_tokens``.
     Returns h: float32 ``[pairs, num_slices, planes, max_rank]``, partial sums over planes; columns from a
-    pair's rank on are undefined. Raises `ValueError` for shapes, dtypes or devices that do not fit.
+    pair's padded rank on are undefined. Raises `ValueError` for shapes, dtypes or devices that do not fit.
     """
     _check(x, "x", site.in_features, pool, site, batch)
     chosen = dispatch.backend(x.device)
@@ -99,7 +99,7 @@ def apply(x: Tensor, y: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch
     _check(x, "x", site.in_features, pool, site, batch)
     _check(y, "y", site.out_features, pool, site, batch)
     dispatch.count("lora.apply", "torch")
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not pool.scaled:
         gather.apply(x, y, pool, site, batch)
     else:
         reference.apply(x, y, pool, site, batch)
@@ -116,8 +116,8 @@ def _check(rows: Tensor, name: str, columns: int, pool: LoraPool, site: LoraSite
         raise ValueError(f"{name} has {rows.shape[0]} rows, the batch's tokens need {batch.num_tokens}")
     if rows.stride(1) != 1 and columns > 1:
         raise ValueError(f"{name} must have contiguous rows, got strides {rows.stride()}")
-    if rows.dtype != pool.arena.dtype:
-        raise ValueError(f"{name} must be {pool.arena.dtype} as the adapters are, got {rows.dtype}")
+    if rows.dtype != pool.dtype:
+        raise ValueError(f"{name} must be {pool.dtype} as the adapters are, got {rows.dtype}")
     if rows.device != pool.arena.device or rows.device != batch.pair_token.device:
         raise ValueError(
             f"{name} is on {rows.device}, the adapters on {pool.arena.device}, "

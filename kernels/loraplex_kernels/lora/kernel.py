@@ -1,13 +1,24 @@
 """Triton kernels of the LoRA op, and their launch.
 
-shrink   grid (tile of pairs, slice, plane). A tile holds pairs of one slot, so a program multiplies rows of x
-         with one adapter's A; a plane is a part of the inner dimension, written apart, so no sum crosses
-         programs and nothing needs zeroing first.
-expand   grid (tile of rows, block of columns of all slices). A tile holds rows of one composition; a program
-         adds its members one after the other, in blocks of rank rows, summing h over the planes as it loads.
+shrink_decode   grid (tile of pairs, slice, plane). A tile holds pairs of one slot, so a program multiplies
+                rows of x with one adapter's A; a plane is a part of the inner dimension, written apart, so
+                no sum crosses programs and nothing needs zeroing first.
+shrink_stacked  grid (tile of pairs, plane). For tiles of many rows: the A of all slices stand side by side as
+                one matrix of the summed ranks, so x is read once for the whole site.
+expand          grid (tile of rows, block of columns of all slices). A tile holds rows of one composition; a
+                program adds its members one after the other, in blocks of rank rows, summing h over the
+                planes as it loads.
 
-Both loop to the true rank: rows past it are neither read nor multiplied into anything that is kept. Grids are
-known on the host from the batch's buffers, and neutral tiles leave at once.
+A few rows are matrix-vector products: they stream the adapter through registers in 16-byte pieces and use no
+tensor core; tiles of more rows do. Both stop at the true rank: rows past it are neither read nor multiplied
+into anything that is kept. Grids are known on the host from the batch's buffers, and neutral tiles leave at
+once.
+
+With programmatic dependent launch (`PDL`) a kernel starts while the one before it drains. What it reads
+before `gdc_wait` are the step's metadata and the adapters, which no kernel of the step writes; x, h and y
+come after. Every program waits, neutral ones too: a finished kernel means that all before it have finished.
+
+Adapters in 8 bits (`SCALED`): A and B are int8, and the product of a rank row's two scales is applied to h.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -18,24 +29,56 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from loraplex_kernels import dispatch
 from loraplex_kernels.lora import tiles
-from loraplex_kernels.lora.layouts import ALIGNMENT, MAX_SLICES, LoraPool, LoraSite
+from loraplex_kernels.lora.layouts import ALIGNMENT, MAX_SLICES, RANK_ALIGN, LoraPool, LoraSite
 from loraplex_kernels.lora.segments import LoraBatch
 
-# The interpreter multiplies bfloat16 wrongly; the same products in float32 are exact.
+# The interpreter multiplies bfloat16 wrongly, and converts int8 to it wrongly; the same products in float32
+# are exact.
 _UPCAST = dispatch.interpreting()
 
 # Blocks of the arena begin at multiples of this: known to the compiler, rows load in 16-byte pieces.
 _ALIGNMENT = tl.constexpr(ALIGNMENT)
 
+# Elements that one thread loads at once, and sums up before it meets the other threads.
+_LANE = tl.constexpr(8)
+
 # Arguments whose divisibility would only multiply the variants to compile.
-_PLAIN = ["num_entries", "first_entry", "h_pair_stride"]
+_PLAIN = ["num_entries", "first_entry", "num_slices"]
+
+
+@triton.jit
+def _dot(left, right, acc, UPCAST: tl.constexpr):
+    """``acc + left @ right``, in the type of `left`."""
+    if UPCAST:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    else:
+        right = right.to(left.dtype)
+    return tl.dot(left, right, acc=acc, input_precision="ieee")
+
+
+@triton.jit
+def _widen(values, like, UPCAST: tl.constexpr):
+    """float32 of adapter values; int8 goes through the compute dtype, to which a quick conversion exists."""
+    if values.dtype == tl.int8 and not UPCAST:
+        values = values.to(like.dtype.element_ty)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _plane_range(in_features, plane, planes, K_STEP: tl.constexpr):
+    """Where the plane's part of the inner dimension begins and ends: parts are multiples of `K_STEP`."""
+    span = tl.cdiv(tl.cdiv(in_features, K_STEP), planes) * K_STEP
+    first = plane * span
+    return first, tl.minimum(first + span, in_features)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
-def shrink_kernel(
+def shrink_decode_kernel(
     x_ptr,
     arena_ptr,
     a_offset_ptr,
@@ -47,56 +90,204 @@ def shrink_kernel(
     in_features,
     num_entries,
     first_entry,
-    h_pair_stride,
     H_PITCH: tl.constexpr,
     ROWS: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
+    RANK_ALIGN: tl.constexpr,
     K_BLOCK: tl.constexpr,
+    K_STEP: tl.constexpr,
+    VECTOR_K: tl.constexpr,
+    VECTOR_ROWS: tl.constexpr,
+    EVEN: tl.constexpr,
+    PDL: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
     tile = tl.program_id(0)
     slice_index = tl.program_id(1)
     plane = tl.program_id(2)
     slot = tl.load(tile_ptr + tile * 3)
     if slot < 0:
+        if PDL:
+            gdc_wait()
         return
     first_pair = tl.load(tile_ptr + tile * 3 + 1)
     end_pair = tl.load(tile_ptr + tile * 3 + 2)
     entry = slot.to(tl.int64) * num_entries + first_entry + slice_index
     rank = tl.load(rank_ptr + entry)
-    a_offset = tl.multiple_of(tl.load(a_offset_ptr + entry), _ALIGNMENT)
+    a_ptr = arena_ptr + tl.multiple_of(tl.load(a_offset_ptr + entry), _ALIGNMENT)
+    k_first, k_end = _plane_range(in_features, plane, tl.num_programs(2), K_STEP)
+    # Columns up to the padded rank are written, zeros past the rank, so that the expand loads them in pieces.
+    rank_padded = tl.cdiv(rank, RANK_ALIGN) * RANK_ALIGN
+    h_pair_stride = tl.num_programs(1) * tl.num_programs(2) * H_PITCH
+    h_tile = h_ptr + first_pair.to(tl.int64) * h_pair_stride
+    h_tile += (slice_index * tl.num_programs(2) + plane) * H_PITCH
+
+    if VECTOR_ROWS > 0:  # noqa: SIM102 - a condition of its own is decided by the compiler
+        if end_pair - first_pair <= VECTOR_ROWS:
+            lane = tl.arange(0, VECTOR_K)
+            for pair in range(first_pair, end_pair):
+                x_row = x_ptr + tl.load(pair_token_ptr + pair).to(tl.int64) * x_stride
+                for rank_first in range(0, rank, RANK_BLOCK):
+                    rank_row = rank_first + tl.arange(0, RANK_BLOCK)
+                    a_rows = a_ptr + rank_row[:, None] * in_features
+                    partial = tl.zeros((RANK_BLOCK, VECTOR_K // _LANE), dtype=tl.float32)
+                    for k_block in range(k_first, k_end, VECTOR_K):
+                        k = k_block + lane
+                        mask = (rank_row < rank)[:, None]
+                        if not EVEN:
+                            mask = mask & (k < k_end)[None, :]
+                        a = tl.load(a_rows + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+                        if PDL:
+                            gdc_wait()
+                        if EVEN:
+                            x = tl.load(x_row + k)
+                        else:
+                            x = tl.load(x_row + k, mask=k < k_end, other=0.0)
+                        product = _widen(a, x_ptr, UPCAST) * x.to(tl.float32)[None, :]
+                        product = tl.reshape(product, (RANK_BLOCK, VECTOR_K // _LANE, _LANE))
+                        partial += tl.sum(product, axis=2)
+                    h_row = h_tile + (pair - first_pair) * h_pair_stride
+                    tl.store(h_row + rank_row, tl.sum(partial, axis=1), mask=rank_row < rank_padded)
+            if PDL:
+                gdc_wait()
+            return
+
+    if PDL:
+        gdc_wait()
+    pair = first_pair + tl.arange(0, ROWS)
+    pair_mask = pair < end_pair
+    token = tl.load(pair_token_ptr + pair, mask=pair_mask, other=0).to(tl.int64)
+    k_lane = tl.arange(0, K_BLOCK)
+    x_rows = x_ptr + token[:, None] * x_stride
+    for rank_first in range(0, rank, RANK_BLOCK):
+        rank_row = rank_first + tl.arange(0, RANK_BLOCK)
+        rank_mask = rank_row < rank
+        a_rows = a_ptr + rank_row[None, :] * in_features
+        h = tl.zeros((ROWS, RANK_BLOCK), dtype=tl.float32)
+        for k_block in range(k_first, k_end, K_BLOCK):
+            k = k_block + k_lane
+            x_mask, a_mask = pair_mask[:, None], rank_mask[None, :]
+            if not EVEN:
+                x_mask = x_mask & (k < k_end)[None, :]
+                a_mask = a_mask & (k < k_end)[:, None]
+            x = tl.load(x_rows + k[None, :], mask=x_mask, other=0.0)
+            a = tl.load(a_rows + k[:, None], mask=a_mask, other=0.0)
+            h = _dot(x, a, h, UPCAST)
+        h_mask = pair_mask[:, None] & (rank_row < rank_padded)[None, :]
+        tl.store(h_tile + tl.arange(0, ROWS)[:, None] * h_pair_stride + rank_row[None, :], h, mask=h_mask)
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def shrink_stacked_kernel(
+    x_ptr,
+    arena_ptr,
+    a_offset_ptr,
+    rank_ptr,
+    pair_token_ptr,
+    tile_ptr,
+    h_ptr,
+    x_stride,
+    in_features,
+    num_entries,
+    first_entry,
+    H_PITCH: tl.constexpr,
+    SLICES: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    RANK_ALIGN: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
+    PDL: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    plane = tl.program_id(1)
+    planes = tl.num_programs(1)
+    slot = tl.load(tile_ptr + tile * 3)
+    if slot < 0:
+        if PDL:
+            gdc_wait()
+        return
+    first_pair = tl.load(tile_ptr + tile * 3 + 1)
+    end_pair = tl.load(tile_ptr + tile * 3 + 2)
+    entry = slot.to(tl.int64) * num_entries + first_entry
+    total_rank = tl.cdiv(tl.load(rank_ptr + entry), RANK_ALIGN) * RANK_ALIGN
+    for s in tl.static_range(1, SLICES):
+        total_rank += tl.cdiv(tl.load(rank_ptr + entry + s), RANK_ALIGN) * RANK_ALIGN
 
     pair = first_pair + tl.arange(0, ROWS)
     pair_mask = pair < end_pair
     token = tl.load(pair_token_ptr + pair, mask=pair_mask, other=0).to(tl.int64)
     k_lane = tl.arange(0, K_BLOCK)
-    k_span = tl.cdiv(tl.cdiv(in_features, K_BLOCK), tl.num_programs(2)) * K_BLOCK
-    k_first = plane * k_span
-    k_end = tl.minimum(k_first + k_span, in_features)
+    k_first, k_end = _plane_range(in_features, plane, planes, K_BLOCK)
+    h_pair_stride = planes * (SLICES * H_PITCH)
+    h_tile = h_ptr + first_pair.to(tl.int64) * h_pair_stride
     x_rows = x_ptr + token[:, None] * x_stride
+    if PDL:
+        gdc_wait()
 
-    for rank_first in range(0, rank, RANK_BLOCK):
-        rank_row = rank_first + tl.arange(0, RANK_BLOCK)
-        rank_mask = rank_row < rank
-        a_rows = arena_ptr + a_offset + rank_row[None, :].to(tl.int64) * in_features
+    for first in range(0, total_rank, RANK_BLOCK):
+        # A row of the stack is a rank row of the slice in whose range of summed padded ranks it lies; past
+        # the rank it is a zero row of the arena.
+        stacked = first + tl.arange(0, RANK_BLOCK)
+        rank_row = stacked
+        offset = tl.multiple_of(tl.load(a_offset_ptr + entry), _ALIGNMENT)
+        h_column = tl.zeros((RANK_BLOCK,), dtype=tl.int32) + plane * H_PITCH
+        end = tl.cdiv(tl.load(rank_ptr + entry), RANK_ALIGN) * RANK_ALIGN
+        for s in tl.static_range(1, SLICES):
+            beyond = stacked >= end
+            rank_row = tl.where(beyond, stacked - end, rank_row)
+            offset = tl.where(beyond, tl.load(a_offset_ptr + entry + s), offset)
+            h_column = tl.where(beyond, (s * planes + plane) * H_PITCH, h_column)
+            end += tl.cdiv(tl.load(rank_ptr + entry + s), RANK_ALIGN) * RANK_ALIGN
+        if SLICES > 1:
+            offset = tl.multiple_of(offset, _ALIGNMENT)
+        mask = stacked < total_rank
+        a_rows = arena_ptr + (offset + rank_row * in_features)[None, :]
         h = tl.zeros((ROWS, RANK_BLOCK), dtype=tl.float32)
         for k_block in range(k_first, k_end, K_BLOCK):
             k = k_block + k_lane
-            x = tl.load(x_rows + k[None, :], mask=pair_mask[:, None] & (k < k_end)[None, :], other=0.0)
-            a = tl.load(a_rows + k[:, None], mask=rank_mask[None, :] & (k < k_end)[:, None], other=0.0)
-            if UPCAST:
-                x = x.to(tl.float32)
-                a = a.to(tl.float32)
-            h = tl.dot(x, a, acc=h, input_precision="ieee")
-        h_rows = h_ptr + pair[:, None].to(tl.int64) * h_pair_stride
-        h_column = (slice_index * tl.num_programs(2) + plane) * H_PITCH + rank_row
-        tl.store(h_rows + h_column[None, :], h, mask=pair_mask[:, None] & rank_mask[None, :])
+            x_mask, a_mask = pair_mask[:, None], mask[None, :]
+            if not EVEN:
+                x_mask = x_mask & (k < k_end)[None, :]
+                a_mask = a_mask & (k < k_end)[:, None]
+            x = tl.load(x_rows + k[None, :], mask=x_mask, other=0.0)
+            a = tl.load(a_rows + k[:, None], mask=a_mask, other=0.0)
+            h = _dot(x, a, h, UPCAST)
+        h_rows = h_tile + tl.arange(0, ROWS)[:, None] * h_pair_stride
+        tl.store(h_rows + (h_column + rank_row)[None, :], h, mask=pair_mask[:, None] & mask[None, :])
+
+
+@triton.jit
+def _load_h_row(
+    h_row,
+    scale_row,
+    rank_row,
+    rank,
+    weight,
+    H_PITCH: tl.constexpr,
+    PLANES: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """One pair's h at the rank rows `rank_row`, summed over the planes, weighted and scaled."""
+    mask = rank_row < rank
+    plane = tl.arange(0, PLANES)
+    parts = tl.load(h_row + plane[:, None] * H_PITCH + rank_row[None, :], mask=mask[None, :], other=0.0)
+    h = tl.sum(parts, axis=0) * weight
+    if SCALED:
+        h *= tl.load(scale_row + rank_row, mask=mask, other=0.0)
+    return h
 
 
 @triton.jit(do_not_specialize=_PLAIN)
 def expand_kernel(
     h_ptr,
     arena_ptr,
+    scale_ptr,
     b_offset_ptr,
     rank_ptr,
     pair_weight_ptr,
@@ -115,18 +306,27 @@ def expand_kernel(
     width_3,
     num_entries,
     first_entry,
-    h_pair_stride,
+    num_slices,
     H_PITCH: tl.constexpr,
     ROWS: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
+    RANK_ALIGN: tl.constexpr,
     COLUMN_BLOCK: tl.constexpr,
+    DOT_COLUMNS: tl.constexpr,
     PLANES: tl.constexpr,
+    VECTOR_ROWS: tl.constexpr,
+    SCALED: tl.constexpr,
+    PDL: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
     tile = tl.program_id(0)
     first_row = tl.load(tile_ptr + tile * 4)
     end_row = tl.load(tile_ptr + tile * 4 + 1)
     if first_row >= end_row:
+        if PDL:
+            gdc_wait()
         return
     first_member = tl.load(tile_ptr + tile * 4 + 2)
     end_member = tl.load(tile_ptr + tile * 4 + 3)
@@ -145,55 +345,141 @@ def expand_kernel(
     width = tl.where(slice_index == 3, width_3, width)
     first_column = tl.where(slice_index == 0, column_0, tl.where(slice_index == 1, column_1, column_2))
     first_column = tl.where(slice_index == 3, column_3, first_column)
+    block_column = (block - first_block) * COLUMN_BLOCK
+    entry_of_slice = first_entry + slice_index
+    h_slice = h_ptr + slice_index * (PLANES * H_PITCH)
+    h_pair_stride = num_slices * (PLANES * H_PITCH)
 
+    if VECTOR_ROWS > 0:  # noqa: SIM102 - a condition of its own is decided by the compiler
+        if end_row - first_row <= VECTOR_ROWS:
+            column = block_column + tl.arange(0, COLUMN_BLOCK)
+            column_mask = column < width
+            for row in range(first_row, end_row):
+                delta = tl.zeros((COLUMN_BLOCK,), dtype=tl.float32)
+                total_rank = 0
+                for member in range(first_member, end_member):
+                    slot = tl.load(member_ptr + member * 2)
+                    pair = row + tl.load(member_ptr + member * 2 + 1)
+                    entry = slot.to(tl.int64) * num_entries + entry_of_slice
+                    rank = tl.load(rank_ptr + entry)
+                    b_offset = tl.multiple_of(tl.load(b_offset_ptr + entry), _ALIGNMENT)
+                    weight = tl.load(pair_weight_ptr + pair)
+                    h_row = h_slice + pair.to(tl.int64) * h_pair_stride
+                    total_rank += rank
+                    scale_row = scale_ptr
+                    if SCALED:
+                        rank_padded = tl.cdiv(rank, RANK_ALIGN) * RANK_ALIGN
+                        scale_row += (b_offset + rank_padded.to(tl.int64) * width) // 4
+                    for rank_first in range(0, rank, RANK_BLOCK):
+                        rank_row = rank_first + tl.arange(0, RANK_BLOCK)
+                        b_rows = arena_ptr + b_offset + rank_row[:, None] * width
+                        mask = (rank_row < rank)[:, None] & column_mask[None, :]
+                        b_block = b_rows + column[None, :]
+                        b = tl.load(b_block, mask=mask, other=0.0, eviction_policy="evict_first")
+                        if PDL:
+                            gdc_wait()
+                        h = _load_h_row(h_row, scale_row, rank_row, rank, weight, H_PITCH, PLANES, SCALED)
+                        delta += tl.sum(h[:, None] * _widen(b, y_ptr, UPCAST), axis=0)
+                if PDL:
+                    gdc_wait()
+                # Where no member touches this slice, y keeps its bits (a sum with zero would turn -0 into 0).
+                if total_rank > 0:
+                    token = tl.load(group_token_ptr + row).to(tl.int64)
+                    y_row = y_ptr + token * y_stride + first_column + column
+                    y = tl.load(y_row, mask=column_mask, other=0.0)
+                    tl.store(y_row, (y.to(tl.float32) + delta).to(y.dtype), mask=column_mask)
+            return
+
+    if PDL:
+        gdc_wait()
     row = first_row + tl.arange(0, ROWS)
     row_mask = row < end_row
-    column = (block - first_block) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
-    column_mask = column < width
     token = tl.load(group_token_ptr + row, mask=row_mask, other=0).to(tl.int64)
-    y_block = y_ptr + token[:, None] * y_stride + first_column + column[None, :]
-    y_mask = row_mask[:, None] & column_mask[None, :]
-    y = tl.load(y_block, mask=y_mask, other=0.0)
+    y_rows = y_ptr + token[:, None] * y_stride + first_column
+    for sub_block in range(block_column, tl.minimum(block_column + COLUMN_BLOCK, width), DOT_COLUMNS):
+        column = sub_block + tl.arange(0, DOT_COLUMNS)
+        column_mask = column < width
+        y_mask = row_mask[:, None] & column_mask[None, :]
+        y = tl.load(y_rows + column[None, :], mask=y_mask, other=0.0)
+        delta = tl.zeros((ROWS, DOT_COLUMNS), dtype=tl.float32)
+        total_rank = 0
+        for member in range(first_member, end_member):
+            slot = tl.load(member_ptr + member * 2)
+            shift = tl.load(member_ptr + member * 2 + 1)
+            entry = slot.to(tl.int64) * num_entries + entry_of_slice
+            rank = tl.load(rank_ptr + entry)
+            b_offset = tl.multiple_of(tl.load(b_offset_ptr + entry), _ALIGNMENT)
+            weight = tl.load(pair_weight_ptr + row + shift, mask=row_mask, other=0.0)
+            h_tile = h_slice + (first_row + shift).to(tl.int64) * h_pair_stride
+            h_rows = h_tile + tl.arange(0, ROWS)[:, None] * h_pair_stride
+            rank_padded = tl.cdiv(rank, RANK_ALIGN) * RANK_ALIGN
+            total_rank += rank
+            for rank_first in range(0, rank, RANK_BLOCK):
+                rank_row = rank_first + tl.arange(0, RANK_BLOCK)
+                rank_mask = rank_row < rank
+                b_rows = arena_ptr + b_offset + rank_row[:, None] * width
+                b_mask = rank_mask[:, None] & column_mask[None, :]
+                b = tl.load(b_rows + column[None, :], mask=b_mask, other=0.0)
+                if SCALED:
+                    # The select keeps the conversion ahead of the move into the tensor cores' layout, which
+                    # has no quick way for bytes.
+                    b = tl.where(rank_mask[:, None], b.to(tl.float32 if UPCAST else y.dtype), 0.0)
+                h_mask = row_mask[:, None] & (rank_row < rank_padded)[None, :]
+                h = tl.zeros((ROWS, RANK_BLOCK), dtype=tl.float32)
+                for plane in range(PLANES):
+                    h += tl.load(h_rows + (plane * H_PITCH + rank_row[None, :]), mask=h_mask, other=0.0)
+                h *= weight[:, None]
+                if SCALED:
+                    scale_row = scale_ptr + (b_offset + rank_padded.to(tl.int64) * width) // 4
+                    h *= tl.load(scale_row + rank_row, mask=rank_mask, other=0.0)[None, :]
+                delta = _dot(h.to(y.dtype), b, delta, UPCAST)
+        if total_rank > 0:
+            tl.store(y_rows + column[None, :], (y.to(tl.float32) + delta).to(y.dtype), mask=y_mask)
 
-    delta = tl.zeros((ROWS, COLUMN_BLOCK), dtype=tl.float32)
-    total_rank = 0
-    for member in range(first_member, end_member):
-        slot = tl.load(member_ptr + member * 2)
-        pair = row + tl.load(member_ptr + member * 2 + 1)
-        entry = slot.to(tl.int64) * num_entries + first_entry + slice_index
-        rank = tl.load(rank_ptr + entry)
-        b_offset = tl.multiple_of(tl.load(b_offset_ptr + entry), _ALIGNMENT)
-        weight = tl.load(pair_weight_ptr + pair, mask=row_mask, other=0.0)
-        h_rows = h_ptr + pair[:, None].to(tl.int64) * h_pair_stride + slice_index * (PLANES * H_PITCH)
-        total_rank += rank
-        for rank_first in range(0, rank, RANK_BLOCK):
-            rank_row = rank_first + tl.arange(0, RANK_BLOCK)
-            rank_mask = rank_row < rank
-            b_block = arena_ptr + b_offset + rank_row[:, None].to(tl.int64) * width + column[None, :]
-            b = tl.load(b_block, mask=rank_mask[:, None] & column_mask[None, :], other=0.0)
-            # With a pitch known to the compiler, all planes of a row share one address register.
-            h = tl.zeros((ROWS, RANK_BLOCK), dtype=tl.float32)
-            for plane in tl.static_range(PLANES):
-                h_block = h_rows + (plane * H_PITCH + rank_row[None, :])
-                h += tl.load(h_block, mask=row_mask[:, None] & rank_mask[None, :], other=0.0)
-            h = (h * weight[:, None]).to(b.dtype)
-            if UPCAST:
-                h = h.to(tl.float32)
-                b = b.to(tl.float32)
-            delta = tl.dot(h, b, acc=delta, input_precision="ieee")
 
-    # Where no member touches this slice, y keeps its bits (a sum with zero would turn -0 into 0).
-    if total_rank > 0:
-        tl.store(y_block, (y.to(tl.float32) + delta).to(y.dtype), mask=y_mask)
+def shrink_constants(config: tiles.LoraTiles, slices: int, even: bool) -> dict[str, int | bool]:
+    """Compile-time arguments of the shrink that the variant decides; `even`: the planes need no mask."""
+    constants = {
+        "ROWS": config.rows,
+        "RANK_ALIGN": RANK_ALIGN,
+        "K_BLOCK": config.shrink_k,
+        "EVEN": even,
+    }
+    if config.stacked:
+        return {**constants, "SLICES": slices, "RANK_BLOCK": config.stacked_rank(slices)}
+    return {
+        **constants,
+        "RANK_BLOCK": config.shrink_rank,
+        "K_STEP": config.k_step,
+        "VECTOR_K": config.vector_k,
+        "VECTOR_ROWS": config.vector_rows,
+    }
+
+
+def expand_constants(config: tiles.LoraTiles, planes: int, adapters: torch.dtype) -> dict[str, int | bool]:
+    """Compile-time arguments of the expand that the variant and the type of the adapters decide."""
+    return {
+        "ROWS": config.rows,
+        "RANK_BLOCK": config.expand_rank,
+        "RANK_ALIGN": RANK_ALIGN,
+        "COLUMN_BLOCK": config.expand_columns,
+        "DOT_COLUMNS": config.dot_columns,
+        "PLANES": planes,
+        "VECTOR_ROWS": config.vector_rows,
+        "SCALED": adapters == torch.int8,
+    }
 
 
 def shrink(x: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> Tensor:
     """Launch the shrink for all slices: h is float32 ``[pair_rows, num_slices, planes, max_rank]``."""
-    config = tiles.choose(batch.tile_rows, x.dtype)
-    planes = tiles.planes(batch.tile_rows, batch.pair_rows, site.in_features)
-    shape = (batch.pair_rows, site.num_slices, planes, pool.max_rank)
-    h = torch.empty(shape, dtype=torch.float32, device=x.device)
-    shrink_kernel[(batch.shrink_tiles, site.num_slices, planes)](
+    config = tiles.choose(batch.tile_rows, batch.pair_rows, pool.arena.dtype, x.dtype, x.device)
+    slices = site.num_slices
+    grid_slices = 1 if config.stacked else slices
+    planes = tiles.planes(config, batch.shrink_tiles * grid_slices, site.in_features)
+    h = torch.empty((batch.pair_rows, slices, planes, pool.max_rank), dtype=torch.float32, device=x.device)
+    tile_grid = (batch.shrink_tiles, planes) if config.stacked else (batch.shrink_tiles, slices, planes)
+    chosen = shrink_stacked_kernel if config.stacked else shrink_decode_kernel
+    chosen[tile_grid](
         x,
         pool.arena,
         pool.a_offset,
@@ -205,27 +491,27 @@ def shrink(x: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> Tenso
         site.in_features,
         pool.num_entries,
         site.first_entry,
-        h.stride(0),
         H_PITCH=pool.max_rank,
-        ROWS=config.rows,
-        RANK_BLOCK=config.shrink_rank,
-        K_BLOCK=config.shrink_k,
         UPCAST=_UPCAST,
         num_warps=config.shrink_warps,
         num_stages=config.shrink_stages,
+        **shrink_constants(config, slices, site.in_features % (planes * config.k_step) == 0),
+        **_dependent_launch(config),
     )
     return h
 
 
 def expand(h: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch, y: Tensor) -> None:
     """Launch the expand for all slices of `site`, in place on y."""
-    config = tiles.choose(batch.tile_rows, y.dtype)
+    adapters = pool.arena.dtype
+    config = tiles.choose(batch.tile_rows, batch.pair_rows, adapters, y.dtype, y.device)
     columns = [bound for slice_ in site.slices for bound in slice_]
     columns += [0] * (2 * (MAX_SLICES - site.num_slices))
     blocks = sum(triton.cdiv(width, config.expand_columns) for _, width in site.slices)
     expand_kernel[(batch.expand_tiles, blocks)](
         h,
         pool.arena,
+        pool.arena.view(torch.float32) if adapters == torch.int8 else pool.arena,
         pool.b_offset,
         pool.rank,
         batch.pair_weight,
@@ -237,13 +523,16 @@ def expand(h: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch, y: Tenso
         *columns,
         pool.num_entries,
         site.first_entry,
-        h.stride(0),
+        site.num_slices,
         H_PITCH=pool.max_rank,
-        ROWS=config.rows,
-        RANK_BLOCK=config.expand_rank,
-        COLUMN_BLOCK=config.expand_columns,
-        PLANES=h.shape[2],
         UPCAST=_UPCAST,
         num_warps=config.expand_warps,
         num_stages=config.expand_stages,
+        **expand_constants(config, h.shape[2], adapters),
+        **_dependent_launch(config),
     )
+
+
+def _dependent_launch(config: tiles.LoraTiles) -> dict[str, bool]:
+    """Arguments of a launch with or without programmatic dependent launch."""
+    return {"PDL": True, "launch_pdl": True} if config.pdl else {"PDL": False}

@@ -1,7 +1,7 @@
 """The LoRA op in plain torch: the specification of the Triton kernels and of the CPU path in `gather`.
 
 `shrink` and `expand` say what the op means, one adapter and one group after the other, at the precision of
-the wider of float32 and the input (float64 gives an oracle).
+the wider of float32 and the input (float64 gives an oracle). In 8 bits the scales come into h in the expand.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ def expand(h: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch, y: Tenso
                 b = pool.b(slot, site.first_entry + s, width)
                 if len(b):
                     pairs = slice(first + shift, end + shift)
-                    term = (h[pairs, s, :, : len(b)].sum(1) * weight[pairs, None]) @ b.to(h.dtype)
+                    rows = h[pairs, s, :, : len(b)].sum(1) * weight[pairs, None]
+                    if pool.scaled:
+                        rows *= pool.scale(slot, site.first_entry + s, width).to(h.dtype)
+                    term = rows @ b.to(h.dtype)
                     delta = term if delta is None else delta + term
             if delta is not None:
                 columns = y[:, column : column + width]

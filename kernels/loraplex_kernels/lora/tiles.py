@@ -1,55 +1,112 @@
-"""Tile shapes of the LoRA kernels, by the number of rows an adapter has and by dtype: one small table.
+"""Which variant of the LoRA kernels a batch takes: three families by shape, one small table.
+
+=========  ======================================  ==========================================================
+family     batch                                   limited by
+=========  ======================================  ==========================================================
+`decode`   few rows for each adapter               reading adapters: a few rows are matrix-vector products, in
+                                                   many programs with reads in flight
+`shared`   many rows for each adapter, few in all  launches: one A for all slices, the inner dimension in many
+                                                   planes, narrow column blocks
+`prefill`  many rows for each adapter, and many    reading x and y: each once, tensor cores, wgmma
+           of them
+=========  ======================================  ==========================================================
 
 Rows per tile are decided once a step, when the batch's metadata is built, since tiles are cut on the host;
 the rest is looked up at launch, from numbers that the batch's buffers fix, so a CUDA graph keeps its
-variants. The sizes follow from the shapes (decode reads adapters, a row or two each; prefill multiplies) and
-from what the compiler makes of them for sm_90: at decode few registers, so that many programs on a
-multiprocessor keep reads in flight; wgmma at prefill; no spills.
+variants. Nothing is tuned at run time. The built-in table follows from the shapes and from what the compiler
+makes of them for sm_90; ``make tune-gpu`` measures the card at hand and writes ``tuned/<card>.json``, which
+is read instead for a card of that name.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
+
+Family = Literal["decode", "shared", "prefill"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
+
+Element = Literal["half", "single", "int8"]
+ELEMENTS: tuple[Element, ...] = get_args(Element)
+"""Adapters in bfloat16 or float16; anything beside float32 activations; adapters in int8 with scales."""
+
+DECODE_ROWS = 16
+PREFILL_ROWS = 64
+PLANES = (1, 2, 4, 8, 16)
+
+TUNED = Path(__file__).parent / "tuned"
+"""Where `load` looks for tables of particular cards."""
+
+_SHARED_PAIRS = 512
+_MIN_K_PER_PLANE = 512
+_STACKED_RANK = 64
 
 
 @dataclass(frozen=True)
 class LoraTiles:
     """Sizes of one kernel variant, in elements, all powers of two.
 
-    `rows`: pairs (or tokens) a tile; `shrink_rank` x `shrink_k`: the piece of A per step of the shrink;
-    `expand_rank` x `expand_columns`: the piece of B per step of the expand; `*_warps` and `*_stages` as
-    Triton means them.
+    Attributes:
+        rows: pairs (or tokens) of a tile.
+        stacked: the shrink takes the slices of a site in one program, and not each in its own.
+        vector_rows: tiles of at most so many rows are taken row by row, without tensor cores; 0 for none.
+        vector_k: elements of x that such a row is multiplied with at once in the shrink.
+        shrink_rank, shrink_k: the piece of A per step of the shrink.
+        shrink_programs: planes are added until there are so many programs.
+        expand_rank, expand_columns: the piece of B that a program of the expand holds or, for tiles of more
+            rows, goes through `dot_columns` at a time.
+        shrink_warps, shrink_stages, expand_warps, expand_stages: as Triton means them.
+        pdl: programmatic dependent launch; needs Hopper or newer.
     """
 
     rows: int
+    stacked: bool
+    vector_rows: int
+    vector_k: int
     shrink_rank: int
     shrink_k: int
     shrink_warps: int
     shrink_stages: int
+    shrink_programs: int
     expand_rank: int
     expand_columns: int
+    dot_columns: int
     expand_warps: int
     expand_stages: int
+    pdl: bool = False
+
+    @property
+    def k_step(self) -> int:
+        """Planes begin at multiples of this."""
+        return max(self.shrink_k, self.vector_k)
+
+    def stacked_rank(self, slices: int) -> int:
+        """Stacked rank rows per step: room for `shrink_rank` of each slice."""
+        wanted = self.shrink_rank * slices
+        return min(max(_STACKED_RANK, self.shrink_rank), 1 << (wanted - 1).bit_length())
 
 
-DECODE_ROWS = 16
-PREFILL_ROWS = 64
+Table = Mapping[tuple[Family, Element], LoraTiles]
 
-_HALF = {
-    DECODE_ROWS: LoraTiles(DECODE_ROWS, 16, 128, 4, 4, 16, 128, 4, 1),
-    PREFILL_ROWS: LoraTiles(PREFILL_ROWS, 32, 64, 4, 3, 32, 128, 8, 2),
+BUILT_IN: Table = {
+    #                           rows stack  vec: rows k | rank   k  w st progs | rank cols dot  w st
+    ("decode", "half"): LoraTiles(16, False, 4, 512, 16, 128, 2, 3, 640, 16, 1024, 256, 4, 1),
+    ("decode", "int8"): LoraTiles(16, False, 4, 1024, 8, 128, 4, 3, 640, 16, 1024, 128, 4, 1),
+    ("decode", "single"): LoraTiles(16, False, 4, 256, 16, 64, 4, 2, 640, 16, 256, 64, 4, 1),
+    ("shared", "half"): LoraTiles(64, True, 0, 0, 16, 64, 4, 3, 264, 16, 128, 128, 8, 2),
+    ("shared", "int8"): LoraTiles(64, True, 0, 0, 16, 64, 4, 3, 264, 16, 128, 128, 8, 2),
+    ("shared", "single"): LoraTiles(64, True, 0, 0, 16, 32, 8, 2, 264, 16, 64, 64, 4, 2),
+    ("prefill", "half"): LoraTiles(64, True, 0, 0, 16, 64, 4, 3, 132, 16, 128, 128, 8, 2),
+    ("prefill", "int8"): LoraTiles(64, True, 0, 0, 16, 64, 4, 3, 132, 16, 128, 128, 8, 2),
+    ("prefill", "single"): LoraTiles(64, True, 0, 0, 16, 32, 8, 2, 132, 16, 64, 64, 4, 2),
 }
-_SINGLE = {
-    DECODE_ROWS: LoraTiles(DECODE_ROWS, 16, 64, 4, 2, 16, 64, 4, 2),
-    PREFILL_ROWS: LoraTiles(PREFILL_ROWS, 16, 32, 4, 2, 16, 64, 4, 2),
-}
-
-# Few pairs make few programs: split the inner dimension further, as far as each part stays worth a program.
-_PLANES_UP_TO_PAIRS = ((4, 16), (32, 8), (128, 4), (512, 2))
-_MIN_K_PER_PLANE = 256
-PLANES = (1, 2, 4, 8, 16)
 
 
 def tile_rows(num_pairs: int, num_segments: int) -> int:
@@ -59,16 +116,84 @@ def tile_rows(num_pairs: int, num_segments: int) -> int:
     return PREFILL_ROWS if num_pairs > 2 * DECODE_ROWS * max(num_segments, 1) else DECODE_ROWS
 
 
-def choose(rows: int, dtype: torch.dtype) -> LoraTiles:
-    """The tile shapes for tiles of `rows` rows and adapters held in `dtype`."""
-    return (_SINGLE if dtype == torch.float32 else _HALF)[rows]
-
-
-def planes(rows: int, num_pairs: int, in_features: int) -> int:
-    """Partial sums to split `in_features` into: one of `PLANES`."""
-    result = 1
+def family(rows: int, num_pairs: int) -> Family:
+    """The family of a batch with tiles of `rows` rows."""
     if rows == DECODE_ROWS:
-        result = next((planes for pairs, planes in _PLANES_UP_TO_PAIRS if num_pairs <= pairs), 1)
-    while result > 1 and in_features < result * _MIN_K_PER_PLANE:
-        result //= 2
-    return result
+        return "decode"
+    return "shared" if num_pairs <= _SHARED_PAIRS else "prefill"
+
+
+def element(adapters: torch.dtype, compute: torch.dtype) -> Element:
+    """How adapters of dtype `adapters`, beside activations of dtype `compute`, are looked up in a table."""
+    if compute == torch.float32:
+        return "single"
+    return "int8" if adapters == torch.int8 else "half"
+
+
+def choose(
+    rows: int, num_pairs: int, adapters: torch.dtype, compute: torch.dtype, device: torch.device
+) -> LoraTiles:
+    """The variant for tiles of `rows` rows, `num_pairs` pairs, adapters held in `adapters` and activations of
+    `compute`.
+    """
+    table = BUILT_IN if device.type != "cuda" else _table_of(device)
+    return table[family(rows, num_pairs), element(adapters, compute)]
+
+
+def planes(config: LoraTiles, programs: int, in_features: int) -> int:
+    """Partial sums to split `in_features` into, one of `PLANES`: few programs are split further, as far as
+    each part stays worth one.
+    """
+    enough = next((planes for planes in PLANES if programs * planes >= config.shrink_programs), PLANES[-1])
+    worth = max(_MIN_K_PER_PLANE, config.k_step)
+    while enough > 1 and in_features < enough * worth:
+        enough //= 2
+    return enough
+
+
+def card_file(card: str) -> Path:
+    """The file of the table for the card of that name, as the driver gives it."""
+    return TUNED / (re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-") + ".json")
+
+
+def load(path: Path) -> Table:
+    """A table from a file that `dump` wrote; what it leaves out is as in the built-in one.
+
+    Raises `ValueError` for a file that is no such table, naming what is wrong.
+    """
+    try:
+        rows = json.loads(path.read_text())["tiles"]
+        names = {field.name for field in fields(LoraTiles)}
+        table = dict(BUILT_IN)
+        for row in rows:
+            key = (row.pop("family"), row.pop("element"))
+            if key not in BUILT_IN or set(row) != names:
+                raise ValueError(f"{path.name}: no variant {key}, or fields other than {sorted(names)}")
+            config = LoraTiles(**row)
+            if config.rows != BUILT_IN[key].rows:
+                raise ValueError(f"{path.name}: rows of {key} are {BUILT_IN[key].rows}, not {config.rows}")
+            table[key] = config
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path.name} is no table of tiles: {error!r}") from error
+    return table
+
+
+def dump(path: Path, table: Table, about: dict[str, Any]) -> None:
+    """Write `table` for `load`, with `about` (the card's name, versions, figures) beside it."""
+    rows = [
+        {"family": of_family, "element": of_element, **asdict(config)}
+        for (of_family, of_element), config in table.items()
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**about, "tiles": rows}, indent=1) + "\n")
+
+
+def _table_of(device: torch.device) -> Table:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _table_of_card(torch.cuda.get_device_name(index))
+
+
+@functools.cache
+def _table_of_card(card: str) -> Table:
+    path = card_file(card)
+    return load(path) if path.exists() else BUILT_IN
