@@ -64,9 +64,14 @@ class Timing:
 
 
 def make_pool(
-    shape: ModelShape, ranks: Sequence[int], dtype: torch.dtype, device: torch.device
+    shape: ModelShape,
+    ranks: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    scaled: bool = False,
 ) -> tuple[lora.LoraPool, dict[str, list[lora.LoraSite]]]:
-    """One adapter per rank on every site, and the sites by name, one per layer."""
+    """One adapter per rank on every site, and the sites by name, one per layer. `scaled`: in 8 bits."""
     sites: dict[str, list[lora.LoraSite]] = {name: [] for name in shape.sites()}
     entry = 0
     entries: list[tuple[int, int, int]] = []
@@ -77,8 +82,12 @@ def make_pool(
             entries += [(entry + index, in_features, width) for index, width in enumerate(widths)]
             entry += len(widths)
     multiple = lora.extent_alignment({length for _, *lengths in entries for length in lengths})
+    if scaled:
+        multiple = lora.ALIGNMENT
     layouts = [
-        lora.adapter_layout([lora.EntryShape(*shape_of_entry, rank) for shape_of_entry in entries], multiple)
+        lora.adapter_layout(
+            [lora.EntryShape(*shape_of_entry, rank) for shape_of_entry in entries], multiple, scaled=scaled
+        )
         for rank in ranks
     ]
     starts, end = [], 0
@@ -92,10 +101,17 @@ def make_pool(
         dtype=dtype,
         device=device,
         max_rank=max(ranks),
+        scaled=scaled,
     )
-    pool.arena.normal_(std=0.02)
+    if scaled:
+        pool.arena.random_(-127, 128)
+    else:
+        pool.arena.normal_(std=0.02)
     for slot, (start, layout) in enumerate(zip(starts, layouts, strict=True)):
         pool.bind(slot, start, layout)
+        for adapted, offset in zip(layout.entries, layout.scale_offset, strict=False):
+            scales = pool.arena[start + offset : start + offset + 4 * adapted.rank_padded]
+            scales.view(torch.float32).fill_(1e-6)
     return pool, sites
 
 
