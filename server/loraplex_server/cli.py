@@ -11,6 +11,7 @@ from pathlib import Path
 
 from loraplex_server import log
 from loraplex_server.config import (
+    ADAPTER_DEVICE_DTYPES,
     DEVICES,
     DTYPES,
     KERNELS,
@@ -114,6 +115,13 @@ def build_parser() -> argparse.ArgumentParser:
     _folders(group, "--adapters", "each folder in DIR with an adapter_config.json is an adapter of that name")
     _folders(group, "--adapter-root", "adapters may be loaded from under DIR at run time")
     _size(group, "--adapter-device-bytes", adapters.device_bytes, "room for adapters on the device")
+    _choice(
+        group,
+        "--adapter-device-dtype",
+        ADAPTER_DEVICE_DTYPES,
+        adapters.device_dtype,
+        "type of adapters on the device; auto is that of the activations, int8 saves room and is less exact",
+    )
     _size(group, "--adapter-host-bytes", adapters.host_bytes, "room for adapters in host memory")
     _count(
         group,
@@ -168,6 +176,7 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 folders=tuple(arguments.adapters),
                 roots=tuple(arguments.adapter_root),
                 device_bytes=arguments.adapter_device_bytes,
+                device_dtype=arguments.adapter_device_dtype,
                 host_bytes=arguments.adapter_host_bytes,
                 max_on_device=arguments.max_adapters_on_device,
                 max_per_request=arguments.max_adapters_per_request,

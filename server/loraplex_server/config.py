@@ -12,6 +12,7 @@ QUANTIZATIONS = ("nf4", "int4", "none")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "torch", "triton")
+ADAPTER_DEVICE_DTYPES = ("auto", "int8")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
@@ -105,6 +106,8 @@ class AdapterConfig:
         folders: each folder in them that holds an `adapter_config.json` is registered at start.
         roots: folders from which adapters may be loaded at run time, beside `folders`.
         device_bytes: room for adapters on the device.
+        device_dtype: what adapters are held in on the device and in host memory: "auto" is the type of the
+            activations, "int8" takes less room and is less exact.
         host_bytes: room for adapters in host memory.
         max_on_device: a cap on their number beyond the bytes; 0 is none.
         max_per_request: most adapters that one request may name.
@@ -116,8 +119,10 @@ class AdapterConfig:
     host_bytes: int = 1 << 30
     max_on_device: int = 0
     max_per_request: int = 8
+    device_dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        _one_of("device_dtype", self.device_dtype, ADAPTER_DEVICE_DTYPES)
         _at_least("device_bytes", self.device_bytes, 1)
         _at_least("host_bytes", self.host_bytes, 1)
         _at_least("max_on_device", self.max_on_device, 0)

@@ -128,6 +128,7 @@ def make_store(registry: SiteRegistry) -> Iterator[Callable[..., AdapterStore]]:
         max_on_device: int = 0,
         max_per_request: int = 8,
         dtype: torch.dtype = torch.float32,
+        device_dtype: str = "auto",
         **options: Any,
     ) -> AdapterStore:
         config = AdapterConfig(
@@ -136,6 +137,7 @@ def make_store(registry: SiteRegistry) -> Iterator[Callable[..., AdapterStore]]:
             host_bytes=host_bytes,
             max_on_device=max_on_device,
             max_per_request=max_per_request,
+            device_dtype=device_dtype,
         )
         store = AdapterStore(registry, config, device="cpu", dtype=dtype, **options)
         stores.append(store)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraplex_kernels.lora.layouts import LoraPool, extent_alignment
+from loraplex_kernels.lora.layouts import ALIGNMENT, LoraPool, extent_alignment
 from loraplex_server.adapters.manifest import AdapterManifest, read_manifest
 from loraplex_server.adapters.sites import SiteRegistry
 from loraplex_server.adapters.weights import HostBlob, lay_out, read_weights
@@ -215,3 +215,78 @@ def test_an_alignment_that_was_given_up_is_given_up_for_each_adapter(
     manifest = read_manifest("a", write_adapter(tmp_path / "a"), registry, [tmp_path], 128)
     assert lay_out(manifest, 96).alignment == 32
     assert lay_out(manifest, 16).alignment == 16
+
+
+@pytest.mark.parametrize("file_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 6, 16])
+def test_8_bits_are_within_half_a_step(
+    rank: int,
+    file_dtype: torch.dtype,
+    write_adapter: Callable[..., Path],
+    registry: SiteRegistry,
+    tmp_path: Path,
+) -> None:
+    folder = write_adapter(tmp_path / "a", rank=rank, dtype=file_dtype)
+    manifest = read_manifest("a", folder, registry, [tmp_path], 128)
+    exact_layout = lay_out(manifest, extent_alignment(registry.row_lengths))
+    exact = read_weights(manifest, exact_layout, torch.float32, [tmp_path])
+    layout = lay_out(manifest, ALIGNMENT, scaled=True)
+    blob = read_weights(manifest, layout, torch.int8, [tmp_path])
+    assert blob.data.dtype == torch.int8
+    assert blob.content_hash == exact.content_hash
+    pools = []
+    for placed, data, scaled in ((exact_layout, exact.data, False), (layout, blob.data, True)):
+        pool = LoraPool.allocate(
+            num_elements=placed.num_elements,
+            num_slots=1,
+            num_entries=len(registry),
+            dtype=torch.float32,
+            device="cpu",
+            scaled=scaled,
+        )
+        pool.arena[: data.numel()].copy_(data)
+        pool.bind(0, 0, placed)
+        pools.append(pool)
+    truth, ours = pools
+    for entry, _ in manifest.pairs:
+        a, b = (
+            truth.a(0, entry.index, entry.in_features).double(),
+            truth.b(0, entry.index, entry.out_features).double(),
+        )
+        a_step, b_step = (rows.abs().amax(1) / 127 for rows in (a, b))
+        scale = ours.scale(0, entry.index, entry.out_features).double()
+        assert torch.allclose(scale, a_step * b_step, rtol=1e-5)
+        quantized_a = ours.a(0, entry.index, entry.in_features).double()
+        quantized_b = ours.b(0, entry.index, entry.out_features).double()
+        assert int(quantized_a.abs().max()) == int(quantized_b.abs().max()) == 127
+        assert float(((quantized_a * a_step[:, None] - a).abs() / a_step[:, None]).max()) <= 0.5001
+        assert float(((quantized_b * b_step[:, None] - b).abs() / b_step[:, None]).max()) <= 0.5001
+    held = sum(shape.rank_padded for shape in layout.entries)
+    assert layout.num_elements < exact_layout.num_elements + 4 * held + ALIGNMENT * 3 * len(layout.entries)
+
+
+def test_8_bits_of_a_row_of_zeros(
+    write_adapter: Callable[..., Path], registry: SiteRegistry, tmp_path: Path
+) -> None:
+    def zero(tensors: dict[str, torch.Tensor]) -> None:
+        for tensor in tensors.values():
+            tensor.zero_()
+
+    folder = write_adapter(tmp_path / "a", rank=3, change=zero)
+    manifest = read_manifest("a", folder, registry, [tmp_path], 128)
+    layout = lay_out(manifest, ALIGNMENT, scaled=True)
+    blob = read_weights(manifest, layout, torch.int8, [tmp_path])
+    for shape, offset in zip(layout.entries, layout.scale_offset, strict=True):
+        scales = blob.data[offset : offset + 4 * shape.rank_padded].view(torch.float32)
+        assert scales[: shape.rank].tolist() == [1.0] * shape.rank
+        blob.data[offset : offset + 4 * shape.rank_padded] = 0
+    assert not blob.data.any()
+
+
+def test_8_bits_need_a_layout_with_scales(
+    write_adapter: Callable[..., Path], registry: SiteRegistry, tmp_path: Path
+) -> None:
+    folder = write_adapter(tmp_path / "a", rank=3)
+    manifest = read_manifest("a", folder, registry, [tmp_path], 128)
+    with pytest.raises(ValueError, match="blocks of scales"):
+        read_weights(manifest, lay_out(manifest, ALIGNMENT), torch.int8, [tmp_path])

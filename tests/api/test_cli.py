@@ -34,6 +34,7 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         *("--dtype", "bfloat16", "--kernels", "triton", "--threads", "3"),
         *("--adapters", str(one), "--adapters", str(two), "--adapter-root", str(root)),
         *("--adapter-device-bytes", "512MiB", "--adapter-host-bytes", "2GB", "--max-adapters-on-device", "7"),
+        *("--adapter-device-dtype", "int8"),
         *("--max-adapters-per-request", "2", "--max-batch-tokens", "1024", "--max-num-requests", "9"),
         *(
             "--max-queue",
@@ -54,6 +55,7 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
     assert (adapters.folders, adapters.roots) == ((one, two), (root,))
     assert (adapters.device_bytes, adapters.host_bytes) == (512 << 20, 2 * 10**9)
     assert (adapters.max_on_device, adapters.max_per_request) == (7, 2)
+    assert adapters.device_dtype == "int8"
     assert (scheduler.max_batch_tokens, scheduler.max_num_requests, scheduler.max_queue) == (1024, 9, 11)
     assert (scheduler.max_model_len, scheduler.kv_cache_bytes) == (4096, 3 << 29)
     assert (scheduler.kv_block_size, scheduler.max_adapter_wait_s) == (32, 0.5)
@@ -67,6 +69,7 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         ((), "--model"),
         (("--model", "m", "--quantization", "int3"), "nf4"),
         (("--model", "m", "--adapter-device-bytes", "lots"), "512MiB"),
+        (("--model", "m", "--adapter-device-dtype", "fp8"), "int8"),
         (("--model", "m", "--adapters", "no-such-folder"), "no-such-folder is no folder"),
         (("--model", "m", "--max-batch-tokens", "0"), "max_batch_tokens"),
         (("--model", "m", "--port", "-2"), "port"),

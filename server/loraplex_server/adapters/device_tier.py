@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 
-from loraplex_kernels.lora.layouts import MAX_RANK, RANK_ALIGN, LoraPool, extent_alignment
+from loraplex_kernels.lora.layouts import ALIGNMENT, MAX_RANK, RANK_ALIGN, LoraPool, extent_alignment
 from loraplex_server.adapters.arena import Arena, Move
 from loraplex_server.adapters.record import Record
 from loraplex_server.adapters.sites import SiteRegistry
@@ -27,6 +27,7 @@ class DeviceTier:
 
     Args:
         capacity_bytes: size of the arena; the tables come on top.
+        dtype: what the op computes in, and what adapters are held in unless `scaled` asks for 8 bits.
         max_adapters: most slots; 0 is no cap beyond `MAX_SLOTS`.
         evicted: told of each adapter that leaves because another needs the room.
 
@@ -43,10 +44,14 @@ class DeviceTier:
         device: torch.device,
         dtype: torch.dtype,
         max_rank: int = MAX_RANK,
+        scaled: bool = False,
         evicted: Callable[[Record], None],
     ) -> None:
         self._evicted = evicted
-        self._arena = Arena(capacity_bytes // dtype.itemsize, extent_alignment(registry.row_lengths))
+        itemsize, alignment = dtype.itemsize, extent_alignment(registry.row_lengths)
+        if scaled:
+            itemsize, alignment = torch.int8.itemsize, ALIGNMENT
+        self._arena = Arena(capacity_bytes // itemsize, alignment)
         smallest = min((RANK_ALIGN * (e.in_features + e.out_features) for e in registry), default=1)
         most = self._arena.capacity // self._arena.padded(smallest)
         if not most:
@@ -61,6 +66,7 @@ class DeviceTier:
             dtype=dtype,
             device=device,
             max_rank=max_rank,
+            scaled=scaled,
         )
         self._free_slots = list(range(self.num_slots - 1, -1, -1))
         # All records with a slot, least recently used first.

@@ -96,7 +96,8 @@ class AdapterStore:
 
     Args:
         registry: the sites of the base model.
-        dtype: of the arena; float32, float16 or bfloat16.
+        dtype: what the op computes in: float32, float16 or bfloat16. Adapters are held in it too, unless
+            `config.device_dtype` says otherwise.
         max_rank: largest rank that is served.
         wake: called from a worker when there is something to `poll`; must be quick and thread-safe.
 
@@ -117,7 +118,6 @@ class AdapterStore:
         device = torch.device(device)
         self._registry = registry
         self._config = config
-        self._dtype = dtype
         self._max_rank = max_rank
         self._wake = wake
         self._pin_memory = device.type == "cuda"
@@ -128,8 +128,10 @@ class AdapterStore:
             device=device,
             dtype=dtype,
             max_rank=max_rank,
+            scaled=config.device_dtype == "int8",
             evicted=lambda record: self._note("evict_device", record),
         )
+        self._dtype = self._device.pool.arena.dtype
         self._host = HostTier(config.host_bytes, lambda record: self._note("evict_host", record))
 
         self._records: dict[str, Record] = {}
@@ -528,7 +530,7 @@ class AdapterStore:
     def _admit(self, name: str, source: str, manifest: AdapterManifest) -> Record:
         """Registers a checked adapter that fits both budgets."""
         itemsize = self._dtype.itemsize
-        layout = lay_out(manifest, self._device.alignment)
+        layout = lay_out(manifest, self._device.alignment, scaled=self._device.pool.scaled)
         units, host_bytes = self._device.padded(layout.num_elements), layout.num_elements * itemsize
         for option, needed, budget in (
             ("--adapter-device-bytes", units * itemsize, self._device.capacity_units * itemsize),

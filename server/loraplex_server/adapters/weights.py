@@ -31,8 +31,8 @@ class HostBlob:
     """One adapter in host memory.
 
     Attributes:
-        data: `[num_elements]` in the pool's dtype, pinned when the pool is on a GPU; blocks as in the layout,
-            B scaled, everything else zero.
+        data: `[num_elements]` in the arena's dtype, pinned when the pool is on a GPU; blocks as in the
+            layout, B scaled, everything else zero.
         content_hash: SHA-256 over the configuration and the weight file, in hex.
     """
 
@@ -40,9 +40,11 @@ class HostBlob:
     content_hash: str
 
 
-def lay_out(manifest: AdapterManifest, alignment: int) -> AdapterLayout:
-    """The layout of an adapter for a pool whose extents all begin at multiples of `alignment`."""
-    layout = adapter_layout(manifest.shapes)
+def lay_out(manifest: AdapterManifest, alignment: int, *, scaled: bool = False) -> AdapterLayout:
+    """The layout of an adapter for a pool whose extents all begin at multiples of `alignment`; `scaled` for a
+    pool in 8 bits.
+    """
+    layout = adapter_layout(manifest.shapes, scaled=scaled)
     # Where the model's own alignment was given up as out of proportion, an adapter's is as well.
     return layout if alignment % layout.alignment == 0 else dataclasses.replace(layout, alignment=alignment)
 
@@ -57,13 +59,17 @@ def read_weights(
 ) -> HostBlob:
     """Reads, checks, scales and casts the weights that `manifest` describes.
 
-    Alpha (and rsLoRA's root) is multiplied into B in float32 before the cast.
+    Alpha (and rsLoRA's root) is multiplied into B in float32 before the cast. Where the layout has scales,
+    `dtype` is int8: each rank row of A and of B becomes integers of at most 127 in absolute value, rounded to
+    nearest, and the product of the two rows' steps is the rank row's scale.
 
     Raises:
         FailedPreconditionError: the file is not the one the manifest was read from, or a tensor holds NaN or
             infinity, or would in `dtype`.
         PermissionDeniedError, UnavailableError: as for `read_manifest`.
     """
+    if bool(layout.scale_offset) != (dtype == torch.int8) and layout.entries:
+        raise ValueError(f"the layout has {len(layout.scale_offset)} blocks of scales, but dtype is {dtype}")
     data = torch.zeros(layout.num_elements, dtype=dtype, pin_memory=pin_memory)
     elements = data.view(torch.int16).numpy().view(np.uint16) if dtype == torch.bfloat16 else data.numpy()
     blocks = _blocks(manifest, layout)
@@ -79,24 +85,29 @@ def read_weights(
             for tensor in header.tensors:
                 raw = _read(file, tensor.end - tensor.begin)
                 content.update(raw)
-                start, scale = blocks[tensor.name]
-                _write(elements[start:], tensor, raw, scale)
+                start, scale, scale_start = blocks[tensor.name]
+                steps = _write(elements[start:], tensor, raw, scale)
+                if steps is not None:
+                    scales = elements[scale_start : scale_start + steps.nbytes].view(np.float32)
+                    # The first of a pair finds zeros; no step is zero.
+                    scales[:] = np.where(scales == 0, steps, scales * steps)
     except MalformedFileError as error:
         raise refusal(manifest.name, str(error)) from error
     return HostBlob(data, content.hexdigest())
 
 
-def _blocks(manifest: AdapterManifest, layout: AdapterLayout) -> dict[str, tuple[int, float | None]]:
-    """Where each tensor goes, and for a B what to scale it with."""
+def _blocks(manifest: AdapterManifest, layout: AdapterLayout) -> dict[str, tuple[int, float | None, int]]:
+    """Where each tensor goes, for a B what to scale it with, and where in 8 bits the pair's scales go."""
+    scale_offset = layout.scale_offset or (0,) * len(layout.entries)
     offsets = {
-        shape.entry: (a, b)
-        for shape, a, b in zip(layout.entries, layout.a_offset, layout.b_offset, strict=True)
+        shape.entry: places
+        for shape, *places in zip(layout.entries, layout.a_offset, layout.b_offset, scale_offset, strict=True)
     }
-    blocks: dict[str, tuple[int, float | None]] = {}
+    blocks: dict[str, tuple[int, float | None, int]] = {}
     for entry, pair in manifest.pairs:
-        a_offset, b_offset = offsets[entry.index]
-        blocks[pair.a.name] = (a_offset, None)
-        blocks[pair.b.name] = (b_offset, pair.scale)
+        a_offset, b_offset, scales = offsets[entry.index]
+        blocks[pair.a.name] = (a_offset, None, scales)
+        blocks[pair.b.name] = (b_offset, pair.scale, scales)
     return blocks
 
 
@@ -107,12 +118,16 @@ def _read(file: BinaryIO, size: int) -> bytes:
     return data
 
 
-def _write(target: np.ndarray[Any, Any], tensor: TensorInfo, raw: bytes, scale: float | None) -> None:
+def _write(
+    target: np.ndarray[Any, Any], tensor: TensorInfo, raw: bytes, scale: float | None
+) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+    """Writes one tensor by rank rows; in 8 bits, returns the step of each, float32 `[rank]`."""
     values = _decode(tensor.dtype, raw)
     if not np.isfinite(values).all():
         raise MalformedFileError(f"tensor {quoted(tensor.name)} holds NaN or infinity")
     with np.errstate(over="ignore"):
-        encoded = _encode(values if scale is None else values * np.float32(scale), target.dtype)
+        scaled = values if scale is None else values * np.float32(scale)
+        encoded = scaled if target.dtype == np.int8 else _encode(scaled, target.dtype)
     if _overflowed(encoded):
         raise MalformedFileError(
             f"tensor {quoted(tensor.name)} has values too large for the server's dtype; use --dtype float32"
@@ -120,7 +135,21 @@ def _write(target: np.ndarray[Any, Any], tensor: TensorInfo, raw: bytes, scale: 
     rows = encoded.reshape(tensor.shape)
     if scale is not None:
         rows = rows.T
+    steps = None
+    if target.dtype == np.int8:
+        rows, steps = _quantize(rows)
     target[: rows.size].reshape(rows.shape)[...] = rows
+    return steps
+
+
+def _quantize(
+    rows: np.ndarray[Any, np.dtype[np.float32]],
+) -> tuple[np.ndarray[Any, np.dtype[np.int8]], np.ndarray[Any, np.dtype[np.float32]]]:
+    """Each row as int8 times a step, which is positive: 1 for a row of zeros."""
+    steps = np.abs(rows).max(axis=1) / np.float32(127)
+    # So small a row that its step is no normal number counts as zero.
+    steps[steps < np.finfo(np.float32).tiny] = 1
+    return np.rint(rows / steps[:, None]).astype(np.int8), steps
 
 
 def _decode(dtype: str, raw: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
