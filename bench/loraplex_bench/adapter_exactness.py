@@ -39,8 +39,8 @@ class Exactness:
     """One adapter, or all together.
 
     `logit_error` is the root mean square of the difference between the logits of both servers, over the
-    deviation of the logits; `tokens_differ` the share of positions, those of the random prompt included, whose
-    most likely token differs.
+    deviation of the logits; `tokens_differ` the share of positions, those of the random prompt included,
+    whose most likely token differs; `right_*` the share of greedy answers that are exactly right.
     """
 
     adapter: str

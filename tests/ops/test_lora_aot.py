@@ -221,3 +221,28 @@ def test_ampere_and_ada(capability: int, variant: Variant, tmp_path: Path) -> No
     check(compile_shrink(capability, variant, 2, tmp_path), capability, variant)
     planes = 4 if variant.family == "decode" else 1
     check(compile_expand(capability, variant, planes, tmp_path), capability, variant)
+
+
+def tuning_candidates() -> Iterator[Variant]:
+    """What `make tune-gpu` tries from the built-in table, bf16."""
+    from loraplex_bench import tune_lora
+
+    for family, groups in tune_lora.GROUPS.items():
+        for adapters in (torch.bfloat16, torch.int8):
+            config = tiles.BUILT_IN[family, tiles.element(adapters, torch.bfloat16)]
+            for group in groups:
+                for changed in tune_lora.candidates(config, group):
+                    if dataclasses.replace(changed, shrink_programs=config.shrink_programs) != config:
+                        yield Variant(family, torch.bfloat16, adapters, changed)
+
+
+@pytest.mark.kernels_wide
+@pytest.mark.parametrize("family", tiles.FAMILIES)
+def test_candidates_compile(family: tiles.Family, tmp_path: Path) -> None:
+    for variant in tuning_candidates():
+        if variant.family == family:
+            for compiled in (
+                compile_shrink(90, variant, 2, tmp_path),
+                compile_expand(90, variant, 4, tmp_path),
+            ):
+                assert compiled.shared_bytes <= 227 * 1024, f"{variant.config} does not fit an H100"

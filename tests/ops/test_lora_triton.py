@@ -315,14 +315,11 @@ class TestKernels:
     @pytest.mark.skipif(DEVICE != "cuda" or not RUNS_HERE, reason="needs a GPU: CUDA graphs")
     @pytest.mark.parametrize("pdl", [False, True])
     @pytest.mark.parametrize("scaled", [False, True])
-    def test_one_graph_serves_any_mix(
-        self, lora_case: Any, scaled: bool, pdl: bool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_one_graph_serves_any_mix(self, lora_case: Any, scaled: bool, pdl: bool) -> None:
         """Captured with four adapters; replayed with more, fewer, others, one for all, and none."""
         if pdl and torch.cuda.get_device_capability() < (9, 0):
             pytest.skip("needs Hopper or newer: programmatic dependent launch")
         table = {key: dataclasses.replace(config, pdl=pdl) for key, config in tiles.BUILT_IN.items()}
-        monkeypatch.setattr(tiles, "_table_of_card", lambda card: table)
         everyone: list[lora.Run] = [(token, token + 1, ((token % 8, 1.0),)) for token in range(16)]
         case = lora_case(
             runs=everyone,
@@ -339,10 +336,11 @@ class TestKernels:
         )
         captured: list[lora.Run] = [(token, token + 1, ((token % 4, 1.0),)) for token in range(8)]
         case.batch = buffers.fill(captured)
-        case.run()
+        with tiles.using(table):
+            case.run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with tiles.using(table), torch.cuda.graph(graph):
             case.run()
         mixes: tuple[list[lora.Run], ...] = (
             captured,

@@ -23,7 +23,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -95,6 +96,8 @@ class LoraTiles:
 
 Table = Mapping[tuple[Family, Element], LoraTiles]
 
+_override: Table | None = None
+
 BUILT_IN: Table = {
     #                           rows stack  vec: rows k | rank   k  w st progs | rank cols dot  w st
     ("decode", "half"): LoraTiles(16, False, 4, 512, 16, 128, 2, 3, 640, 16, 1024, 256, 4, 1),
@@ -136,8 +139,19 @@ def choose(
     """The variant for tiles of `rows` rows, `num_pairs` pairs, adapters held in `adapters` and activations of
     `compute`.
     """
-    table = BUILT_IN if device.type != "cuda" else _table_of(device)
+    table = _override or (BUILT_IN if device.type != "cuda" else _table_of(device))
     return table[family(rows, num_pairs), element(adapters, compute)]
+
+
+@contextmanager
+def using(table: Table) -> Iterator[None]:
+    """Take variants from `table` inside a ``with`` block, on every device: for measuring and testing them."""
+    global _override
+    before, _override = _override, table
+    try:
+        yield
+    finally:
+        _override = before
 
 
 def planes(config: LoraTiles, programs: int, in_features: int) -> int:
