@@ -3,7 +3,7 @@
     python -m loraplex_bench.tune_lora --time-limit 400
 
 For each family of shapes it starts from the built-in row of the table and changes one group of its numbers at
-a time, keeping what is faster: under CUDA graphs, with cold adapters, over the batches that the family is for.
+a time, keeping what is faster: under CUDA graphs, with cold adapters, on the batches that the family is for.
 A candidate that does not compile, does not fit, or computes something else is left out. Writes the table with
 the card's name into the package, where it is read from then on for cards of that name.
 """

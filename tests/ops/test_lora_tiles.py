@@ -65,7 +65,7 @@ def test_planes_are_worth_a_program(programs: int, in_features: int, adapters: t
 
 
 def test_sixty_four_adapters_of_an_8b_llama_fill_an_h100() -> None:
-    """Each site of the step that the target speaks of has several programs for each of 132 multiprocessors."""
+    """Each site of the step that the target speaks of has several programs for each multiprocessor."""
     config = tiles.choose(tiles.DECODE_ROWS, 64, torch.bfloat16, torch.bfloat16, CPU)
     for in_features, slices in ((4096, 3), (4096, 1), (4096, 2), (14336, 1)):
         assert 64 * slices * tiles.planes(config, 64 * slices, in_features) >= 3 * 132

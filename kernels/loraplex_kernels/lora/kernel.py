@@ -43,9 +43,6 @@ _UPCAST = dispatch.interpreting()
 # Blocks of the arena begin at multiples of this: known to the compiler, rows load in 16-byte pieces.
 _ALIGNMENT = tl.constexpr(ALIGNMENT)
 
-# Elements that one thread loads at once, and sums up before it meets the other threads.
-_LANE = tl.constexpr(8)
-
 # Arguments whose divisibility would only multiply the variants to compile.
 _PLAIN = ["num_entries", "first_entry", "num_slices"]
 
@@ -98,6 +95,7 @@ def shrink_decode_kernel(
     K_STEP: tl.constexpr,
     VECTOR_K: tl.constexpr,
     VECTOR_ROWS: tl.constexpr,
+    LANE: tl.constexpr,
     EVEN: tl.constexpr,
     PDL: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -132,7 +130,7 @@ def shrink_decode_kernel(
                 for rank_first in range(0, rank, RANK_BLOCK):
                     rank_row = rank_first + tl.arange(0, RANK_BLOCK)
                     a_rows = a_ptr + rank_row[:, None] * in_features
-                    partial = tl.zeros((RANK_BLOCK, VECTOR_K // _LANE), dtype=tl.float32)
+                    partial = tl.zeros((RANK_BLOCK, VECTOR_K // LANE), dtype=tl.float32)
                     for k_block in range(k_first, k_end, VECTOR_K):
                         k = k_block + lane
                         mask = (rank_row < rank)[:, None]
@@ -146,8 +144,11 @@ def shrink_decode_kernel(
                         else:
                             x = tl.load(x_row + k, mask=k < k_end, other=0.0)
                         product = _widen(a, x_ptr, UPCAST) * x.to(tl.float32)[None, :]
-                        product = tl.reshape(product, (RANK_BLOCK, VECTOR_K // _LANE, _LANE))
+                        product = tl.reshape(product, (RANK_BLOCK, VECTOR_K // LANE, LANE))
                         partial += tl.sum(product, axis=2)
+                    # A plane past the end read nothing, and its zeros must not come early either.
+                    if PDL:
+                        gdc_wait()
                     h_row = h_tile + (pair - first_pair) * h_pair_stride
                     tl.store(h_row + rank_row, tl.sum(partial, axis=1), mask=rank_row < rank_padded)
             if PDL:
@@ -437,8 +438,12 @@ def expand_kernel(
             tl.store(y_rows + column[None, :], (y.to(tl.float32) + delta).to(y.dtype), mask=y_mask)
 
 
-def shrink_constants(config: tiles.LoraTiles, slices: int, even: bool) -> dict[str, int | bool]:
-    """Compile-time arguments of the shrink that the variant decides; `even`: the planes need no mask."""
+def shrink_constants(
+    config: tiles.LoraTiles, slices: int, even: bool, adapters: torch.dtype
+) -> dict[str, int | bool]:
+    """Compile-time arguments of the shrink that the variant and the type of the adapters decide; `even`: the
+    planes need no mask.
+    """
     constants = {
         "ROWS": config.rows,
         "RANK_ALIGN": RANK_ALIGN,
@@ -453,6 +458,8 @@ def shrink_constants(config: tiles.LoraTiles, slices: int, even: bool) -> dict[s
         "K_STEP": config.k_step,
         "VECTOR_K": config.vector_k,
         "VECTOR_ROWS": config.vector_rows,
+        # What one thread loads at once it sums up before it meets the other threads.
+        "LANE": 16 if adapters == torch.int8 else 8,
     }
 
 
@@ -478,6 +485,7 @@ def shrink(x: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> Tenso
     planes = tiles.planes(config, batch.shrink_tiles * grid_slices, site.in_features)
     h = torch.empty((batch.pair_rows, slices, planes, pool.max_rank), dtype=torch.float32, device=x.device)
     tile_grid = (batch.shrink_tiles, planes) if config.stacked else (batch.shrink_tiles, slices, planes)
+    even = site.in_features % (planes * config.k_step) == 0
     chosen = shrink_stacked_kernel if config.stacked else shrink_decode_kernel
     chosen[tile_grid](
         x,
@@ -495,7 +503,7 @@ def shrink(x: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> Tenso
         UPCAST=_UPCAST,
         num_warps=config.shrink_warps,
         num_stages=config.shrink_stages,
-        **shrink_constants(config, slices, site.in_features % (planes * config.k_step) == 0),
+        **shrink_constants(config, slices, even, pool.arena.dtype),
         **_dependent_launch(config),
     )
     return h

@@ -101,7 +101,7 @@ _override: Table | None = None
 BUILT_IN: Table = {
     #                           rows stack  vec: rows k | rank   k  w st progs | rank cols dot  w st
     ("decode", "half"): LoraTiles(16, False, 4, 512, 16, 128, 2, 3, 640, 16, 1024, 256, 4, 1),
-    ("decode", "int8"): LoraTiles(16, False, 4, 1024, 8, 128, 4, 3, 640, 16, 1024, 128, 4, 1),
+    ("decode", "int8"): LoraTiles(16, False, 4, 1024, 16, 128, 4, 3, 640, 16, 1024, 128, 4, 1),
     ("decode", "single"): LoraTiles(16, False, 4, 256, 16, 64, 4, 2, 640, 16, 256, 64, 4, 1),
     ("shared", "half"): LoraTiles(64, True, 0, 0, 16, 64, 4, 3, 264, 16, 128, 128, 8, 2),
     ("shared", "int8"): LoraTiles(64, True, 0, 0, 16, 64, 4, 3, 264, 16, 128, 128, 8, 2),
