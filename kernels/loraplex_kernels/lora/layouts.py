@@ -217,7 +217,7 @@ class LoraPool:
 
     @property
     def num_entries(self) -> int:
-        return int(self.rank.shape[1])
+        return int(self.host.rank.shape[1])
 
     def bind(self, slot: int, start: int, layout: AdapterLayout) -> None:
         """Make `slot` serve the adapter whose extent begins at element `start`.
@@ -265,4 +265,4 @@ class LoraPool:
         return self._rows(int(self.host.b_offset[slot, entry]), int(self.host.rank[slot, entry]), width)
 
     def _rows(self, offset: int, rank: int, length: int) -> Tensor:
-        return self.arena[offset : offset + rank * length].view(rank, length)
+        return self.arena.as_strided((rank, length), (length, 1), offset)

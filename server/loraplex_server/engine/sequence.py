@@ -51,9 +51,12 @@ class Sequence:
     adapter_wait_s: float = 0.0
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
+    _composition: Composition = ()
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
+        weights = (use.weight for use in self.request.adapters)
+        self._composition = tuple(zip(self.handles, weights, strict=True))
 
     @property
     def num_prompt(self) -> int:
@@ -75,9 +78,7 @@ class Sequence:
         answer differently along the row.
         """
         del position
-        return tuple(
-            (handle, use.weight) for handle, use in zip(self.handles, self.request.adapters, strict=True)
-        )
+        return self._composition
 
     @property
     def adapter_changes(self) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Generator
 import numpy as np
 import torch
 
+from loraplex_kernels import parallel
 from loraplex_kernels.attention import AttentionBatch
 from loraplex_kernels.lora import LoraBatchBuffers, LoraPool
 from loraplex_server.core.step import StepOutput, StepPlan
@@ -36,6 +37,8 @@ class ModelRunner:
         self._block_size = block_size
         self._device = base.format.device
         self._embed = base.model.get_input_embeddings()
+        # An elementwise op on the widest activation: four times the hidden size, eight bytes a nanosecond.
+        self._token_us = 4 * self._embed.weight.shape[-1] * 4 / 8_000
         self._segments = LoraBatchBuffers(
             max_tokens=max_batch_tokens,
             max_pairs=max_batch_tokens * max_pairs_per_token,
@@ -64,8 +67,9 @@ class ModelRunner:
             ),
             kv_caches=self._kv_caches,
             effects=self._effects(plan),
+            attended=int(np.diff(plan.query_start) @ plan.context_len),
         )
-        with context.running(step):
+        with context.running(step), parallel.threads_for(plan.num_tokens * self._token_us):
             output = self._base.model(
                 inputs_embeds=self._embed(self._tensor(plan.token_ids)).unsqueeze(0),
                 position_ids=self._tensor(plan.positions).unsqueeze(0),
