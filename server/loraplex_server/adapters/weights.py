@@ -18,10 +18,21 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from loraplex_kernels.lora.layouts import AdapterLayout, adapter_layout
+from loraplex_kernels.lora.layouts import AdapterLayout, VectorKind, adapter_layout
+from loraplex_server.adapters.base import Array, FrozenBase, FrozenProjection
+from loraplex_server.adapters.effects import (
+    BiasAdd,
+    Effect,
+    InputScale,
+    LowRankAdd,
+    Magnitude,
+    OutputScale,
+    SiteEffects,
+)
 from loraplex_server.adapters.manifest import AdapterManifest, refusal
 from loraplex_server.adapters.sources import WEIGHTS_FILE, open_file
 from loraplex_server.adapters.tensor_file import MalformedFileError, TensorInfo, quoted, read_header
+from loraplex_server.errors import InternalError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -42,7 +53,7 @@ class HostBlob:
 
 def lay_out(manifest: AdapterManifest, alignment: int) -> AdapterLayout:
     """The layout of an adapter for a pool whose extents all begin at multiples of `alignment`."""
-    layout = adapter_layout(manifest.shapes)
+    layout = adapter_layout(manifest.shapes, vectors=manifest.vectors)
     # Where the model's own alignment was given up as out of proportion, an adapter's is as well.
     return layout if alignment % layout.alignment == 0 else dataclasses.replace(layout, alignment=alignment)
 
@@ -52,12 +63,14 @@ def read_weights(
     layout: AdapterLayout,
     dtype: torch.dtype,
     roots: Iterable[Path],
+    base: FrozenBase | None = None,
     *,
     pin_memory: bool = False,
 ) -> HostBlob:
     """Reads, checks, scales and casts the weights that `manifest` describes.
 
-    Alpha (and rsLoRA's root) is multiplied into B in float32 before the cast.
+    Alpha (and rsLoRA's root) is multiplied into B in float32 before the cast, and so is DoRA's magnitude over
+    the norm of the adapted weight, which is worked out here, from `base`.
 
     Raises:
         FailedPreconditionError: the file is not the one the manifest was read from, or a tensor holds NaN or
@@ -66,7 +79,10 @@ def read_weights(
     """
     data = torch.zeros(layout.num_elements, dtype=dtype, pin_memory=pin_memory)
     elements = data.view(torch.int16).numpy().view(np.uint16) if dtype == torch.bfloat16 else data.numpy()
-    blocks = _blocks(manifest, layout)
+    sites: dict[str, _Site] = {}
+    for effects in manifest.sites:
+        site = _Site(elements, layout, effects, base)
+        sites |= {name: site for effect in effects.effects for name in _named(effect)}
     content = hashlib.sha256(manifest.config.encode() + b"\0")
     file, size = open_file(manifest.folder, WEIGHTS_FILE, roots)
     try:
@@ -79,25 +95,10 @@ def read_weights(
             for tensor in header.tensors:
                 raw = _read(file, tensor.end - tensor.begin)
                 content.update(raw)
-                start, scale = blocks[tensor.name]
-                _write(elements[start:], tensor, raw, scale)
+                sites[tensor.name].take(tensor, raw)
     except MalformedFileError as error:
         raise refusal(manifest.name, str(error)) from error
     return HostBlob(data, content.hexdigest())
-
-
-def _blocks(manifest: AdapterManifest, layout: AdapterLayout) -> dict[str, tuple[int, float | None]]:
-    """Where each tensor goes, and for a B what to scale it with."""
-    offsets = {
-        shape.entry: (a, b)
-        for shape, a, b in zip(layout.entries, layout.a_offset, layout.b_offset, strict=True)
-    }
-    blocks: dict[str, tuple[int, float | None]] = {}
-    for entry, pair in manifest.pairs:
-        a_offset, b_offset = offsets[entry.index]
-        blocks[pair.a.name] = (a_offset, None)
-        blocks[pair.b.name] = (b_offset, pair.scale)
-    return blocks
 
 
 def _read(file: BinaryIO, size: int) -> bytes:
@@ -107,23 +108,114 @@ def _read(file: BinaryIO, size: int) -> bytes:
     return data
 
 
-def _write(target: np.ndarray[Any, Any], tensor: TensorInfo, raw: bytes, scale: float | None) -> None:
-    values = _decode(tensor.dtype, raw)
-    if not np.isfinite(values).all():
-        raise MalformedFileError(f"tensor {quoted(tensor.name)} holds NaN or infinity")
+class _Site:
+    """What becomes of one entry's tensors."""
+
+    def __init__(
+        self,
+        target: np.ndarray[Any, Any],
+        layout: AdapterLayout,
+        site: SiteEffects,
+        base: FrozenBase | None,
+    ) -> None:
+        self._entry = site.entry
+        self._effects = site.effects
+        self._target = target
+        self._base = base
+        pairs = zip(layout.entries, layout.a_offset, layout.b_offset, strict=True)
+        self._pair = next(((a, b) for shape, a, b in pairs if shape.entry == site.entry.index), (0, 0))
+        vectors = zip(layout.vectors, layout.vector_offset, strict=True)
+        self._vector = {v.kind: offset for v, offset in vectors if v.entry == site.entry.index}
+        self._waiting: dict[str, Array] = {}
+
+    def take(self, tensor: TensorInfo, raw: bytes) -> None:
+        """Writes one tensor. Those of a DoRA pair are needed together, and wait for each other."""
+        values = _decode(tensor.dtype, raw)
+        if not np.isfinite(values).all():
+            raise MalformedFileError(f"tensor {quoted(tensor.name)} holds NaN or infinity")
+        values = values.reshape(tensor.shape)
+        match self._effects:
+            case (Magnitude(magnitude), LowRankAdd(_, scale, a, b)):
+                self._waiting[tensor.name] = values
+                if len(self._waiting) == 3:
+                    self._put_dora(magnitude, np.float32(scale), a, b)
+                    self._waiting.clear()
+            case effects:
+                effect = next(effect for effect in effects if tensor.name in _named(effect))
+                self._put(effect, tensor, values)
+
+    def _put(self, effect: Effect, tensor: TensorInfo, values: Array) -> None:
+        match effect:
+            case InputScale():
+                self._put_vector(VectorKind.INPUT_SCALE, tensor, values - 1)
+            case OutputScale():
+                self._put_vector(VectorKind.OUTPUT_SCALE, tensor, values - 1)
+            case BiasAdd(scale):
+                self._put_vector(VectorKind.BIAS, tensor, values * np.float32(scale))
+            case LowRankAdd(_, scale, a) if tensor.name == a.name:
+                _write(self._target[self._pair[0] :], tensor, values)
+            case LowRankAdd(_, scale):
+                with np.errstate(over="ignore"):
+                    values = values * np.float32(scale)
+                _write(self._target[self._pair[1] :], tensor, values.T)
+
+    def _put_dora(self, magnitude: TensorInfo, scale: np.float32, a: TensorInfo, b: TensorInfo) -> None:
+        """With W + B A = V and lengths m: y = (m / |V|) (W x + B A x) + bias, the base's own."""
+        if self._base is None:
+            raise InternalError("DoRA needs the base model's weights, and the store was given none")
+        base = self._base.projection(self._entry.path)
+        a_rows = self._waiting[a.name]
+        with np.errstate(over="ignore"):
+            b_rows = self._waiting[b.name] * scale
+        ratio = self._ratio(base, a_rows, b_rows, magnitude)
+        _write(self._target[self._pair[0] :], a, a_rows)
+        _write(self._target[self._pair[1] :], b, (b_rows * ratio[:, None]).T)
+        self._put_vector(VectorKind.OUTPUT_SCALE, magnitude, ratio - 1)
+        bias = base.bias()
+        if VectorKind.BIAS in self._vector and bias is not None:
+            self._put_vector(VectorKind.BIAS, magnitude, bias * (1 - ratio))
+
+    def _ratio(self, base: FrozenProjection, a: Array, b: Array, magnitude: TensorInfo) -> Array:
+        """Magnitude over the length of each row of W + B A, [out]; b is scaled already."""
+        wide = b.astype(np.float64)
+        squares = base.squared_norms() + 2 * (base.project(a).T * wide).sum(1)
+        squares += ((wide @ (a.astype(np.float64) @ a.T)) * wide).sum(1)
+        if (squares <= 0).any():
+            raise MalformedFileError(
+                f"tensor {quoted(magnitude.name)} gives a length to a row of the adapted weight that is zero"
+            )
+        ratio: Array = (self._waiting[magnitude.name] / np.sqrt(squares)).astype(np.float32)
+        return ratio
+
+    def _put_vector(self, kind: VectorKind, tensor: TensorInfo, values: Array) -> None:
+        _write(self._target[self._vector[kind] :], tensor, values)
+
+
+def _named(effect: Effect) -> tuple[str, ...]:
+    """Names of the tensors that an effect is made of."""
+    match effect:
+        case InputScale(scale) | OutputScale(scale):
+            return (scale.name,)
+        case Magnitude(magnitude):
+            return (magnitude.name,)
+        case LowRankAdd(_, _, a, b):
+            return (a.name, b.name)
+        case BiasAdd(_, bias):
+            return (bias.name,)
+
+
+def _write(target: np.ndarray[Any, Any], tensor: TensorInfo, values: Array) -> None:
+    """Encodes `values` at the beginning of `target`."""
     with np.errstate(over="ignore"):
-        encoded = _encode(values if scale is None else values * np.float32(scale), target.dtype)
+        encoded = _encode(np.ascontiguousarray(values), target.dtype)
     if _overflowed(encoded):
         raise MalformedFileError(
             f"tensor {quoted(tensor.name)} has values too large for the server's dtype; use --dtype float32"
         )
-    rows = encoded.reshape(tensor.shape)
-    if scale is not None:
-        rows = rows.T
-    target[: rows.size].reshape(rows.shape)[...] = rows
+    target[: encoded.size] = encoded.ravel()
 
 
-def _decode(dtype: str, raw: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _decode(dtype: str, raw: bytes) -> Array:
     if dtype == "BF16":
         return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(raw, "<f2" if dtype == "F16" else "<f4").astype(np.float32, copy=False)

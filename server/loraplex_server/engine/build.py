@@ -17,6 +17,7 @@ from loraplex_server.engine.audit import finish
 from loraplex_server.engine.engine import Emit, Engine
 from loraplex_server.engine.messages import EngineInfo
 from loraplex_server.model import architecture, loader, memory
+from loraplex_server.model.frozen import FrozenProjections
 from loraplex_server.model.runner import ModelRunner
 from loraplex_server.model.selfcheck import check_ragged
 
@@ -47,8 +48,14 @@ def build_engine(
     kernels = dispatch.backend(device)
     check_ragged(base)
     limit = architecture.longest_context(base.config, config.scheduler.max_model_len)
-    registry = SiteRegistry((p.path, p.in_features, p.out_features) for p in base.projections)
-    adapters = AdapterStore(registry, config.adapters, device=device, dtype=dtype, wake=wake)
+    registry = SiteRegistry(
+        ((p.path, p.in_features, p.out_features) for p in base.projections),
+        biased={p.path for p in base.projections if p.has_bias},
+        sharing={path for group in base.groups if len(group.paths) > 1 for path in group.paths},
+    )
+    adapters = AdapterStore(
+        registry, config.adapters, device=device, dtype=dtype, base=FrozenProjections(base.groups), wake=wake
+    )
     block_size = config.scheduler.kv_block_size
     per_block = memory.block_bytes(base.kv_shapes, block_size, dtype)
     num_blocks = memory.num_kv_blocks(config.scheduler, per_block, limit, device)

@@ -201,7 +201,8 @@ class Engine:
             raise ResourceExhaustedError(
                 f"{len(self.scheduler.waiting)} requests wait already; try again later", retry_after_s=1.0
             )
-        sequence = Sequence(request, client, self.adapters.resolve(names))
+        weights = [use.weight for use in request.adapters]
+        sequence = Sequence(request, client, self.adapters.resolve(names, weights))
         self._sequences[client, request.request_id] = sequence
         self.scheduler.add(sequence)
 

@@ -13,7 +13,7 @@ from loraplex_kernels.lora import LoraBatchBuffers, LoraPool
 from loraplex_server.core.step import StepOutput, StepPlan
 from loraplex_server.model import context
 from loraplex_server.model.context import StepContext
-from loraplex_server.model.effects import Effect, LowRankAdd
+from loraplex_server.model.effects import Effect, effects_of
 from loraplex_server.model.loader import BaseModel
 from loraplex_server.model.sampler import sample
 
@@ -87,7 +87,7 @@ class ModelRunner:
         """What adapters do in this step; nothing is launched for a step without adapters."""
         if not len(plan.run_start):
             return ()
-        return (LowRankAdd(self._pool, self._segments.fill(plan.runs)),)
+        return effects_of(self._pool, self._segments.fill(plan.runs))
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device)

@@ -22,6 +22,9 @@ class FrozenWeight(Protocol):
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[T, in] to a new [T, out], in x's dtype, accumulated in fp32."""
 
+    def dequantize(self) -> torch.Tensor:
+        """[out, in] fp32, as the products use it."""
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every resident tensor, for the checksum and the memory account."""
 
@@ -39,6 +42,9 @@ class Dense:
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return dense.linear(x, self.weight, bias)
 
+    def dequantize(self) -> torch.Tensor:
+        return self.weight.float()
+
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"weight": self.weight}
 
@@ -53,6 +59,9 @@ class Nf4:
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return nf4.matmul(x, self.weight, bias)
+
+    def dequantize(self) -> torch.Tensor:
+        return nf4.dequantize(self.weight)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return self.weight.tensors()
@@ -71,6 +80,9 @@ class Int4:
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return int4.matmul(x, self.weight, bias)
 
+    def dequantize(self) -> torch.Tensor:
+        return int4.dequantize(self.weight)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         return self.weight.tensors()
 
@@ -87,6 +99,9 @@ class PackedInt4:
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return cpu_packed.matmul(x, self.weight, bias)
+
+    def dequantize(self) -> torch.Tensor:
+        return cpu_packed.dequantize(self.weight)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return self.weight.tensors()
