@@ -141,6 +141,25 @@ def test_ia3_as_peft_saves_it(
     assert "the base model needs [32, 1]" in refused()
 
 
+@pytest.mark.parametrize("config", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_soft_prompts_as_peft_saves_them(
+    config: str,
+    base_model: Callable[[], Any],
+    tmp_path: Path,
+    registry: SiteRegistry,
+    refused: Callable[..., str],
+) -> None:
+    import peft
+
+    made = getattr(peft, config)(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    peft.get_peft_model(base_model(), made).save_pretrained(tmp_path / "a")
+    manifest = read_manifest("a", tmp_path / "a", registry, [tmp_path], 64)
+    assert (manifest.num_virtual_tokens, manifest.linear, manifest.sites) == (5, False, ())
+    assert [(vector.length, vector.rows) for vector in manifest.vectors] == [(registry.hidden_size, 5)]
+    edit(tmp_path / "a", num_virtual_tokens=6)
+    assert "the base model needs [6, 32]" in refused()
+
+
 def test_a_scale_of_a_shared_input_is_refused(
     base_model: Callable[[], Any], tmp_path: Path, registry: SiteRegistry
 ) -> None:
@@ -174,7 +193,6 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save needs a replacement"),
     "trainable tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
     "layer replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
-    "activated": ({"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens"),
     "base biases": ({"bias": "lora_only"}, "bias 'lora_only'"),
     "qalora": ({"use_qalora": True, "qalora_group_size": 16}, "QALoRA"),
     "embeddings": (
@@ -201,9 +219,7 @@ def test_other_kinds_of_lora_are_refused_by_name(
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ("PromptTuningConfig", "soft prompts"),
-        ("PrefixTuningConfig", "soft prompts"),
-        ("PromptEncoderConfig", "soft prompts"),
+        ("PrefixTuningConfig", "keys and values of its own"),
         ("LoHaConfig", "'LOHA'"),
         ("VeraConfig", "'VERA'"),
         ("OFTConfig", "'OFT'"),

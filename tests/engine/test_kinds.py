@@ -14,7 +14,8 @@ import pytest
 import torch
 
 MAX_TOKENS = 10
-KINDS = ("dora", "dora_rs", "ia3", "ia3_outputs", "bias", "plain")
+KINDS = ("dora", "dora_rs", "ia3", "ia3_outputs", "bias", "prompt", "p_tuning", "activated", "plain")
+INVOCATION = (7, 9)
 ARCHITECTURES = [
     "Llama",
     # Qwen2 has biases, which DoRA must not scale and IA3 must; Phi-3 has fused projections.
@@ -25,7 +26,7 @@ Requests = list[tuple[str, tuple[int, ...], str | None]]
 
 
 def _configuration(kind: str, attention: list[str], mlp: list[str]) -> Any:
-    from peft import IA3Config, LoraConfig
+    from peft import IA3Config, LoraConfig, PromptEncoderConfig, PromptTuningConfig
 
     match kind:
         case "dora":
@@ -41,6 +42,18 @@ def _configuration(kind: str, attention: list[str], mlp: list[str]) -> Any:
             return IA3Config(target_modules=attention + mlp, feedforward_modules=[])
         case "bias":
             return LoraConfig(r=5, lora_alpha=10, lora_bias=True, target_modules=[attention[0], mlp[0]])
+        case "prompt":
+            return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=11)
+        case "p_tuning":
+            return PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=48)
+        case "activated":
+            return LoraConfig(
+                task_type="CAUSAL_LM",
+                r=8,
+                lora_alpha=16,
+                target_modules=attention[:1],
+                alora_invocation_tokens=list(INVOCATION),
+            )
     return LoraConfig(r=8, lora_alpha=8, target_modules=attention + mlp)
 
 
@@ -73,6 +86,8 @@ def saved(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
                     parameter.data.mul_(1 + 0.3 * noise)
                 elif "ia3_l" in name:
                     parameter.data.copy_(1 + 0.5 * noise)
+                elif "prompt_encoder" in name:
+                    parameter.data.copy_(noise * (1.0 if "embedding" in name else 0.3))
             folders[kind] = tmp_path_factory.mktemp(f"{architecture}-{kind}")
             model.save_pretrained(folders[kind] / kind)
         made[architecture] = folders
@@ -86,7 +101,11 @@ def requests() -> Requests:
     random_ = random.Random(8)
     found: Requests = []
     for length in (4, 29):
-        prompt = tuple(random_.randrange(3, 211) for _ in range(length))
+        drawn = [random_.randrange(10, 211) for _ in range(length)]
+        # Two invocations in the long prompt, the last of which counts; one at the end of the short.
+        for at in (length - 2, 3) if length > 4 else (length - 2,):
+            drawn[at : at + 2] = INVOCATION
+        prompt = tuple(drawn)
         found += [(f"{kind}-{length}", prompt, kind) for kind in (*KINDS, None)]
     random_.shuffle(found)
     return found
@@ -141,6 +160,36 @@ def test_every_kind_in_one_batch_equals_peft(
     assert worst <= 1e-4
 
 
+def test_an_adapter_that_is_not_invoked_does_nothing(tiny: Any, harness: Any, saved: Any) -> None:
+    served = harness(tiny("Llama"), "none", adapters={"folders": (saved("Llama")["activated"],)})
+    prompts = {"without": (50, 60, 9, 7, 70), "with": (50, 60, 7, 9, 70)}
+    answers = {
+        (name, bool(uses)): served.submit(f"{name}{uses}", prompt, uses, max_tokens=8, ignore_eos=True)
+        for name, prompt in prompts.items()
+        for uses in ((), (("activated", 1.0),))
+    }
+    served.run()
+    assert answers["without", True].tokens == answers["without", False].tokens
+    assert answers["with", True].tokens != answers["with", False].tokens
+
+
+def test_a_soft_prompt_counts_towards_the_longest_sequence(tiny: Any, harness: Any, saved: Any) -> None:
+    served = harness(
+        tiny("Llama"),
+        "none",
+        scheduler={"max_model_len": 20},
+        adapters={"folders": (saved("Llama")["prompt"],)},
+    )
+    fits = served.submit("fits", (5,) * 8, [("prompt", 1.0)], max_tokens=8, ignore_eos=True)
+    long = served.submit("long", (5,) * 9, [("prompt", 1.0)], max_tokens=8, ignore_eos=True)
+    negative = served.submit("negative", (5, -1), [("prompt", 1.0)], max_tokens=8)
+    served.run()
+    assert (len(fits.tokens), fits.finish) == (1, "length")
+    assert "20 tokens with the adapter's soft prompt" in long.error.message
+    assert "outside the vocabulary" in negative.error.message
+    assert served.engine.adapters.references() == 0
+
+
 def test_a_pairs_bias_is_weighted_in_a_composition(tiny: Any, harness: Any, saved: Any) -> None:
     from tests.conftest import Oracle, TinyModel
 
@@ -170,7 +219,7 @@ def test_a_pairs_bias_is_weighted_in_a_composition(tiny: Any, harness: Any, save
     assert alone.tokens != expected
 
 
-@pytest.mark.parametrize("kind", ["dora", "ia3"])
+@pytest.mark.parametrize("kind", ["dora", "ia3", "prompt"])
 @pytest.mark.parametrize("uses", [[(None, 0.5)], [(None, 1.0), ("plain", 1.0)]])
 def test_what_scales_the_base_stands_alone_at_weight_1(
     kind: str, uses: list[tuple[str | None, float]], tiny: Any, harness: Any, saved: Any

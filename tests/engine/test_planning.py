@@ -13,6 +13,8 @@ from loraplex_server.engine.sequence import Composition, Sequence
 
 
 class Handle:
+    num_virtual_tokens = 0
+    invocation_tokens: tuple[int, ...] = ()
     content_hash = "hash"
 
     def __init__(self, name: str) -> None:

@@ -96,15 +96,17 @@ class VectorKind(enum.IntEnum):
     INPUT_SCALE = 0
     OUTPUT_SCALE = 1
     BIAS = 2
+    SOFT_PROMPT = 3
 
 
 @dataclass(frozen=True)
 class VectorShape:
-    """One vector of an adapter at one entry."""
+    """One vector of an adapter at one entry; a soft prompt is `rows` of them, at entry 0."""
 
     entry: int
     kind: VectorKind
     length: int
+    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def adapter_layout(
         raise ValueError("entries must not repeat")
     if len({(vector.entry, vector.kind) for vector in vectors}) != len(vectors):
         raise ValueError("vectors of one kind and entry must not repeat")
-    if any(vector.length < 1 for vector in vectors):
+    if any(vector.length < 1 or vector.rows < 1 for vector in vectors):
         raise ValueError("a vector must not be empty")
     for shape in entries:
         if not 0 <= shape.rank <= MAX_RANK:
@@ -167,7 +169,7 @@ def adapter_layout(
     row_aligned = alignment % math.lcm(ALIGNMENT, *row_lengths) == 0
 
     offsets = ([0] * len(present), [0] * len(present), [0] * len(vectors))
-    rows = ([shape.rank_padded for shape in present],) * 2 + ([1] * len(vectors),)
+    rows = ([shape.rank_padded for shape in present],) * 2 + ([vector.rows for vector in vectors],)
     blocks = [(shape.in_features, 0, index) for index, shape in enumerate(present)]
     blocks += [(shape.width, 1, index) for index, shape in enumerate(present)]
     blocks += [(vector.length, 2, index) for index, vector in enumerate(vectors)]

@@ -21,7 +21,7 @@ from loraplex_kernels.lora.layouts import LoraPool, LoraSite, VectorKind
 from loraplex_kernels.lora.segments import LoraBatch
 from loraplex_kernels.vectors import reference
 
-__all__ = ["add_bias", "any_vectors", "scale_input", "scale_output"]
+__all__ = ["add_bias", "any_vectors", "place_soft_prompts", "scale_input", "scale_output"]
 
 
 def any_vectors(pool: LoraPool, batch: LoraBatch) -> bool:
@@ -60,6 +60,15 @@ def add_bias(y: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> Non
         if rows is not None:
             dispatch.count("vectors.add_bias", "torch")
             reference.add(y[:, column : column + width], rows)
+
+
+def place_soft_prompts(x: Tensor, virtual: Tensor, pool: LoraPool, batch: LoraBatch) -> None:
+    """Put the embeddings of virtual tokens in their places of x ``[T, hidden]``, in place.
+
+    virtual: int64 ``[T]`` on the host; -1 - r for row r of the soft prompt of the token's one adapter, and
+    anything from 0 on for other tokens. Raises `ValueError` where a virtual token has no such adapter.
+    """
+    reference.place_soft_prompts(x, virtual.numpy(), pool, batch)
 
 
 def _check(rows: Tensor, name: str, columns: int, batch: LoraBatch) -> None:

@@ -79,3 +79,18 @@ def add(y: Tensor, rows: TokenRows) -> None:
 def _product(values: Tensor, rows: TokenRows) -> Tensor:
     chosen = values.index_select(0, rows.token)
     return torch.addcmul(chosen, chosen, rows.vectors.index_select(0, rows.index))
+
+
+def place_soft_prompts(x: Tensor, virtual: np.ndarray, pool: LoraPool, batch: LoraBatch) -> None:
+    """Rows of x ``[T, hidden]`` whose `virtual` is negative get their adapter's embedding."""
+    host = batch.host
+    tokens = np.flatnonzero(virtual < 0)
+    slot = np.full(len(virtual), -1, np.int64)
+    slot[host.pair_token] = host.pair_slot
+    first = np.where(slot >= 0, pool.host.vector_offset[slot, VectorKind.SOFT_PROMPT, 0], -1)[tokens]
+    if (first < 0).any():
+        raise ValueError("a virtual token's adapter has no soft prompt")
+    hidden = x.shape[1]
+    begin = torch.from_numpy(first + (-1 - virtual[tokens]) * hidden).to(x.device)
+    cells = begin[:, None] + torch.arange(hidden, device=x.device)
+    x.index_copy_(0, torch.from_numpy(tokens).to(x.device), pool.arena[cells])

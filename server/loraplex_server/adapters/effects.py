@@ -52,6 +52,13 @@ class BiasAdd:
     bias: TensorInfo
 
 
+@dataclass(frozen=True)
+class SoftPrompt:
+    """Embeddings of virtual tokens before every prompt, `[tokens, hidden]`: no effect at a site."""
+
+    embeddings: TensorInfo
+
+
 Effect = InputScale | OutputScale | Magnitude | LowRankAdd | BiasAdd
 
 LINEAR: tuple[type[Effect], ...] = (LowRankAdd, BiasAdd)

@@ -22,12 +22,15 @@ from loraplex_server.adapters.effects import (
     Magnitude,
     OutputScale,
     SiteEffects,
+    SoftPrompt,
 )
 from loraplex_server.adapters.peft_config import (
     MAX_CONFIG_BYTES,
     AdapterSettings,
     Ia3Settings,
     LoraSettings,
+    PromptSettings,
+    Targets,
     UnsupportedError,
     parse_config,
 )
@@ -53,6 +56,8 @@ class AdapterManifest:
         config: canonical text of the configuration.
         header: the weight file's header; the weights are read only while it stays the same.
         sites: effects by entry, ascending.
+        prompt: what stands before every prompt.
+        invocation_tokens: where an activated LoRA begins to apply; empty for everywhere.
     """
 
     name: str
@@ -61,6 +66,12 @@ class AdapterManifest:
     config: str
     header: TensorFileHeader
     sites: tuple[SiteEffects, ...]
+    prompt: SoftPrompt | None = None
+    invocation_tokens: tuple[int, ...] = ()
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return 0 if self.prompt is None else self.prompt.embeddings.shape[0]
 
     @property
     def pairs(self) -> tuple[tuple[Entry, LowRankAdd], ...]:
@@ -80,7 +91,8 @@ class AdapterManifest:
     @property
     def linear(self) -> bool:
         """Whether what it adds can be weighted, and added to what other adapters add."""
-        return all(isinstance(effect, LINEAR) for site in self.sites for effect in site.effects)
+        effects = [effect for site in self.sites for effect in site.effects]
+        return self.prompt is None and all(isinstance(effect, LINEAR) for effect in effects)
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -98,6 +110,10 @@ class AdapterManifest:
     @property
     def vectors(self) -> tuple[VectorShape, ...]:
         """Its vectors as the pool lays them out."""
+        prompt = self.prompt
+        if prompt is not None:
+            rows, hidden = prompt.embeddings.shape
+            return (VectorShape(0, VectorKind.SOFT_PROMPT, hidden, rows),)
         return tuple(
             VectorShape(
                 site.entry.index,
@@ -139,12 +155,27 @@ def read_manifest(
     try:
         settings = _read_settings(folder, roots)
         header = _read_weights_header(folder, roots)
-        sites = _sites(settings, header, registry, max_rank)
+        method = settings.method
+        prompt: SoftPrompt | None = None
+        sites: tuple[SiteEffects, ...] = ()
+        if isinstance(method, PromptSettings):
+            prompt = _soft_prompt(method, header, registry)
+        else:
+            sites = _sites(settings.targets, method, header, registry, max_rank)
     except (MalformedFileError, UnsupportedError) as error:
         raise refusal(name, str(error)) from error
     except ServerError as error:
         raise type(error)(f"adapter {name!r}: {error}", resource=("adapter", name)) from error
-    return AdapterManifest(name, folder, settings.peft_type, settings.canonical, header, sites)
+    return AdapterManifest(
+        name=name,
+        folder=folder,
+        peft_type=settings.peft_type,
+        config=settings.canonical,
+        header=header,
+        sites=sites,
+        prompt=prompt,
+        invocation_tokens=method.invocation_tokens if isinstance(method, LoraSettings) else (),
+    )
 
 
 def refusal(name: str, reason: str) -> FailedPreconditionError:
@@ -173,9 +204,26 @@ def _read_weights_header(folder: Path, roots: tuple[Path, ...]) -> TensorFileHea
 
 Parts = Mapping[Part, TensorInfo]
 
+_SOFT_PROMPT = "prompt_embeddings"
+
+
+def _soft_prompt(settings: PromptSettings, header: TensorFileHeader, registry: SiteRegistry) -> SoftPrompt:
+    for tensor in header.tensors:
+        if tensor.name != _SOFT_PROMPT:
+            raise UnsupportedError(f"tensor {quoted(tensor.name)} would not be applied: it is no soft prompt")
+    if not header.tensors:
+        raise UnsupportedError(f"the weight file holds no {_SOFT_PROMPT}")
+    (embeddings,) = header.tensors
+    _check_shape(embeddings, (settings.num_virtual_tokens, registry.hidden_size))
+    return SoftPrompt(embeddings)
+
 
 def _sites(
-    settings: AdapterSettings, header: TensorFileHeader, registry: SiteRegistry, max_rank: int
+    targets: Targets,
+    method: LoraSettings | Ia3Settings,
+    header: TensorFileHeader,
+    registry: SiteRegistry,
+    max_rank: int,
 ) -> tuple[SiteEffects, ...]:
     found: dict[Entry, dict[Part, TensorInfo]] = {}
     for tensor in header.tensors:
@@ -189,8 +237,8 @@ def _sites(
         raise UnsupportedError("the weight file holds no tensor")
     sites = []
     for entry in sorted(found, key=lambda entry: entry.index):
-        parts, method = found[entry], settings.method
-        if not settings.targets.includes(entry.path):
+        parts = found[entry]
+        if not targets.includes(entry.path):
             tensor = next(iter(parts.values()))
             raise UnsupportedError(
                 f"tensor {quoted(tensor.name)} is for a module that target_modules leaves out; "
@@ -203,7 +251,6 @@ def _sites(
         )
         sites.append(SiteEffects(entry, effects))
     for entry in registry:
-        targets = settings.targets
         if entry not in found and targets.modules is not None and targets.includes(entry.path):
             raise UnsupportedError(
                 f"target_modules name {quoted(entry.path)}, but the file has no tensor for it; "
@@ -276,7 +323,7 @@ def _why_not(tensor_name: str) -> str:
     reasons = (
         ("lora_embedding_", "LoRA on embeddings is not served"),
         ("ia3_l", "the base model has no such module"),
-        ("prompt_embeddings", "soft prompts are not served"),
+        ("prompt_embeddings", "soft prompts come with a configuration of their own"),
         ("embed_tokens", "embeddings of its own need a replacement, which is not served"),
         ("lm_head", "LoRA on, or a copy of, the output head is not served"),
         (".experts", "adapters on stacked experts are not served"),

@@ -38,11 +38,9 @@ _WITHOUT_REPEATS = re.compile(r"[\w.\\\[\]-]{0,4096}")
 _REPLACEMENT = "a replacement of weights"
 
 _KINDS: dict[str, str] = {
-    "PROMPT_TUNING": "prompt tuning needs soft prompts",
-    "MULTITASK_PROMPT_TUNING": "prompt tuning needs soft prompts",
-    "P_TUNING": "P-tuning needs soft prompts",
-    "PREFIX_TUNING": "prefix tuning needs soft prompts",
-    "CPT": "CPT needs soft prompts",
+    "MULTITASK_PROMPT_TUNING": "its prompt depends on a task id",
+    "PREFIX_TUNING": "prefix tuning needs keys and values of its own",
+    "CPT": "CPT needs soft prompts of known tokens",
     "TRAINABLE_TOKENS": f"trainable tokens need {_REPLACEMENT}",
     "LN_TUNING": f"layer-norm tuning needs {_REPLACEMENT}",
 }
@@ -53,7 +51,6 @@ _SETTINGS: dict[str, str] = {
     "trainable_token_indices": f"trainable_token_indices needs {_REPLACEMENT}",
     "target_parameters": "target_parameters acts on stacked expert parameters",
     "layer_replication": "layer_replication changes the base model's layers",
-    "alora_invocation_tokens": "an activated LoRA begins in the middle of a sequence",
     "megatron_config": "a megatron_config shards the layers",
     "fan_in_fan_out": "fan_in_fan_out is for weights stored transposed; this base model has none",
     "kasa_config": "KaSA changes the base model's weights",
@@ -68,6 +65,10 @@ _WITHOUT_EFFECT = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "corda_config",
+        "encoder_dropout",
+        "encoder_hidden_size",
+        "encoder_num_layers",
+        "encoder_reparameterization_type",
         "ensure_weight_tying",
         "eva_config",
         "inference_mode",
@@ -76,17 +77,26 @@ _WITHOUT_EFFECT = frozenset(
         "lora_dropout",
         "lora_ga_config",
         "megatron_core",
+        "num_attention_heads",
+        "num_layers",
         "peft_version",
+        "prompt_tuning_init",
+        "prompt_tuning_init_state_dict_path",
+        "prompt_tuning_init_text",
         "qalora_group_size",
         "revision",
         "runtime_config",
         "task_type",
+        "token_dim",
+        "tokenizer_kwargs",
+        "tokenizer_name_or_path",
     }
 )
 """Settings of training, of saving, and of methods that `_SETTINGS` or `init_lora_weights` decide about."""
 
 _READ = frozenset(
     {
+        "alora_invocation_tokens",
         "alpha_pattern",
         "bias",
         "exclude_modules",
@@ -98,6 +108,8 @@ _READ = frozenset(
         "peft_type",
         "r",
         "lora_bias",
+        "num_transformer_submodules",
+        "num_virtual_tokens",
         "rank_pattern",
         "target_modules",
         "use_dora",
@@ -230,6 +242,7 @@ class LoraSettings:
     use_rslora: bool
     use_dora: bool
     lora_bias: bool
+    invocation_tokens: tuple[int, ...]
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     patterns: Patterns
@@ -265,17 +278,27 @@ class Ia3Settings:
 
 
 @dataclass(frozen=True)
+class PromptSettings:
+    """What a prompt-tuning or P-tuning configuration says: how many virtual tokens stand before a prompt."""
+
+    num_virtual_tokens: int
+
+
+Method = LoraSettings | Ia3Settings | PromptSettings
+
+
+@dataclass(frozen=True)
 class AdapterSettings:
     """A configuration that will be applied whole.
 
     Attributes:
-        peft_type: PEFT's name of the method, "LORA" or "IA3".
+        peft_type: PEFT's name of the method, "LORA", "IA3", "PROMPT_TUNING" or "P_TUNING".
         canonical: the whole configuration as sorted compact JSON, part of the adapter's identity.
     """
 
     peft_type: str
     targets: Targets
-    method: LoraSettings | Ia3Settings
+    method: Method
     canonical: str
 
 
@@ -290,12 +313,14 @@ def parse_config(text: bytes) -> AdapterSettings:
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str):
         raise MalformedFileError("peft_type is missing; is this a configuration that PEFT saved?")
-    methods: dict[str, Callable[[Mapping[str, Any], Patterns], LoraSettings | Ia3Settings]] = {
+    methods: dict[str, Callable[[Mapping[str, Any], Patterns], Method]] = {
         "LORA": _lora,
         "IA3": _ia3,
+        "PROMPT_TUNING": _prompt,
+        "P_TUNING": _prompt,
     }
     if peft_type not in methods:
-        reason = _KINDS.get(peft_type, f"only {' and '.join(methods)} are")
+        reason = _KINDS.get(peft_type, f"only {', '.join(methods)} are")
         raise UnsupportedError(f"peft_type {quoted(peft_type)} is not served: {reason}")
     for key, value in config.items():
         _check_setting(key, value)
@@ -326,6 +351,7 @@ def _lora(config: Mapping[str, Any], patterns: Patterns) -> LoraSettings:
         use_rslora=_flag(config, "use_rslora"),
         use_dora=_flag(config, "use_dora"),
         lora_bias=_flag(config, "lora_bias"),
+        invocation_tokens=_ids(config, "alora_invocation_tokens"),
         rank_pattern={key: _rank("rank_pattern", value) for key, value in _mapping(config, "rank_pattern")},
         alpha_pattern={
             key: _number("alpha_pattern", value) for key, value in _mapping(config, "alpha_pattern")
@@ -339,6 +365,12 @@ def _lora(config: Mapping[str, Any], patterns: Patterns) -> LoraSettings:
 
 def _ia3(config: Mapping[str, Any], patterns: Patterns) -> Ia3Settings:
     return Ia3Settings(_modules(config, "feedforward_modules"), patterns)
+
+
+def _prompt(config: Mapping[str, Any], patterns: Patterns) -> PromptSettings:
+    if config.get("num_transformer_submodules") not in (None, 1):
+        raise UnsupportedError("num_transformer_submodules is not 1: only decoders are served")
+    return PromptSettings(_rank("num_virtual_tokens", config.get("num_virtual_tokens")))
 
 
 def _check_setting(key: str, value: object) -> None:
@@ -376,7 +408,7 @@ def _check_init(value: object) -> None:
 
 def _rank(key: str, value: object) -> int:
     if type(value) is not int or not 1 <= value <= 1 << 20:
-        raise MalformedFileError(f"{key} has {quoted(value)}, which is no rank")
+        raise MalformedFileError(f"{key} has {quoted(value)}, which is no usable number")
     return value
 
 
@@ -430,3 +462,12 @@ def _layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     if any(type(item) is not int for item in items):
         raise MalformedFileError(f"layers_to_transform has {quoted(value)}, which is no list of layers")
     return tuple(items)
+
+
+def _ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    value = config.get(key)
+    if value is None:
+        return ()
+    if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
+        raise MalformedFileError(f"{key} has {quoted(value)}, which is no list of token ids")
+    return tuple(value)

@@ -72,6 +72,7 @@ class SiteRegistry:
         sites: (module path, in_features, out_features) of each entry, in the order of its index.
         biased: paths at which the base has a bias.
         sharing: paths whose input feeds other projections as well.
+        hidden_size: width of the embeddings.
 
     Raises:
         ValueError: a path comes twice or a width is not positive.
@@ -83,7 +84,9 @@ class SiteRegistry:
         *,
         biased: Collection[str] = (),
         sharing: Collection[str] = (),
+        hidden_size: int = 0,
     ) -> None:
+        self.hidden_size = hidden_size
         entries = []
         for index, (path, in_features, out_features) in enumerate(sites):
             if in_features < 1 or out_features < 1:
@@ -117,7 +120,8 @@ class SiteRegistry:
     @property
     def row_lengths(self) -> frozenset[int]:
         """Every length that a rank row may have: the inputs and outputs of all entries."""
-        return frozenset(n for entry in self.entries for n in (entry.in_features, entry.out_features))
+        lengths = {n for entry in self.entries for n in (entry.in_features, entry.out_features)}
+        return frozenset(lengths | ({self.hidden_size} if self.hidden_size else set()))
 
 
 def _layer_of(path: str) -> int:

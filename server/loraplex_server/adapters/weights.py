@@ -79,10 +79,12 @@ def read_weights(
     """
     data = torch.zeros(layout.num_elements, dtype=dtype, pin_memory=pin_memory)
     elements = data.view(torch.int16).numpy().view(np.uint16) if dtype == torch.bfloat16 else data.numpy()
-    sites: dict[str, _Site] = {}
+    sites: dict[str, _Site | _Prompt] = {}
     for effects in manifest.sites:
         site = _Site(elements, layout, effects, base)
         sites |= {name: site for effect in effects.effects for name in _named(effect)}
+    if manifest.prompt is not None:
+        sites[manifest.prompt.embeddings.name] = _Prompt(elements, layout)
     content = hashlib.sha256(manifest.config.encode() + b"\0")
     file, size = open_file(manifest.folder, WEIGHTS_FILE, roots)
     try:
@@ -108,6 +110,16 @@ def _read(file: BinaryIO, size: int) -> bytes:
     return data
 
 
+class _Prompt:
+    """A soft prompt's rows."""
+
+    def __init__(self, target: np.ndarray[Any, Any], layout: AdapterLayout) -> None:
+        self._target = target[layout.vector_offset[0] :]
+
+    def take(self, tensor: TensorInfo, raw: bytes) -> None:
+        _write(self._target, tensor, _finite(tensor, raw))
+
+
 class _Site:
     """What becomes of one entry's tensors."""
 
@@ -130,10 +142,7 @@ class _Site:
 
     def take(self, tensor: TensorInfo, raw: bytes) -> None:
         """Writes one tensor. Those of a DoRA pair are needed together, and wait for each other."""
-        values = _decode(tensor.dtype, raw)
-        if not np.isfinite(values).all():
-            raise MalformedFileError(f"tensor {quoted(tensor.name)} holds NaN or infinity")
-        values = values.reshape(tensor.shape)
+        values = _finite(tensor, raw)
         match self._effects:
             case (Magnitude(magnitude), LowRankAdd(_, scale, a, b)):
                 self._waiting[tensor.name] = values
@@ -189,6 +198,13 @@ class _Site:
 
     def _put_vector(self, kind: VectorKind, tensor: TensorInfo, values: Array) -> None:
         _write(self._target[self._vector[kind] :], tensor, values)
+
+
+def _finite(tensor: TensorInfo, raw: bytes) -> Array:
+    values = _decode(tensor.dtype, raw)
+    if not np.isfinite(values).all():
+        raise MalformedFileError(f"tensor {quoted(tensor.name)} holds NaN or infinity")
+    return values.reshape(tensor.shape)
 
 
 def _named(effect: Effect) -> tuple[str, ...]:

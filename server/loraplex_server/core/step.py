@@ -30,6 +30,7 @@ class StepPlan:
 
     # Tokens, [T].
     token_ids: Ints
+    """Negative for a virtual token: -1 - r is row r of the soft prompt of its run's adapter."""
     positions: Ints
     slot_mapping: Ints
     """Cell of the KV cache each token is written to: block * block_size + offset."""

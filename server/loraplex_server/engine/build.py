@@ -51,6 +51,7 @@ def build_engine(
     registry = SiteRegistry(
         ((p.path, p.in_features, p.out_features) for p in base.projections),
         biased={p.path for p in base.projections if p.has_bias},
+        hidden_size=base.model.get_input_embeddings().weight.shape[1],
         sharing={path for group in base.groups if len(group.paths) > 1 for path in group.paths},
     )
     adapters = AdapterStore(

@@ -7,7 +7,7 @@ from collections.abc import Generator
 import numpy as np
 import torch
 
-from loraplex_kernels import parallel
+from loraplex_kernels import parallel, vectors
 from loraplex_kernels.attention import AttentionBatch
 from loraplex_kernels.lora import LoraBatchBuffers, LoraPool
 from loraplex_server.core.step import StepOutput, StepPlan
@@ -71,7 +71,7 @@ class ModelRunner:
         )
         with context.running(step), parallel.threads_for(plan.num_tokens * self._token_us):
             output = self._base.model(
-                inputs_embeds=self._embed(self._tensor(plan.token_ids)).unsqueeze(0),
+                inputs_embeds=self._embeddings(plan).unsqueeze(0),
                 position_ids=self._tensor(plan.positions).unsqueeze(0),
                 use_cache=False,
                 logits_to_keep=self._tensor(plan.sample_row),
@@ -82,6 +82,16 @@ class ModelRunner:
     def weight_checksum(self) -> Generator[None, None, str]:
         """SHA-256 over the resident base weights, in pieces: yields between them, returns it at the end."""
         return self._base.checksum_steps()
+
+    def _embeddings(self, plan: StepPlan) -> torch.Tensor:
+        """[T, hidden]; a negative token id is a row of a soft prompt."""
+        ids = plan.token_ids
+        if not (ids < 0).any():
+            found: torch.Tensor = self._embed(self._tensor(ids))
+            return found
+        found = self._embed(self._tensor(np.maximum(ids, 0)))
+        vectors.place_soft_prompts(found, torch.from_numpy(ids), self._pool, self._segments.fill(plan.runs))
+        return found
 
     def _effects(self, plan: StepPlan) -> tuple[Effect, ...]:
         """What adapters do in this step; nothing is launched for a step without adapters."""
