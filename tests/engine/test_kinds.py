@@ -113,14 +113,12 @@ def requests() -> Requests:
 
 
 def _truth(
-    tiny: Any, folders: dict[str, Path], quantization: str, requests: Requests
+    judge: Any, base: Path, folders: dict[str, Path], quantization: str, requests: Requests
 ) -> dict[str, tuple[list[int], torch.Tensor]]:
     """What transformers + PEFT answers, checked to differ from adapter to adapter."""
-    from tests.conftest import Oracle, TinyModel
-
     answers = {}
     for kind in (*KINDS, None):
-        oracle = Oracle(TinyModel(tiny.base, folders[kind or "plain"]), quantization)
+        oracle = judge(base, folders[kind or "plain"], quantization)
         for name, prompt, adapter in requests:
             if adapter == kind:
                 uses = [] if kind is None else [(kind, 1.0)]
@@ -135,10 +133,16 @@ def _truth(
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int4"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kind_in_one_batch_equals_peft(
-    architecture: str, quantization: str, tiny: Any, harness: Any, saved: Any, requests: Requests
+    architecture: str,
+    quantization: str,
+    tiny: Any,
+    harness: Any,
+    saved: Any,
+    requests: Requests,
+    judge: Any,
 ) -> None:
     folders = saved(architecture)
-    truth = _truth(tiny(architecture), folders, quantization, requests)
+    truth = _truth(judge, tiny(architecture).base, folders, quantization, requests)
     served = harness(
         tiny(architecture),
         quantization,
@@ -192,13 +196,11 @@ def test_a_soft_prompt_counts_towards_the_longest_sequence(tiny: Any, harness: A
     assert served.engine.adapters.references() == 0
 
 
-def test_a_pairs_bias_is_weighted_in_a_composition(tiny: Any, harness: Any, saved: Any) -> None:
-    from tests.conftest import Oracle, TinyModel
-
+def test_a_pairs_bias_is_weighted_in_a_composition(tiny: Any, harness: Any, saved: Any, judge: Any) -> None:
     folders, model = saved("Llama"), tiny("Llama")
     adapters, prompt = [("bias", 0.5), ("plain", -0.75)], (5, 17, 100, 42)
-    oracle = Oracle(TinyModel(model.base, folders["bias"]), "none")
-    plain = Oracle(TinyModel(model.base, folders["plain"]), "none")
+    oracle = judge(model.base, folders["bias"], "none")
+    plain = judge(model.base, folders["plain"], "none")
     layers = dict(oracle._model.named_modules())
     with torch.inference_mode():
         for layer in list(layers.values()):
