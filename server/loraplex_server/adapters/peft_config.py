@@ -415,7 +415,8 @@ def _rank(key: str, value: object) -> int:
 def _number(key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise MalformedFileError(f"{key} has {quoted(value)}, which is no number")
-    if not math.isfinite(value) or abs(value) > 1e9:
+    # Compared first: an integer of any length can be, and only then is it sure to be a float.
+    if not abs(value) <= 1e9:
         raise MalformedFileError(f"{key} has {quoted(value)}, which is no usable scale")
     return value
 

@@ -143,6 +143,11 @@ class _Site:
     def take(self, tensor: TensorInfo, raw: bytes) -> None:
         """Writes one tensor. Those of a DoRA pair are needed together, and wait for each other."""
         values = _finite(tensor, raw)
+        # What overflows is found, and named, once it is encoded.
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._take(tensor, values)
+
+    def _take(self, tensor: TensorInfo, values: Array) -> None:
         match self._effects:
             case (Magnitude(magnitude), LowRankAdd(_, scale, a, b)):
                 self._waiting[tensor.name] = values
@@ -164,9 +169,7 @@ class _Site:
             case LowRankAdd(_, scale, a) if tensor.name == a.name:
                 _write(self._target[self._pair[0] :], tensor, values)
             case LowRankAdd(_, scale):
-                with np.errstate(over="ignore"):
-                    values = values * np.float32(scale)
-                _write(self._target[self._pair[1] :], tensor, values.T)
+                _write(self._target[self._pair[1] :], tensor, (values * np.float32(scale)).T)
 
     def _put_dora(self, magnitude: TensorInfo, scale: np.float32, a: TensorInfo, b: TensorInfo) -> None:
         """With W + B A = V and lengths m: y = (m / |V|) (W x + B A x) + bias, the base's own."""
@@ -174,8 +177,7 @@ class _Site:
             raise InternalError("DoRA needs the base model's weights, and the store was given none")
         base = self._base.projection(self._entry.path)
         a_rows = self._waiting[a.name]
-        with np.errstate(over="ignore"):
-            b_rows = self._waiting[b.name] * scale
+        b_rows = self._waiting[b.name] * scale
         ratio = self._ratio(base, a_rows, b_rows, magnitude)
         _write(self._target[self._pair[0] :], a, a_rows)
         _write(self._target[self._pair[1] :], b, (b_rows * ratio[:, None]).T)
