@@ -97,6 +97,9 @@ class SiteRegistry:
         self._by_path = {entry.path: entry for entry in entries}
         if len(self._by_path) != len(entries):
             raise ValueError("two entries have the same path")
+        self._located = {
+            f"{_PEFT_PREFIX}{entry.path}.{part}": (entry, part) for entry in entries for part in Part
+        }
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -110,12 +113,7 @@ class SiteRegistry:
 
     def locate(self, tensor_name: str) -> tuple[Entry, Part] | None:
         """The entry that a tensor of a PEFT file belongs to, and as what; None for any other tensor."""
-        for part in Part:
-            suffix = f".{part}"
-            if tensor_name.startswith(_PEFT_PREFIX) and tensor_name.endswith(suffix):
-                entry = self.entry(tensor_name[len(_PEFT_PREFIX) : -len(suffix)])
-                return None if entry is None else (entry, part)
-        return None
+        return self._located.get(tensor_name)
 
     @property
     def row_lengths(self) -> frozenset[int]:
