@@ -84,8 +84,7 @@ def compile_for(
 
 
 def pointer_types(format_: str, dtype: torch.dtype, result: str) -> dict[str, str]:
-    nf4 = format_.startswith("nf4")
-    scale = ("u8" if format_ == "nf4-double" else "fp32") if nf4 else "bf16"
+    scale = "fp32" if format_ == "nf4" else "i32"
     names = ("absmax_ptr", "nested_levels_ptr", "offset_ptr", "levels_ptr")
     return {
         "x_ptr": TYPES[dtype],
@@ -104,6 +103,7 @@ def weight_constants(format_: str) -> dict[str, Any]:
         "FORMAT": format_[:4].rstrip("-"),
         "GROUP": 64 if format_.startswith("nf4") else int(format_.removeprefix("int4-")),
         "NESTED": format_ == "nf4-double",
+        "ZERO": False,
         "PARTIAL": format_ == "int4-32",
     }
 
@@ -122,6 +122,7 @@ def product(
         "HAS_BIAS": split,
         "ROWS": plan.rows,
         "COLUMNS": plan.columns,
+        "STAGES": plan.stages,
         "LOOKUP": lookup,
         **({"WARPS": plan.warps} if split else {"UNROLL": plan.unroll}),
     }

@@ -25,7 +25,7 @@ INTERPRETED = dispatch.interpreting()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 RUNS_HERE = INTERPRETED or torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FORMATS = ["nf4", "nf4-double", "int4-128", "int4-64", "int4-32"]
+FORMATS = ["nf4", "nf4-double", "int4-128", "int4-64", "int4-32", "int4-128-fp32"]
 
 
 def run_under_the_interpreter(root: Path, marker: str) -> None:
@@ -69,8 +69,9 @@ def make_weight(format_: str, n: int, k: int, seed: int = 0) -> tuple[fourbit.Bl
         w = nf4.quantize(values, double_quant=format_ == "nf4-double")
         blocked, dense = fourbit.arrange_nf4([w]), nf4.dequantize(w)
     else:
-        group = int(format_.removeprefix("int4-"))
-        affine = int4.quantize(values + 0.2, group=group)
+        affine = int4.quantize(values + 0.2, group=group_of(format_))
+        if format_.endswith("fp32"):  # scales that bf16 does not hold
+            affine = dataclasses.replace(affine, scale=affine.scale * 1.001)
         blocked, dense = fourbit.arrange_int4(affine), int4.dequantize(affine)
     nested = blocked.nested
     if nested is not None:
@@ -85,6 +86,10 @@ def make_weight(format_: str, n: int, k: int, seed: int = 0) -> tuple[fourbit.Bl
         nested=nested,
     )
     return blocked, dense.double()
+
+
+def group_of(format_: str) -> int:
+    return int(format_.split("-")[1])
 
 
 class TestKernels:
@@ -283,7 +288,7 @@ class TestKernels:
 
         format_ = FORMATS[seed % len(FORMATS)]
         dtype = DTYPES[seed // len(FORMATS) % 3]
-        step = int(format_.removeprefix("int4-")) if format_.startswith("int4") else 64
+        step = group_of(format_) if format_.startswith("int4") else 64
         k = step * among([1, 2, 3, 5, 9])
         n, rows = among([1, 16, 47, 128, 201]), among([1, 2, 8, 9, 31, 64, 77, 140])
         plan: Plan | None = None

@@ -111,7 +111,13 @@ def _decode_int4(
     LOOKUP: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Weights of the low and of the high nibbles, rounded once to dtype."""
+    """Weights of the low and of the high nibbles, rounded once to dtype. Scales and zeros lack codes' last
+    dimension.
+    """
+    low_scale = tl.expand_dims(low_scale, -1)
+    low_zero = tl.expand_dims(low_zero, -1)
+    high_scale = tl.expand_dims(high_scale, -1)
+    high_zero = tl.expand_dims(high_zero, -1)
     if LOOKUP == "permute" and SPLIT:
         low, high = tl.inline_asm_elementwise(
             _INT4_SPLIT,
@@ -143,11 +149,26 @@ def _nf4_scale(
     scale_ptr, absmax_ptr, nested_levels_ptr, offset, block, column, n, blocks, mask, NESTED: tl.constexpr
 ):
     """Float32 scales of one block (or several, broadcast) of the given columns."""
-    scale = tl.load(scale_ptr + block * n + column, mask=mask, other=0)
     if NESTED:
+        word = tl.load(scale_ptr + (block >> 2) * n + column, mask=mask, other=0)
         absmax = tl.load(absmax_ptr + ((column * blocks + block) >> _NESTED_SHIFT), mask=mask, other=0.0)
-        scale = tl.load(nested_levels_ptr + scale.to(tl.int32)) * absmax + offset
+        scale = tl.load(nested_levels_ptr + ((word >> ((block & 3) * 8)) & 255)) * absmax + offset
+    else:
+        scale = tl.load(scale_ptr + block * n + column, mask=mask, other=0.0)
     return scale
+
+
+@triton.jit
+def _int4_affine(scale_ptr, zero_ptr, index, mask, ZERO: tl.constexpr):
+    """Scale and zero: float32, or the two bfloat16 halves of a word where there is no tensor of zeros."""
+    if ZERO:
+        scale = tl.load(scale_ptr + index, mask=mask, other=0.0)
+        zero = tl.load(zero_ptr + index, mask=mask, other=0.0)
+    else:
+        word = tl.load(scale_ptr + index, mask=mask, other=0)
+        scale = word.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        zero = (word >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return scale, zero
 
 
 @triton.jit
@@ -189,11 +210,13 @@ def split_kernel(
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     NESTED: tl.constexpr,
+    ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PARTIAL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WARPS: tl.constexpr,
+    STAGES: tl.constexpr,
     LOOKUP: tl.constexpr,
 ):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -209,7 +232,7 @@ def split_kernel(
     x_tile = x_ptr + row[None, None, :].to(tl.int64) * x_stride + lane[None, :, None]
 
     total = tl.zeros((WARPS, COLUMNS, ROWS), dtype=tl.float32)
-    for first in range(0, blocks, WARPS):
+    for first in tl.range(0, blocks, WARPS, num_stages=STAGES):
         block = first + part
         inside = block < blocks
         mask = inside[:, None] & column_mask[None, :]
@@ -243,13 +266,11 @@ def split_kernel(
             total += _products(low, high, x_low, x_high, zeros) * scale[:, :, None]
         else:
             low_group = (start // GROUP)[:, None] * n + column[None, :]
-            low_scale = tl.load(scale_ptr + low_group, mask=mask, other=0.0)[:, :, None]
-            low_zero = tl.load(zero_ptr + low_group, mask=mask, other=0.0)[:, :, None]
+            low_scale, low_zero = _int4_affine(scale_ptr, zero_ptr, low_group, mask, ZERO)
             high_scale = low_scale
             high_zero = low_zero
             if GROUP < _BLOCK:
-                high_scale = tl.load(scale_ptr + low_group + n, mask=mask, other=0.0)[:, :, None]
-                high_zero = tl.load(zero_ptr + low_group + n, mask=mask, other=0.0)[:, :, None]
+                high_scale, high_zero = _int4_affine(scale_ptr, zero_ptr, low_group + n, mask, ZERO)
             low, high = _decode_int4(
                 codes, low_scale, low_zero, high_scale, high_zero, w0, x_ptr.dtype.element_ty, LOOKUP, True
             )
@@ -289,11 +310,13 @@ def tile_kernel(
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     NESTED: tl.constexpr,
+    ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PARTIAL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
     LOOKUP: tl.constexpr,
 ):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -313,7 +336,7 @@ def tile_kernel(
 
     total = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
     # Where a step takes several blocks, their number divides every plane's (see `matmul`).
-    for first in range(first_block, end_block, UNROLL):
+    for first in tl.range(first_block, end_block, UNROLL, num_stages=STAGES):
         for step in tl.static_range(UNROLL):
             block = first + step
             codes = tl.load(codes_tile + block.to(tl.int64) * n * _HALF, mask=column_mask[:, None], other=0)
@@ -342,13 +365,13 @@ def tile_kernel(
                 total += _products(low, high, x_low, x_high, zeros) * scale[:, None]
             else:
                 low_group = block * _BLOCK // GROUP * n + column
-                low_scale = tl.load(scale_ptr + low_group, mask=column_mask, other=0.0)[:, None]
-                low_zero = tl.load(zero_ptr + low_group, mask=column_mask, other=0.0)[:, None]
+                low_scale, low_zero = _int4_affine(scale_ptr, zero_ptr, low_group, column_mask, ZERO)
                 high_scale = low_scale
                 high_zero = low_zero
                 if GROUP < _BLOCK:
-                    high_scale = tl.load(scale_ptr + low_group + n, mask=column_mask, other=0.0)[:, None]
-                    high_zero = tl.load(zero_ptr + low_group + n, mask=column_mask, other=0.0)[:, None]
+                    high_scale, high_zero = _int4_affine(
+                        scale_ptr, zero_ptr, low_group + n, column_mask, ZERO
+                    )
                 low, high = _decode_int4(
                     codes,
                     low_scale,
@@ -400,6 +423,7 @@ def dequantize_kernel(
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     NESTED: tl.constexpr,
+    ZERO: tl.constexpr,
     PARTIAL: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -423,10 +447,8 @@ def dequantize_kernel(
     else:
         low_group = block * _BLOCK // GROUP * n + column
         high_group = (block * _BLOCK + _HALF) // GROUP * n + column
-        low_scale = tl.load(scale_ptr + low_group, mask=column_mask, other=0.0)[:, None]
-        low_zero = tl.load(zero_ptr + low_group, mask=column_mask, other=0.0)[:, None]
-        high_scale = tl.load(scale_ptr + high_group, mask=column_mask, other=0.0)[:, None]
-        high_zero = tl.load(zero_ptr + high_group, mask=column_mask, other=0.0)[:, None]
+        low_scale, low_zero = _int4_affine(scale_ptr, zero_ptr, low_group, column_mask, ZERO)
+        high_scale, high_zero = _int4_affine(scale_ptr, zero_ptr, high_group, column_mask, ZERO)
         low, high = _decode_int4(
             codes, low_scale, low_zero, high_scale, high_zero, 0, tl.float32, "load", False
         )
@@ -455,7 +477,7 @@ def matmul(rows: Tensor, w: BlockedWeight, bias: Tensor | None, plan: Plan | Non
     out = y if planes == 1 else _empty((planes, m, n), torch.float32, rows.device)
     added = bias if planes == 1 else None
     grid = [-(-n // plan.columns), -(-m // plan.rows)]
-    constants = {"ROWS": plan.rows, "COLUMNS": plan.columns, "LOOKUP": name}
+    constants = {"ROWS": plan.rows, "COLUMNS": plan.columns, "STAGES": plan.stages, "LOOKUP": name}
     if plan.family == "split":
         kernel = split_kernel
         constants["WARPS"] = plan.warps
@@ -491,7 +513,7 @@ def _permutes(dtype: torch.dtype, w: BlockedWeight) -> bool:
     """Whether the byte permutes (int4: the bit patterns) can decode this weight to `dtype`."""
     if _INTERPRETED.value or dtype == torch.float32:
         return False
-    return w.format == "nf4" or dtype == w.scale.dtype == torch.bfloat16
+    return w.format == "nf4" or (dtype == torch.bfloat16 and w.zero is None)
 
 
 def _sum_planes(planes: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -560,6 +582,7 @@ def _weight_constants(w: BlockedWeight) -> dict[str, object]:
         "FORMAT": w.format,
         "GROUP": w.group,
         "NESTED": w.nested is not None,
+        "ZERO": w.zero is not None,
         "PARTIAL": w.shape[1] % BLOCK != 0,
     }
 

@@ -4,7 +4,7 @@ Codes lie in blocks of 64 input columns, which is NF4's own block: for each bloc
 bytes. Byte ``j`` holds column ``j`` of the block in its low nibble and column ``j + 32`` in the high one, so
 that the low nibbles of a tile are one matrix operand and the high ones another, with no interleaving. Rows of
 a block follow each other: what a program reads in one step is one contiguous piece. Scales lie likewise, rows
-innermost.
+innermost, in 4-byte words, which is the least that the hardware copies to shared memory ahead of use.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ class BlockedWeight:
     Attributes:
         format: "nf4" or "int4".
         codes: uint8 [blocks, N, 32]. NF4's are relabelled by `lookup.LABELS`.
-        scale: nf4: fp32 [blocks, N], or with `nested` the uint8 codes of it; int4: bf16 (where that holds
-            the values exactly) or fp32 [groups, N].
-        zero: int4: as `scale`; nf4: None.
+        scale: nf4: fp32 [blocks, N], or with `nested` the 8-bit codes of it, those of four blocks in an int32
+            [ceil(blocks / 4), N], the first lowest; int4: [groups, N], fp32, or int32 with the scale as bf16
+            in the low half and the zero in the high one, where bf16 holds both exactly.
+        zero: int4: fp32 [groups, N], or None where `scale` holds it; nf4: None.
         nested: of double-quantised nf4.
         shape: (N, K) = (output width, input width).
         group: input columns that share a scale: 64 for nf4; 128, 64 or 32 for int4.
@@ -146,10 +147,10 @@ def arrange_nf4(weights: Sequence[Nf4Weight]) -> BlockedWeight:
                 [absmax.offset.expand(w.shape[0]) for absmax, w in zip(inner, weights, strict=True)]
             ),
         )
-        scales = [absmax.codes for absmax in inner]
+        scale = _in_words(torch.cat([absmax.codes.view(-1, blocks) for absmax in inner]))
     else:
-        scales = [absmax for absmax in absmaxes if isinstance(absmax, Tensor)]
-    scale = torch.cat([one.view(-1, blocks) for one in scales]).t().contiguous()
+        plain = [absmax for absmax in absmaxes if isinstance(absmax, Tensor)]
+        scale = torch.cat([absmax.view(-1, blocks) for absmax in plain]).t().contiguous()
     return BlockedWeight("nf4", codes, scale, None, nested, (codes.shape[1], k), BLOCK)
 
 
@@ -158,15 +159,20 @@ def arrange_int4(w: Int4Weight) -> BlockedWeight:
     n, k = w.shape
     blocks = -(-k // BLOCK)
     codes = _arrange_codes([w.packed], blocks, None)
-    exact = all(torch.equal(tensor.bfloat16().float(), tensor) for tensor in (w.scale, w.zero))
     groups = -(-blocks * BLOCK // w.group)
+    padding = (0, 0, 0, groups - k // w.group)
+    scale = torch.nn.functional.pad(w.scale.t(), padding).contiguous()
+    zero = torch.nn.functional.pad(w.zero.t(), padding).contiguous()
+    halves = torch.stack((scale, zero), dim=2).bfloat16()
+    if torch.equal(halves.float(), torch.stack((scale, zero), dim=2)):
+        return BlockedWeight("int4", codes, halves.view(torch.int32)[..., 0], None, None, (n, k), w.group)
+    return BlockedWeight("int4", codes, scale, zero, None, (n, k), w.group)
 
-    def affine(tensor: Tensor) -> Tensor:
-        arranged = tensor.new_zeros(groups, n, dtype=torch.bfloat16 if exact else torch.float32)
-        arranged[: k // w.group] = tensor.t()
-        return arranged
 
-    return BlockedWeight("int4", codes, affine(w.scale), affine(w.zero), None, (n, k), w.group)
+def _in_words(codes: Tensor) -> Tensor:
+    """uint8 [N, blocks] to int32 [ceil(blocks / 4), N]."""
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 4))
+    return padded.view(torch.int32).t().contiguous()
 
 
 def _arrange_codes(parts: Sequence[Tensor], blocks: int, labels: Tensor | None) -> Tensor:
@@ -194,12 +200,20 @@ def dequantize(w: BlockedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     if w.format == "nf4":
         values = lookup.levels(w.device)[codes.int()] * _nf4_scale(w)[..., None]
     else:
-        assert w.zero is not None
+        affine = _int4_affine(w)
         column = torch.arange(w.blocks * BLOCK, device=w.device)
         group = (column // w.group).view(w.blocks, BLOCK)
-        scale, zero = (tensor.float()[group].transpose(1, 2) for tensor in (w.scale, w.zero))
+        scale, zero = (tensor[group].transpose(1, 2) for tensor in affine)
         values = (codes.float() - 8).mul_(scale).add_(zero)
     return values.transpose(0, 1).reshape(n, -1)[:, :k].to(dtype)
+
+
+def _int4_affine(w: BlockedWeight) -> tuple[Tensor, Tensor]:
+    """Scale and zero, fp32 [groups, N]."""
+    if w.zero is not None:
+        return w.scale, w.zero
+    scale, zero = w.scale.view(torch.bfloat16).float().view(*w.scale.shape, 2).unbind(2)
+    return scale, zero
 
 
 def _nf4_scale(w: BlockedWeight) -> Tensor:
@@ -208,4 +222,5 @@ def _nf4_scale(w: BlockedWeight) -> Tensor:
         return w.scale
     n = w.shape[0]
     index = torch.arange(n * w.blocks, device=w.device).view(n, w.blocks).t() // _NESTED_BLOCK
-    return w.nested.levels[w.scale.int()] * w.nested.absmax[index] + w.nested.offset
+    codes = w.scale.t().contiguous().view(torch.uint8)[:, : w.blocks].t()
+    return w.nested.levels[codes.int()] * w.nested.absmax[index] + w.nested.offset
