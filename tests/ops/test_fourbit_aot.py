@@ -168,6 +168,9 @@ def test_bf16_on_hopper(format_: str, plan: Plan, tmp_path: Path) -> None:
     assert compiled.registers * 32 * plan.warps <= 65536
     # The table is read by byte permutes alone: no memory, no shuffle, twelve permutes for eight weights.
     assert compiled.instructions("SHFL") <= 8 * plan.rows, "more than the sum over warps"
+    if plan.family == "tile" and plan.rows <= 64:
+        waits = compiled.instructions("WARPGROUP.DEPBAR")
+        assert waits < compiled.instructions("HGMMA"), "every product is waited for"
     if format_ == "nf4":
         decoded = plan.columns * 64 * (plan.unroll if plan.family == "tile" else plan.warps)
         weights = decoded // (32 * plan.warps)

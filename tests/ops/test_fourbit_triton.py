@@ -308,3 +308,33 @@ class TestKernels:
             ]
             plan = choose[seed // 2 % 2]()
         self.check(format_, rows, n, k, dtype, plan=plan, bias=seed % 3 > 0, seed=seed)
+
+
+class TestResidentWeights:
+    """What the server holds of a group of siblings where the kernels run."""
+
+    __test__ = RUNS_HERE
+
+    @pytest.mark.parametrize("double_quant", [False, True])
+    @pytest.mark.parametrize("quantization", ["nf4", "int4"])
+    @pytest.mark.parametrize("width", [256, 96])
+    def test_siblings_share_a_launch_where_they_can(
+        self, quantization: str, width: int, double_quant: bool
+    ) -> None:
+        from loraplex_server.model.weights import WeightFormat
+
+        siblings = [normal(rows, width, seed=rows).to(DEVICE) for rows in (128, 64, 30)]
+        form = WeightFormat(quantization, torch.float32, torch.device(DEVICE), double_quant)
+        x = normal(4, width).to(DEVICE)
+        with dispatch.using("torch"):
+            truth = torch.cat([weight.matmul(x, None) for weight in form.freeze(siblings)], dim=1)
+        with dispatch.using("triton"):
+            dispatch.launches.clear()
+            held = form.freeze(siblings)
+            found = torch.cat([weight.matmul(x, None) for weight in held], dim=1)
+        torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
+        if quantization == "nf4" and width % 64:
+            assert not dispatch.launches, "left to the library"
+        else:
+            assert dispatch.launches == {f"{quantization}.matmul.triton": 1}
+            assert set(held[0].tensors()) >= {"codes", "scale"}

@@ -334,7 +334,8 @@ def tile_kernel(
     first_block = plane * span
     end_block = tl.minimum(first_block + span, blocks)
 
-    total = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
+    zeros = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
+    total = zeros
     # Where a step takes several blocks, their number divides every plane's (see `matmul`).
     for first in tl.range(first_block, end_block, UNROLL, num_stages=STAGES):
         for step in tl.static_range(UNROLL):
@@ -361,7 +362,6 @@ def tile_kernel(
                     column_mask,
                     NESTED,
                 )
-                zeros = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
                 total += _products(low, high, x_low, x_high, zeros) * scale[:, None]
             else:
                 low_group = block * _BLOCK // GROUP * n + column
@@ -383,7 +383,11 @@ def tile_kernel(
                     LOOKUP,
                     False,
                 )
-                total = _products(low, high, x_low, x_high, total)
+                # ptxas waits after every wgmma of a running sum this narrow, not after those of a short one.
+                if ROWS <= 16:
+                    total += _products(low, high, x_low, x_high, zeros)
+                else:
+                    total = _products(low, high, x_low, x_high, total)
     if HAS_BIAS:
         total += tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(tl.float32)[:, None]
     y_row = plane.to(tl.int64) * rows + row

@@ -8,6 +8,10 @@ byte is corrected by what its partner repeats; that works where codes ``i`` and 
 of both bytes. Relabelled by `ORDER`, NF4's levels do in bfloat16 (zero as its negative). In float16 no order
 does, so there the fourth bit selects between the two results.
 
+By the compiler's output for sm_90, a 16-row product costs 4.3 instructions a weight with this, none of them
+to memory or between lanes; with `tl.gather` 7.3, one of them a read of shared memory; with loads 8.5, one of
+them an asynchronous copy. The latter two are kept as candidates for measurement, and for what has no PTX.
+
 Nothing here imports triton: the tests run these very instructions in Python.
 """
 
