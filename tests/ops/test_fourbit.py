@@ -107,7 +107,7 @@ def test_byte_permutes_look_up_every_level(dtype: torch.dtype) -> None:
         for index, word in enumerate(lookup.planes(dtype))
         for copy in range(4)
     }
-    assert lookup.NF4_CONSTRAINTS.split(",") == ["=r"] * 4 + ["r"] * 33
+    assert lookup.NF4_CONSTRAINTS.split(",") == ["=&r"] * 4 + ["r"] * 33
     levels = lookup.levels(torch.device("cpu")).to(dtype).tolist()
     for word in words_of_codes():
         found = ptx(o4=word, **table)

@@ -383,8 +383,8 @@ def tile_kernel(
                     LOOKUP,
                     False,
                 )
-                # ptxas waits after every wgmma of a running sum this narrow, not after those of a short one.
-                if ROWS <= 16:
+                # ptxas may wait after every wgmma of a running sum, not after those of a short one.
+                if ROWS <= 64:
                     total += _products(low, high, x_low, x_high, zeros)
                 else:
                     total = _products(low, high, x_low, x_high, total)

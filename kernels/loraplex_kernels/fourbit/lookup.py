@@ -71,7 +71,7 @@ def _corrected(lower: int, upper: int) -> tuple[int, int]:
 
 # Operands: two words of low nibbles' levels, two of high nibbles', the codes, and the table's eight words,
 # each four times (an operand comes once for each of the four bytes that are decoded together).
-NF4_CONSTRAINTS = ",".join(["=r"] * 4 + ["r"] * 33)
+NF4_CONSTRAINTS = ",".join(["=&r"] * 4 + ["r"] * 33)
 _WORD = tuple(f"${5 + 4 * index}" for index in range(8))
 
 
@@ -108,7 +108,7 @@ def nf4_ptx(dtype: torch.dtype) -> str:
 
 
 # Operands: as above, then scale and zero of the low nibbles and of the high ones, two words each.
-INT4_CONSTRAINTS = ",".join(["=r"] * 4 + ["r"] * 9)
+INT4_CONSTRAINTS = ",".join(["=&r"] * 4 + ["r"] * 9)
 # The same, and `ONES` four times. An operand that is no load keeps Triton from decoding in wgmma's operand
 # layout, where bytes come in pairs that would first have to be put together.
 INT4_TILE_CONSTRAINTS = INT4_CONSTRAINTS + ",r" * 4
