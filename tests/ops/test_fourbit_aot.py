@@ -201,6 +201,7 @@ def test_fp32_on_hopper(format_: str, plan: Plan, tmp_path: Path) -> None:
     assert "mma" not in compiled.ptx, "tf32 would round the activations"
 
 
+@pytest.mark.kernels_wide
 @pytest.mark.parametrize(("lookup", "plan"), [("gather", tiles.SPLIT_NARROW), ("load", tiles.TILES[0])])
 def test_other_lookups_on_hopper(lookup: str, plan: Plan, tmp_path: Path) -> None:
     check(product(90, "nf4", torch.bfloat16, plan, tmp_path, lookup), 90, torch.bfloat16, plan)
