@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TRITON_DEFAULT_FP_FUSION ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-kernels lint bench bench-gpu tune-gpu soak protos train clean
+.PHONY: help install demo test test-fast test-kernels fuzz lint bench bench-gpu tune-gpu soak protos train clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -37,6 +37,9 @@ test-fast: $(STAMP) ## The inner loop: two minutes
 
 test-kernels: $(STAMP) ## The wide sweep of the Triton kernels, under the interpreter where there is no GPU
 	$(TEST_ENV) $(PY) -m pytest -q -m kernels_wide tests/ops
+
+fuzz: $(STAMP) ## 100,000 spoiled adapter files, each refused with a typed error or whole
+	$(TEST_ENV) LORAPLEX_FUZZ_INPUTS=100000 $(PY) -m pytest -q -s tests/adapters/test_fuzz.py
 
 bench: $(STAMP) ## The benches that fit this machine, side by side with their peers; results in bench/results
 	$(VENV)/bin/loraplex bench side-by-side --output bench/results

@@ -238,6 +238,12 @@ def oracle(tiny: Callable[[str], TinyModel]) -> Callable[..., Oracle]:
     return make
 
 
+@pytest.fixture(scope="session")
+def judge() -> Callable[[Path, Path, str], Oracle]:
+    """`judge(base, adapters, quantization)`: an oracle for the adapters in one folder, all of one method."""
+    return lambda base, adapters, quantization: Oracle(TinyModel(base, adapters), quantization)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _quiet() -> None:
     """One thread: two beside a busy machine make single operations take milliseconds."""

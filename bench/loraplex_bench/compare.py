@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+MAX_BATCH_TOKENS = 2048
+"""Tokens of one step of loraplex: all prompts at once, as PEFT's padded batch takes them."""
+
 PEFT_WEIGHTS = ("dense", "bnb-nf4")
 """Weights that transformers + PEFT runs on: fp32 as they are, or NF4 by bitsandbytes."""
 

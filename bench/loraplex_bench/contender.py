@@ -24,6 +24,9 @@ from typing import IO, Any
 from loraplex_bench.compare import Answered, BenchModel, Job
 from loraplex_bench.launcher import child_environment
 
+# Freed memory is kept for the next pass, for all alike; loraplex asks for that by itself.
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
+
 
 class ContenderError(RuntimeError):
     """A contender could not be started, or failed; the text ends with what it wrote."""
@@ -50,7 +53,7 @@ class Contender:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=child_environment({"OMP_NUM_THREADS": str(threads)}),
+            env=child_environment({"OMP_NUM_THREADS": str(threads), **_KEEP_MEMORY}),
         )
 
     def wait_ready(self) -> float:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from loraplex_bench.compare import Answered, BenchModel, Job
+from loraplex_bench.compare import MAX_BATCH_TOKENS, Answered, BenchModel, Job
 from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig, SchedulerConfig
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams
 from loraplex_server.engine.build import build_engine
@@ -24,7 +24,7 @@ class InProcessEngine:
         self._wake = threading.Event()
         config = EngineConfig(
             model=ModelConfig(str(model.base), quantization=quantization, dtype=dtype, threads=threads),
-            scheduler=SchedulerConfig(max_model_len=512),
+            scheduler=SchedulerConfig(max_model_len=512, max_batch_tokens=MAX_BATCH_TOKENS),
             adapters=AdapterConfig(folders=(model.adapters,)),
         )
         self._engine = build_engine(config, self._emit, wake=self._wake.set, progress=False)

@@ -1,6 +1,7 @@
 """Times the products with 4-bit weights against dense ones.
 
 Run ``python -m loraplex_bench.ops_quant``; ``--json FILE`` also writes the figures and describes the machine.
+This is the CPU's table; on a GPU run ``python -m loraplex_bench.ops_quant_cuda``, or call `measure_cuda`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraplex_bench.ops_quant_cuda import measure_cuda
 from loraplex_kernels import dense, int4, nf4
 from loraplex_kernels.int4 import cpu_packed
+
+__all__ = ["main", "measure_cuda"]
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
 SHAPES = ((4096, 4096), (768, 2048))

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from loraplex import AsyncClient, LoraplexError
-from loraplex_bench.compare import PEFT_WEIGHTS, Answered, BenchModel, Job
+from loraplex_bench.compare import MAX_BATCH_TOKENS, PEFT_WEIGHTS, Answered, BenchModel, Job
 from loraplex_bench.contender import Contender, ContenderError
 from loraplex_bench.demo.tasks import TASKS, data_dir
 from loraplex_bench.environment import environment
@@ -464,6 +464,7 @@ class _Server:
         flags = [
             *("--model", str(model.base), "--adapters", str(model.adapters), "--quantization", quantization),
             *("--dtype", _dtype(quantization), "--threads", str(threads), "--max-model-len", "512"),
+            *("--max-batch-tokens", str(MAX_BATCH_TOKENS)),
             *("--port", "0", "--metrics-port", "0"),
         ]
         self._server = LaunchedServer(flags)

@@ -49,11 +49,12 @@ def base_model() -> Callable[[], LlamaForCausalLM]:
 def registry() -> SiteRegistry:
     """Every linear of the tiny model's layers."""
     model = LlamaForCausalLM(LLAMA)
-    return SiteRegistry(
+    linears = [
         (path, module.in_features, module.out_features)
         for path, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and path != "lm_head"
-    )
+    ]
+    return SiteRegistry(linears, hidden_size=LLAMA.hidden_size)
 
 
 @pytest.fixture

@@ -116,19 +116,83 @@ def test_targets_are_those_of_peft(case: str, registry: SiteRegistry) -> None:
     settings = parse_config(json.dumps({"peft_type": "LORA", **SETTINGS[case]}).encode())
     for entry in registry:
         expected = check_target_module_exists(config, entry.path)
-        assert settings.targets(entry.path) == (
+        assert settings.targets.includes(entry.path) == (
             bool(expected) and type(expected).__name__ != "_ExcludedModule"
         )
 
 
+def test_ia3_as_peft_saves_it(
+    base_model: Callable[[], Any], tmp_path: Path, registry: SiteRegistry, refused: Callable[..., str]
+) -> None:
+    from peft import IA3Config, get_peft_model
+
+    modules = ["k_proj", "down_proj"]
+    config = IA3Config(task_type="CAUSAL_LM", target_modules=modules, feedforward_modules=["down_proj"])
+    get_peft_model(base_model(), config).save_pretrained(tmp_path / "a")
+    manifest = read_manifest("a", tmp_path / "a", registry, [tmp_path], 64)
+    assert (manifest.peft_type, manifest.rank, manifest.linear) == ("IA3", 0, False)
+    assert manifest.shapes == ()
+    kinds = {registry.entries[vector.entry].path: vector.kind.name for vector in manifest.vectors}
+    assert {path.rpartition(".")[2]: kind for path, kind in kinds.items()} == {
+        "k_proj": "OUTPUT_SCALE",
+        "down_proj": "INPUT_SCALE",
+    }
+    edit(tmp_path / "a", feedforward_modules=[])
+    assert "the base model needs [32, 1]" in refused()
+
+
+@pytest.mark.parametrize("config", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_soft_prompts_as_peft_saves_them(
+    config: str,
+    base_model: Callable[[], Any],
+    tmp_path: Path,
+    registry: SiteRegistry,
+    refused: Callable[..., str],
+) -> None:
+    import peft
+
+    made = getattr(peft, config)(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    peft.get_peft_model(base_model(), made).save_pretrained(tmp_path / "a")
+    manifest = read_manifest("a", tmp_path / "a", registry, [tmp_path], 64)
+    assert (manifest.num_virtual_tokens, manifest.linear, manifest.sites) == (5, False, ())
+    assert [(vector.length, vector.rows) for vector in manifest.vectors] == [(registry.hidden_size, 5)]
+    edit(tmp_path / "a", num_virtual_tokens=6)
+    assert "the base model needs [6, 32]" in refused()
+
+
+def test_a_scale_of_a_shared_input_is_refused(
+    base_model: Callable[[], Any], tmp_path: Path, registry: SiteRegistry
+) -> None:
+    from peft import IA3Config, get_peft_model
+
+    config = IA3Config(task_type="CAUSAL_LM", target_modules=["up_proj"], feedforward_modules=["up_proj"])
+    get_peft_model(base_model(), config).save_pretrained(tmp_path / "a")
+    sites = [(entry.path, entry.in_features, entry.out_features) for entry in registry]
+    shared = SiteRegistry(sites, sharing={path for path, _, _ in sites if "up_proj" in path})
+    with pytest.raises(FailedPreconditionError, match="an input that other projections share"):
+        read_manifest("a", tmp_path / "a", shared, [tmp_path], 64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"use_dora": True}, "has no lora_magnitude_vector beside it"),
+        ({"lora_bias": True}, "has no lora_B.bias beside it"),
+        ({"use_dora": True, "lora_bias": True}, "lora_bias with use_dora"),
+    ],
+)
+def test_parts_that_the_configuration_asks_for_must_be_there(
+    settings: dict[str, Any], named: str, write_adapter: Callable[..., Path], tmp_path: Path, refused: Any
+) -> None:
+    write_adapter(tmp_path / "a", config=settings)
+    assert named in refused()
+
+
 # Kinds of adapter that PEFT saves and this server does not apply, and what the refusal names.
 KINDS: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "DoRA needs an output scale"),
-    "lora bias": ({"lora_bias": True}, "lora_bias"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save needs a replacement"),
     "trainable tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
     "layer replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
-    "activated": ({"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens"),
     "base biases": ({"bias": "lora_only"}, "bias 'lora_only'"),
     "qalora": ({"use_qalora": True, "qalora_group_size": 16}, "QALoRA"),
     "embeddings": (
@@ -155,10 +219,7 @@ def test_other_kinds_of_lora_are_refused_by_name(
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ("IA3Config", "IA3 needs an input scale and an output scale"),
-        ("PromptTuningConfig", "soft prompts"),
-        ("PrefixTuningConfig", "soft prompts"),
-        ("PromptEncoderConfig", "soft prompts"),
+        ("PrefixTuningConfig", "keys and values of its own"),
         ("LoHaConfig", "'LOHA'"),
         ("VeraConfig", "'VERA'"),
         ("OFTConfig", "'OFT'"),
@@ -178,8 +239,6 @@ def test_other_methods_are_refused_by_name(
         settings |= {"num_virtual_tokens": 3}
     else:
         settings |= {"target_modules": ["q_proj"]}
-    if config == "IA3Config":
-        settings |= {"feedforward_modules": []}
     if config == "OFTConfig":
         settings |= {"oft_block_size": 8, "r": 0}
     with warnings.catch_warnings():
@@ -298,9 +357,9 @@ def _replace(tensors: dict[str, torch.Tensor], name: str, value: torch.Tensor | 
         (f"{LAYER_1}.v_proj.lora_B.weight", torch.ones(4, 16), "v_proj.lora_B.weight' has shape [4, 16]"),
         (f"{LAYER_1}.q_proj.lora_A.weight", torch.ones(4, 32).int(), "has dtype 'I32'"),
         (f"{LAYER_1}.q_proj.lora_A.weight", torch.ones(4, 32).double(), "has dtype 'F64'"),
-        (f"{LAYER_1}.q_proj.lora_B.bias", torch.ones(32), "lora_bias is not served"),
-        (f"{LAYER_1}.q_proj.lora_magnitude_vector", torch.ones(32), "DoRA needs an output scale"),
-        (f"{LAYER_1}.q_proj.ia3_l", torch.ones(32, 1), "IA3 needs"),
+        (f"{LAYER_1}.q_proj.lora_B.bias", torch.ones(32), "see use_dora, lora_bias"),
+        (f"{LAYER_1}.q_proj.lora_magnitude_vector", torch.ones(32), "see use_dora, lora_bias"),
+        (f"{LAYER_1}.q_proj.ia3_l", torch.ones(32, 1), "see use_dora, lora_bias"),
         (f"{LAYER_1}.z_proj.lora_A.weight", torch.ones(4, 32), "z_proj.lora_A.weight' would not be applied"),
         ("base_model.model.lm_head.weight", torch.ones(40, 32), "lm_head.weight' would not be applied"),
         ("base_model.model.model.embed_tokens.weight", torch.ones(40, 32), "embed_tokens.weight' would not"),

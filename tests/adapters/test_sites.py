@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from loraplex_server.adapters.sites import LoraPart, SiteAddress, SiteRegistry
+from loraplex_server.adapters.sites import Part, SiteAddress, SiteRegistry
 
 PATH = "model.layers.1.self_attn.q_proj"
 
@@ -20,8 +20,8 @@ def test_entries_are_numbered_in_order_and_know_their_address() -> None:
 def test_a_peft_name_finds_its_entry_and_factor() -> None:
     registry = SiteRegistry([(PATH, 32, 16)])
     entry = registry.entry(PATH)
-    assert registry.locate(f"base_model.model.{PATH}.lora_A.weight") == (entry, LoraPart.A)
-    assert registry.locate(f"base_model.model.{PATH}.lora_B.weight") == (entry, LoraPart.B)
+    assert registry.locate(f"base_model.model.{PATH}.lora_A.weight") == (entry, Part.A)
+    assert registry.locate(f"base_model.model.{PATH}.lora_B.weight") == (entry, Part.B)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_a_peft_name_finds_its_entry_and_factor() -> None:
     [
         f"{PATH}.lora_A.weight",
         f"base_model.model.{PATH}.lora_A.default.weight",
-        f"base_model.model.{PATH}.lora_B.bias",
+        f"base_model.model.{PATH}.lora_A.bias",
         f"base_model.model.{PATH}.weight",
         "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight",
         "base_model.model..lora_A.weight",

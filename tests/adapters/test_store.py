@@ -111,14 +111,14 @@ def test_a_folder_registers_each_of_its_adapters(make_store: MakeStore, folder: 
 def test_a_bad_adapter_is_kept_with_its_error_and_heals_when_its_files_do(
     make_store: MakeStore, folder: Path, write_adapter: Callable[..., Path], bring: Bring
 ) -> None:
-    write_adapter(folder / "bad", config={"use_dora": True})
+    write_adapter(folder / "bad", config={"layer_replication": [[0, 1]]})
     write_adapter(folder / "bad name!")
     store = make_store(folder)
     assert set(store.broken()) == {"bad", "bad name!"}
     for _ in range(2):
-        with pytest.raises(FailedPreconditionError, match="DoRA"):
+        with pytest.raises(FailedPreconditionError, match="layer_replication"):
             store.resolve(["a", "bad"])
-    with pytest.raises(FailedPreconditionError, match="DoRA"):
+    with pytest.raises(FailedPreconditionError, match="layer_replication"):
         store.get("bad")
     assert store.references() == 0, "the good adapter of a refused request is not held"
     write_adapter(folder / "bad", rank=6)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from loraplex_kernels import lora
-from loraplex_server.adapters import weights as adapter_weights
+from loraplex_server.adapters.peft_config import LoraSettings
 from loraplex_server.model import memory
 
 ARCHITECTURES = [
@@ -172,13 +172,7 @@ def test_dropped_scaling_is_noticed(
 ) -> None:
     """A mutation: without alpha / r folded into B, adapters whose scale is not 1 answer otherwise."""
     truth = expected("Llama", "none")
-    original = adapter_weights._blocks
-
-    def unscaled_blocks(manifest: Any, layout: Any) -> dict[str, tuple[int, float | None]]:
-        found = original(manifest, layout)
-        return {name: (start, None if scale is None else 1.0) for name, (start, scale) in found.items()}
-
-    monkeypatch.setattr(adapter_weights, "_blocks", unscaled_blocks)
+    monkeypatch.setattr(LoraSettings, "scale_of", lambda settings, path: 1.0)
     served = _serve(harness, tiny("Llama"), "none", requests)
     different = _differences(requests, served.answers, truth)
     unscaled = {"r6"}

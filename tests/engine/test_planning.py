@@ -13,6 +13,8 @@ from loraplex_server.engine.sequence import Composition, Sequence
 
 
 class Handle:
+    num_virtual_tokens = 0
+    invocation_tokens: tuple[int, ...] = ()
     content_hash = "hash"
 
     def __init__(self, name: str) -> None:
@@ -85,7 +87,7 @@ def test_draws_and_masks_follow_the_request() -> None:
     )
     second = sequence(2, 1, [1], logprobs=4)
     plan = build_plan([Scheduled(first, 1), Scheduled(second, 1)], 4, slot_of, (2, 9))
-    assert plan.uniform.tolist() == [uniform(3, 4), uniform(0, 2)]
+    assert plan.uniform.tolist() == [uniform(3, 4), 0.0]  # greedy rows are not drawn
     assert (plan.temperature.tolist(), plan.top_k.tolist(), plan.top_p.tolist()) == (
         [0.5, 0],
         [7, 0],

@@ -19,6 +19,8 @@ from loraplex_server.errors import DeadlineExceededError, NotFoundError, ServerE
 
 
 class Handle:
+    num_virtual_tokens = 0
+    invocation_tokens: tuple[int, ...] = ()
     """A request's reference to an adapter, as far as the scheduler looks at it."""
 
     content_hash = "hash"

@@ -21,28 +21,39 @@ from loraplex_server.core.request import AdapterUse, Request, SamplingParams
 from loraplex_server.engine.build import build_engine
 
 base, adapters, kernels, device = sys.argv[1:]
-answers = {}
-def collect(client, message):
-    for delta in message.deltas:
-        answers.setdefault(delta.request_id, []).extend(delta.token_ids)
+every_use = {"one": [("r6", 1.0)], "two": [("r16", 1.0)], "three": [("r32", 1.0)],
+             "sum": [("r6", 0.5), ("r16", 0.5)], "base": []}
 
-config = EngineConfig(
-    ModelConfig(base, quantization="nf4", device=device, dtype="float32", kernels=kernels, threads=1),
-    SchedulerConfig(max_batch_tokens=32),
-    AdapterConfig(folders=(Path(adapters),), device_bytes=1 << 20),
-)
-engine = build_engine(config, collect, progress=False)
-uses = {"one": [("r6", 1.0)], "two": [("r16", 1.0)], "three": [("r32", 1.0)],
-        "sum": [("r6", 0.5), ("r16", 0.5)], "base": []}
-for index, (name, chosen) in enumerate(uses.items()):
-    engine.submit("test", Request(name, tuple(range(5 + index, 11 + index)),
-        SamplingParams(max_tokens=4, ignore_eos=True), tuple(AdapterUse(*use) for use in chosen)))
-while engine.has_work:
-    if not engine.step():
-        engine.adapters.wait_event(0.05)
-problems = engine.check_integrity().problems
-engine.adapters.close()
-print(json.dumps({"answers": answers, "launches": dispatch.launches, "problems": problems}))
+def serve(quantization, uses, max_tokens):
+    answers = {}
+    def collect(client, message):
+        for delta in message.deltas:
+            answers.setdefault(delta.request_id, []).extend(delta.token_ids)
+
+    config = EngineConfig(
+        ModelConfig(
+            base, quantization=quantization, device=device, dtype="float32", kernels=kernels, threads=1
+        ),
+        SchedulerConfig(max_batch_tokens=32),
+        AdapterConfig(folders=(Path(adapters),), device_bytes=1 << 20),
+    )
+    dispatch.launches.clear()
+    engine = build_engine(config, collect, progress=False)
+    for index, (name, chosen) in enumerate(uses.items()):
+        engine.submit("test", Request(name, tuple(range(5 + index, 11 + index)),
+            SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+            tuple(AdapterUse(*use) for use in chosen)))
+    while engine.has_work:
+        if not engine.step():
+            engine.adapters.wait_event(0.05)
+    problems = engine.check_integrity().problems
+    engine.adapters.close()
+    return {"answers": answers, "launches": dict(dispatch.launches), "problems": problems}
+
+print(json.dumps({
+    "nf4": serve("nf4", every_use, 4),
+    "int4": serve("int4", {name: every_use[name] for name in ("three", "base")}, 3),
+}))
 """
 
 
@@ -98,14 +109,32 @@ def one_layer(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return dataclasses.replace(whole, base=folder / "base", adapters=folder / "adapters")
 
 
-@pytest.mark.slow
-def test_triton_answers_as_torch_does(one_layer: Any) -> None:
+@pytest.fixture(scope="module")
+def served(one_layer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the torch references answered, and what the kernels did, by quantization."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    truth = _serve(one_layer, "torch", device)
-    found = _serve(one_layer, "triton", device)
+    return _serve(one_layer, "torch", device), _serve(one_layer, "triton", device)
+
+
+@pytest.mark.slow
+def test_triton_answers_as_torch_does(served: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    truth, found = served[0]["nf4"], served[1]["nf4"]
     assert found["answers"] == truth["answers"]
     assert len({tuple(tokens) for tokens in found["answers"].values()}) == 5, "adapters must be told apart"
     assert found["launches"]["lora.shrink.triton"] > 0
     assert found["launches"]["lora.expand.triton"] == found["launches"]["lora.shrink.triton"]
-    assert not any(name.startswith("lora") and name.endswith("triton") for name in truth["launches"])
+    # q·k·v, o and gate·up are one launch each; down, 96 wide, is no multiple of NF4's block.
+    assert found["launches"]["nf4.matmul.triton"] > 0
+    assert found["launches"]["nf4.matmul.triton"] % 3 == 0
+    assert not any(name.endswith("triton") for name in truth["launches"])
+    assert found["problems"] == truth["problems"] == []
+
+
+@pytest.mark.slow
+def test_triton_answers_as_torch_does_in_int4(served: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    truth, found = served[0]["int4"], served[1]["int4"]
+    assert found["answers"] == truth["answers"]
+    assert len({tuple(tokens) for tokens in found["answers"].values()}) == 2
+    assert found["launches"]["int4.matmul.triton"] > 0
+    assert found["launches"]["int4.matmul.triton"] % 4 == 0
     assert found["problems"] == truth["problems"] == []

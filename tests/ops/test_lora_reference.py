@@ -85,6 +85,19 @@ def test_the_cpu_path_takes_both_roads(lora_case: Any) -> None:
         case.check()
 
 
+def test_decodes_and_a_chunk_of_one_adapter_take_roads_of_their_own(lora_case: Any) -> None:
+    runs = [(0, 2, ((0, 1.0),)), (2, 3, ((1, 2.0),)), (5, 40, ((0, 0.5),)), (40, 41, ((1, 1.0),))]
+    case = lora_case(
+        in_features=64, widths=(64, 32), ranks=[(6, 5), (4, 0)], runs=runs, num_tokens=44, dtype=torch.float32
+    )
+    bags, product = gather._plan(case.pool, case.site, case.batch)
+    assert isinstance(bags, gather._Bags)
+    assert isinstance(product, gather._Product)
+    assert product.tokens == slice(5, 40)
+    case.run(lora.apply)
+    case.check()
+
+
 def test_rows_that_do_not_align(lora_case: Any) -> None:
     case = lora_case(
         in_features=601,

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from loraplex_kernels._sparse import csr
+
 Ints = npt.NDArray[np.int64]
 
 UNROLL = 4
@@ -108,9 +110,7 @@ class QueryGroup:
         starts = torch.arange(0, total + 1, keys, dtype=int_type, device=device)
         bias = self.bias(torch.float32) if masked else None
         values = torch.zeros(total, device=device) if bias is None else bias.expand(shape).reshape(-1)
-        pattern = torch.sparse_csr_tensor(
-            starts, cells, values, size=(n * num_heads, table_rows), check_invariants=False
-        )
+        pattern = csr(starts, cells, values, (n * num_heads, table_rows))
         return SparseIndex(pattern, cells, starts[:-1])
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 import torch.nn.functional as F
 
@@ -11,11 +9,6 @@ from loraplex_kernels.attention.layouts import AttentionBatch, QueryGroup
 
 # Scores are materialised only where the logits are soft-capped; a slice of queries holds about this many.
 MAX_SCORES = 1 << 22
-
-with warnings.catch_warnings():
-    # torch announces once per process that CSR tensors are in beta; nothing a user could act on.
-    warnings.simplefilter("ignore")
-    torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([0.0]), size=(1, 1))
 
 
 def write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch) -> None:

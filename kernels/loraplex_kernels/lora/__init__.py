@@ -28,6 +28,8 @@ from loraplex_kernels.lora.layouts import (
     EntryShape,
     LoraPool,
     LoraSite,
+    VectorKind,
+    VectorShape,
     adapter_layout,
     extent_alignment,
     padded_rank,
@@ -45,6 +47,8 @@ __all__ = [
     "LoraPool",
     "LoraSite",
     "Run",
+    "VectorKind",
+    "VectorShape",
     "adapter_layout",
     "apply",
     "expand",
@@ -99,30 +103,45 @@ def apply(x: Tensor, y: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch
     _check(x, "x", site.in_features, pool, site, batch)
     _check(y, "y", site.out_features, pool, site, batch)
     dispatch.count("lora.apply", "torch")
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not pool.scaled:
+    if x.is_cpu and x.dtype in (torch.float32, torch.float64) and not pool.scaled:
         gather.apply(x, y, pool, site, batch)
     else:
         reference.apply(x, y, pool, site, batch)
 
 
 def _check(rows: Tensor, name: str, columns: int, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> None:
+    arena, shape = pool.arena, rows.shape
+    if (
+        batch.num_pairs
+        and len(shape) == 2
+        and (shape[1] == columns or (shape[1] > columns and name == "y"))
+        and shape[0] >= batch.num_tokens
+        and (rows.is_contiguous() or rows.stride(1) == 1)
+        and rows.dtype == pool.dtype
+        and rows.device == arena.device == batch.pair_token.device
+        and site.first_entry + len(site.slices) <= pool.num_entries
+    ):
+        return
+    raise ValueError(_problem(rows, name, columns, pool, site, batch))
+
+
+def _problem(rows: Tensor, name: str, columns: int, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> str:
+    """What `_check` found; apart from it, since the check runs at every site of every step."""
     if batch.num_pairs == 0:
-        raise ValueError("batch has no pair: skip the op where batch.num_pairs is 0")
-    exact = name == "x"
-    if rows.dim() != 2 or rows.shape[1] < columns or (exact and rows.shape[1] != columns):
-        wanted = f"[T, {columns}]" if exact else f"[T, {columns} or more]"
-        raise ValueError(f"{name} must be {wanted}, got {tuple(rows.shape)}")
+        return "batch has no pair: skip the op where batch.num_pairs is 0"
+    if rows.dim() != 2 or rows.shape[1] < columns or (name == "x" and rows.shape[1] != columns):
+        wanted = f"[T, {columns}]" if name == "x" else f"[T, {columns} or more]"
+        return f"{name} must be {wanted}, got {tuple(rows.shape)}"
     if rows.shape[0] < batch.num_tokens:
-        raise ValueError(f"{name} has {rows.shape[0]} rows, the batch's tokens need {batch.num_tokens}")
-    if rows.stride(1) != 1 and columns > 1:
-        raise ValueError(f"{name} must have contiguous rows, got strides {rows.stride()}")
+        return f"{name} has {rows.shape[0]} rows, the batch's tokens need {batch.num_tokens}"
     if rows.dtype != pool.dtype:
-        raise ValueError(f"{name} must be {pool.dtype} as the adapters are, got {rows.dtype}")
+        return f"{name} must be {pool.dtype} as the adapters are, got {rows.dtype}"
     if rows.device != pool.arena.device or rows.device != batch.pair_token.device:
-        raise ValueError(
+        return (
             f"{name} is on {rows.device}, the adapters on {pool.arena.device}, "
             f"the batch on {batch.pair_token.device}: they must be on one device"
         )
     end = site.first_entry + site.num_slices
     if end > pool.num_entries:
-        raise ValueError(f"the site's entries end at {end}, the pool has {pool.num_entries}")
+        return f"the site's entries end at {end}, the pool has {pool.num_entries}"
+    return f"{name} must have contiguous rows, got strides {rows.stride()}"

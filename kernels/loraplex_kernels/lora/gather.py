@@ -1,50 +1,62 @@
 """The CPU path: `reference.apply` with the number of torch calls cut down to two or three a site.
 
-Decode has a row or two per adapter and many adapters, so a matmul per adapter would be all overhead. Two ops
-of torch's embedding bag do the whole site at once, ragged ranks included, straight from the arena, because an
+Decode has a row or two per adapter and many adapters, so a matmul per adapter would be all overhead. Two
+sparse ops do the whole site at once, ragged ranks included, straight from the arena, because an
 adapter's rank rows are rows of the arena seen as a matrix:
 
 - expand: a bag's weighted sum of rows, ``Σ_r h[r] · B[r]``, is an embedding bag with per-sample weights. The
   members of a token's composition fill its bag one after the other. Slices of different widths share one call
   by cutting rows into *granules* as wide as the widths' greatest common divisor.
-- shrink: ``h[r] = x · A[r]`` is the gradient of that bag with respect to its weights, at output gradient x.
+- shrink: ``h[r] = x · A[r]`` is one entry of ``x @ arena.T``, a dense product sampled at a sparse pattern.
 
-Groups of many rows (prefill) are multiplied one adapter at a time. Which rows go where is decided here, and
-kept with the batch: a plan holds indices and views, so steady decode costs no planning at all.
+Long stretches of consecutive tokens (prefill) are multiplied one adapter at a time. Which rows go where is
+decided here, and kept with the batch: a plan holds indices and views, so steady decode costs no planning.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from loraplex_kernels._sparse import csr
 from loraplex_kernels.lora.layouts import LoraPool, LoraSite, padded_rank
 from loraplex_kernels.lora.segments import HostSegments, LoraBatch, ranges
+from loraplex_kernels.parallel import threads_for
 
 MATMUL_ROWS = 8
-"""Groups with more rows than this are multiplied per adapter."""
+"""Stretches of one composition with more tokens than this are multiplied per adapter."""
 
 MIN_GRANULE = 32
 """Slices whose widths have a smaller common divisor are multiplied per adapter."""
 
+_Stretch = tuple[int, int, tuple[tuple[int, int], ...]]
+"""As `HostSegments.group`: first row, end row, ((slot, pair shift), ...), but for consecutive tokens."""
+
+# Multiply-adds per microsecond of one core, rank rows read from memory or used for many tokens.
+_BAG_PRODUCTS_PER_US = 3_000
+_PRODUCTS_PER_US = 25_000
+
 _SUM = 0
+_MAX_INDEX = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class _Bags:
-    """One embedding bag over all rows of few-row groups, for one site.
+    """One embedding bag over the tokens of all short stretches, for one site.
 
     Samples are (token, slice, member, rank row) for the shrink, (token, slice, granule, member, rank row) for
     the expand; `sample` maps the second to the first (None where they are the same).
     """
 
-    a_rows: Tensor
-    a_index: Tensor
-    a_token: Tensor
+    num_tokens: int
+    a_pattern: Tensor
+    """Sparse CSR [tokens, arena rows]: a token's stored columns are its rank rows; stored values are 0."""
+    a_columns: Tensor
     b_rows: Tensor
     b_index: Tensor
     b_offset: Tensor
@@ -54,15 +66,17 @@ class _Bags:
     tokens: slice | Tensor
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        h = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            x, self.a_rows, self.a_index, self.a_index[:0], self.a_token, _SUM
-        )
-        if self.sample is not None:
-            h = h.index_select(0, self.sample)
-        if self.weight is not None:
-            h.mul_(self.weight)
-        delta = torch.embedding_bag(self.b_rows, self.b_index, self.b_offset, False, _SUM, False, h)[0]
-        _add(y[:, self.columns], self.tokens, delta)
+        if len(x) > self.num_tokens:
+            x = x[: self.num_tokens]
+        with threads_for(len(self.b_index) * self.b_rows.shape[1] / _BAG_PRODUCTS_PER_US):
+            h = torch.sparse.sampled_addmm(self.a_pattern, x, self.a_columns, beta=0.0).values()
+            if self.sample is not None:
+                h = h.index_select(0, self.sample)
+            if self.weight is not None:
+                h.mul_(self.weight)
+            delta = torch.embedding_bag(self.b_rows, self.b_index, self.b_offset, False, _SUM, False, h)[0]
+            whole = self.columns.stop - self.columns.start == y.shape[1]
+            _add(y if whole else y[:, self.columns], self.tokens, delta)
 
 
 @dataclass(frozen=True)
@@ -77,26 +91,23 @@ class _Term:
 
 @dataclass(frozen=True)
 class _Product:
-    """One group with many rows, multiplied member by member."""
+    """One long stretch, multiplied member by member."""
 
-    tokens: slice | Tensor
+    tokens: slice
     terms: tuple[_Term, ...]
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        contiguous = isinstance(self.tokens, slice)
-        rows = x[self.tokens]
+        rows, out = x[self.tokens], y[self.tokens]
         for term in self.terms:
-            h = rows @ term.a.T
-            alpha = 1.0
-            if isinstance(term.weight, float):
-                alpha = term.weight
-            else:
-                h *= term.weight
-            for ranks, columns, b in term.slices:
-                if contiguous:
-                    y[self.tokens, columns].addmm_(h[:, ranks], b, alpha=alpha)
+            with threads_for(rows.numel() * len(term.a) / _PRODUCTS_PER_US):
+                h = rows @ term.a.T
+                alpha = 1.0
+                if isinstance(term.weight, float):
+                    alpha = term.weight
                 else:
-                    _add(y[:, columns], self.tokens, (h[:, ranks] * alpha) @ b)
+                    h *= term.weight
+                for ranks, columns, b in term.slices:
+                    out[:, columns].addmm_(h[:, ranks], b, alpha=alpha)
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,8 @@ class _Samples:
 
     a_visit: np.ndarray
     a_inner: np.ndarray
-    a_token: Tensor
+    a_start: Tensor
+    a_zero: Tensor
     b_visit: np.ndarray
     b_inner: np.ndarray
     b_offset: Tensor
@@ -151,12 +163,27 @@ def _plan(pool: LoraPool, site: LoraSite, batch: LoraBatch) -> list[_Bags | _Pro
     bags, few = _bags(pool, site, batch)
     if bags is not None:
         parts.append(bags)
-    for first, end, members in host.group:
+    for first, end, members in _stretches(batch):
         if end - first > few:
             product = _product(pool, site, host, first, end, members)
             if product.terms:
                 parts.append(product)
     return parts
+
+
+def _stretches(batch: LoraBatch) -> list[_Stretch]:
+    """The groups of `batch.host`, cut where their tokens are not consecutive: decodes and a chunk of one
+    adapter are a group, yet lie apart."""
+    found: list[_Stretch] | None = batch.cache.get("stretches")
+    if found is None:
+        token = batch.host.group_token
+        breaks = np.flatnonzero(np.diff(token) != 1) + 1
+        found = batch.cache["stretches"] = []
+        for first, end, members in batch.host.group:
+            inner = breaks[np.searchsorted(breaks, first, "right") : np.searchsorted(breaks, end)]
+            bounds = [first, *inner.tolist(), end]
+            found += [(start, stop, members) for start, stop in pairwise(bounds)]
+    return found
 
 
 def _bags(pool: LoraPool, site: LoraSite, batch: LoraBatch) -> tuple[_Bags | None, int]:
@@ -166,9 +193,11 @@ def _bags(pool: LoraPool, site: LoraSite, batch: LoraBatch) -> tuple[_Bags | Non
     first_column = site.slices[0][0]
     if granule < MIN_GRANULE or sum(widths) != site.out_features - first_column:
         return None, 0
+    if pool.arena.numel() // min(granule, site.in_features) > _MAX_INDEX:
+        return None, 0
     order_key = ("order", site.slices)
     if order_key not in batch.cache:
-        batch.cache[order_key] = _order(batch.host, [width // granule for width in widths])
+        batch.cache[order_key] = _order(batch, [width // granule for width in widths])
     order: _Order = batch.cache[order_key]
 
     tables = pool.host
@@ -176,22 +205,29 @@ def _bags(pool: LoraPool, site: LoraSite, batch: LoraBatch) -> tuple[_Bags | Non
     rank = tables.rank[order.visit_slot, entry]
     if not rank.any():
         return None, MATMUL_ROWS
-    a_first, a_within = np.divmod(tables.a_offset[order.visit_slot, entry], site.in_features)
+    a_offset = tables.a_offset[order.visit_slot, entry]
+    a_first = a_offset // site.in_features
     b_offset = tables.b_offset[order.visit_slot, entry]
     b_first = b_offset // granule
-    row_aligned = not a_within[rank > 0].any() and not (b_offset % granule)[rank > 0].any()
-    if not row_aligned:
+    aligned = (a_first * site.in_features == a_offset) & (b_first * granule == b_offset)
+    if not (aligned | (rank == 0)).all():
         return None, 0
     samples_key = (order_key, pool.arena.dtype, rank.tobytes())
     if samples_key not in batch.cache:
-        batch.cache[samples_key] = _samples(batch.host, order, rank.astype(np.int64), pool.arena.dtype)
+        batch.cache[samples_key] = _samples(batch, order, rank.astype(np.int64), pool.arena.dtype)
     samples: _Samples = batch.cache[samples_key]
+    a_rows = _matrix(pool, site.in_features)
     bags = _Bags(
-        a_rows=_matrix(pool, site.in_features),
-        a_index=torch.from_numpy(a_first[samples.a_visit] + samples.a_inner),
-        a_token=samples.a_token,
+        num_tokens=batch.num_tokens,
+        a_pattern=csr(
+            samples.a_start,
+            _index(a_first[samples.a_visit] + samples.a_inner),
+            samples.a_zero,
+            (batch.num_tokens, len(a_rows)),
+        ),
+        a_columns=a_rows.t(),
         b_rows=_matrix(pool, granule),
-        b_index=torch.from_numpy(b_first[samples.b_visit] + samples.b_inner),
+        b_index=_index(b_first[samples.b_visit] + samples.b_inner),
         b_offset=samples.b_offset,
         sample=samples.sample,
         weight=samples.weight,
@@ -201,9 +237,14 @@ def _bags(pool: LoraPool, site: LoraSite, batch: LoraBatch) -> tuple[_Bags | Non
     return bags, MATMUL_ROWS
 
 
-def _order(host: HostSegments, granules: list[int]) -> _Order:
-    rows_of_member = np.array([end - first for first, end, members in host.group for _ in members], np.int64)
-    pairs = np.flatnonzero(rows_of_member[host.pair_member] <= MATMUL_ROWS)
+def _order(batch: LoraBatch, granules: list[int]) -> _Order:
+    host = batch.host
+    short = np.zeros(batch.num_pairs, np.bool_)
+    for first, end, members in _stretches(batch):
+        if end - first <= MATMUL_ROWS:
+            for _, shift in members:
+                short[first + shift : end + shift] = True
+    pairs = np.flatnonzero(short)
     pairs = pairs[np.lexsort((host.pair_member[pairs], host.pair_token[pairs]))]
     tokens, token_index = np.unique(host.pair_token[pairs], return_inverse=True)
 
@@ -232,9 +273,11 @@ def _order(host: HostSegments, granules: list[int]) -> _Order:
     )
 
 
-def _samples(host: HostSegments, order: _Order, rank: np.ndarray, dtype: torch.dtype) -> _Samples:
+def _samples(batch: LoraBatch, order: _Order, rank: np.ndarray, dtype: torch.dtype) -> _Samples:
+    host, num_tokens = batch.host, batch.num_tokens
     visit_start = np.cumsum(rank) - rank
     a_visit = np.repeat(np.arange(len(rank)), rank)
+    a_token = host.pair_token[order.visit_pair][a_visit]
 
     stop_rank = rank[order.stop_visit]
     stop_start = np.cumsum(stop_rank) - stop_rank
@@ -250,10 +293,11 @@ def _samples(host: HostSegments, order: _Order, rank: np.ndarray, dtype: torch.d
     return _Samples(
         a_visit=a_visit,
         a_inner=ranges(np.zeros_like(rank), rank),
-        a_token=torch.from_numpy(host.pair_token[order.visit_pair][a_visit]),
+        a_start=_index(np.searchsorted(a_token, np.arange(num_tokens + 1))),
+        a_zero=torch.zeros(len(a_visit), dtype=dtype),
         b_visit=b_visit,
         b_inner=order.stop_granule[stop] + rank_row * order.visit_granules[b_visit],
-        b_offset=torch.from_numpy(bag_offset[touched].ravel()),
+        b_offset=_index(bag_offset[touched].ravel()),
         sample=None if identity else torch.from_numpy(visit_start[b_visit] + rank_row),
         weight=None if (weight == 1).all() else torch.from_numpy(weight).to(dtype),
         tokens=_tokens(order.tokens[touched]),
@@ -275,7 +319,8 @@ def _product(
         if (weights != weights[0]).any():
             weight = torch.from_numpy(weights).to(pool.arena.dtype)[:, None]
         terms += [_Term(a, weight, slices) for a, slices in _shrinks(pool, site, slot)]
-    return _Product(_tokens(host.group_token[first:end]), tuple(terms))
+    token = int(host.group_token[first])
+    return _Product(slice(token, token + end - first), tuple(terms))
 
 
 def _shrinks(
@@ -298,14 +343,14 @@ def _shrinks(
         parts.append((slice(before, before + rank), slice(column, column + width), b))
         stretches.append((start, before + rank, parts))
     return [
-        (pool.arena[start : start + rows * length].view(rows, length), tuple(parts))
+        (pool.arena.as_strided((rows, length), (length, 1), start), tuple(parts))
         for start, rows, parts in stretches
     ]
 
 
 def _add(y: Tensor, tokens: slice | Tensor, delta: Tensor) -> None:
     if isinstance(tokens, slice):
-        rows = y[tokens]
+        rows = y if tokens.stop - tokens.start == len(y) else y[tokens]
         rows.add_(delta.view(rows.shape))
     else:
         y.index_add_(0, tokens, delta.view(len(tokens), -1))
@@ -317,6 +362,10 @@ def _tokens(tokens: np.ndarray) -> slice | Tensor:
     if (tokens == np.arange(first, first + len(tokens))).all():
         return slice(first, first + len(tokens))
     return torch.from_numpy(tokens)
+
+
+def _index(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int32))
 
 
 def _matrix(pool: LoraPool, row_length: int) -> Tensor:

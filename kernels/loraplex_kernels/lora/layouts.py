@@ -7,7 +7,8 @@ column ranges of its output that have a LoRA pair of their own; slice ``s`` of a
 
 For each entry an adapter stores two blocks, both row-major by *rank row*: A is ``[rank_padded, in_features]``
 and B transposed is ``[rank_padded, width]``. ``rank_padded`` is the rank rounded up to `RANK_ALIGN`; the rows
-past the rank are zero. The factor ``lora_alpha / r`` (or ``/ sqrt(r)``) is already part of B.
+past the rank are zero. The factor ``lora_alpha / r`` (or ``/ sqrt(r)``) is already part of B. Vectors (scales
+of an entry's input or output, a bias) lie in the same extent, a row each.
 
 Blocks begin at a multiple of their own row length, so that the arena, seen as a matrix with that row length,
 holds each block as whole rows. Sorting an extent's blocks by row length makes this nearly free. Example, two
@@ -24,6 +25,7 @@ begin at multiples of `ALIGNMENT` alone. An adapter so takes about half the room
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -92,6 +94,25 @@ class EntryShape:
         return padded_rank(self.rank)
 
 
+class VectorKind(enum.IntEnum):
+    """What a vector does at its entry, `loraplex_kernels.vectors` says how. Scales are stored less 1."""
+
+    INPUT_SCALE = 0
+    OUTPUT_SCALE = 1
+    BIAS = 2
+    SOFT_PROMPT = 3
+
+
+@dataclass(frozen=True)
+class VectorShape:
+    """One vector of an adapter at one entry; a soft prompt is `rows` of them, at entry 0."""
+
+    entry: int
+    kind: VectorKind
+    length: int
+    rows: int = 1
+
+
 @dataclass(frozen=True)
 class AdapterLayout:
     """Where an adapter's blocks lie, in elements from the start of its extent; entries of rank 0 are left
@@ -106,6 +127,8 @@ class AdapterLayout:
     b_offset: tuple[int, ...]
     num_elements: int
     alignment: int
+    vectors: tuple[VectorShape, ...] = ()
+    vector_offset: tuple[int, ...] = ()
     scale_offset: tuple[int, ...] = ()
     """In 8 bits only: where each entry's scales begin."""
 
@@ -130,16 +153,24 @@ def extent_alignment(row_lengths: Iterable[int]) -> int:
 
 
 def adapter_layout(
-    entries: Sequence[EntryShape], alignment: int | None = None, *, scaled: bool = False
+    entries: Sequence[EntryShape],
+    alignment: int | None = None,
+    vectors: Sequence[VectorShape] = (),
+    *,
+    scaled: bool = False,
 ) -> AdapterLayout:
-    """Lay out one adapter. Pure; the order of `entries` is kept in the result.
+    """Lay out one adapter. Pure; the order of `entries` and `vectors` is kept in the result.
 
     `alignment`: extents begin at its multiples; `extent_alignment` over all row lengths of the model (by
     default over this adapter's own). `scaled`: in 8 bits, where `ALIGNMENT` is all that is needed. Raises
-    `ValueError` for a repeated entry, an empty shape, or a rank outside 0..`MAX_RANK`.
+    `ValueError` for a repeated entry or vector, an empty shape, or a rank outside 0..`MAX_RANK`.
     """
     if len({shape.entry for shape in entries}) != len(entries):
         raise ValueError("entries must not repeat")
+    if len({(vector.entry, vector.kind) for vector in vectors}) != len(vectors):
+        raise ValueError("vectors of one kind and entry must not repeat")
+    if any(vector.length < 1 or vector.rows < 1 for vector in vectors):
+        raise ValueError("a vector must not be empty")
     for shape in entries:
         if not 0 <= shape.rank <= MAX_RANK:
             raise ValueError(f"rank of entry {shape.entry} must be 0 to {MAX_RANK}, got {shape.rank}")
@@ -147,28 +178,34 @@ def adapter_layout(
             raise ValueError(f"entry {shape.entry} has an empty shape: {shape.in_features} to {shape.width}")
     present = tuple(shape for shape in entries if shape.rank)
     row_lengths = {length for shape in present for length in (shape.in_features, shape.width)}
+    row_lengths |= {vector.length for vector in vectors}
     if scaled:
         row_lengths = set()
     alignment = alignment or extent_alignment(row_lengths)
     row_aligned = not scaled and alignment % math.lcm(ALIGNMENT, *row_lengths) == 0
 
-    a_offset = [0] * len(present)
-    b_offset = [0] * len(present)
+    offsets = ([0] * len(present), [0] * len(present), [0] * len(vectors))
+    rows = ([shape.rank_padded for shape in present],) * 2 + ([vector.rows for vector in vectors],)
     blocks = [(shape.in_features, 0, index) for index, shape in enumerate(present)]
     blocks += [(shape.width, 1, index) for index, shape in enumerate(present)]
+    blocks += [(vector.length, 2, index) for index, vector in enumerate(vectors)]
     end = 0
     for row_length, kind, index in sorted(blocks):
         multiple = math.lcm(ALIGNMENT, row_length) if row_aligned else ALIGNMENT
         start = -(-end // multiple) * multiple
-        (b_offset if kind else a_offset)[index] = start
-        end = start + present[index].rank_padded * (row_length + (SCALE_BYTES if scaled and kind else 0))
-    scale_offset = [b + shape.rank_padded * shape.width for b, shape in zip(b_offset, present, strict=True)]
+        offsets[kind][index] = start
+        # In 8 bits scales follow each row of B, and vectors are float32.
+        row_bytes = (row_length, row_length + SCALE_BYTES, row_length * SCALE_BYTES)[kind]
+        end = start + rows[kind][index] * (row_bytes if scaled else row_length)
+    scale_offset = [b + shape.rank_padded * shape.width for b, shape in zip(offsets[1], present, strict=True)]
     return AdapterLayout(
         entries=present,
-        a_offset=tuple(a_offset),
-        b_offset=tuple(b_offset),
+        a_offset=tuple(offsets[0]),
+        b_offset=tuple(offsets[1]),
         num_elements=-(-end // ALIGNMENT) * ALIGNMENT,
         alignment=alignment,
+        vectors=tuple(vectors),
+        vector_offset=tuple(offsets[2]),
         scale_offset=tuple(scale_offset) if scaled else (),
     )
 
@@ -182,7 +219,27 @@ class SlotTables:
     a_offset: np.ndarray
     b_offset: np.ndarray
     rank: np.ndarray
+    vector_offset: np.ndarray
+    """int64 ``[num_slots, kinds, num_entries]``: first element of a vector, -1 where there is none."""
+    has_vectors: np.ndarray
+    """bool ``[num_slots]``: whether any kind has one at any entry."""
     version: int = 0
+
+    @classmethod
+    def empty(cls, num_slots: int, num_entries: int) -> SlotTables:
+        shape = (num_slots, num_entries)
+        return cls(
+            a_offset=np.zeros(shape, np.int64),
+            b_offset=np.zeros(shape, np.int64),
+            rank=np.zeros(shape, np.int32),
+            vector_offset=np.full((num_slots, len(VectorKind), num_entries), -1, np.int64),
+            has_vectors=np.zeros(num_slots, np.bool_),
+        )
+
+    def clear(self, slot: int) -> None:
+        self.rank[slot] = 0
+        self.vector_offset[slot] = -1
+        self.has_vectors[slot] = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +250,7 @@ class LoraPool:
     - `a_offset`  int64 ``[num_slots, num_entries]``: first element of A in the arena
     - `b_offset`  int64 ``[num_slots, num_entries]``: first element of B transposed in the arena
     - `rank`      int32 ``[num_slots, num_entries]``: true rank; 0 where the adapter does not touch the entry
-    - `host`      the three tables on the host; on a CPU pool they share the tensors' memory
+    - `host`      the tables on the host, those of vectors there alone; on a CPU pool they share memory
     - `dtype`     the compute dtype, which x and y have
     - `max_rank`  the largest rank that may be bound: the pitch of the intermediate result
     """
@@ -222,10 +279,9 @@ class LoraPool:
 
         `dtype`: the compute dtype, and that of the arena unless `scaled` asks for int8.
         """
-        # The scales are read through a float32 view of the whole arena.
+        # Scales and vectors are read through a float32 view of the whole arena.
         num_elements += -num_elements % SCALE_BYTES if scaled else 0
-        shape = (num_slots, num_entries)
-        host = SlotTables(np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int32))
+        host = SlotTables.empty(num_slots, num_entries)
         return cls(
             arena=torch.zeros(num_elements, dtype=torch.int8 if scaled else dtype, device=device),
             a_offset=torch.from_numpy(host.a_offset).to(device),
@@ -247,7 +303,7 @@ class LoraPool:
 
     @property
     def num_entries(self) -> int:
-        return int(self.rank.shape[1])
+        return int(self.host.rank.shape[1])
 
     def bind(self, slot: int, start: int, layout: AdapterLayout) -> None:
         """Make `slot` serve the adapter whose extent begins at element `start`.
@@ -259,7 +315,8 @@ class LoraPool:
             raise ValueError(f"slot {slot}: the extent begins at {start}, no multiple of {layout.alignment}")
         if start < 0 or start + layout.num_elements > self.arena.numel():
             raise ValueError(f"slot {slot}: the extent leaves the arena of {self.arena.numel()} elements")
-        if any(not 0 <= shape.entry < self.num_entries for shape in layout.entries):
+        named = [shape.entry for shape in layout.entries] + [vector.entry for vector in layout.vectors]
+        if any(not 0 <= entry < self.num_entries for entry in named):
             raise ValueError(f"slot {slot}: an entry lies outside the {self.num_entries} entries of the pool")
         if any(shape.rank > self.max_rank for shape in layout.entries):
             raise ValueError(f"slot {slot}: a rank is above the pool's max_rank of {self.max_rank}")
@@ -267,15 +324,18 @@ class LoraPool:
             raise ValueError(f"slot {slot}: the layout must{'' if self.scaled else ' not'} have scales here")
         host = self.host
         entries = [shape.entry for shape in layout.entries]
-        host.rank[slot] = 0
+        host.clear(slot)
         host.rank[slot, entries] = [shape.rank for shape in layout.entries]
         host.a_offset[slot, entries] = np.asarray(layout.a_offset, np.int64) + start
         host.b_offset[slot, entries] = np.asarray(layout.b_offset, np.int64) + start
+        for vector, offset in zip(layout.vectors, layout.vector_offset, strict=True):
+            host.vector_offset[slot, vector.kind, vector.entry] = start + offset
+        host.has_vectors[slot] = bool(layout.vectors)
         self._publish(slot)
 
     def clear(self, slot: int) -> None:
         """Make `slot` serve nothing: its tokens get no delta."""
-        self.host.rank[slot] = 0
+        self.host.clear(slot)
         self._publish(slot)
 
     def _publish(self, slot: int) -> None:
@@ -302,5 +362,12 @@ class LoraPool:
         start = int(self.host.b_offset[slot, entry]) + padded_rank(rank) * width
         return self.arena[start : start + rank * SCALE_BYTES].view(torch.float32)
 
+    def vector(self, slot: int, kind: VectorKind, entry: int, length: int) -> Tensor:
+        """A vector that the slot's adapter has, in the compute dtype: ``[length]``."""
+        start = int(self.host.vector_offset[slot, kind, entry])
+        if self.scaled:
+            return self.arena[start : start + length * SCALE_BYTES].view(torch.float32).to(self.dtype)
+        return self._rows(start, 1, length)[0]
+
     def _rows(self, offset: int, rank: int, length: int) -> Tensor:
-        return self.arena[offset : offset + rank * length].view(rank, length)
+        return self.arena.as_strided((rank, length), (length, 1), offset)

@@ -1,8 +1,8 @@
-"""What an adapter does at a site: an ordered list of effects.
+"""What an adapter's file says it does at a site: an ordered list of effects.
 
-The runner knows effects and no adapter kinds. A kind is a way to read a file into effects (`manifest`); LoRA
-yields one `LowRankAdd` for each site. The other effects have a type here so that a kind that needs them is
-refused by the name of what is missing, and so that adding one changes no signature.
+A kind of adapter is a way to read a file into effects (`manifest`): LoRA yields a `LowRankAdd` for each site,
+with lora_bias a `BiasAdd` after it, DoRA a `Magnitude` before it; IA3 an `InputScale` or an `OutputScale`.
+The runner knows what became of them (`model.effects`) and no kinds.
 """
 
 from __future__ import annotations
@@ -32,23 +32,37 @@ class LowRankAdd:
 
 @dataclass(frozen=True)
 class OutputScale:
-    """y becomes y · s, with s `[out_features]` (IA3 on keys and values; DoRA's magnitudes)."""
+    """y becomes y · s, with s `[out_features]` (IA3 on keys and values)."""
 
     scale: TensorInfo
 
 
 @dataclass(frozen=True)
-class Replacement:
-    """The site's own weight is exchanged for another (modules_to_save, resized embeddings)."""
+class Magnitude:
+    """Rows of W + scale · B A (the `LowRankAdd` that follows) get these lengths, `[out_features]` (DoRA)."""
 
-    weight: TensorInfo
-    bias: TensorInfo | None = None
+    magnitude: TensorInfo
 
 
-Effect = InputScale | LowRankAdd | OutputScale | Replacement
+@dataclass(frozen=True)
+class BiasAdd:
+    """y becomes y + scale · b, with b `[out_features]` (lora_bias)."""
 
-SERVED: tuple[type[Effect], ...] = (LowRankAdd,)
-"""The effects that the runner applies today."""
+    scale: float
+    bias: TensorInfo
+
+
+@dataclass(frozen=True)
+class SoftPrompt:
+    """Embeddings of virtual tokens before every prompt, `[tokens, hidden]`: no effect at a site."""
+
+    embeddings: TensorInfo
+
+
+Effect = InputScale | OutputScale | Magnitude | LowRankAdd | BiasAdd
+
+LINEAR: tuple[type[Effect], ...] = (LowRankAdd, BiasAdd)
+"""Effects that add something: they can be weighted, and added to those of other adapters."""
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,40 @@
 """From an adapter's folder to its manifest: what it is and does, without reading its weights.
 
-The tensors in the file are the truth, the configuration must agree with them: every tensor is the A or B of
-an entry, every A has its B, shapes fit the entry, ranks are those of the configuration, and every module that
-the configuration targets is there. Anything else is refused, because an adapter applied in part answers
-wrongly without anyone noticing.
+The tensors in the file are the truth, the configuration must agree with them: every tensor is a part of what
+the method does at an entry, no part is missing, shapes fit the entry, ranks are those of the configuration,
+and every module that the configuration targets is there. Anything else is refused, because an adapter applied
+in part answers wrongly without anyone noticing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraplex_kernels.lora.layouts import EntryShape
-from loraplex_server.adapters.effects import SERVED, LowRankAdd, SiteEffects
+from loraplex_kernels.lora.layouts import EntryShape, VectorKind, VectorShape
+from loraplex_server.adapters.effects import (
+    LINEAR,
+    BiasAdd,
+    Effect,
+    InputScale,
+    LowRankAdd,
+    Magnitude,
+    OutputScale,
+    SiteEffects,
+    SoftPrompt,
+)
 from loraplex_server.adapters.peft_config import (
     MAX_CONFIG_BYTES,
+    AdapterSettings,
+    Ia3Settings,
     LoraSettings,
+    PromptSettings,
+    Targets,
     UnsupportedError,
     parse_config,
 )
-from loraplex_server.adapters.sites import Entry, LoraPart, SiteRegistry
+from loraplex_server.adapters.sites import Entry, Part, SiteRegistry
 from loraplex_server.adapters.sources import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, open_file
 from loraplex_server.adapters.tensor_file import (
     MalformedFileError,
@@ -38,10 +52,12 @@ class AdapterManifest:
 
     Attributes:
         folder: real path of the folder it was read from.
-        peft_type: PEFT's name of the method, "LORA".
+        peft_type: PEFT's name of the method, "LORA" or "IA3".
         config: canonical text of the configuration.
         header: the weight file's header; the weights are read only while it stays the same.
         sites: effects by entry, ascending.
+        prompt: what stands before every prompt.
+        invocation_tokens: where an activated LoRA begins to apply; empty for everywhere.
     """
 
     name: str
@@ -50,6 +66,12 @@ class AdapterManifest:
     config: str
     header: TensorFileHeader
     sites: tuple[SiteEffects, ...]
+    prompt: SoftPrompt | None = None
+    invocation_tokens: tuple[int, ...] = ()
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return 0 if self.prompt is None else self.prompt.embeddings.shape[0]
 
     @property
     def pairs(self) -> tuple[tuple[Entry, LowRankAdd], ...]:
@@ -63,8 +85,14 @@ class AdapterManifest:
 
     @property
     def rank(self) -> int:
-        """Largest rank over its entries."""
-        return max(pair.rank for _, pair in self.pairs)
+        """Largest rank over its entries, 0 for a method without ranks."""
+        return max((pair.rank for _, pair in self.pairs), default=0)
+
+    @property
+    def linear(self) -> bool:
+        """Whether what it adds can be weighted, and added to what other adapters add."""
+        effects = [effect for site in self.sites for effect in site.effects]
+        return self.prompt is None and all(isinstance(effect, LINEAR) for effect in effects)
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -78,6 +106,39 @@ class AdapterManifest:
             EntryShape(entry.index, entry.in_features, entry.out_features, pair.rank)
             for entry, pair in self.pairs
         )
+
+    @property
+    def vectors(self) -> tuple[VectorShape, ...]:
+        """Its vectors as the pool lays them out."""
+        prompt = self.prompt
+        if prompt is not None:
+            rows, hidden = prompt.embeddings.shape
+            return (VectorShape(0, VectorKind.SOFT_PROMPT, hidden, rows),)
+        return tuple(
+            VectorShape(
+                site.entry.index,
+                kind,
+                site.entry.in_features if kind is VectorKind.INPUT_SCALE else site.entry.out_features,
+            )
+            for site in self.sites
+            for effect in site.effects
+            for kind in _kinds(site.entry, effect)
+        )
+
+
+def _kinds(entry: Entry, effect: Effect) -> tuple[VectorKind, ...]:
+    match effect:
+        case InputScale():
+            return (VectorKind.INPUT_SCALE,)
+        case OutputScale():
+            return (VectorKind.OUTPUT_SCALE,)
+        case Magnitude():
+            # The base's bias is not scaled: what the scale takes from it, a bias gives back.
+            return (VectorKind.OUTPUT_SCALE, *((VectorKind.BIAS,) if entry.has_bias else ()))
+        case BiasAdd():
+            return (VectorKind.BIAS,)
+        case LowRankAdd():
+            return ()
 
 
 def read_manifest(
@@ -94,12 +155,27 @@ def read_manifest(
     try:
         settings = _read_settings(folder, roots)
         header = _read_weights_header(folder, roots)
-        sites = _lora_sites(settings, header, registry, max_rank)
+        method = settings.method
+        prompt: SoftPrompt | None = None
+        sites: tuple[SiteEffects, ...] = ()
+        if isinstance(method, PromptSettings):
+            prompt = _soft_prompt(method, header, registry)
+        else:
+            sites = _sites(settings.targets, method, header, registry, max_rank)
     except (MalformedFileError, UnsupportedError) as error:
         raise refusal(name, str(error)) from error
     except ServerError as error:
         raise type(error)(f"adapter {name!r}: {error}", resource=("adapter", name)) from error
-    return AdapterManifest(name, folder, settings.peft_type, settings.canonical, header, sites)
+    return AdapterManifest(
+        name=name,
+        folder=folder,
+        peft_type=settings.peft_type,
+        config=settings.canonical,
+        header=header,
+        sites=sites,
+        prompt=prompt,
+        invocation_tokens=method.invocation_tokens if isinstance(method, LoraSettings) else (),
+    )
 
 
 def refusal(name: str, reason: str) -> FailedPreconditionError:
@@ -107,7 +183,7 @@ def refusal(name: str, reason: str) -> FailedPreconditionError:
     return FailedPreconditionError(f"adapter {name!r}: {reason}", resource=("adapter", name))
 
 
-def _read_settings(folder: Path, roots: tuple[Path, ...]) -> LoraSettings:
+def _read_settings(folder: Path, roots: tuple[Path, ...]) -> AdapterSettings:
     file, size = open_file(folder, CONFIG_FILE, roots)
     with file:
         if size > MAX_CONFIG_BYTES:
@@ -126,70 +202,128 @@ def _read_weights_header(folder: Path, roots: tuple[Path, ...]) -> TensorFileHea
         return read_header(file, size)
 
 
-def _lora_sites(
-    settings: LoraSettings, header: TensorFileHeader, registry: SiteRegistry, max_rank: int
+Parts = Mapping[Part, TensorInfo]
+
+_SOFT_PROMPT = "prompt_embeddings"
+
+
+def _soft_prompt(settings: PromptSettings, header: TensorFileHeader, registry: SiteRegistry) -> SoftPrompt:
+    for tensor in header.tensors:
+        if tensor.name != _SOFT_PROMPT:
+            raise UnsupportedError(f"tensor {quoted(tensor.name)} would not be applied: it is no soft prompt")
+    if not header.tensors:
+        raise UnsupportedError(f"the weight file holds no {_SOFT_PROMPT}")
+    (embeddings,) = header.tensors
+    _check_shape(embeddings, (settings.num_virtual_tokens, registry.hidden_size))
+    return SoftPrompt(embeddings)
+
+
+def _sites(
+    targets: Targets,
+    method: LoraSettings | Ia3Settings,
+    header: TensorFileHeader,
+    registry: SiteRegistry,
+    max_rank: int,
 ) -> tuple[SiteEffects, ...]:
-    factors: dict[Entry, dict[LoraPart, TensorInfo]] = {}
+    found: dict[Entry, dict[Part, TensorInfo]] = {}
     for tensor in header.tensors:
         located = registry.locate(tensor.name)
         if located is None:
             why = _why_not(tensor.name)
             raise UnsupportedError(f"tensor {quoted(tensor.name)} would not be applied: {why}")
         entry, part = located
-        factors.setdefault(entry, {})[part] = tensor
-    if not factors:
+        found.setdefault(entry, {})[part] = tensor
+    if not found:
         raise UnsupportedError("the weight file holds no tensor")
-    sites = tuple(
-        SiteEffects(entry, (_pair(settings, entry, factors[entry], max_rank),))
-        for entry in sorted(factors, key=lambda entry: entry.index)
-    )
+    sites = []
+    for entry in sorted(found, key=lambda entry: entry.index):
+        parts = found[entry]
+        if not targets.includes(entry.path):
+            tensor = next(iter(parts.values()))
+            raise UnsupportedError(
+                f"tensor {quoted(tensor.name)} is for a module that target_modules leaves out; "
+                "PEFT would ignore it"
+            )
+        effects = (
+            _lora(method, entry, parts, max_rank)
+            if isinstance(method, LoraSettings)
+            else _ia3(method, entry, parts)
+        )
+        sites.append(SiteEffects(entry, effects))
     for entry in registry:
-        if entry not in factors and settings.target_modules is not None and settings.targets(entry.path):
+        if entry not in found and targets.modules is not None and targets.includes(entry.path):
             raise UnsupportedError(
                 f"target_modules name {quoted(entry.path)}, but the file has no tensor for it; "
                 "it was saved in part"
             )
-    for site in sites:
-        if any(not isinstance(effect, SERVED) for effect in site.effects):
-            raise UnsupportedError(f"{quoted(site.entry.path)} needs an effect that is not served")
-    return sites
+    return tuple(sites)
 
 
-def _pair(
-    settings: LoraSettings, entry: Entry, factors: dict[LoraPart, TensorInfo], max_rank: int
-) -> LowRankAdd:
-    path = entry.path
-    for part, other in ((LoraPart.A, LoraPart.B), (LoraPart.B, LoraPart.A)):
-        if part not in factors:
-            raise UnsupportedError(f"tensor {quoted(factors[other].name)} has no {part} beside it")
-    a, b = factors[LoraPart.A], factors[LoraPart.B]
-    if not settings.targets(path):
-        raise UnsupportedError(
-            f"tensor {quoted(a.name)} is for a module that target_modules leaves out; PEFT would ignore it"
-        )
-    rank = settings.rank_of(path)
+def _lora(settings: LoraSettings, entry: Entry, parts: Parts, max_rank: int) -> tuple[Effect, ...]:
+    needed = {Part.A, Part.B}
+    needed |= {Part.MAGNITUDE} if settings.use_dora else set()
+    needed |= {Part.BIAS} if settings.lora_bias else set()
+    _check_parts(parts, needed, "use_dora, lora_bias")
+    a, b = parts[Part.A], parts[Part.B]
+    rank = settings.rank_of(entry.path)
     if rank > max_rank:
         raise UnsupportedError(f"tensor {quoted(a.name)} has rank {rank}; at most {max_rank} is served")
     if a.shape[:1] != (rank,):
         raise UnsupportedError(
             f"tensor {quoted(a.name)} has shape {list(a.shape)}, but the configuration gives it rank {rank}"
         )
-    for tensor, expected in ((a, (rank, entry.in_features)), (b, (entry.out_features, rank))):
-        if tensor.shape != expected:
-            raise UnsupportedError(
-                f"tensor {quoted(tensor.name)} has shape {list(tensor.shape)}, "
-                f"the base model needs {list(expected)}"
-            )
-    return LowRankAdd(rank, settings.scale_of(path), a, b)
+    _check_shape(a, (rank, entry.in_features))
+    _check_shape(b, (entry.out_features, rank))
+    scale = settings.scale_of(entry.path)
+    effects: list[Effect] = [LowRankAdd(rank, scale, a, b)]
+    if settings.use_dora:
+        _check_shape(parts[Part.MAGNITUDE], (entry.out_features,))
+        effects.insert(0, Magnitude(parts[Part.MAGNITUDE]))
+    if settings.lora_bias:
+        _check_shape(parts[Part.BIAS], (entry.out_features,))
+        effects.append(BiasAdd(scale, parts[Part.BIAS]))
+    return tuple(effects)
+
+
+def _ia3(settings: Ia3Settings, entry: Entry, parts: Parts) -> tuple[Effect, ...]:
+    _check_parts(parts, {Part.IA3}, "peft_type")
+    scale = parts[Part.IA3]
+    if not settings.is_feedforward(entry.path):
+        _check_shape(scale, (entry.out_features, 1))
+        return (OutputScale(scale),)
+    _check_shape(scale, (1, entry.in_features))
+    if entry.shares_input:
+        raise UnsupportedError(
+            f"tensor {quoted(scale.name)} scales an input that other projections share, which is not served; "
+            "in feedforward_modules name a projection with an input of its own, such as down_proj"
+        )
+    return (InputScale(scale),)
+
+
+def _check_parts(parts: Parts, needed: set[Part], settings: str) -> None:
+    """All that is needed is there, and nothing else."""
+    for part in sorted(needed - parts.keys()):
+        other = next(iter(parts.values()))
+        raise UnsupportedError(f"tensor {quoted(other.name)} has no {part} beside it")
+    for part in sorted(parts.keys() - needed):
+        raise UnsupportedError(
+            f"tensor {quoted(parts[part].name)} is not asked for by the configuration; see {settings}"
+        )
+
+
+def _check_shape(tensor: TensorInfo, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise UnsupportedError(
+            f"tensor {quoted(tensor.name)} has shape {list(tensor.shape)}, "
+            f"the base model needs {list(expected)}"
+        )
 
 
 def _why_not(tensor_name: str) -> str:
     reasons = (
         ("lora_embedding_", "LoRA on embeddings is not served"),
-        ("lora_magnitude_vector", "DoRA needs an output scale, which is not served"),
-        (".lora_B.bias", "lora_bias is not served"),
-        ("ia3_l", "IA3 needs input and output scales, which are not served"),
-        ("prompt_embeddings", "soft prompts are not served"),
+        ("ia3_l", "the base model has no such module"),
+        ("prompt_embeddings", "soft prompts come with a configuration of their own"),
         ("embed_tokens", "embeddings of its own need a replacement, which is not served"),
         ("lm_head", "LoRA on, or a copy of, the output head is not served"),
         (".experts", "adapters on stacked experts are not served"),

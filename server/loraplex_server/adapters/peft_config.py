@@ -1,4 +1,4 @@
-"""Reads PEFT's `adapter_config.json` for LoRA, and refuses every setting that would not be applied.
+"""Reads PEFT's `adapter_config.json` for LoRA and IA3, and refuses every setting that would not be applied.
 
 Patterns mean what they mean to PEFT:
 
@@ -17,7 +17,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,30 +35,22 @@ _QUICK_SECONDS = 0.02
 _WITHOUT_REPEATS = re.compile(r"[\w.\\\[\]-]{0,4096}")
 """Patterns without repetition, choice or groups: they cannot take long, and `re` is faster than `regex`."""
 
-_INPUT_SCALE = "an input scale"
-_OUTPUT_SCALE = "an output scale"
 _REPLACEMENT = "a replacement of weights"
 
 _KINDS: dict[str, str] = {
-    "IA3": f"IA3 needs {_INPUT_SCALE} and {_OUTPUT_SCALE}",
-    "PROMPT_TUNING": "prompt tuning needs soft prompts",
-    "MULTITASK_PROMPT_TUNING": "prompt tuning needs soft prompts",
-    "P_TUNING": "P-tuning needs soft prompts",
-    "PREFIX_TUNING": "prefix tuning needs soft prompts",
-    "CPT": "CPT needs soft prompts",
+    "MULTITASK_PROMPT_TUNING": "its prompt depends on a task id",
+    "PREFIX_TUNING": "prefix tuning needs keys and values of its own",
+    "CPT": "CPT needs soft prompts of known tokens",
     "TRAINABLE_TOKENS": f"trainable tokens need {_REPLACEMENT}",
     "LN_TUNING": f"layer-norm tuning needs {_REPLACEMENT}",
 }
 
 _SETTINGS: dict[str, str] = {
-    "use_dora": f"DoRA needs {_OUTPUT_SCALE}",
     "use_qalora": "QALoRA pools the inputs",
-    "lora_bias": "lora_bias adds a bias",
     "modules_to_save": f"modules_to_save needs {_REPLACEMENT}",
     "trainable_token_indices": f"trainable_token_indices needs {_REPLACEMENT}",
     "target_parameters": "target_parameters acts on stacked expert parameters",
     "layer_replication": "layer_replication changes the base model's layers",
-    "alora_invocation_tokens": "an activated LoRA begins in the middle of a sequence",
     "megatron_config": "a megatron_config shards the layers",
     "fan_in_fan_out": "fan_in_fan_out is for weights stored transposed; this base model has none",
     "kasa_config": "KaSA changes the base model's weights",
@@ -73,35 +65,54 @@ _WITHOUT_EFFECT = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "corda_config",
+        "encoder_dropout",
+        "encoder_hidden_size",
+        "encoder_num_layers",
+        "encoder_reparameterization_type",
         "ensure_weight_tying",
         "eva_config",
         "inference_mode",
+        "init_ia3_weights",
         "loftq_config",
         "lora_dropout",
         "lora_ga_config",
         "megatron_core",
+        "num_attention_heads",
+        "num_layers",
         "peft_version",
+        "prompt_tuning_init",
+        "prompt_tuning_init_state_dict_path",
+        "prompt_tuning_init_text",
         "qalora_group_size",
         "revision",
         "runtime_config",
         "task_type",
+        "token_dim",
+        "tokenizer_kwargs",
+        "tokenizer_name_or_path",
     }
 )
 """Settings of training, of saving, and of methods that `_SETTINGS` or `init_lora_weights` decide about."""
 
 _READ = frozenset(
     {
+        "alora_invocation_tokens",
         "alpha_pattern",
         "bias",
         "exclude_modules",
+        "feedforward_modules",
         "init_lora_weights",
         "layers_pattern",
         "layers_to_transform",
         "lora_alpha",
         "peft_type",
         "r",
+        "lora_bias",
+        "num_transformer_submodules",
+        "num_virtual_tokens",
         "rank_pattern",
         "target_modules",
+        "use_dora",
         "use_rslora",
     }
 )
@@ -178,25 +189,62 @@ class Patterns:
 
 
 @dataclass(frozen=True)
-class LoraSettings:
-    """What a LoRA configuration says about each module.
+class Targets:
+    """Which modules a configuration puts something on.
 
     Attributes:
-        canonical: the whole configuration as sorted compact JSON, part of the adapter's identity.
-        target_modules: a regular expression, a list, or None where the file leaves it to the tensors.
+        modules: a regular expression, a list, or None where the file leaves it to the tensors.
     """
 
-    peft_type: str
+    modules: str | tuple[str, ...] | None
+    excluded: str | tuple[str, ...] | None
+    layers: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
+    patterns: Patterns
+
+    def includes(self, path: str) -> bool:
+        """Whether the linear module at `path` is one of them."""
+        if self._excludes(path):
+            return False
+        target = self.modules
+        if target is None:
+            return True
+        if isinstance(target, str):
+            if target.lower() == "all-linear":
+                return path.rpartition(".")[2] not in _HEADS
+            return self.patterns.fullmatch(target, path)
+        if path in target:
+            return True
+        if not any(path.endswith(f".{name}") for name in target):
+            return False
+        return not self.layers or self._layer(path) in self.layers
+
+    def _excludes(self, path: str) -> bool:
+        excluded = self.excluded
+        if isinstance(excluded, str):
+            return bool(excluded) and self.patterns.fullmatch(excluded, path)
+        return any(path == name or path.endswith(f".{name}") for name in excluded or ())
+
+    def _layer(self, path: str) -> int | None:
+        if not self.layers_pattern:
+            return self.patterns.layer(r".*?\.[^.]*\.(?P<idx>\d+)\.", path)
+        patterns = (rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\." for name in self.layers_pattern)
+        layers = (self.patterns.layer(pattern, path) for pattern in patterns)
+        return next((layer for layer in layers if layer is not None), None)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What a LoRA configuration says about each module."""
+
     rank: int
     alpha: float
     use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    invocation_tokens: tuple[int, ...]
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
-    target_modules: str | tuple[str, ...] | None
-    exclude_modules: str | tuple[str, ...] | None
-    layers_to_transform: tuple[int, ...] | None
-    layers_pattern: tuple[str, ...]
-    canonical: str
     patterns: Patterns
 
     def rank_of(self, path: str) -> int:
@@ -210,42 +258,52 @@ class LoraSettings:
         rank = self.rank_of(path)
         return self.alpha_of(path) / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def targets(self, path: str) -> bool:
-        """Whether the configuration puts a LoRA pair on the linear module at `path`."""
-        if self._excludes(path):
-            return False
-        target = self.target_modules
-        if target is None:
-            return True
-        if isinstance(target, str):
-            if target.lower() == "all-linear":
-                return path.rpartition(".")[2] not in _HEADS
-            return self.patterns.fullmatch(target, path)
-        if path in target:
-            return True
-        if not any(path.endswith(f".{name}") for name in target):
-            return False
-        return not self.layers_to_transform or self._layer(path) in self.layers_to_transform
-
-    def _excludes(self, path: str) -> bool:
-        excluded = self.exclude_modules
-        if isinstance(excluded, str):
-            return bool(excluded) and self.patterns.fullmatch(excluded, path)
-        return any(path == name or path.endswith(f".{name}") for name in excluded or ())
-
-    def _layer(self, path: str) -> int | None:
-        if not self.layers_pattern:
-            return self.patterns.layer(r".*?\.[^.]*\.(?P<idx>\d+)\.", path)
-        patterns = (rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\." for name in self.layers_pattern)
-        layers = (self.patterns.layer(pattern, path) for pattern in patterns)
-        return next((layer for layer in layers if layer is not None), None)
-
     def _key(self, pattern: Mapping[str, object], path: str) -> str:
         return next((key for key in pattern if self.patterns.ends_with(key, path)), path)
 
 
-def parse_config(text: bytes) -> LoraSettings:
-    """The settings of a LoRA adapter.
+@dataclass(frozen=True)
+class Ia3Settings:
+    """What an IA3 configuration says about each module."""
+
+    feedforward_modules: str | tuple[str, ...] | None
+    patterns: Patterns
+
+    def is_feedforward(self, path: str) -> bool:
+        """Whether the vector at `path` scales the input, as PEFT decides: here a list names bare endings."""
+        modules = self.feedforward_modules
+        if isinstance(modules, str):
+            return self.patterns.fullmatch(modules, path)
+        return any(path.endswith(name) for name in modules or ())
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """What a prompt-tuning or P-tuning configuration says: how many virtual tokens stand before a prompt."""
+
+    num_virtual_tokens: int
+
+
+Method = LoraSettings | Ia3Settings | PromptSettings
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """A configuration that will be applied whole.
+
+    Attributes:
+        peft_type: PEFT's name of the method, "LORA", "IA3", "PROMPT_TUNING" or "P_TUNING".
+        canonical: the whole configuration as sorted compact JSON, part of the adapter's identity.
+    """
+
+    peft_type: str
+    targets: Targets
+    method: Method
+    canonical: str
+
+
+def parse_config(text: bytes) -> AdapterSettings:
+    """The settings of an adapter.
 
     Raises:
         MalformedFileError: the text is no JSON object, or a setting has a wrong type.
@@ -255,34 +313,64 @@ def parse_config(text: bytes) -> LoraSettings:
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str):
         raise MalformedFileError("peft_type is missing; is this a configuration that PEFT saved?")
-    if peft_type != "LORA":
-        reason = _KINDS.get(peft_type, "only LORA is")
+    methods: dict[str, Callable[[Mapping[str, Any], Patterns], Method]] = {
+        "LORA": _lora,
+        "IA3": _ia3,
+        "PROMPT_TUNING": _prompt,
+        "P_TUNING": _prompt,
+    }
+    if peft_type not in methods:
+        reason = _KINDS.get(peft_type, f"only {', '.join(methods)} are")
         raise UnsupportedError(f"peft_type {quoted(peft_type)} is not served: {reason}")
     for key, value in config.items():
         _check_setting(key, value)
     patterns = Patterns()
-    target_modules = _modules(config, "target_modules")
-    settings = LoraSettings(
+    targets = Targets(
+        modules=_modules(config, "target_modules"),
+        excluded=_modules(config, "exclude_modules"),
+        layers=_layers(config),
+        layers_pattern=_names(config, "layers_pattern"),
+        patterns=patterns,
+    )
+    if isinstance(targets.modules, str) and (targets.layers or targets.layers_pattern):
+        raise UnsupportedError("layers_to_transform and layers_pattern need target_modules to be a list")
+    if targets.layers_pattern and not targets.layers:
+        raise UnsupportedError("layers_pattern needs layers_to_transform")
+    return AdapterSettings(
         peft_type=peft_type,
+        targets=targets,
+        method=methods[peft_type](config, patterns),
+        canonical=json.dumps(config, sort_keys=True, separators=(",", ":")),
+    )
+
+
+def _lora(config: Mapping[str, Any], patterns: Patterns) -> LoraSettings:
+    settings = LoraSettings(
         rank=_rank("r", config.get("r", 8)),
         alpha=_number("lora_alpha", config.get("lora_alpha", 8)),
         use_rslora=_flag(config, "use_rslora"),
+        use_dora=_flag(config, "use_dora"),
+        lora_bias=_flag(config, "lora_bias"),
+        invocation_tokens=_ids(config, "alora_invocation_tokens"),
         rank_pattern={key: _rank("rank_pattern", value) for key, value in _mapping(config, "rank_pattern")},
         alpha_pattern={
             key: _number("alpha_pattern", value) for key, value in _mapping(config, "alpha_pattern")
         },
-        target_modules=target_modules,
-        exclude_modules=_modules(config, "exclude_modules"),
-        layers_to_transform=_layers(config),
-        layers_pattern=_names(config, "layers_pattern"),
-        canonical=json.dumps(config, sort_keys=True, separators=(",", ":")),
         patterns=patterns,
     )
-    if isinstance(target_modules, str) and (settings.layers_to_transform or settings.layers_pattern):
-        raise UnsupportedError("layers_to_transform and layers_pattern need target_modules to be a list")
-    if settings.layers_pattern and not settings.layers_to_transform:
-        raise UnsupportedError("layers_pattern needs layers_to_transform")
+    if settings.use_dora and settings.lora_bias:
+        raise UnsupportedError("lora_bias with use_dora is not served: PEFT defines no result for both")
     return settings
+
+
+def _ia3(config: Mapping[str, Any], patterns: Patterns) -> Ia3Settings:
+    return Ia3Settings(_modules(config, "feedforward_modules"), patterns)
+
+
+def _prompt(config: Mapping[str, Any], patterns: Patterns) -> PromptSettings:
+    if config.get("num_transformer_submodules") not in (None, 1):
+        raise UnsupportedError("num_transformer_submodules is not 1: only decoders are served")
+    return PromptSettings(_rank("num_virtual_tokens", config.get("num_virtual_tokens")))
 
 
 def _check_setting(key: str, value: object) -> None:
@@ -320,14 +408,15 @@ def _check_init(value: object) -> None:
 
 def _rank(key: str, value: object) -> int:
     if type(value) is not int or not 1 <= value <= 1 << 20:
-        raise MalformedFileError(f"{key} has {quoted(value)}, which is no rank")
+        raise MalformedFileError(f"{key} has {quoted(value)}, which is no usable number")
     return value
 
 
 def _number(key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise MalformedFileError(f"{key} has {quoted(value)}, which is no number")
-    if not math.isfinite(value) or abs(value) > 1e9:
+    # Compared first: an integer of any length can be, and only then is it sure to be a float.
+    if not abs(value) <= 1e9:
         raise MalformedFileError(f"{key} has {quoted(value)}, which is no usable scale")
     return value
 
@@ -374,3 +463,12 @@ def _layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     if any(type(item) is not int for item in items):
         raise MalformedFileError(f"layers_to_transform has {quoted(value)}, which is no list of layers")
     return tuple(items)
+
+
+def _ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    value = config.get(key)
+    if value is None:
+        return ()
+    if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
+        raise MalformedFileError(f"{key} has {quoted(value)}, which is no list of token ids")
+    return tuple(value)

@@ -155,6 +155,16 @@ class AdapterHandle:
         """Identity of weights and configuration; "" until they were first read, always set once READY."""
         return self.record.content_hash
 
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Tokens of a soft prompt, which stand before the prompt."""
+        return self.record.manifest.num_virtual_tokens
+
+    @property
+    def invocation_tokens(self) -> tuple[int, ...]:
+        """Token ids from which on an activated LoRA applies; empty where it applies everywhere."""
+        return self.record.manifest.invocation_tokens
+
     def __repr__(self) -> str:
         return f"AdapterHandle({self.name!r}, reserved={self.reserved})"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 _PEFT_PREFIX = "base_model.model."
@@ -32,23 +32,37 @@ class SiteAddress:
 
 @dataclass(frozen=True)
 class Entry:
-    """One projection as the adapter pool numbers it: `in_features` inputs, `out_features` outputs."""
+    """One projection as the adapter pool numbers it.
+
+    Attributes:
+        has_bias: the base adds a bias of its own there.
+        shares_input: other projections are computed from the same input, in one product.
+    """
 
     index: int
     address: SiteAddress
     in_features: int
     out_features: int
+    has_bias: bool = False
+    shares_input: bool = False
 
     @property
     def path(self) -> str:
         return self.address.path
 
 
-class LoraPart(enum.StrEnum):
-    """The two factors of a LoRA pair: A is `[rank, in_features]`, B is `[out_features, rank]`."""
+class Part(enum.StrEnum):
+    """What a tensor of a PEFT file is, by the end of its name.
 
-    A = "lora_A"
-    B = "lora_B"
+    A is `[rank, in_features]`, B `[out_features, rank]`, BIAS (of B) and MAGNITUDE `[out_features]`; IA3 is
+    `[1, in_features]` on a feed-forward's input, else `[out_features, 1]`.
+    """
+
+    A = "lora_A.weight"
+    B = "lora_B.weight"
+    BIAS = "lora_B.bias"
+    MAGNITUDE = "lora_magnitude_vector"
+    IA3 = "ia3_l"
 
 
 class SiteRegistry:
@@ -56,21 +70,36 @@ class SiteRegistry:
 
     Args:
         sites: (module path, in_features, out_features) of each entry, in the order of its index.
+        biased: paths at which the base has a bias.
+        sharing: paths whose input feeds other projections as well.
+        hidden_size: width of the embeddings.
 
     Raises:
         ValueError: a path comes twice or a width is not positive.
     """
 
-    def __init__(self, sites: Iterable[tuple[str, int, int]]) -> None:
+    def __init__(
+        self,
+        sites: Iterable[tuple[str, int, int]],
+        *,
+        biased: Collection[str] = (),
+        sharing: Collection[str] = (),
+        hidden_size: int = 0,
+    ) -> None:
+        self.hidden_size = hidden_size
         entries = []
         for index, (path, in_features, out_features) in enumerate(sites):
             if in_features < 1 or out_features < 1:
                 raise ValueError(f"{path} has an empty shape: {in_features} to {out_features}")
-            entries.append(Entry(index, SiteAddress(_layer_of(path), path), in_features, out_features))
+            address = SiteAddress(_layer_of(path), path)
+            entries.append(Entry(index, address, in_features, out_features, path in biased, path in sharing))
         self.entries: tuple[Entry, ...] = tuple(entries)
         self._by_path = {entry.path: entry for entry in entries}
         if len(self._by_path) != len(entries):
             raise ValueError("two entries have the same path")
+        self._located = {
+            f"{_PEFT_PREFIX}{entry.path}.{part}": (entry, part) for entry in entries for part in Part
+        }
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -82,19 +111,15 @@ class SiteRegistry:
         """The entry of the module at `path`, or None where adapters cannot act."""
         return self._by_path.get(path)
 
-    def locate(self, tensor_name: str) -> tuple[Entry, LoraPart] | None:
-        """The entry and factor that a tensor of a PEFT LoRA file belongs to; None for any other tensor."""
-        for part in LoraPart:
-            suffix = f".{part}.weight"
-            if tensor_name.startswith(_PEFT_PREFIX) and tensor_name.endswith(suffix):
-                entry = self.entry(tensor_name[len(_PEFT_PREFIX) : -len(suffix)])
-                return None if entry is None else (entry, part)
-        return None
+    def locate(self, tensor_name: str) -> tuple[Entry, Part] | None:
+        """The entry that a tensor of a PEFT file belongs to, and as what; None for any other tensor."""
+        return self._located.get(tensor_name)
 
     @property
     def row_lengths(self) -> frozenset[int]:
         """Every length that a rank row may have: the inputs and outputs of all entries."""
-        return frozenset(n for entry in self.entries for n in (entry.in_features, entry.out_features))
+        lengths = {n for entry in self.entries for n in (entry.in_features, entry.out_features)}
+        return frozenset(lengths | ({self.hidden_size} if self.hidden_size else set()))
 
 
 def _layer_of(path: str) -> int:

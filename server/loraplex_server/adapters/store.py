@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 
 from loraplex_kernels.lora.layouts import MAX_RANK, LoraPool
+from loraplex_server.adapters.base import FrozenBase
 from loraplex_server.adapters.device_tier import DeviceTier
 from loraplex_server.adapters.host_tier import HostTier
 from loraplex_server.adapters.manifest import AdapterManifest, read_manifest, refusal
@@ -98,6 +99,7 @@ class AdapterStore:
         registry: the sites of the base model.
         dtype: what the op computes in: float32, float16 or bfloat16. Adapters are held in it too, unless
             `config.device_dtype` says otherwise.
+        base: the base model's weights, for the methods that are relative to them (DoRA).
         max_rank: largest rank that is served.
         wake: called from a worker when there is something to `poll`; must be quick and thread-safe.
 
@@ -112,11 +114,13 @@ class AdapterStore:
         *,
         device: torch.device | str,
         dtype: torch.dtype,
+        base: FrozenBase | None = None,
         max_rank: int = MAX_RANK,
         wake: Callable[[], None] | None = None,
     ) -> None:
         device = torch.device(device)
         self._registry = registry
+        self._base = base
         self._config = config
         self._max_rank = max_rank
         self._wake = wake
@@ -364,18 +368,25 @@ class AdapterStore:
 
     # Requests
 
-    def resolve(self, names: Sequence[str]) -> tuple[AdapterHandle, ...]:
+    def resolve(
+        self, names: Sequence[str], weights: Sequence[float] | None = None
+    ) -> tuple[AdapterHandle, ...]:
         """A registry reference to each adapter, for one request; nothing is loaded yet.
+
+        Args:
+            weights: one for each name; 1 where left out.
 
         Raises:
             InvalidArgumentError: there are more names than a request may have.
             NotFoundError: there is no such adapter.
-            FailedPreconditionError: they can never be on the device together, or one cannot be served.
+            FailedPreconditionError: they can never be on the device together, one cannot be served, or one
+                that does more than add to the base is weighted or not alone.
         """
         limit = self._config.max_per_request
         if len(names) > limit:
             raise InvalidArgumentError.field("adapters", f"{len(names)} are named; at most {limit} may be")
         records = tuple(self._find(name) for name in names)
+        _check_composition(records, weights or [1.0] * len(names))
         self._check_fits(records, "the adapters of this request", "the request")
         handles = tuple(AdapterHandle(record, records) for record in records)
         for handle in handles:
@@ -681,7 +692,7 @@ class AdapterStore:
         manifest, layout, roots = record.manifest, record.layout, self._config.allowed_roots
 
         def read() -> HostBlob:
-            return read_weights(manifest, layout, self._dtype, roots, pin_memory=self._pin_memory)
+            return read_weights(manifest, layout, self._dtype, roots, self._base, pin_memory=self._pin_memory)
 
         self._reader.submit(read, lambda outcome: self._was_read(record, outcome))
 
@@ -742,6 +753,17 @@ class AdapterStore:
                 handle.record.misses += not hit
                 self._hits += hit
                 self._misses += not hit
+
+
+def _check_composition(records: Sequence[Record], weights: Sequence[float]) -> None:
+    alone = len(records) == 1 and weights[0] == 1
+    for record in records:
+        if not alone and not record.manifest.linear:
+            raise FailedPreconditionError(
+                f"adapter {record.name!r} scales what the base computes (IA3, DoRA): neither a weight nor a "
+                "sum with others is defined for it; name it alone, at weight 1",
+                resource=("adapter", record.name),
+            )
 
 
 def _not_found(name: str) -> NotFoundError:

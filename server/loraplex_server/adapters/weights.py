@@ -18,10 +18,21 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from loraplex_kernels.lora.layouts import AdapterLayout, adapter_layout
+from loraplex_kernels.lora.layouts import SCALE_BYTES, AdapterLayout, VectorKind, adapter_layout
+from loraplex_server.adapters.base import Array, FrozenBase, FrozenProjection
+from loraplex_server.adapters.effects import (
+    BiasAdd,
+    Effect,
+    InputScale,
+    LowRankAdd,
+    Magnitude,
+    OutputScale,
+    SiteEffects,
+)
 from loraplex_server.adapters.manifest import AdapterManifest, refusal
 from loraplex_server.adapters.sources import WEIGHTS_FILE, open_file
 from loraplex_server.adapters.tensor_file import MalformedFileError, TensorInfo, quoted, read_header
+from loraplex_server.errors import InternalError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -44,7 +55,7 @@ def lay_out(manifest: AdapterManifest, alignment: int, *, scaled: bool = False) 
     """The layout of an adapter for a pool whose extents all begin at multiples of `alignment`; `scaled` for a
     pool in 8 bits.
     """
-    layout = adapter_layout(manifest.shapes, scaled=scaled)
+    layout = adapter_layout(manifest.shapes, vectors=manifest.vectors, scaled=scaled)
     # Where the model's own alignment was given up as out of proportion, an adapter's is as well.
     return layout if alignment % layout.alignment == 0 else dataclasses.replace(layout, alignment=alignment)
 
@@ -54,25 +65,32 @@ def read_weights(
     layout: AdapterLayout,
     dtype: torch.dtype,
     roots: Iterable[Path],
+    base: FrozenBase | None = None,
     *,
     pin_memory: bool = False,
 ) -> HostBlob:
     """Reads, checks, scales and casts the weights that `manifest` describes.
 
-    Alpha (and rsLoRA's root) is multiplied into B in float32 before the cast. Where the layout has scales,
+    Alpha (and rsLoRA's root) is multiplied into B in float32 before the cast, and so is DoRA's magnitude over
+    the norm of the adapted weight, which is worked out here, from `base`. Where the layout has scales,
     `dtype` is int8: each rank row of A and of B becomes integers of at most 127 in absolute value, rounded to
-    nearest, and the product of the two rows' steps is the rank row's scale.
+    nearest, and the product of the two rows' steps is the rank row's scale; vectors stay float32.
 
     Raises:
         FailedPreconditionError: the file is not the one the manifest was read from, or a tensor holds NaN or
             infinity, or would in `dtype`.
         PermissionDeniedError, UnavailableError: as for `read_manifest`.
     """
-    if bool(layout.scale_offset) != (dtype == torch.int8) and layout.entries:
+    if layout.entries and bool(layout.scale_offset) != (dtype == torch.int8):
         raise ValueError(f"the layout has {len(layout.scale_offset)} blocks of scales, but dtype is {dtype}")
     data = torch.zeros(layout.num_elements, dtype=dtype, pin_memory=pin_memory)
     elements = data.view(torch.int16).numpy().view(np.uint16) if dtype == torch.bfloat16 else data.numpy()
-    blocks = _blocks(manifest, layout)
+    sites: dict[str, _Site | _Prompt] = {}
+    for effects in manifest.sites:
+        site = _Site(elements, layout, effects, base)
+        sites |= {name: site for effect in effects.effects for name in _named(effect)}
+    if manifest.prompt is not None:
+        sites[manifest.prompt.embeddings.name] = _Prompt(elements, layout)
     content = hashlib.sha256(manifest.config.encode() + b"\0")
     file, size = open_file(manifest.folder, WEIGHTS_FILE, roots)
     try:
@@ -85,30 +103,10 @@ def read_weights(
             for tensor in header.tensors:
                 raw = _read(file, tensor.end - tensor.begin)
                 content.update(raw)
-                start, scale, scale_start = blocks[tensor.name]
-                steps = _write(elements[start:], tensor, raw, scale)
-                if steps is not None:
-                    scales = elements[scale_start : scale_start + steps.nbytes].view(np.float32)
-                    # The first of a pair finds zeros; no step is zero.
-                    scales[:] = np.where(scales == 0, steps, scales * steps)
+                sites[tensor.name].take(tensor, raw)
     except MalformedFileError as error:
         raise refusal(manifest.name, str(error)) from error
     return HostBlob(data, content.hexdigest())
-
-
-def _blocks(manifest: AdapterManifest, layout: AdapterLayout) -> dict[str, tuple[int, float | None, int]]:
-    """Where each tensor goes, for a B what to scale it with, and where in 8 bits the pair's scales go."""
-    scale_offset = layout.scale_offset or (0,) * len(layout.entries)
-    offsets = {
-        shape.entry: places
-        for shape, *places in zip(layout.entries, layout.a_offset, layout.b_offset, scale_offset, strict=True)
-    }
-    blocks: dict[str, tuple[int, float | None, int]] = {}
-    for entry, pair in manifest.pairs:
-        a_offset, b_offset, scales = offsets[entry.index]
-        blocks[pair.a.name] = (a_offset, None, scales)
-        blocks[pair.b.name] = (b_offset, pair.scale, scales)
-    return blocks
 
 
 def _read(file: BinaryIO, size: int) -> bytes:
@@ -118,33 +116,157 @@ def _read(file: BinaryIO, size: int) -> bytes:
     return data
 
 
-def _write(
-    target: np.ndarray[Any, Any], tensor: TensorInfo, raw: bytes, scale: float | None
-) -> np.ndarray[Any, np.dtype[np.float32]] | None:
-    """Writes one tensor by rank rows; in 8 bits, returns the step of each, float32 `[rank]`."""
+class _Prompt:
+    """A soft prompt's rows."""
+
+    def __init__(self, target: np.ndarray[Any, Any], layout: AdapterLayout) -> None:
+        self._target = target[layout.vector_offset[0] :]
+
+    def take(self, tensor: TensorInfo, raw: bytes) -> None:
+        _write(self._target, tensor, _finite(tensor, raw))
+
+
+class _Site:
+    """What becomes of one entry's tensors."""
+
+    def __init__(
+        self,
+        target: np.ndarray[Any, Any],
+        layout: AdapterLayout,
+        site: SiteEffects,
+        base: FrozenBase | None,
+    ) -> None:
+        self._entry = site.entry
+        self._effects = site.effects
+        self._target = target
+        self._base = base
+        places = zip(
+            layout.entries,
+            layout.a_offset,
+            layout.b_offset,
+            layout.scale_offset or (None,) * len(layout.entries),
+            strict=True,
+        )
+        self._a, self._b, self._scale = next(
+            ((a, b, scale) for shape, a, b, scale in places if shape.entry == site.entry.index), (0, 0, None)
+        )
+        vectors = zip(layout.vectors, layout.vector_offset, strict=True)
+        self._vector = {v.kind: offset for v, offset in vectors if v.entry == site.entry.index}
+        self._waiting: dict[str, Array] = {}
+
+    def take(self, tensor: TensorInfo, raw: bytes) -> None:
+        """Writes one tensor. Those of a DoRA pair are needed together, and wait for each other."""
+        values = _finite(tensor, raw)
+        # What overflows is found, and named, once it is encoded.
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._take(tensor, values)
+
+    def _take(self, tensor: TensorInfo, values: Array) -> None:
+        match self._effects:
+            case (Magnitude(magnitude), LowRankAdd(_, scale, a, b)):
+                self._waiting[tensor.name] = values
+                if len(self._waiting) == 3:
+                    self._put_dora(magnitude, np.float32(scale), a, b)
+                    self._waiting.clear()
+            case effects:
+                effect = next(effect for effect in effects if tensor.name in _named(effect))
+                self._put(effect, tensor, values)
+
+    def _put(self, effect: Effect, tensor: TensorInfo, values: Array) -> None:
+        match effect:
+            case InputScale():
+                self._put_vector(VectorKind.INPUT_SCALE, tensor, values - 1)
+            case OutputScale():
+                self._put_vector(VectorKind.OUTPUT_SCALE, tensor, values - 1)
+            case BiasAdd(scale):
+                self._put_vector(VectorKind.BIAS, tensor, values * np.float32(scale))
+            case LowRankAdd(_, scale, a) if tensor.name == a.name:
+                self._put_rows(self._a, tensor, values)
+            case LowRankAdd(_, scale):
+                self._put_rows(self._b, tensor, (values * np.float32(scale)).T)
+
+    def _put_dora(self, magnitude: TensorInfo, scale: np.float32, a: TensorInfo, b: TensorInfo) -> None:
+        """With W + B A = V and lengths m: y = (m / |V|) (W x + B A x) + bias, the base's own."""
+        if self._base is None:
+            raise InternalError("DoRA needs the base model's weights, and the store was given none")
+        base = self._base.projection(self._entry.path)
+        a_rows = self._waiting[a.name]
+        b_rows = self._waiting[b.name] * scale
+        ratio = self._ratio(base, a_rows, b_rows, magnitude)
+        self._put_rows(self._a, a, a_rows)
+        self._put_rows(self._b, b, (b_rows * ratio[:, None]).T)
+        self._put_vector(VectorKind.OUTPUT_SCALE, magnitude, ratio - 1)
+        bias = base.bias()
+        if VectorKind.BIAS in self._vector and bias is not None:
+            self._put_vector(VectorKind.BIAS, magnitude, bias * (1 - ratio))
+
+    def _ratio(self, base: FrozenProjection, a: Array, b: Array, magnitude: TensorInfo) -> Array:
+        """Magnitude over the length of each row of W + B A, [out]; b is scaled already."""
+        wide = b.astype(np.float64)
+        squares = base.squared_norms() + 2 * (base.project(a).T * wide).sum(1)
+        squares += ((wide @ (a.astype(np.float64) @ a.T)) * wide).sum(1)
+        if (squares <= 0).any():
+            raise MalformedFileError(
+                f"tensor {quoted(magnitude.name)} gives a length to a row of the adapted weight that is zero"
+            )
+        ratio: Array = (self._waiting[magnitude.name] / np.sqrt(squares)).astype(np.float32)
+        return ratio
+
+    def _put_rows(self, offset: int, tensor: TensorInfo, rows: Array) -> None:
+        """Writes rank rows, in 8 bits with their part of the scales."""
+        if self._scale is None:
+            _write(self._target[offset:], tensor, rows)
+            return
+        if not np.isfinite(rows).all():
+            raise _too_large(tensor)
+        quantized, steps = _quantize(rows)
+        self._target[offset : offset + quantized.size] = quantized.ravel()
+        scales = self._target[self._scale : self._scale + steps.nbytes].view(np.float32)
+        # The first of a pair finds zeros; no step is zero.
+        scales[:] = np.where(scales == 0, steps, scales * steps)
+
+    def _put_vector(self, kind: VectorKind, tensor: TensorInfo, values: Array) -> None:
+        _write(self._target[self._vector[kind] :], tensor, values)
+
+
+def _finite(tensor: TensorInfo, raw: bytes) -> Array:
     values = _decode(tensor.dtype, raw)
     if not np.isfinite(values).all():
         raise MalformedFileError(f"tensor {quoted(tensor.name)} holds NaN or infinity")
-    with np.errstate(over="ignore"):
-        scaled = values if scale is None else values * np.float32(scale)
-        encoded = scaled if target.dtype == np.int8 else _encode(scaled, target.dtype)
-    if _overflowed(encoded):
-        raise MalformedFileError(
-            f"tensor {quoted(tensor.name)} has values too large for the server's dtype; use --dtype float32"
-        )
-    rows = encoded.reshape(tensor.shape)
-    if scale is not None:
-        rows = rows.T
-    steps = None
+    return values.reshape(tensor.shape)
+
+
+def _named(effect: Effect) -> tuple[str, ...]:
+    """Names of the tensors that an effect is made of."""
+    match effect:
+        case InputScale(scale) | OutputScale(scale):
+            return (scale.name,)
+        case Magnitude(magnitude):
+            return (magnitude.name,)
+        case LowRankAdd(_, _, a, b):
+            return (a.name, b.name)
+        case BiasAdd(_, bias):
+            return (bias.name,)
+
+
+def _write(target: np.ndarray[Any, Any], tensor: TensorInfo, values: Array) -> None:
+    """Encodes `values` at the beginning of `target`."""
     if target.dtype == np.int8:
-        rows, steps = _quantize(rows)
-    target[: rows.size].reshape(rows.shape)[...] = rows
-    return steps
+        target = target[: values.size * SCALE_BYTES].view(np.float32)
+    with np.errstate(over="ignore"):
+        encoded = _encode(np.ascontiguousarray(values), target.dtype)
+    if _overflowed(encoded):
+        raise _too_large(tensor)
+    target[: encoded.size] = encoded.ravel()
 
 
-def _quantize(
-    rows: np.ndarray[Any, np.dtype[np.float32]],
-) -> tuple[np.ndarray[Any, np.dtype[np.int8]], np.ndarray[Any, np.dtype[np.float32]]]:
+def _too_large(tensor: TensorInfo) -> MalformedFileError:
+    return MalformedFileError(
+        f"tensor {quoted(tensor.name)} has values too large for the server's dtype; use --dtype float32"
+    )
+
+
+def _quantize(rows: Array) -> tuple[np.ndarray[Any, np.dtype[np.int8]], Array]:
     """Each row as int8 times a step, which is positive: 1 for a row of zeros."""
     steps = np.abs(rows).max(axis=1) / np.float32(127)
     # So small a row that its step is no normal number counts as zero.
@@ -152,7 +274,7 @@ def _quantize(
     return np.rint(rows / steps[:, None]).astype(np.int8), steps
 
 
-def _decode(dtype: str, raw: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _decode(dtype: str, raw: bytes) -> Array:
     if dtype == "BF16":
         return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(raw, "<f2" if dtype == "F16" else "<f4").astype(np.float32, copy=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -29,6 +30,7 @@ class StepPlan:
 
     # Tokens, [T].
     token_ids: Ints
+    """Negative for a virtual token: -1 - r is row r of the soft prompt of its run's adapter."""
     positions: Ints
     slot_mapping: Ints
     """Cell of the KV cache each token is written to: block * block_size + offset."""
@@ -51,7 +53,7 @@ class StepPlan:
     top_k: Ints
     top_p: Floats
     uniform: Floats
-    """The one draw of each token, in [0, 1): a function of seed and position alone."""
+    """The one draw of each token, in [0, 1): a function of seed and position alone. 0 for greedy rows."""
     num_logprobs: Ints
     """-1 for none, else how many alternatives beside the chosen token."""
     # Tokens that must not be sampled, [S + 1] and [sum].
@@ -69,14 +71,10 @@ class StepPlan:
     @property
     def runs(self) -> list[tuple[int, int, tuple[tuple[int, float], ...]]]:
         """(first token, end, ((slot, weight), ...)) of each run, as the LoRA batch is built from."""
-        found = []
-        for index, (start, end) in enumerate(
-            zip(self.run_start.tolist(), self.run_end.tolist(), strict=True)
-        ):
-            pairs = slice(self.run_pair_start[index], self.run_pair_start[index + 1])
-            slots, weights = self.pair_slot[pairs].tolist(), self.pair_weight[pairs].tolist()
-            found.append((start, end, tuple(zip(slots, weights, strict=True))))
-        return found
+        pairs = list(zip(self.pair_slot.tolist(), self.pair_weight.tolist(), strict=True))
+        bounds = pairwise(self.run_pair_start.tolist())
+        spans = zip(self.run_start.tolist(), self.run_end.tolist(), bounds, strict=True)
+        return [(start, end, tuple(pairs[first:last])) for start, end, (first, last) in spans]
 
     def to_bytes(self) -> bytes:
         """The plan in one buffer: the sections' lengths, then the sections, all 64-bit."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import cast
 
-import torch
-
-from loraplex_kernels import dispatch
+from loraplex_kernels import dispatch, parallel
 from loraplex_server.adapters.sites import SiteRegistry
 from loraplex_server.adapters.store import AdapterStore
 from loraplex_server.config import EngineConfig
@@ -17,10 +17,16 @@ from loraplex_server.engine.audit import finish
 from loraplex_server.engine.engine import Emit, Engine
 from loraplex_server.engine.messages import EngineInfo
 from loraplex_server.model import architecture, loader, memory
+from loraplex_server.model.frozen import FrozenProjections
 from loraplex_server.model.runner import ModelRunner
 from loraplex_server.model.selfcheck import check_ragged
 
 _log = logging.getLogger(__name__)
+
+
+# glibc's names for `mallopt`, and its largest mmap threshold.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MMAP_BYTES, _TRIM_BYTES = 32 << 20, 256 << 20
 
 
 def build_engine(
@@ -34,15 +40,23 @@ def build_engine(
     Raises:
         ServerError: the model or the adapters cannot be served; the text says why.
     """
-    torch.set_num_threads(config.model.threads or max(1, (os.cpu_count() or 2) - 1))
+    _keep_freed_memory()
+    parallel.set_threads(config.model.threads or max(1, (os.cpu_count() or 2) - 1))
     dispatch.set_kernels(cast(dispatch.Kernels, config.model.kernels))
     base = loader.load(config.model, progress=progress)
     device, dtype = base.format.device, base.format.dtype
     kernels = dispatch.backend(device)
     check_ragged(base)
     limit = architecture.longest_context(base.config, config.scheduler.max_model_len)
-    registry = SiteRegistry((p.path, p.in_features, p.out_features) for p in base.projections)
-    adapters = AdapterStore(registry, config.adapters, device=device, dtype=dtype, wake=wake)
+    registry = SiteRegistry(
+        ((p.path, p.in_features, p.out_features) for p in base.projections),
+        biased={p.path for p in base.projections if p.has_bias},
+        hidden_size=base.model.get_input_embeddings().weight.shape[1],
+        sharing={path for group in base.groups if len(group.paths) > 1 for path in group.paths},
+    )
+    adapters = AdapterStore(
+        registry, config.adapters, device=device, dtype=dtype, base=FrozenProjections(base.groups), wake=wake
+    )
     block_size = config.scheduler.kv_block_size
     per_block = memory.block_bytes(base.kv_shapes, block_size, dtype)
     num_blocks = memory.num_kv_blocks(config.scheduler, per_block, limit, device)
@@ -99,3 +113,14 @@ def build_engine(
         eos_token_ids=base.eos_token_ids,
     )
     return Engine(config, runner, adapters, info, emit)
+
+
+def _keep_freed_memory() -> None:
+    """Has malloc keep the memory of a step's activations for the next step's.
+
+    Given back, it is taken anew with a page fault for every 4 KiB. Only glibc is told so.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)

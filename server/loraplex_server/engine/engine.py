@@ -184,7 +184,7 @@ class Engine:
             raise InvalidArgumentError.field(
                 "prompt", f"has {len(request.prompt_token_ids)} tokens; this server takes fewer than {limit}"
             )
-        if max(request.prompt_token_ids) >= self.info.vocab_size:
+        if not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < self.info.vocab_size:
             raise InvalidArgumentError.field(
                 "prompt", f"has a token id outside the vocabulary of {self.info.vocab_size}"
             )
@@ -201,7 +201,16 @@ class Engine:
             raise ResourceExhaustedError(
                 f"{len(self.scheduler.waiting)} requests wait already; try again later", retry_after_s=1.0
             )
-        sequence = Sequence(request, client, self.adapters.resolve(names))
+        weights = [use.weight for use in request.adapters]
+        handles = self.adapters.resolve(names, weights)
+        sequence = Sequence(request, client, handles)
+        if sequence.num_prompt >= limit:
+            self.adapters.release(handles)
+            raise InvalidArgumentError.field(
+                "prompt",
+                f"has {sequence.num_prompt} tokens with the adapter's soft prompt; this server takes fewer "
+                f"than {limit}",
+            )
         self._sequences[client, request.request_id] = sequence
         self.scheduler.add(sequence)
 

@@ -15,7 +15,7 @@ def block_key(parent: bytes, token_ids: Sequence[int], namespace: bytes) -> byte
     """
     digest = hashlib.blake2b(parent, digest_size=16)
     digest.update(len(namespace).to_bytes(4, "little") + namespace)
-    digest.update(b"".join(token.to_bytes(4, "little") for token in token_ids))
+    digest.update(b"".join(token.to_bytes(4, "little", signed=True) for token in token_ids))
     return digest.digest()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -11,12 +11,13 @@ from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.core.random import uniform
 from loraplex_server.core.step import StepPlan
 from loraplex_server.engine.scheduler import Scheduled
+from loraplex_server.engine.sequence import Sequence
 
 SlotOf = Callable[[AdapterHandle], int]
 
 
 def build_plan(
-    scheduled: Sequence[Scheduled], block_size: int, slot_of: SlotOf, eos_token_ids: tuple[int, ...]
+    scheduled: Iterable[Scheduled], block_size: int, slot_of: SlotOf, eos_token_ids: tuple[int, ...]
 ) -> StepPlan:
     """The plan that computes `scheduled`, in that order.
 
@@ -25,40 +26,44 @@ def build_plan(
         eos_token_ids: masked, with the request's stop tokens, until `min_tokens` exist.
     """
     token_ids: list[int] = []
-    positions: list[np.ndarray] = []
-    slots: list[np.ndarray] = []
     lengths: list[int] = []
     contexts: list[int] = []
-    tables: list[list[int]] = []
+    blocks: list[int] = []
+    num_blocks: list[int] = []
     runs: list[tuple[int, int, list[tuple[int, float]]]] = []
-    sampled: list[Scheduled] = []
+    sampled: list[Sequence] = []
     sample_row: list[int] = []
     for item in scheduled:
-        sequence, first = item.sequence, item.sequence.num_computed
-        end = first + item.num_tokens
+        sequence, length = item.sequence, item.num_tokens
+        first = sequence.num_computed
+        end = first + length
         row = len(token_ids)
         token_ids += sequence.token_ids[first:end]
-        span = np.arange(first, end)
-        positions.append(span)
-        table = np.array(sequence.block_table, dtype=np.int64)
-        slots.append(table[span // block_size] * block_size + span % block_size)
-        lengths.append(item.num_tokens)
+        lengths.append(length)
         contexts.append(end)
-        tables.append(sequence.block_table[: -(-end // block_size)])
-        runs += _runs(item, row, slot_of)
+        table = sequence.block_table[: -(-end // block_size)]
+        blocks += table
+        num_blocks.append(len(table))
+        if sequence.handles:
+            runs += _runs(item, row, slot_of)
         if item.samples:
-            sampled.append(item)
-            sample_row.append(row + item.num_tokens - 1)
-    banned = [_banned(item, eos_token_ids) for item in sampled]
-    params = [item.sequence.request.sampling for item in sampled]
+            sampled.append(sequence)
+            sample_row.append(row + length - 1)
+    params = [sequence.request.sampling for sequence in sampled]
+    banned = [_banned(sequence, eos_token_ids) for sequence in sampled]
+    query_start, block_start = _starts(lengths), _starts(num_blocks)
+    context_len, block_ids = _ints(contexts), _ints(blocks)
+    token_sequence = np.repeat(np.arange(len(lengths)), lengths)
+    positions = np.arange(len(token_ids)) + (context_len - query_start[1:])[token_sequence]
+    token_block = block_ids[block_start[token_sequence] + positions // block_size]
     return StepPlan(
         token_ids=_ints(token_ids),
-        positions=np.concatenate(positions),
-        slot_mapping=np.concatenate(slots),
-        query_start=_starts(lengths),
-        context_len=_ints(contexts),
-        block_start=_starts([len(table) for table in tables]),
-        blocks=_ints([block for table in tables for block in table]),
+        positions=positions,
+        slot_mapping=token_block * block_size + positions % block_size,
+        query_start=query_start,
+        context_len=context_len,
+        block_start=block_start,
+        blocks=block_ids,
         run_start=_ints([start for start, _, _ in runs]),
         run_end=_ints([end for _, end, _ in runs]),
         run_pair_start=_starts([len(pairs) for _, _, pairs in runs]),
@@ -68,9 +73,7 @@ def build_plan(
         temperature=_floats([sampling.temperature for sampling in params]),
         top_k=_ints([sampling.top_k for sampling in params]),
         top_p=_floats([sampling.top_p for sampling in params]),
-        uniform=_floats(
-            [uniform(item.sequence.request.sampling.seed, len(item.sequence.token_ids)) for item in sampled]
-        ),
+        uniform=_floats([_draw(sequence) for sequence in sampled]),
         num_logprobs=_ints([-1 if sampling.logprobs is None else sampling.logprobs for sampling in params]),
         banned_start=_starts([len(ids) for ids in banned]),
         banned_ids=_ints([token for ids in banned for token in ids]),
@@ -80,8 +83,6 @@ def build_plan(
 def _runs(item: Scheduled, row: int, slot_of: SlotOf) -> list[tuple[int, int, list[tuple[int, float]]]]:
     """(first row, end, [(slot, weight), ...]) of each stretch of equal, non-empty composition."""
     sequence, first = item.sequence, item.sequence.num_computed
-    if not sequence.handles:
-        return []
     end = first + item.num_tokens
     changes = [position for position in sequence.adapter_changes if first < position < end]
     runs = []
@@ -93,9 +94,15 @@ def _runs(item: Scheduled, row: int, slot_of: SlotOf) -> list[tuple[int, int, li
     return runs
 
 
-def _banned(item: Scheduled, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
-    sampling = item.sequence.request.sampling
-    if item.sequence.num_generated >= sampling.min_tokens:
+def _draw(sequence: Sequence) -> float:
+    """The draw of the sequence's next token; greedy decoding needs none."""
+    sampling = sequence.request.sampling
+    return uniform(sampling.seed, len(sequence.token_ids)) if sampling.temperature > 0 else 0.0
+
+
+def _banned(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    sampling = sequence.request.sampling
+    if not sampling.min_tokens or sequence.num_generated >= sampling.min_tokens:
         return ()
     return tuple(dict.fromkeys((*eos_token_ids, *sampling.stop_token_ids)))
 

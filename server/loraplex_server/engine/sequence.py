@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import enum
 import time
@@ -14,6 +15,8 @@ EFFECT_VERSION = 1
 """Grows when what an adapter's bytes mean for keys and values changes."""
 
 Composition = tuple[tuple[AdapterHandle, float], ...]
+
+_NEVER = 1 << 62
 
 
 class Status(enum.Enum):
@@ -51,13 +54,28 @@ class Sequence:
     adapter_wait_s: float = 0.0
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
+    _changes: tuple[int, ...] = ()
+    _compositions: tuple[Composition, ...] = ((),)
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.request.prompt_token_ids)
+        prompt = self.request.prompt_token_ids
+        # A virtual token has no id: row r of a soft prompt is written -1 - r.
+        virtual = sum(handle.num_virtual_tokens for handle in self.handles)
+        self.token_ids = [*(-1 - row for row in range(virtual)), *prompt]
+        uses = zip(self.handles, self.request.adapters, strict=True)
+        spans = [(*_span(handle, prompt), handle, use.weight) for handle, use in uses]
+        edges = {edge for start, end, *_ in spans for edge in (start, end)}
+        self._changes = tuple(sorted(edge for edge in edges if 0 < edge < _NEVER))
+        self._compositions = tuple(
+            tuple((handle, weight) for start, end, handle, weight in spans if start <= position < end)
+            for position in (0, *self._changes)
+        )
 
     @property
     def num_prompt(self) -> int:
-        return len(self.request.prompt_token_ids)
+        """Tokens that were not generated, virtual ones included."""
+        virtual = sum(handle.num_virtual_tokens for handle in self.handles)
+        return virtual + len(self.request.prompt_token_ids)
 
     @property
     def num_generated(self) -> int:
@@ -71,38 +89,49 @@ class Sequence:
     def adapters_at(self, position: int) -> Composition:
         """The adapters, with weights, that apply to the token at `position`.
 
-        An adapter belongs to a token, not to a request: kinds that begin at an invocation sequence
-        answer differently along the row.
+        An adapter belongs to a token, not to a request: an activated LoRA begins in the middle of the row, a
+        soft prompt is its own rows and nothing else.
         """
-        del position
-        return tuple(
-            (handle, use.weight) for handle, use in zip(self.handles, self.request.adapters, strict=True)
-        )
+        return self._compositions[bisect.bisect_right(self._changes, position)]
 
     @property
     def adapter_changes(self) -> tuple[int, ...]:
         """Positions, ascending, at which `adapters_at` begins to answer otherwise than before them."""
-        return ()
+        return self._changes
 
-    @property
-    def namespace(self) -> bytes:
-        """Whose KV this is: the tenant, and content and weight of each adapter in order."""
+    def _namespace(self, begin: int, end: int) -> bytes:
+        """Whose KV the positions from `begin` to `end` are: the tenant, content and weight of each adapter in
+        order, and where in the block it changes."""
         parts = [self.request.tenant]
-        parts += [
-            f"{handle.content_hash}@{use.weight!r}@{EFFECT_VERSION}"
-            for handle, use in zip(self.handles, self.request.adapters, strict=True)
-        ]
+        for start in (begin, *(change for change in self._changes if begin < change < end)):
+            parts.append(str(start - begin))
+            parts += [
+                f"{handle.content_hash}@{weight!r}@{EFFECT_VERSION}"
+                for handle, weight in self.adapters_at(start)
+            ]
         return "\0".join(parts).encode()
 
     def new_block_keys(self, block_size: int) -> list[tuple[int, bytes]]:
         """(block, key) of each block that became full since the last call."""
         fresh = []
-        namespace = b""
         while len(self.block_keys) < self.num_computed // block_size:
-            namespace = namespace or self.namespace
-            index = len(self.block_keys)
+            begin = len(self.block_keys) * block_size
+            end = begin + block_size
             parent = self.block_keys[-1] if self.block_keys else b""
-            tokens = self.token_ids[index * block_size : (index + 1) * block_size]
-            self.block_keys.append(block_key(parent, tokens, namespace))
-            fresh.append((self.block_table[index], self.block_keys[-1]))
+            namespace = self._namespace(begin, end)
+            self.block_keys.append(block_key(parent, self.token_ids[begin:end], namespace))
+            fresh.append((self.block_table[begin // block_size], self.block_keys[-1]))
         return fresh
+
+
+def _span(handle: AdapterHandle, prompt: tuple[int, ...]) -> tuple[int, int]:
+    """First and end position at which an adapter applies."""
+    if handle.num_virtual_tokens:
+        return 0, handle.num_virtual_tokens
+    invocation = handle.invocation_tokens
+    if not invocation:
+        return 0, _NEVER
+    # As PEFT has it: from the last invocation in the prompt on, and not at all without one.
+    width = len(invocation)
+    starts = (at for at in range(len(prompt) - width, -1, -1) if prompt[at : at + width] == invocation)
+    return next(starts, _NEVER), _NEVER

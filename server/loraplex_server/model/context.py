@@ -23,12 +23,14 @@ class StepContext:
     Attributes:
         attention: the ragged batch, shared by all layers.
         kv_caches: one tensor a layer, [num_blocks, 2, num_kv_heads, block_size, head_dim].
+        attended: (query, key) pairs of the batch, a measure of the attention's cost.
         effects: what adapters do at each site in this step, in order; empty in a base-only step.
     """
 
     attention: AttentionBatch
     kv_caches: tuple[torch.Tensor, ...]
     effects: tuple[Effect, ...] = ()
+    attended: int = 0
 
 
 _current: StepContext | None = None

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from loraplex_kernels import lora
+from loraplex_kernels import lora, vectors
 from loraplex_kernels.lora import LoraBatch, LoraPool, LoraSite
 
 
@@ -37,3 +37,54 @@ class LowRankAdd:
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
         lora.apply(x, y, self.pool, site, self.batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class InputScale:
+    """IA3 on a feed-forward's input: x times the token's vector."""
+
+    pool: LoraPool
+    batch: LoraBatch
+
+    def before(self, site: LoraSite, x: torch.Tensor) -> torch.Tensor:
+        return vectors.scale_input(x, self.pool, site, self.batch)
+
+    def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputScale:
+    """IA3 on keys and values, DoRA's magnitudes: y times the token's vector."""
+
+    pool: LoraPool
+    batch: LoraBatch
+
+    def before(self, site: LoraSite, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
+        vectors.scale_output(y, self.pool, site, self.batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class BiasAdd:
+    """A LoRA pair's bias: y += weight * b."""
+
+    pool: LoraPool
+    batch: LoraBatch
+
+    def before(self, site: LoraSite, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
+        vectors.add_bias(y, self.pool, site, self.batch)
+
+
+def effects_of(pool: LoraPool, batch: LoraBatch) -> tuple[Effect, ...]:
+    """What the adapters of a batch do, in order; without vectors among them a low-rank pair is all."""
+    pairs = LowRankAdd(pool, batch)
+    if not vectors.any_vectors(pool, batch):
+        return (pairs,)
+    # The magnitude of DoRA scales the base's output alone: its pair, scaled at load, comes after.
+    return (InputScale(pool, batch), OutputScale(pool, batch), pairs, BiasAdd(pool, batch))

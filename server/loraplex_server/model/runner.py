@@ -7,12 +7,13 @@ from collections.abc import Generator
 import numpy as np
 import torch
 
+from loraplex_kernels import parallel, vectors
 from loraplex_kernels.attention import AttentionBatch
 from loraplex_kernels.lora import LoraBatchBuffers, LoraPool
 from loraplex_server.core.step import StepOutput, StepPlan
 from loraplex_server.model import context
 from loraplex_server.model.context import StepContext
-from loraplex_server.model.effects import Effect, LowRankAdd
+from loraplex_server.model.effects import Effect, effects_of
 from loraplex_server.model.loader import BaseModel
 from loraplex_server.model.sampler import sample
 
@@ -36,6 +37,8 @@ class ModelRunner:
         self._block_size = block_size
         self._device = base.format.device
         self._embed = base.model.get_input_embeddings()
+        # An elementwise op on the widest activation: four times the hidden size, eight bytes a nanosecond.
+        self._token_us = 4 * self._embed.weight.shape[-1] * 4 / 8_000
         self._segments = LoraBatchBuffers(
             max_tokens=max_batch_tokens,
             max_pairs=max_batch_tokens * max_pairs_per_token,
@@ -64,10 +67,11 @@ class ModelRunner:
             ),
             kv_caches=self._kv_caches,
             effects=self._effects(plan),
+            attended=int(np.diff(plan.query_start) @ plan.context_len),
         )
-        with context.running(step):
+        with context.running(step), parallel.threads_for(plan.num_tokens * self._token_us):
             output = self._base.model(
-                inputs_embeds=self._embed(self._tensor(plan.token_ids)).unsqueeze(0),
+                inputs_embeds=self._embeddings(plan).unsqueeze(0),
                 position_ids=self._tensor(plan.positions).unsqueeze(0),
                 use_cache=False,
                 logits_to_keep=self._tensor(plan.sample_row),
@@ -79,11 +83,21 @@ class ModelRunner:
         """SHA-256 over the resident base weights, in pieces: yields between them, returns it at the end."""
         return self._base.checksum_steps()
 
+    def _embeddings(self, plan: StepPlan) -> torch.Tensor:
+        """[T, hidden]; a negative token id is a row of a soft prompt."""
+        ids = plan.token_ids
+        if not (ids < 0).any():
+            found: torch.Tensor = self._embed(self._tensor(ids))
+            return found
+        found = self._embed(self._tensor(np.maximum(ids, 0)))
+        vectors.place_soft_prompts(found, torch.from_numpy(ids), self._pool, self._segments.fill(plan.runs))
+        return found
+
     def _effects(self, plan: StepPlan) -> tuple[Effect, ...]:
         """What adapters do in this step; nothing is launched for a step without adapters."""
         if not len(plan.run_start):
             return ()
-        return (LowRankAdd(self._pool, self._segments.fill(plan.runs)),)
+        return effects_of(self._pool, self._segments.fill(plan.runs))
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device)

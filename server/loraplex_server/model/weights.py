@@ -7,7 +7,8 @@ from typing import Protocol, cast
 
 import torch
 
-from loraplex_kernels import dense, int4, nf4
+from loraplex_kernels import dense, dispatch, fourbit, int4, nf4
+from loraplex_kernels.fourbit import BlockedWeight
 from loraplex_kernels.int4 import Int4Weight, cpu_packed
 from loraplex_kernels.int4.cpu_packed import PackedInt4Weight
 from loraplex_kernels.nf4 import Nf4Weight
@@ -21,6 +22,9 @@ class FrozenWeight(Protocol):
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[T, in] to a new [T, out], in x's dtype, accumulated in fp32."""
+
+    def dequantize(self) -> torch.Tensor:
+        """[out, in] fp32, as the products use it."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every resident tensor, for the checksum and the memory account."""
@@ -39,6 +43,9 @@ class Dense:
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return dense.linear(x, self.weight, bias)
 
+    def dequantize(self) -> torch.Tensor:
+        return self.weight.float()
+
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"weight": self.weight}
 
@@ -53,6 +60,9 @@ class Nf4:
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return nf4.matmul(x, self.weight, bias)
+
+    def dequantize(self) -> torch.Tensor:
+        return nf4.dequantize(self.weight)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return self.weight.tensors()
@@ -71,6 +81,9 @@ class Int4:
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return int4.matmul(x, self.weight, bias)
 
+    def dequantize(self) -> torch.Tensor:
+        return int4.dequantize(self.weight)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         return self.weight.tensors()
 
@@ -87,6 +100,26 @@ class PackedInt4:
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return cpu_packed.matmul(x, self.weight, bias)
+
+    def dequantize(self) -> torch.Tensor:
+        return cpu_packed.dequantize(self.weight)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.weight.tensors()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Blocked:
+    """nf4 or int4 in the order in which the Triton kernels read it; sums are fp32, rounded once."""
+
+    weight: BlockedWeight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return fourbit.matmul(x, self.weight, bias)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return self.weight.tensors()
@@ -119,7 +152,7 @@ class WeightFormat:
             return [Dense(dense[0].clone() if len(dense) == 1 else torch.cat(dense))]
         on_device = [weight.to(self.device) for weight in weights]
         if self.quantization == "nf4":
-            return [Nf4(weight) for weight in self._nf4(on_device)]
+            return self._nf4(on_device)
         parts = [int4.quantize(weight) for weight in on_device]
         joined = Int4Weight(
             packed=torch.cat([part.packed for part in parts]),
@@ -128,19 +161,28 @@ class WeightFormat:
             shape=(sum(part.shape[0] for part in parts), parts[0].shape[1]),
             group=parts[0].group,
         )
+        if dispatch.backend(self.device) == "triton":
+            return [Blocked(fourbit.arrange_int4(joined))]
         if self.packed_int4 and cpu_packed.supported(joined.shape, joined.group):
             return [PackedInt4(PackedInt4Weight.from_int4(joined))]
         return [Int4(joined)]
 
-    def _nf4(self, weights: list[torch.Tensor]) -> list[Nf4Weight]:
+    def _nf4(self, weights: list[torch.Tensor]) -> list[FrozenWeight]:
         parts = [nf4.quantize(weight, double_quant=self.double_quant) for weight in weights]
+        if dispatch.backend(self.device) == "triton":
+            if fourbit.joinable_nf4(parts):
+                return [Blocked(fourbit.arrange_nf4(parts))]
+            if all(fourbit.joinable_nf4([part]) for part in parts):
+                return [Blocked(fourbit.arrange_nf4([part])) for part in parts]
         # Blocks run over the flattened tensor: siblings join only where each ends with a whole block.
         if len(parts) == 1 or self.double_quant or any(weight.numel() % 64 for weight in weights):
-            return parts
+            return [Nf4(part) for part in parts]
         return [
-            Nf4Weight(
-                packed=torch.cat([part.packed for part in parts]),
-                absmax=torch.cat([cast(torch.Tensor, part.absmax) for part in parts]),
-                shape=(sum(part.shape[0] for part in parts), parts[0].shape[1]),
+            Nf4(
+                Nf4Weight(
+                    packed=torch.cat([part.packed for part in parts]),
+                    absmax=torch.cat([cast(torch.Tensor, part.absmax) for part in parts]),
+                    shape=(sum(part.shape[0] for part in parts), parts[0].shape[1]),
+                )
             )
         ]
