@@ -235,3 +235,29 @@ def test_what_scales_the_base_stands_alone_at_weight_1(
     assert answer.error.code == "FAILED_PRECONDITION"
     assert "alone, at weight 1" in answer.error.message
     assert served.engine.adapters.references() == 0
+
+
+def test_in_8_bits_vectors_stay_exact_and_low_rank_pairs_near(
+    tiny: Any, harness: Any, saved: Any, requests: Requests
+) -> None:
+    """IA3 and soft prompts hold no low-rank pair; DoRA's and a bias's vectors lie beside one in 8 bits."""
+    folders = tuple(saved("Llama").values())
+    answers = {}
+    for device_dtype in ("auto", "int8"):
+        served = harness(
+            tiny("Llama"),
+            "none",
+            adapters={"folders": folders, "max_on_device": 4, "device_dtype": device_dtype},
+        )
+        for name, prompt, adapter in requests:
+            uses = [] if adapter is None else [(adapter, 1.0)]
+            served.submit(name, prompt, uses, max_tokens=1, ignore_eos=True, logprobs=3)
+        served.run()
+        answers[device_dtype] = served.answers
+    for name, _, adapter in requests:
+        (plain,), (small,) = (answers[dtype][name].logprobs for dtype in ("auto", "int8"))
+        if adapter in (None, "ia3", "ia3_outputs", "prompt", "p_tuning"):
+            assert answers["auto"][name].tokens == answers["int8"][name].tokens
+            assert small.logprob == pytest.approx(plain.logprob, abs=1e-6)
+        else:
+            assert small.logprob == pytest.approx(plain.logprob, abs=0.15)
