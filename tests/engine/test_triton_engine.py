@@ -106,6 +106,7 @@ def test_triton_answers_as_torch_does(one_layer: Any) -> None:
     assert found["answers"] == truth["answers"]
     assert len({tuple(tokens) for tokens in found["answers"].values()}) == 5, "adapters must be told apart"
     assert found["launches"]["lora.shrink.triton"] > 0
+    assert found["launches"]["attention.triton"] == found["launches"]["attention.write.triton"] > 0
     assert found["launches"]["lora.expand.triton"] == found["launches"]["lora.shrink.triton"]
     assert not any(name.startswith("lora") and name.endswith("triton") for name in truth["launches"])
     assert found["problems"] == truth["problems"] == []
