@@ -32,7 +32,7 @@ _LOG2_E = 1.4426950408889634
 _TILE_FIELDS = tl.constexpr(TILE_FIELDS)
 _MERGE_FIELDS = tl.constexpr(MERGE_FIELDS)
 
-_MERGE_ROWS = 8
+MERGE_ROWS = 8
 _WRITE_ELEMENTS = 4096
 
 
@@ -377,14 +377,14 @@ def paged_attention(
     )
     dispatch.count("attention", "triton")
     if plan.num_merges:
-        merge_kernel[(plan.num_merges, num_kv_heads, triton.cdiv(tiles.rows, _MERGE_ROWS))](
+        merge_kernel[(plan.num_merges, num_kv_heads, triton.cdiv(tiles.rows, MERGE_ROWS))](
             plan.merge,
             planes,
             weights,
             out,
             **common,
             TILE_ROWS=tiles.rows,
-            ROWS=_MERGE_ROWS,
+            ROWS=MERGE_ROWS,
             COLUMNS=columns,
             num_warps=4,
         )
