@@ -137,7 +137,9 @@ def check_attend(
         assert product in compiled.ptx
         if which == DECODE:
             programs = 65536 // (compiled.registers * 32 * variant.warps)
-            assert min(programs, 227 * 1024 // compiled.shared_bytes) >= 3, "few programs fit"
+            # 8-bit floats take registers to convert, but half the bytes are to be kept in flight.
+            least = 2 if cache_dtype == NARROW else 3
+            assert min(programs, 227 * 1024 // compiled.shared_bytes) >= least, "few programs fit"
     copies = re.findall(r"LDGSTS(?:\.\w+)*", compiled.sass)
     assert copies, "keys are not fetched ahead"
     if cache_dtype != NARROW:
@@ -177,9 +179,9 @@ def test_attend(
 
 
 @pytest.mark.kernels_wide
-@pytest.mark.parametrize("features", [PLAIN, {**PLAIN, "window": True}, FEATURES], ids=str)
+@pytest.mark.parametrize("features", [PLAIN, FEATURES], ids=["plain", "window-softcap"])
 @pytest.mark.parametrize("cache_dtype", TYPES, ids=TYPES.get)
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 192, 256])
 @pytest.mark.parametrize("capability", [80, 89, 90])
 def test_attend_wide(
     capability: int, head_dim: int, cache_dtype: torch.dtype, features: dict[str, bool], tmp_path: Path

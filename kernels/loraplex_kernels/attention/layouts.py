@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
@@ -146,11 +147,6 @@ class Step(NamedTuple):
     slots: Ints
     min_blocks: int
 
-    def queries(self) -> Queries:
-        """As the Triton kernels' tiles are cut from it."""
-        first = self.query_start[:-1]
-        return Queries(first, self.query_start[1:] - first, self.context_len, self.block_start[:-1])
-
 
 def check_step(
     query_start: npt.ArrayLike,
@@ -205,8 +201,7 @@ class AttentionBatch:
     """[sum of the tables' lengths]: block ids, in the order of positions."""
     slots: torch.Tensor
     """[T] int64: block * block_size + offset of the cell each token's key and value are written to."""
-    tables: DeviceTables
-    """What the Triton kernels read; empty until asked for where the step was built for torch."""
+    _tables: DeviceTables | None = field(default=None, repr=False)
     _groups: dict[int | None, tuple[QueryGroup, ...]] = field(default_factory=dict, repr=False)
     _cells: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
@@ -234,8 +229,10 @@ class AttentionBatch:
         """
         device = torch.device(device)
         step = check_step(query_start, context_len, block_start, blocks, slot_mapping, block_size=block_size)
-        tables = DeviceTables(step.queries(), step.blocks, device)
+        tables = None
         if dispatch.backend(device) == "triton":
+            queries = Queries.of(step.query_start, step.context_len, step.block_start)
+            tables = DeviceTables(queries, step.blocks, device)
             slots = tables.send(step.slots, layers)
         else:
             slots = _to_device(step.slots, device)
@@ -248,8 +245,16 @@ class AttentionBatch:
             block_start=step.block_start,
             blocks=step.blocks,
             slots=slots,
-            tables=tables,
+            _tables=tables,
         )
+
+    @functools.cached_property
+    def tables(self) -> DeviceTables:
+        """What the Triton kernels read; where the step was built for torch, sent when asked for."""
+        if self._tables is not None:
+            return self._tables
+        queries = Queries.of(self.query_start, self.context_len, self.block_start)
+        return DeviceTables(queries, self.blocks, self.slots.device)
 
     def cells(self, num_kv_heads: int) -> torch.Tensor:
         """[T * Hkv] int64: the rows that each token's heads go to, of the cache seen as [.., head_dim]."""

@@ -51,6 +51,12 @@ class Queries(NamedTuple):
     table: Ints
     """Where its block table begins."""
 
+    @classmethod
+    def of(cls, query_start: Ints, context_len: Ints, block_start: Ints) -> Queries:
+        """From the arrays of an `AttentionBatch`."""
+        first = query_start[:-1]
+        return cls(first, query_start[1:] - first, context_len, block_start[:-1])
+
 
 class Cut(NamedTuple):
     """A step cut into tiles: the arrays of the module's docstring."""
