@@ -258,9 +258,9 @@ class TestKernels:
 
     @pytest.mark.kernels_wide
     @pytest.mark.parametrize("softcap", [None, 5.0], ids=["plain", "softcap"])
-    @pytest.mark.parametrize("window", [None, 1, 16, 50])
+    @pytest.mark.parametrize("window", [None, 1, 50])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 192, 256])
+    @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
     def test_wide(self, head_dim: int, dtype: torch.dtype, window: int | None, softcap: float | None) -> None:
         seed = head_dim + (window or 0)
         for sequences, heads, block_size in ((1, 0, 16), (4, 2, 1), (11, 3, 8), (33, 7, 32)):
@@ -346,6 +346,11 @@ class TestKernels:
         assert torch.equal(problem.run(), want)
         problem.q = problem.q.transpose(1, 2).contiguous().transpose(1, 2)
         assert torch.equal(problem.run(), want)
+
+    @pytest.mark.parametrize("softcap", [None, 2.0])
+    def test_a_scale_of_zero_weighs_all_alike(self, softcap: float | None) -> None:
+        problem = Problem([(1, 12), (5, 5), (3, 20)], scale=0.0, window=7, softcap=softcap)
+        problem.check(problem.run())
 
     def test_large_logits(self) -> None:
         """The largest of a row is taken off before the exponential; what is left is a logit's rounding."""

@@ -29,6 +29,9 @@ _UPCAST = dispatch.interpreting()
 
 _LOG2_E = 1.4426950408889634
 
+# In place of zero, which would turn the -inf of a hidden key into NaN.
+_LEAST_SCALE = 1e-30
+
 _TILE_FIELDS = tl.constexpr(TILE_FIELDS)
 _MERGE_FIELDS = tl.constexpr(MERGE_FIELDS)
 
@@ -131,25 +134,25 @@ def _attend_keys(
         else:
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
 
-        # In base 2: `scale` holds log2(e), and so does `softcap`.
+        # Exponents are of base 2 and `factor` > 0, so scores need no scaling before their maximum is known.
+        factor = scale
         if SOFTCAP:
-            # tanh(x) = 1 - 2 / (exp(2 x) + 1), right at both ends; `scale` holds 2 / softcap besides.
-            scores = softcap - 2.0 * softcap / (tl.exp2(scores * scale) + 1.0)
-        else:
-            scores = scores * scale
+            # tanh(x) = 1 - 2 / (exp(2 x) + 1), right at both ends; `scale` holds 2 log2(e) / softcap.
+            scores = 1.0 - 2.0 / (tl.exp2(scores * scale) + 1.0)
+            factor = softcap
         if MASKED:
             visible = key[None, :] <= tl.minimum(position, end - 1)[:, None]
             if WINDOW:
                 visible &= key[None, :] > (position - window)[:, None]
             scores = tl.where(visible, scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1))
+        higher = tl.maximum(peak, tl.max(scores, 1) * factor)
         if MASKED:
             # A row may have seen no key yet.
             base = tl.where(higher == float("-inf"), 0.0, higher)
         else:
             base = higher
         shrink = tl.exp2(peak - base)
-        weights = tl.exp2(scores - base[:, None])
+        weights = tl.exp2(scores * factor - base[:, None])
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
         rounded = weights.to(q.dtype)
@@ -341,6 +344,7 @@ def paged_attention(
     """Launch the attention of q ``[T, Hq, D]`` over the block tables `blocks` (int32), as `plan` cuts it."""
     if scale < 0:
         q, scale = -q, -scale
+    scale = max(scale, _LEAST_SCALE)
     q = _rows(q)
     num_heads = q.shape[1]
     num_kv_heads, block_size, head_dim = kv_cache.shape[2:]
