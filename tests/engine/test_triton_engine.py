@@ -122,6 +122,7 @@ def test_triton_answers_as_torch_does(served: tuple[dict[str, Any], dict[str, An
     assert found["answers"] == truth["answers"]
     assert len({tuple(tokens) for tokens in found["answers"].values()}) == 5, "adapters must be told apart"
     assert found["launches"]["lora.shrink.triton"] > 0
+    assert found["launches"]["attention.triton"] == found["launches"]["attention.write.triton"] > 0
     assert found["launches"]["lora.expand.triton"] == found["launches"]["lora.shrink.triton"]
     # q·k·v, o and gate·up are one launch each; down, 96 wide, is no multiple of NF4's block.
     assert found["launches"]["nf4.matmul.triton"] > 0

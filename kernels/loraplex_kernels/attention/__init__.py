@@ -3,18 +3,32 @@
 The KV cache of a layer is one contiguous tensor [num_blocks, 2, num_kv_heads, block_size, head_dim]
 (`kv_cache_shape`): a block is one contiguous piece, its keys before its values, and in each a head's
 positions lie together, so that reading one head of a block is one sequential run. Build an `AttentionBatch`
-once per step, then call `write_kv` and `paged_attention` in every layer.
+once per step, then call `write_kv` and `paged_attention` in every layer. A cache may be of another dtype than
+the model: values are converted as they are written and read. In float8_e4m3fn they are unscaled, and clamped
+to its largest, 448.
 """
 
 from __future__ import annotations
 
 import torch
 
+from loraplex_kernels import dispatch
 from loraplex_kernels.attention import reference
+from loraplex_kernels.attention.buffers import AttentionBuffers
 from loraplex_kernels.attention.layouts import AttentionBatch, kv_cache_shape
-from loraplex_kernels.dispatch import launches
+from loraplex_kernels.attention.tiles import MAX_HEAD_DIM, LayerShape, narrow_floats
 
-__all__ = ["AttentionBatch", "kv_cache_shape", "paged_attention", "write_kv"]
+__all__ = [
+    "AttentionBatch",
+    "AttentionBuffers",
+    "LayerShape",
+    "kv_cache_shape",
+    "paged_attention",
+    "write_kv",
+]
+
+_QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CACHE_DTYPES = (*_QUERY_DTYPES, torch.float8_e4m3fn)
 
 
 def write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch) -> None:
@@ -28,7 +42,13 @@ def write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, batch: At
         raise ValueError(
             f"k {tuple(k.shape)} and v {tuple(v.shape)} must be {expected}, as the batch and cache say"
         )
-    if batch.num_tokens:
+    if not batch.num_tokens:
+        return
+    if _backend(k, kv_cache) == "triton":
+        from loraplex_kernels.attention.kernel import write_kv as launch_write
+
+        launch_write(k, v, kv_cache, batch.slots)
+    else:
         reference.write_kv(k, v, kv_cache, batch)
 
 
@@ -64,10 +84,43 @@ def paged_attention(
         raise ValueError(f"sliding_window is {sliding_window}; it must be at least 1, or None for no window")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap")
-    launches["attention.torch"] += 1
+    if not batch.num_tokens:
+        return torch.empty_like(q)
+    if _backend(q, kv_cache) == "triton":
+        from loraplex_kernels.attention.kernel import paged_attention as launch_attention
+
+        shape = LayerShape(q.shape[1], num_kv_heads, head_dim, q.dtype, sliding_window)
+        return launch_attention(
+            q,
+            kv_cache,
+            batch.tables.blocks,
+            batch.tables.plan(shape),
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+        )
+    dispatch.count("attention", "torch")
     return reference.paged_attention(
         q, kv_cache, batch, scale=scale, sliding_window=sliding_window, softcap=softcap, k=k, v=v
     )
+
+
+def _backend(rows: torch.Tensor, kv_cache: torch.Tensor) -> dispatch.Backend:
+    """The implementation for these tensors; torch, unless Triton was insisted on, for what it cannot do."""
+    chosen = dispatch.backend(rows.device)
+    if chosen == "torch":
+        return chosen
+    if rows.dtype not in _QUERY_DTYPES or kv_cache.dtype not in _CACHE_DTYPES:
+        problem = f"queries in {rows.dtype} over a cache in {kv_cache.dtype}"
+    elif rows.shape[-1] > MAX_HEAD_DIM:
+        problem = f"heads of {rows.shape[-1]}, more than {MAX_HEAD_DIM}"
+    elif kv_cache.dtype.itemsize == 1 and not narrow_floats(rows.device):
+        problem = f"a cache in {kv_cache.dtype} on a device of compute capability below 8.9"
+    else:
+        return chosen
+    if dispatch.get_kernels() == "auto":
+        return "torch"
+    raise dispatch.KernelUnavailableError(f"kernels=triton has no attention for {problem}: use kernels=torch")
 
 
 def _check_cache(kv_cache: torch.Tensor, batch: AttentionBatch) -> None:

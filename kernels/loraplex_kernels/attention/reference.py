@@ -17,8 +17,15 @@ def write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, batch: At
     keys = kv_cache.view(-1, head_dim)
     values = keys[num_kv_heads * block_size :]
     cells = batch.cells(num_kv_heads)
-    keys.index_copy_(0, cells, k.reshape(-1, head_dim).to(keys.dtype))
-    values.index_copy_(0, cells, v.reshape(-1, head_dim).to(keys.dtype))
+    for table, rows in ((keys, k), (values, v)):
+        new = rows.reshape(-1, head_dim)
+        if table.dtype.itemsize > 1:
+            table.index_copy_(0, cells, new.to(table.dtype))
+        else:
+            # torch indexes no narrow floats, but it does bytes.
+            limit = torch.finfo(table.dtype).max
+            narrow = new.clamp(-limit, limit).to(table.dtype)
+            table.view(torch.uint8).index_copy_(0, cells, narrow.view(torch.uint8))
 
 
 def paged_attention(

@@ -121,6 +121,9 @@ class Blocked:
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return fourbit.matmul(x, self.weight, bias)
 
+    def dequantize(self) -> torch.Tensor:
+        return fourbit.dequantize(self.weight)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         return self.weight.tensors()
 

@@ -1,0 +1,104 @@
+"""Tile shapes of the attention kernel, by rows, head width and dtype: one small table.
+
+Rows per tile are decided when a step is cut into tiles, on the host. Decode reads keys for a few rows: small
+tiles, many reads in flight. Prefill multiplies: tall tiles, so that a block of keys fetched from the second
+level cache feeds as many rows as the tensor cores can take, and no masks where all is visible.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+DECODE_ROWS = 16
+
+MAX_HEAD_DIM = 256
+
+# What a key of a tall tile costs against one of a small tile: fewer programs fit a multiprocessor.
+TALL_COST = 1.5
+
+_PROGRAMS_PER_PROCESSOR = 4
+
+# Compute capabilities whose programs may use 227 KiB of shared memory; the others' have 99 KiB at least.
+_ROOMY = (9, 10)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a layer asks for; layers of one shape share a plan. `dtype` is the queries'."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    sliding_window: int | None = None
+
+    @property
+    def group(self) -> int:
+        """How many query heads share a key head."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """One kernel variant. `rows` and `keys` per block are powers of two; `phases`: keys that all rows see
+    are walked without masks, apart from the others; `warps` and `stages` as Triton means them.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    phases: bool
+
+
+def column_block(head_dim: int) -> int:
+    """`head_dim` rounded up to what a tensor core product takes."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Device:
+    """What of a device decides on tiles. `roomy`: it has a Hopper's shared memory. `programs`: how many keep
+    it busy to the end of a launch.
+    """
+
+    roomy: bool
+    programs: int
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """The properties of a CUDA device; of a small one for any other."""
+    if device.type != "cuda":
+        return Device(roomy=False, programs=16)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Device(
+        roomy=torch.cuda.get_device_capability(device)[0] in _ROOMY,
+        programs=_PROGRAMS_PER_PROCESSOR * processors,
+    )
+
+
+@functools.cache
+def narrow_floats(device: torch.device) -> bool:
+    """Whether Triton's kernels can convert 8-bit floats there."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def variants(head_dim: int, dtype: torch.dtype, *, roomy: bool) -> tuple[AttentionTiles, ...]:
+    """The variants for a width of heads and a dtype, fewest rows first: for decode, and for prefill.
+
+    There is no tall one for float32: without tensor cores it would only spill.
+    """
+    columns = column_block(head_dim)
+    if dtype == torch.float32:
+        return (AttentionTiles(DECODE_ROWS, 32 if columns <= 64 else 16, 4, 2, False),)
+    if columns <= 64:
+        return (AttentionTiles(DECODE_ROWS, 64, 4, 4, False), AttentionTiles(128, 64, 8, 3, True))
+    if columns <= 128:
+        tall = AttentionTiles(128, 64, 8, 3, True) if roomy else AttentionTiles(128, 32, 8, 3, True)
+        return (AttentionTiles(DECODE_ROWS, 64, 4, 3, False), tall)
+    tall = AttentionTiles(128, 32, 8, 3, True) if roomy else AttentionTiles(64, 32, 8, 2, True)
+    return (AttentionTiles(DECODE_ROWS, 32, 4, 3, False), tall)
