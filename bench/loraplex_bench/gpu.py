@@ -2,16 +2,23 @@
 
     python -m loraplex_bench.gpu --output bench/results
 
-Runs the op tests and the parity tests of the engine on the GPU (they choose it by themselves), then times the
-LoRA op under CUDA graphs with cold adapters: whole steps of a Llama-3-8B, its share of a prefill, and the
-table of tokens x mixes x ranks beside the peers that are at hand (`lora_peers`). Writes one JSON named after
-the card, with the environment, anew after each row, so that a run cut short leaves what it has. Installs
-nothing: it uses the interpreter and the packages it is run with.
+Four sections, `--only` picks some:
+
+- tests      the op tests and the parity tests of the engine, on the GPU (they choose it by themselves)
+- lora       the LoRA op with cold adapters: whole steps of a Llama-3-8B, its share of a prefill, and tokens x
+             mixes x ranks beside the peers that are at hand (`lora_peers`)
+- quant      the 4-bit products beside cuBLAS, gemlite and bitsandbytes (`ops_quant_cuda`)
+- attention  paged attention beside torch's (`ops_attention`)
+
+All timings are of CUDA graphs. One JSON named after the card holds the environment and every section that was
+run, written anew after each row, so that a run cut short leaves what it has and a later one adds to it.
+Installs nothing: it uses the interpreter and the packages it is run with.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -23,11 +30,12 @@ from typing import Any
 
 import torch
 
-from loraplex_bench import lora_table
+from loraplex_bench import lora_table, ops_attention, ops_quant_cuda
 from loraplex_bench.environment import environment
 from loraplex_bench.lora_table import Row
 from loraplex_bench.report import table, write_json
 
+SECTIONS = ("tests", "lora", "quant", "attention")
 TESTS = (
     "tests/ops",
     "tests/engine/test_parity.py",
@@ -97,64 +105,122 @@ def line_of(row: Row, ceiling: float) -> tuple[str, ...]:
     )
 
 
+class _Document:
+    """The JSON on disk: sections of this run, and those of earlier ones on the same card."""
+
+    def __init__(self, folder: Path, card: str) -> None:
+        name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+        self.path = folder / f"gpu-{name}.json"
+        self._sections: dict[str, Any] = {}
+        if self.path.exists():
+            self._sections = json.loads(self.path.read_text())
+
+    def write(self, section: str, content: object) -> None:
+        self._sections |= {section: {"environment": environment(), "result": content}}
+        write_json(self.path, self._sections)
+
+
+def time_lora(document: _Document, limit_s: float, quick: bool, device: torch.device) -> None:
+    """The LoRA section, printed and written row by row."""
+    deadline = time.monotonic() + limit_s
+    wanted = lora_table.cases(quick)
+    rows: list[Row] = []
+    ceiling = lora_table.copy_ceiling(device)
+    result: dict[str, Any] = {"copy_bytes_per_s": ceiling}
+    print(f"a large copy moves {ceiling / 1e12:.2f} TB/s, read and written", flush=True)
+    result["whole"] = whole_steps(ceiling, device)
+    document.write("lora", result)
+    reasons: dict[str, str] = {}
+    for row in lora_table.measure_all(wanted, torch.bfloat16, device, deadline):
+        rows.append(row)
+        print("  ".join(line_of(row, ceiling)), flush=True)
+        for peer, reason in row.not_run.items():
+            if reasons.get(peer) != reason:
+                reasons[peer] = reason
+                print(f"  not run: {peer}: {reason}", flush=True)
+        result["rows"] = [lora_table.as_json(each, ceiling) for each in rows]
+        result["summary"] = lora_table.summary(rows, ceiling)
+        document.write("lora", result)
+    columns = ("model", "tokens", "mix", "ranks", "us a layer", "GB/s", "roofline", "faster than")
+    print(table(columns, [line_of(row, ceiling) for row in rows]))
+    for label, value in result.get("summary", {}).items():
+        print(f"{label}: {value:.2f}")
+    if len(rows) < len(wanted):
+        print(f"{len(rows)} of {len(wanted)} rows within the time limit")
+
+
+def time_quant(document: _Document, limit_s: float) -> None:
+    """The section of the 4-bit products."""
+    timings = []
+    for timing in ops_quant_cuda.measure_cuda(limit_s):
+        timings.append(asdict(timing))
+        print(ops_quant_cuda.row(timing), flush=True)
+        document.write("quant", timings)
+
+
+def time_attention(document: _Document, limit_s: float, device: torch.device) -> None:
+    """The section of attention, bf16."""
+    deadline = time.monotonic() + limit_s
+    ceilings = ops_attention.measure_ceilings(device)
+    timings = []
+    for workload in ops_attention.gpu_workloads():
+        if time.monotonic() > deadline:
+            print(f"{workload.name}: {limit_s:.0f} s are over")
+            break
+        timing = ops_attention.measure_on_gpu(workload, torch.bfloat16, device, ceilings)
+        torch.cuda.empty_cache()
+        timings.append(asdict(timing))
+        print(
+            f"{timing.workload:46} {timing.attend:9.1f} us, "
+            f"{timing.floor / timing.attend:.0%} of the roofline, "
+            f"{timing.per_sequence / timing.attend:.2f}x SDPA one by one, "
+            f"{timing.padded / timing.attend:.2f}x padded",
+            flush=True,
+        )
+        document.write("attention", {"ceilings": asdict(ceilings), "timings": timings})
+
+
 def main() -> int:
     """Returns 0 when all tests passed, 1 when one did not, 2 where there is no GPU."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder of the JSON")
-    parser.add_argument("--no-tests", action="store_true", help="timings alone")
+    parser.add_argument(
+        "--only", action="append", choices=SECTIONS, help="a section to run; may be repeated (default: all)"
+    )
     parser.add_argument("--test-limit", type=float, default=280.0, metavar="S", help="seconds for the tests")
     parser.add_argument(
         "--time-limit",
         type=float,
         default=240.0,
         metavar="S",
-        help="seconds after which no further row of the table is begun",
+        help="seconds of a section of timings, after which no further row is begun",
     )
-    parser.add_argument("--quick", action="store_true", help="twelve rows of the table")
+    parser.add_argument("--quick", action="store_true", help="twelve rows of the LoRA table")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("torch finds no CUDA device here: `make bench-gpu` needs one", file=sys.stderr)
         return 2
     device = torch.device("cuda")
+    sections = arguments.only or SECTIONS
     card = torch.cuda.get_device_name()
-    name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
-    path = arguments.output / f"gpu-{name}.json"
-    document: dict[str, Any] = {"environment": environment()}
-    tests: dict[str, object] | None = None if arguments.no_tests else run_tests(arguments.test_limit)
-    if tests is not None:
+    document = _Document(arguments.output, card)
+    passed = True
+    if "tests" in sections:
+        tests = run_tests(arguments.test_limit)
+        passed = bool(tests["passed"])
         print(f"{card}: {tests['summary']}", flush=True)
-    document["tests"] = tests
-
-    deadline = time.monotonic() + arguments.time_limit
-    wanted = lora_table.cases(arguments.quick)
-    rows: list[Row] = []
+        document.write("tests", tests)
     with torch.inference_mode():
-        ceiling = lora_table.copy_ceiling(device)
-        document["copy_bytes_per_s"] = ceiling
-        print(f"a large copy moves {ceiling / 1e12:.2f} TB/s, read and written", flush=True)
-        document["whole"] = whole_steps(ceiling, device)
-        write_json(path, document)
-        reasons: dict[str, str] = {}
-        for row in lora_table.measure_all(wanted, torch.bfloat16, device, deadline):
-            rows.append(row)
-            print("  ".join(line_of(row, ceiling)), flush=True)
-            for peer, reason in row.not_run.items():
-                if reasons.get(peer) != reason:
-                    reasons[peer] = reason
-                    print(f"  not run: {peer}: {reason}", flush=True)
-            document["lora"] = [lora_table.as_json(each, ceiling) for each in rows]
-            document["summary"] = lora_table.summary(rows, ceiling)
-            write_json(path, document)
-    columns = ("model", "tokens", "mix", "ranks", "us a layer", "GB/s", "roofline", "faster than")
-    print(table(columns, [line_of(row, ceiling) for row in rows]))
-    for label, value in document.get("summary", {}).items():
-        print(f"{label}: {value:.2f}")
-    if len(rows) < len(wanted):
-        print(f"{len(rows)} of {len(wanted)} rows within the time limit")
-    print(f"written to {path}")
-    return 0 if tests is None or tests["passed"] else 1
+        if "lora" in sections:
+            time_lora(document, arguments.time_limit, arguments.quick, device)
+        if "quant" in sections:
+            time_quant(document, arguments.time_limit)
+        if "attention" in sections:
+            time_attention(document, arguments.time_limit, device)
+    print(f"written to {document.path}")
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
