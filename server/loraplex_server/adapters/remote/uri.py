@@ -109,7 +109,7 @@ def parse_uri(source: str, *, field_name: str = "source", is_prefix: bool = Fals
         return InvalidArgumentError.field(field_name, f"{quoted(redact(source))} {why}")
 
     scheme = scheme_of(source)
-    if not scheme or not source.isprintable():
+    if not scheme or not source.isprintable() or "\\" in source:
         raise bad("is no address of a remote adapter")
     try:
         parts = urlsplit(source, allow_fragments=True)

@@ -5,11 +5,13 @@ Redirects are followed here, one by one, because each has to lead to an allowed 
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import importlib
 import re
 import threading
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping
+from concurrent.futures import CancelledError, Future
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
 
@@ -43,28 +45,38 @@ class WebBackend:
         self._allowed = allowed
         self._aiohttp: Any = importlib.import_module("aiohttp")
         self._http: Any = importlib.import_module("fsspec.implementations.http")
-        self._sync: Any = importlib.import_module("fsspec.asyn").sync
         self._lock = threading.Lock()
         self._filesystem: Any = None
         self._session: Any = None
+        self._pending: set[Future[Any]] = set()
+        self._closed = False
 
     def open(self, uri: SourceUri) -> RemoteFolder:
         return _WebFolder(self, uri)
 
     def close(self) -> None:
+        """Ends what waits for a server, too, with UNAVAILABLE."""
         with self._lock:
-            session, self._session = self._session, None
-            if session is not None:
-                self._sync(self._filesystem.loop, session.close)
+            self._closed = True
+            for future in self._pending:
+                future.cancel()
+            if self._session is not None:
+                asyncio.run_coroutine_threadsafe(self._session.close(), self._filesystem.loop).result()
 
-    def call(self, what: str, work: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
+    def call(self, what: str, work: Callable[..., Coroutine[Any, Any, Any]], *arguments: Any) -> Any:
         """Runs `work` on fsspec's event loop and waits for it; its errors come back typed."""
         try:
-            return self._sync(self._connected().loop, work, *arguments)
+            return self._start(work, *arguments).result()
+        except CancelledError as error:
+            raise UnavailableError(f"{what} cannot be had now: the server stops") from error
         except ServerError:
             raise
         except (TimeoutError, self._aiohttp.ClientError, OSError) as error:
             raise UnavailableError(f"{what} cannot be had now: {type(error).__name__}") from error
+
+    def close_response(self, response: Any) -> None:
+        """Ends a response, read or not; also after `close`."""
+        self._filesystem.loop.call_soon_threadsafe(response.close)
 
     async def get(self, url: str, headers: Mapping[str, str], authorization: str, what: str) -> Any:
         """An open response to a GET, below 400 or 416; the caller closes it."""
@@ -107,13 +119,20 @@ class WebBackend:
         parts = urlsplit(url)
         return f"{uri.scheme}://{uri.host}{parts.path}" + (f"?{parts.query}" if parts.query else "")
 
-    def _connected(self) -> Any:
+    def _start(self, work: Callable[..., Coroutine[Any, Any, Any]], *arguments: Any) -> Future[Any]:
         with self._lock:
+            if self._closed:
+                raise CancelledError
             if self._session is None:
                 # Our addresses are encoded already.
                 self._filesystem = self._http.HTTPFileSystem(encoded=True, skip_instance_cache=True)
-                self._session = self._sync(self._filesystem.loop, self._filesystem.set_session)
-            return self._filesystem
+                self._session = asyncio.run_coroutine_threadsafe(
+                    self._filesystem.set_session(), self._filesystem.loop
+                ).result()
+            self._pending = {future for future in self._pending if not future.done()}
+            future = asyncio.run_coroutine_threadsafe(work(*arguments), self._filesystem.loop)
+            self._pending.add(future)
+            return future
 
 
 class _WebFolder:
@@ -134,7 +153,7 @@ class _WebFolder:
             size = _total(response.status, response.headers)
             version = _version(response.headers)
         finally:
-            self._close(response)
+            self._backend.close_response(response)
         if size is None:
             raise FailedPreconditionError(f"{self._what(name)} comes without its size")
         return RemoteFile(name, size, version)
@@ -158,7 +177,7 @@ class _WebFolder:
                 if skipped < len(chunk):
                     yield chunk[skipped:]
         finally:
-            self._close(response)
+            self._backend.close_response(response)
 
     def _get(self, name: str, headers: Mapping[str, str]) -> Any:
         what = self._what(name)
@@ -167,15 +186,9 @@ class _WebFolder:
             what, self._backend.get, self._uri.url(name), headers, self._authorization, what
         )
         if response.headers.get("Content-Encoding", "identity") != "identity":
-            self._close(response)
+            self._backend.close_response(response)
             raise FailedPreconditionError(f"{what} comes compressed, though it was asked for as it is")
         return response
-
-    def _close(self, response: Any) -> None:
-        async def close() -> None:
-            response.close()
-
-        self._backend.call("the connection", close)
 
     def _what(self, name: str) -> str:
         return f"{name} of {str(self._uri)!r}"
