@@ -88,7 +88,8 @@ class _HubFolder:
                 if response.status_code not in (200, 206):
                     raise error_of_status(response.status_code, what)
                 skip = offset if response.status_code == 200 else 0
-                for chunk in response.iter_raw(CHUNK_BYTES):
+                # In pieces as they come: collected ones would be lost when the connection breaks.
+                for chunk in response.iter_raw():
                     skipped = min(skip, len(chunk))
                     skip -= skipped
                     if skipped < len(chunk):
