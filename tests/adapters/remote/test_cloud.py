@@ -24,6 +24,7 @@ from loraplex_server.errors import (
 WEIGHTS = "adapter_model.safetensors"
 MakeSources = Callable[..., AdapterSources]
 Content = Callable[[Path], dict[str, bytes]]
+pytest.importorskip("s3fs")  # of the extra `remote`
 pytestmark = pytest.mark.usefixtures("hurry")
 
 

@@ -25,6 +25,7 @@ from loraplex_server.errors import (
 )
 
 WEIGHTS = "adapter_model.safetensors"
+pytest.importorskip("aiohttp")  # of the extra `remote`
 pytestmark = pytest.mark.usefixtures("hurry")
 
 

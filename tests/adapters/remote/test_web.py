@@ -28,6 +28,7 @@ AT = f"/a/sql/{WEIGHTS}"
 
 MakeSources = Callable[..., AdapterSources]
 Content = Callable[[Path], dict[str, bytes]]
+pytest.importorskip("aiohttp")  # of the extra `remote`
 pytestmark = pytest.mark.usefixtures("hurry")
 
 
