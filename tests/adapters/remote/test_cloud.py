@@ -1,11 +1,13 @@
-"""Object stores: S3 as moto speaks it, Google's JSON interface from a small server of our own."""
+"""Object stores: S3 as moto speaks it, Google's and Azure's interfaces from small servers of our own."""
 
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import unquote
 
 import pytest
@@ -122,6 +124,72 @@ def test_google(
     assert content(sources.resolve("gs://bucket/team/sql")) == content(adapter)
     with pytest.raises(NotFoundError, match="gs://bucket/team/nothing"):
         sources.resolve("gs://bucket/team/nothing")
+
+
+class _Blobs(BaseHTTPRequestHandler):
+    """Properties, ranges and empty listings, as Azure's blob service answers them."""
+
+    protocol_version = "HTTP/1.1"
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def answer(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        body = self.files.get(path)
+        if "comp=list" in query:
+            text = b"<EnumerationResults><Blobs/><NextMarker/></EnumerationResults>"
+            return self.answer(200, text, Content_Type="application/xml")
+        if body is None:
+            return self.answer(404, b"", x_ms_error_code="BlobNotFound")
+        headers = {
+            "ETag": f'"{hashlib.md5(body).hexdigest()}"',
+            "Last-Modified": "Sat, 21 Nov 2026 00:00:00 GMT",
+            "x-ms-blob-type": "BlockBlob",
+        }
+        span = self.headers.get("x-ms-range")
+        if self.command == "HEAD" or span is None:
+            return self.answer(200, body, **headers)
+        begin, end = map(int, span.removeprefix("bytes=").split("-"))
+        part = body[begin : end + 1]
+        shown = f"bytes {begin}-{begin + len(part) - 1}/{len(body)}"
+        return self.answer(206, part, **headers, Content_Range=shown)
+
+    do_HEAD = do_GET  # noqa: N815
+
+
+def test_azure(
+    adapter: Path, make_sources: MakeSources, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cloud, "CHUNK_BYTES", 10_000)
+    files = {f"/me/container/team/sql/{name}": body for name, body in content(adapter).items()}
+    monkeypatch.setattr(_Blobs, "files", files)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Blobs)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    monkeypatch.setenv(
+        "AZURE_STORAGE_CONNECTION_STRING",
+        f"AccountName=me;AccountKey=a2V5;BlobEndpoint=http://127.0.0.1:{server.server_port}/me",
+    )
+    try:
+        sources = make_sources("az://container/team")
+        assert content(sources.resolve("az://container/team/sql")) == content(adapter)
+        with pytest.raises(NotFoundError, match="az://container/team/nothing"):
+            sources.resolve("az://container/team/nothing")
+        sources.close()
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_azure_without_an_account_says_so(make_sources: MakeSources, monkeypatch: pytest.MonkeyPatch) -> None:

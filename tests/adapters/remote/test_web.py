@@ -184,6 +184,9 @@ def test_a_cached_copy_that_was_changed_is_not_served(
     (folder / WEIGHTS).write_bytes(body)
     with pytest.raises(FailedPreconditionError, match="changed on disk"):
         sources.resolve(source)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(FailedPreconditionError, match="changed on disk"):
+        sources.resolve(source)
     sources.release(folder)
     assert content(sources.resolve(source)) == content(adapter)
 

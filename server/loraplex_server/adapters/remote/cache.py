@@ -142,7 +142,7 @@ class DownloadCache:
         It may hold what an earlier download of the same key has left.
 
         Raises:
-            FailedPreconditionError: it is more than the whole budget.
+            FailedPreconditionError: it is more than the whole budget, or its entry is in use but broken.
             ResourceExhaustedError: what is in use leaves too little room.
         """
         if num_bytes > self._budget:
@@ -150,6 +150,11 @@ class DownloadCache:
                 f"its {num_bytes} bytes do not fit the cache of {self._budget} (--adapter-cache-bytes)"
             )
         with self._lock:
+            if key in self._entries:
+                raise FailedPreconditionError(
+                    "its downloaded copy was changed on disk; unload what was loaded from it, "
+                    "then load it anew"
+                )
             path = self._folder / "partial" / key
             item = self._partial.setdefault(key, _Item(path, 0, 0))
             item.holders += 1
