@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -114,13 +115,20 @@ def _handler(place: WebPlace) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that hang up are part of the tests."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @pytest.fixture
 def make_place() -> Iterator[Callable[[], WebPlace]]:
     servers: list[tuple[ThreadingHTTPServer, threading.Thread, WebPlace]] = []
 
     def make() -> WebPlace:
         place = WebPlace("")
-        server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(place))
+        server = _Server(("127.0.0.1", 0), _handler(place))
         place.host = f"127.0.0.1:{server.server_port}"
         place.gate.set()
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})

@@ -49,6 +49,8 @@ class WebBackend:
         self._filesystem: Any = None
         self._session: Any = None
         self._pending: set[Future[Any]] = set()
+        # Open ones. They belong to the event loop's thread.
+        self._responses: set[Any] = set()
         self._closed = False
 
     def open(self, uri: SourceUri) -> RemoteFolder:
@@ -61,7 +63,7 @@ class WebBackend:
             for future in self._pending:
                 future.cancel()
             if self._session is not None:
-                asyncio.run_coroutine_threadsafe(self._session.close(), self._filesystem.loop).result()
+                asyncio.run_coroutine_threadsafe(self._disconnect(), self._filesystem.loop).result()
 
     def call(self, what: str, work: Callable[..., Coroutine[Any, Any, Any]], *arguments: Any) -> Any:
         """Runs `work` on fsspec's event loop and waits for it; its errors come back typed."""
@@ -76,7 +78,7 @@ class WebBackend:
 
     def close_response(self, response: Any) -> None:
         """Ends a response, read or not; also after `close`."""
-        self._filesystem.loop.call_soon_threadsafe(response.close)
+        self._filesystem.loop.call_soon_threadsafe(self._end, response)
 
     async def get(self, url: str, headers: Mapping[str, str], authorization: str, what: str) -> Any:
         """An open response to a GET, below 400 or 416; the caller closes it."""
@@ -97,12 +99,23 @@ class WebBackend:
                 url = self._redirected(urljoin(url, target), what)
                 continue
             if response.status in (200, 206, 416):
+                self._responses.add(response)
                 return response
             response.close()
             if response.status >= 400:
                 raise error_of_status(response.status, what)
             raise FailedPreconditionError(f"{what} was answered with HTTP {response.status}")
         raise FailedPreconditionError(f"{what} is redirected more than {_MAX_REDIRECTS} times")
+
+    def _end(self, response: Any) -> None:
+        self._responses.discard(response)
+        response.close()
+
+    async def _disconnect(self) -> None:
+        # One may have come for a call that was just cancelled.
+        for response in list(self._responses):
+            self._end(response)
+        await self._session.close()
 
     def _redirected(self, url: str, what: str) -> str:
         """The allowed address that a redirect leads to, its host as it was compared."""
