@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Sequence
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +246,58 @@ def oracle(tiny: Callable[[str], TinyModel]) -> Callable[..., Oracle]:
 def judge() -> Callable[[Path, Path, str], Oracle]:
     """`judge(base, adapters, quantization)`: an oracle for the adapters in one folder, all of one method."""
     return lambda base, adapters, quantization: Oracle(TinyModel(base, adapters), quantization)
+
+
+@dataclasses.dataclass(frozen=True)
+class S3Server:
+    """An S3 server on loopback (moto), and what a client needs in its environment."""
+
+    endpoint: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "eu-west-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def put(self, files: Mapping[str, bytes]) -> None:
+        """Makes objects, by bucket and key, and their buckets."""
+        import fsspec
+
+        filesystem = fsspec.filesystem(
+            "s3",
+            key="test",
+            secret="test",
+            endpoint_url=self.endpoint,
+            client_kwargs={"region_name": "eu-west-1"},
+            use_listings_cache=False,
+        )
+        for bucket in {path.partition("/")[0] for path in files}:
+            if not filesystem.exists(bucket):
+                filesystem.mkdir(bucket)
+        for path, body in files.items():
+            filesystem.pipe_file(path, body)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        found = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stdout)
+        endpoint = next(match[0] for match in found if match)
+        # Drained all the while, so that the server never waits for a reader of its log.
+        drain = threading.Thread(target=list, args=(process.stdout,), daemon=True)
+        drain.start()
+        yield S3Server(endpoint)
+        process.terminate()
+        drain.join(timeout=20)
 
 
 @pytest.fixture(autouse=True, scope="session")

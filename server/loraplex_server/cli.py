@@ -135,6 +135,44 @@ def build_parser() -> argparse.ArgumentParser:
         adapters.max_per_request,
         "most adapters that one request may name",
     )
+    group.add_argument(
+        "--watch-adapters",
+        type=float,
+        default=adapters.watch_s,
+        metavar="S",
+        help="every S seconds, register what came to --adapters and unload what went (default: 0, never)",
+    )
+
+    group = parser.add_argument_group("adapters from elsewhere")
+    _texts(
+        group,
+        "--adapter-source",
+        "PREFIX",
+        "adapters may be downloaded from under PREFIX: s3://, gs://, az://, https:// or hf://",
+    )
+    group.add_argument(
+        "--adapter-cache-dir",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="where downloads are kept (default: loraplex/adapters in the user's cache folder)",
+    )
+    _size(group, "--adapter-cache-bytes", adapters.cache_bytes, "room for downloads")
+    _size(
+        group, "--adapter-download-max-bytes", adapters.download_max_bytes, "most that one adapter may have"
+    )
+    _count(group, "--max-adapter-downloads", adapters.max_downloads, "downloads that run at once")
+    group.add_argument(
+        "--require-adapter-commit",
+        action="store_true",
+        help="adapters from the Hugging Face hub must name a commit, not a branch or tag",
+    )
+    _texts(
+        group,
+        "--adapter-extra-file",
+        "NAME",
+        "a small text file that is downloaded along with an adapter that has it: chat_template.jinja",
+    )
 
     group = parser.add_argument_group("serving")
     group.add_argument("--host", default=api.host, help="address to listen on (default: %(default)s)")
@@ -180,6 +218,14 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 host_bytes=arguments.adapter_host_bytes,
                 max_on_device=arguments.max_adapters_on_device,
                 max_per_request=arguments.max_adapters_per_request,
+                sources=tuple(arguments.adapter_source),
+                cache_dir=arguments.adapter_cache_dir,
+                cache_bytes=arguments.adapter_cache_bytes,
+                download_max_bytes=arguments.adapter_download_max_bytes,
+                max_downloads=arguments.max_adapter_downloads,
+                require_commit=arguments.require_adapter_commit,
+                extra_files=tuple(arguments.adapter_extra_file),
+                watch_s=arguments.watch_adapters,
             ),
         ),
         api=ApiConfig(
@@ -218,6 +264,12 @@ def _size(group: argparse._ArgumentGroup, flag: str, default: int, help_text: st
 def _folders(group: argparse._ArgumentGroup, flag: str, help_text: str) -> None:
     group.add_argument(
         flag, type=_folder, action="append", default=[], metavar="DIR", help=f"{help_text}; may be repeated"
+    )
+
+
+def _texts(group: argparse._ArgumentGroup, flag: str, metavar: str, help_text: str) -> None:
+    group.add_argument(
+        flag, action="append", default=[], metavar=metavar, help=f"{help_text}; may be repeated"
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 
+from loraplex_server.adapters.remote.uri import AllowedSources
 from loraplex_server.errors import InvalidArgumentError
 
 QUANTIZATIONS = ("nf4", "int4", "none")
@@ -14,6 +16,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "torch", "triton")
 ADAPTER_DEVICE_DTYPES = ("auto", "int8")
 
+_EXTRA_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.(json|jinja|txt)")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
@@ -111,6 +114,14 @@ class AdapterConfig:
         host_bytes: room for adapters in host memory.
         max_on_device: a cap on their number beyond the bytes; 0 is none.
         max_per_request: most adapters that one request may name.
+        sources: prefixes of addresses from which adapters may be downloaded; none, and none are.
+        cache_dir: where downloads are kept; None is the user's cache folder.
+        cache_bytes: room for them there.
+        download_max_bytes: most that one adapter may have.
+        max_downloads: how many run at once.
+        require_commit: adapters from the Hugging Face hub must name a commit.
+        extra_files: names of text files that come along with an adapter if it has them.
+        watch_s: seconds between looks for changes in `folders`; 0 is never.
     """
 
     folders: tuple[Path, ...] = ()
@@ -120,6 +131,14 @@ class AdapterConfig:
     max_on_device: int = 0
     max_per_request: int = 8
     device_dtype: str = "auto"
+    sources: tuple[str, ...] = ()
+    cache_dir: Path | None = None
+    cache_bytes: int = 16 << 30
+    download_max_bytes: int = 4 << 30
+    max_downloads: int = 4
+    require_commit: bool = False
+    extra_files: tuple[str, ...] = ()
+    watch_s: float = 0.0
 
     def __post_init__(self) -> None:
         _one_of("device_dtype", self.device_dtype, ADAPTER_DEVICE_DTYPES)
@@ -127,6 +146,17 @@ class AdapterConfig:
         _at_least("host_bytes", self.host_bytes, 1)
         _at_least("max_on_device", self.max_on_device, 0)
         _at_least("max_per_request", self.max_per_request, 1)
+        _at_least("cache_bytes", self.cache_bytes, 1)
+        _at_least("download_max_bytes", self.download_max_bytes, 1)
+        _at_least("max_downloads", self.max_downloads, 1)
+        if not 0 <= self.watch_s < math.inf:
+            raise InvalidArgumentError.field("watch_s", f"{self.watch_s} is no number of seconds")
+        AllowedSources(self.sources)
+        for name in self.extra_files:
+            if _EXTRA_FILE.fullmatch(name) is None or name.startswith("adapter_"):
+                raise InvalidArgumentError.field(
+                    "extra_files", f"{name!r} is no name of a .json, .jinja or .txt file beside the adapter's"
+                )
 
     @property
     def allowed_roots(self) -> tuple[Path, ...]:

@@ -48,6 +48,11 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         ),
         *("--max-adapter-wait", "0.5", "--host", "::1", "--port", "0", "--metrics-port", "-1"),
         *("--max-message-bytes", "4MiB", "--drain-seconds", "2.5"),
+        *("--adapter-source", "s3://bucket/a", "--adapter-source", "hf://owner"),
+        *("--adapter-cache-dir", str(root / "new"), "--adapter-cache-bytes", "3GiB"),
+        *("--adapter-download-max-bytes", "5MB", "--max-adapter-downloads", "6"),
+        *("--require-adapter-commit", "--adapter-extra-file", "chat_template.jinja"),
+        *("--watch-adapters", "1.5"),
     )
     model, scheduler, adapters = config.engine.model, config.engine.scheduler, config.engine.adapters
     assert (model.model, model.quantization, model.double_quant) == ("org/model", "int4", True)
@@ -56,6 +61,11 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
     assert (adapters.device_bytes, adapters.host_bytes) == (512 << 20, 2 * 10**9)
     assert (adapters.max_on_device, adapters.max_per_request) == (7, 2)
     assert adapters.device_dtype == "int8"
+    assert adapters.sources == ("s3://bucket/a", "hf://owner")
+    assert (adapters.cache_dir, adapters.cache_bytes) == (root / "new", 3 << 30)
+    assert (adapters.download_max_bytes, adapters.max_downloads) == (5_000_000, 6)
+    assert (adapters.require_commit, adapters.extra_files) == (True, ("chat_template.jinja",))
+    assert adapters.watch_s == 1.5
     assert (scheduler.max_batch_tokens, scheduler.max_num_requests, scheduler.max_queue) == (1024, 9, 11)
     assert (scheduler.max_model_len, scheduler.kv_cache_bytes) == (4096, 3 << 29)
     assert (scheduler.kv_block_size, scheduler.max_adapter_wait_s) == (32, 0.5)
@@ -73,6 +83,10 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         (("--model", "m", "--adapters", "no-such-folder"), "no-such-folder is no folder"),
         (("--model", "m", "--max-batch-tokens", "0"), "max_batch_tokens"),
         (("--model", "m", "--port", "-2"), "port"),
+        (("--model", "m", "--adapter-source", "http://host/a"), "use https"),
+        (("--model", "m", "--adapter-extra-file", "../x.json"), "extra_files"),
+        (("--model", "m", "--adapter-extra-file", "model.bin"), "extra_files"),
+        (("--model", "m", "--watch-adapters", "-1"), "watch_s"),
         (("--model", "m", "--mod", "x"), "--mod"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,8 +12,10 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -206,6 +209,51 @@ def test_adapters_come_and_go_at_run_time(client: Client) -> None:
     assert "mirror" not in {adapter.name for adapter in remaining}
     with pytest.raises(errors.NotFoundError):
         client.generate(prompt(line), adapter="mirror")
+
+
+def test_an_adapter_comes_from_s3_and_a_watched_folder(
+    s3_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    for path in (data_dir() / "adapters" / "atbash").iterdir():
+        body = path.read_bytes()
+        s3_server.put({f"models/team/atbash/{path.name}": body, f"models/secret/{path.name}": body})
+    watched = tmp_path / "watched"
+    watched.mkdir()
+    started = Server(
+        *("--adapter-source", "s3://models/team/", "--adapter-cache-dir", str(tmp_path / "cache")),
+        *("--adapters", str(watched), "--watch-adapters", "0.1"),
+    )
+    line = make_lines(106, 1)[0]
+    try:
+        with Client(started.address) as client:
+            loaded = client.adapters.load("mirror", "s3://models/team/atbash")
+            assert loaded.source == "s3://models/team/atbash"
+            answer = client.generate(prompt(line), adapter="mirror", max_tokens=40)
+            assert answer.text == expected("atbash", line)
+            with pytest.raises(errors.PermissionDeniedError, match="--adapter-source"):
+                client.adapters.load("other", "s3://models/secret")
+            with pytest.raises(errors.NotFoundError, match=r"s3://models/team/nothing"):
+                client.adapters.load("other", "s3://models/team/nothing")
+
+            shutil.copytree(data_dir() / "adapters" / "upper", watched / "shout")
+            until(lambda: "shout" in {adapter.name for adapter in client.adapters.list()})
+            answer = client.generate(prompt(line), adapter="shout", max_tokens=40)
+            assert answer.text == expected("upper", line)
+            shutil.rmtree(watched / "shout")
+            until(lambda: "shout" not in {adapter.name for adapter in client.adapters.list()})
+            assert "mirror" not in {adapter.name for adapter in client.adapters.unload("mirror")}
+    finally:
+        assert started.stop() == 0, "".join(started.log)
+    assert not any("Traceback" in text for text in started.log), "".join(started.log)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
 
 
 def test_health_and_model(server: Server, client: Client) -> None:

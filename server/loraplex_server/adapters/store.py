@@ -43,10 +43,13 @@ from loraplex_server.adapters.record import (
     StatusCallback,
     unread_status,
 )
+from loraplex_server.adapters.remote.uri import redact
+from loraplex_server.adapters.resolver import AdapterSources, Resolver
 from loraplex_server.adapters.sites import SiteRegistry
-from loraplex_server.adapters.sources import CONFIG_FILE, Stamp, check_name, resolve_folder, stamp
+from loraplex_server.adapters.sources import CONFIG_FILE, Stamp, check_name, stamp
+from loraplex_server.adapters.watch import Change, ChangeKind, FolderWatch
 from loraplex_server.adapters.weights import HostBlob, lay_out, read_weights
-from loraplex_server.adapters.workers import DeviceCopier, Outcome, Worker
+from loraplex_server.adapters.workers import DeviceCopier, Outcome, Worker, WorkerPool
 from loraplex_server.config import AdapterConfig
 from loraplex_server.engine.messages import AdapterStatus, SwapRecord
 from loraplex_server.errors import (
@@ -70,13 +73,23 @@ _READS_IN_FLIGHT = 2
 
 _MAX_SWAP_RECORDS = 4096
 
+_MAX_FETCHES = 64
+"""Loads from elsewhere under way at once, those included that wait for one of the downloads allowed."""
+
+_STOP_FETCHES_S = 2.0
+
 
 @dataclasses.dataclass(frozen=True)
 class _Inspection:
-    """A `load` whose files are being looked at."""
+    """An adapter whose files are being looked at, or fetched before.
+
+    Attributes:
+        read: its weights are wanted in host memory next; if not, it is registered even if it is broken.
+    """
 
     source: str
     done: StatusCallback
+    read: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +115,11 @@ class AdapterStore:
         base: the base model's weights, for the methods that are relative to them (DoRA).
         max_rank: largest rank that is served.
         wake: called from a worker when there is something to `poll`; must be quick and thread-safe.
+        sources: where adapters come from; None makes what `config` describes. Closed with the store.
 
     Raises:
         InvalidArgumentError: the device budget holds no adapter at all.
+        FailedPreconditionError: the allowed sources cannot be served.
     """
 
     def __init__(
@@ -117,6 +132,7 @@ class AdapterStore:
         base: FrozenBase | None = None,
         max_rank: int = MAX_RANK,
         wake: Callable[[], None] | None = None,
+        sources: Resolver | None = None,
     ) -> None:
         device = torch.device(device)
         self._registry = registry
@@ -136,6 +152,7 @@ class AdapterStore:
             evicted=lambda record: self._note("evict_device", record),
         )
         self._dtype = self._device.pool.arena.dtype
+        self._sources: Resolver = sources or AdapterSources(config)
         self._host = HostTier(config.host_bytes, lambda record: self._note("evict_host", record))
 
         self._records: dict[str, Record] = {}
@@ -159,6 +176,10 @@ class AdapterStore:
         self._reader = Worker("adapter-reader", self._post)
         self._copier = Worker("adapter-copier", self._post)
         self._copies = DeviceCopier(self._device.pool.arena)
+        self._fetchers = WorkerPool("adapter-fetcher", _MAX_FETCHES, self._post)
+        self._watch: FolderWatch | None = None
+        if config.watch_s:
+            self._watch = FolderWatch(config.folders, config.watch_s, self._report)
 
     # What there is
 
@@ -286,7 +307,7 @@ class AdapterStore:
             FailedPreconditionError: the adapter cannot be served whole, or can never fit.
         """
         check_name(name)
-        folder = resolve_folder(source, self._config.allowed_roots)
+        folder = self._sources.find(source)
         taken = self._records.get(name)
         if taken is not None and taken.manifest.folder == folder:
             return taken.status()
@@ -294,23 +315,19 @@ class AdapterStore:
         return self._admit(name, str(source), self._inspect(name, folder)).status()
 
     def load(self, name: str, source: str, done: StatusCallback) -> None:
-        """Registers an adapter and brings it to host memory, in the background.
+        """Registers an adapter and brings it to host memory, in the background; fetches it first if need be.
 
         `done` is called from `poll` with its status, or with the error for which nothing was registered.
 
         Raises:
             InvalidArgumentError: the name is bad.
             AlreadyExistsError: the name is taken.
+            ResourceExhaustedError: too many adapters are being fetched.
         """
         check_name(name)
-        self._check_free(name, source)
-        inspection = _Inspection(source, done)
-        self._inspecting[name] = inspection
-
-        def inspect() -> AdapterManifest:
-            return self._inspect(name, resolve_folder(source, self._config.allowed_roots))
-
-        self._reader.submit(inspect, lambda outcome: self._was_inspected(name, inspection, outcome))
+        shown = redact(source)
+        self._check_free(name, shown)
+        self._look_at(name, source, _Inspection(shown, done))
 
     def unload(self, name: str, done: Callable[[], None]) -> None:
         """Forgets an adapter: requests no longer find it, those that hold it finish.
@@ -486,8 +503,12 @@ class AdapterStore:
         if self._closed:
             return
         self._closed = True
+        if self._watch is not None:
+            self._watch.close()
         self._reader.close()
         self._copier.close()
+        self._sources.close()
+        self._fetchers.close(_STOP_FETCHES_S)
         error = UnavailableError("the engine stops")
         for inspection in self._inspecting.values():
             inspection.done(error)
@@ -519,24 +540,79 @@ class AdapterStore:
                 problems.append(f"{label}: unused, but not freed")
         return problems
 
+    # What comes to and goes from watched folders
+
+    def _report(self, change: Change) -> None:
+        """Called by the watch's thread."""
+        self._post(lambda: self._follow(change))
+
+    def _follow(self, change: Change) -> None:
+        name, source = change.folder.name, str(change.folder)
+        known = self._records.get(name)
+        broken = self._broken.get(name)
+        ours = source in (known.source if known else None, broken.source if broken else None)
+        if change.kind is ChangeKind.REMOVED:
+            if ours:
+                _log.info("adapter %r is unloaded: %s is gone", name, source)
+                self.unload(name, lambda: None)
+        elif known is not None and ours:
+            _log.warning(
+                "the files of adapter %r were changed in %s, which takes effect when it is unloaded and "
+                "loaded anew",
+                name,
+                source,
+            )
+        elif change.kind is ChangeKind.ADDED or broken is not None:
+            try:
+                check_name(name)
+                self._check_free(name, source)
+                self._look_at(name, source, _Inspection(source, _log_outcome, read=False))
+            except ServerError as error:
+                _log.warning("%s is not registered: %s", source, error)
+
     # Making and ending versions
 
+    def _look_at(self, name: str, source: str, inspection: _Inspection) -> None:
+        """Has a source resolved and inspected: what is on disk by the reader, the rest on other threads."""
+
+        def inspect() -> AdapterManifest:
+            folder = self._sources.resolve(source)
+            try:
+                return self._inspect(name, folder)
+            except BaseException:
+                self._sources.release(folder)
+                raise
+
+        worker = self._fetchers if self._sources.is_remote(source) else self._reader
+        worker.submit(inspect, lambda outcome: self._was_inspected(name, inspection, outcome))
+        self._inspecting[name] = inspection
+
     def _inspect(self, name: str, folder: Path) -> AdapterManifest:
-        return read_manifest(name, folder, self._registry, self._config.allowed_roots, self._max_rank)
+        return read_manifest(name, folder, self._registry, self._sources.roots, self._max_rank)
 
     def _was_inspected(self, name: str, inspection: _Inspection, outcome: Outcome[AdapterManifest]) -> None:
-        if self._inspecting.get(name) is not inspection:
-            return
-        del self._inspecting[name]
+        manifest = outcome.result
         try:
-            if outcome.result is None:
+            if self._inspecting.get(name) is not inspection:
+                return
+            del self._inspecting[name]
+            if manifest is None:
                 raise outcome.error or InternalError("nothing was read")
-            record = self._admit(name, inspection.source, outcome.result)
+            record = self._admit(name, inspection.source, manifest)
         except ServerError as error:
+            if not inspection.read:
+                self._broken[name] = _Broken(inspection.source, error, stamp(Path(inspection.source)))
             inspection.done(error)
         else:
-            record.on_loaded = inspection.done
-            self._demanded[record] = None
+            if inspection.read:
+                record.on_loaded = inspection.done
+                self._demanded[record] = None
+            else:
+                inspection.done(record.status())
+        finally:
+            # From here on the record holds it, or nobody.
+            if manifest is not None:
+                self._sources.release(manifest.folder)
 
     def _admit(self, name: str, source: str, manifest: AdapterManifest) -> Record:
         """Registers a checked adapter that fits both budgets."""
@@ -549,6 +625,7 @@ class AdapterStore:
         ):
             if needed > budget:
                 raise refusal(name, f"it takes {needed} bytes of {budget}; give the server more {option}")
+        self._sources.retain(manifest.folder)
         record = Record(name, source, manifest, layout, units, host_bytes)
         self._broken.pop(name, None)
         self._records[name] = record
@@ -610,6 +687,7 @@ class AdapterStore:
                 self._device.vacate(record)
             if record.blob is not None:
                 self._host.drop(record)
+            self._sources.release(record.manifest.folder)
             self._retired.discard(record)
             callbacks, record.on_drained = record.on_drained, []
             for callback in callbacks:
@@ -689,7 +767,7 @@ class AdapterStore:
 
     def _read(self, record: Record) -> None:
         self._reads += 1
-        manifest, layout, roots = record.manifest, record.layout, self._config.allowed_roots
+        manifest, layout, roots = record.manifest, record.layout, self._sources.roots
 
         def read() -> HostBlob:
             return read_weights(manifest, layout, self._dtype, roots, self._base, pin_memory=self._pin_memory)
@@ -772,6 +850,13 @@ def _not_found(name: str) -> NotFoundError:
 
 def _unloaded(name: str) -> CancelledError:
     return CancelledError(f"adapter {name!r} was unloaded", resource=("adapter", name))
+
+
+def _log_outcome(outcome: AdapterStatus | ServerError) -> None:
+    if isinstance(outcome, ServerError):
+        _log.warning("%s", outcome)
+    else:
+        _log.info("adapter %r is registered from %s", outcome.name, outcome.source)
 
 
 def _taken(name: str, source: str, other: str) -> AlreadyExistsError:

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from loraplex_server.errors import InternalError, ServerError, UnavailableError
+from loraplex_server.errors import InternalError, ResourceExhaustedError, ServerError, UnavailableError
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +61,46 @@ class Worker:
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None and not self._closed:
             job()
+
+
+class WorkerPool:
+    """A thread for each job, up to `size` at once; for jobs that mostly wait for others.
+
+    Args:
+        post: as for `Worker`.
+    """
+
+    def __init__(self, name: str, size: int, post: Callable[[Callable[[], None]], None]) -> None:
+        self._name = name
+        self._size = size
+        self._post = post
+        self._threads: set[threading.Thread] = set()
+
+    def submit(self, work: Callable[[], T], then: Callable[[Outcome[T]], None]) -> None:
+        """Runs `work` on a thread of its own and posts `then` with its outcome.
+
+        Raises:
+            ResourceExhaustedError: `size` jobs are running.
+        """
+        self._threads = {thread for thread in self._threads if thread.is_alive()}
+        if len(self._threads) >= self._size:
+            raise ResourceExhaustedError(
+                f"{self._size} adapters are being fetched already; try again later", retry_after_s=5.0
+            )
+
+        def job() -> None:
+            outcome = _attempt(work)
+            self._post(lambda: then(outcome))
+
+        thread = threading.Thread(target=job, name=self._name, daemon=True)
+        self._threads.add(thread)
+        thread.start()
+
+    def close(self, timeout_s: float) -> None:
+        """Waits for the running jobs, which were told to end, but no longer than `timeout_s`."""
+        end_s = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, end_s - time.monotonic()))
 
 
 def _attempt(work: Callable[[], T]) -> Outcome[T]:
