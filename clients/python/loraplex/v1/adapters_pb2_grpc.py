@@ -68,12 +68,14 @@ class AdapterServiceServicer(object):
 
     def LoadAdapter(self, request, context):
         """Registers an adapter under a name and brings it to host memory. The source is a folder that
-        PEFT wrote, under one of the server's allowed roots. Everything is checked before anything
-        is admitted; an adapter that would not be applied whole is refused.
+        PEFT wrote, under one of the server's allowed roots, or an address under one of its allowed
+        prefixes (hf://, s3://, gs://, az://, https://). Everything is checked before anything is
+        admitted; an adapter that would not be applied whole is refused.
 
-        Errors: INVALID_ARGUMENT (bad name or source), ALREADY_EXISTS, NOT_FOUND (no such folder),
-        PERMISSION_DENIED (outside the allowed roots), FAILED_PRECONDITION (does not fit the base
-        model or this server; the text names the tensor), RESOURCE_EXHAUSTED.
+        Errors: INVALID_ARGUMENT (bad name or source), ALREADY_EXISTS, NOT_FOUND (no such source),
+        PERMISSION_DENIED (not allowed), FAILED_PRECONDITION (does not fit the base model or this
+        server; the text names the tensor; or not the content that was asked for), UNAVAILABLE (the
+        source does not answer), RESOURCE_EXHAUSTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
