@@ -252,7 +252,8 @@ def test_in_8_bits_vectors_stay_exact_and_low_rank_pairs_near(
         for name, prompt, adapter in requests:
             uses = [] if adapter is None else [(adapter, 1.0)]
             served.submit(name, prompt, uses, max_tokens=1, ignore_eos=True, logprobs=3)
-        served.run()
+            # One after the other: in a batch, who stands beside whom moves the last bits.
+            served.run()
         answers[device_dtype] = served.answers
     for name, _, adapter in requests:
         (plain,), (small,) = (answers[dtype][name].logprobs for dtype in ("auto", "int8"))
