@@ -80,7 +80,7 @@ def copy_ceiling(device: torch.device, size: int = 1 << 31) -> float:
 
 def graph_seconds(run: Callable[[], object], replays: int = REPLAYS) -> float:
     """Median seconds of one replay of `run` captured as a graph."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
@@ -95,7 +95,7 @@ def graph_seconds(run: Callable[[], object], replays: int = REPLAYS) -> float:
 
 
 def _event_seconds(run: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
     end.record()

@@ -273,8 +273,8 @@ def _gemlite_layers(w: int4.Int4Weight) -> list[Any]:
     """Copies of the weight as gemlite holds it, tuned as its authors advise."""
     if PEERS.is_dir() and str(PEERS) not in sys.path:
         sys.path.append(str(PEERS))
-    import gemlite  # type: ignore[import-not-found, unused-ignore]
-    from gemlite.core import DType, GemLiteLinear  # type: ignore[import-not-found, unused-ignore]
+    import gemlite
+    from gemlite.core import DType, GemLiteLinear
 
     gemlite.set_autotune("max")
     n, k = w.shape

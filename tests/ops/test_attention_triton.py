@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,26 +42,16 @@ Lengths = Sequence[tuple[int, int]]
 """Per sequence: (query_len, context_len)."""
 
 
-def run_under_the_interpreter(root: Path, marker: str) -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    chosen = ["-q", "-p", "no:cacheprovider", "-m", marker, "-k", "TestKernels"]
-    command = [sys.executable, "-m", "pytest", __file__, *chosen]
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert re.search(r"^\d+ passed", result.stdout, re.MULTILINE), result.stdout[-2000:]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
-def test_under_the_interpreter(pytestconfig: pytest.Config) -> None:
-    run_under_the_interpreter(pytestconfig.rootpath, "not kernels_wide")
+def test_under_the_interpreter(under_the_interpreter: Callable[..., None]) -> None:
+    under_the_interpreter(__file__, "not kernels_wide", "TestKernels")
 
 
 @pytest.mark.kernels_wide
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
-def test_wide_sweep_under_the_interpreter(pytestconfig: pytest.Config) -> None:
-    run_under_the_interpreter(pytestconfig.rootpath, "kernels_wide")
+def test_wide_sweep_under_the_interpreter(under_the_interpreter: Callable[..., None]) -> None:
+    under_the_interpreter(__file__, "kernels_wide", "TestKernels")
 
 
 @dataclass
@@ -543,7 +529,7 @@ def count_copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def counted(arrays: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
         copies.append(len(arrays))
-        return pack(arrays, device)  # type: ignore[no-any-return]
+        return pack(arrays, device)
 
     monkeypatch.setattr(packed, "pack", counted)
     return copies

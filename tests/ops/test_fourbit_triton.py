@@ -6,12 +6,7 @@ As for the LoRA kernels, without a GPU this file runs itself in a process of its
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,24 +23,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = ["nf4", "nf4-double", "int4-128", "int4-64", "int4-32", "int4-128-fp32"]
 
 
-def run_under_the_interpreter(root: Path, marker: str) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-m", marker]
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert re.search(r"^\d+ passed", result.stdout, re.MULTILINE), result.stdout[-2000:]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
-def test_under_the_interpreter(pytestconfig: pytest.Config) -> None:
-    run_under_the_interpreter(pytestconfig.rootpath, "not kernels_wide")
+def test_under_the_interpreter(under_the_interpreter: Callable[..., None]) -> None:
+    under_the_interpreter(__file__, "not kernels_wide")
 
 
 @pytest.mark.kernels_wide
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
-def test_wide_sweep_under_the_interpreter(pytestconfig: pytest.Config) -> None:
-    run_under_the_interpreter(pytestconfig.rootpath, "kernels_wide")
+def test_wide_sweep_under_the_interpreter(under_the_interpreter: Callable[..., None]) -> None:
+    under_the_interpreter(__file__, "kernels_wide")
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -194,7 +181,7 @@ class TestKernels:
     def test_lookups_agree_in_every_bit(self, family: str, lookup: str) -> None:
         w, _ = make_weight("nf4", 48, 256)
         x = normal(5, 256).bfloat16().to(DEVICE)
-        plan = Plan(family, rows=8 if family == "split" else 16, columns=32, lookup="permute")  # type: ignore[arg-type]
+        plan = Plan(family, rows=8 if family == "split" else 16, columns=32, lookup="permute")
         default = fourbit.matmul(x, w, plan=plan)
         assert torch.equal(fourbit.matmul(x, w, plan=dataclasses.replace(plan, lookup=lookup)), default)
 

@@ -9,12 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -33,24 +28,16 @@ MIXED = [(6, 7, 1), (0, 16, 4), (12, 0, 0), (0, 0, 0), (32, 14, 8), (3, 70, 24),
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def run_under_the_interpreter(root: Path, marker: str) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-m", marker]
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert re.search(r"^\d+ passed", result.stdout, re.MULTILINE), result.stdout[-2000:]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
-def test_under_the_interpreter(pytestconfig: pytest.Config) -> None:
-    run_under_the_interpreter(pytestconfig.rootpath, "not kernels_wide")
+def test_under_the_interpreter(under_the_interpreter: Callable[..., None]) -> None:
+    under_the_interpreter(__file__, "not kernels_wide")
 
 
 @pytest.mark.kernels_wide
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
-def test_wide_sweep_under_the_interpreter(pytestconfig: pytest.Config) -> None:
-    run_under_the_interpreter(pytestconfig.rootpath, "kernels_wide")
+def test_wide_sweep_under_the_interpreter(under_the_interpreter: Callable[..., None]) -> None:
+    under_the_interpreter(__file__, "kernels_wide")
 
 
 class TestKernels:

@@ -59,7 +59,7 @@ class AttentionBuffers:
         pinned = self._device.type == "cuda"
         self._host = torch.zeros(total, dtype=torch.int32, pin_memory=pinned)
         self._copy = torch.zeros(total, dtype=torch.int32, device=self._device)
-        self._copied = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+        self._copied = torch.cuda.Event() if pinned else None
         words = self._host.numpy()
         self._words = [words[place] for place in places]
         self._blocks_start = places[-1].start

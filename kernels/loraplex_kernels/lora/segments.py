@@ -138,7 +138,7 @@ class LoraBatchBuffers:
         pinned = device.type == "cuda"
         self._packed_host = torch.zeros(int(offsets[-1]), dtype=torch.int32, pin_memory=pinned)
         self._packed = self._packed_host.to(device)
-        self._copied = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+        self._copied = torch.cuda.Event() if pinned else None
         packed_array = self._packed_host.numpy()
         self._array: dict[str, np.ndarray] = {}
         self._tensor: dict[str, Tensor] = {}

@@ -129,7 +129,7 @@ class DeviceCopier:
         self._arena = arena
         self._stream: torch.cuda.Stream | None = None
         if arena.device.type == "cuda":
-            self._stream = torch.cuda.Stream(arena.device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(arena.device)
 
     def prepare(self, start: int, blob: Tensor) -> Callable[[], None]:
         """A job that fills the extent at `start`; call this on the thread that launches the steps."""
@@ -137,7 +137,7 @@ class DeviceCopier:
         if self._stream is None:
             return lambda: _copy_on_cpu(target, blob)
         stream = self._stream
-        readers_done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        readers_done = torch.cuda.Event()
         readers_done.record(torch.cuda.current_stream(self._arena.device))
 
         def copy() -> None:

@@ -33,6 +33,7 @@ class Sequence:
         client: connection that submitted the request.
         handles: its adapters, resolved, in the request's order.
         token_ids: prompt and generated tokens known so far.
+        num_prompt: those that were not generated, virtual ones included.
         num_computed: how many of them have their keys and values in the cache.
         block_table: KV blocks it holds, in the order of positions.
         block_keys: keys of its full blocks; one shorter than or as long as the full part of the table.
@@ -44,6 +45,7 @@ class Sequence:
     handles: tuple[AdapterHandle, ...]
     arrival_s: float = dataclasses.field(default_factory=time.monotonic)
     token_ids: list[int] = dataclasses.field(default_factory=list)
+    num_prompt: int = 0
     num_computed: int = 0
     status: Status = Status.WAITING
     block_table: list[int] = dataclasses.field(default_factory=list)
@@ -62,6 +64,7 @@ class Sequence:
         # A virtual token has no id: row r of a soft prompt is written -1 - r.
         virtual = sum(handle.num_virtual_tokens for handle in self.handles)
         self.token_ids = [*(-1 - row for row in range(virtual)), *prompt]
+        self.num_prompt = len(self.token_ids)
         uses = zip(self.handles, self.request.adapters, strict=True)
         spans = [(*_span(handle, prompt), handle, use.weight) for handle, use in uses]
         edges = {edge for start, end, *_ in spans for edge in (start, end)}
@@ -70,12 +73,6 @@ class Sequence:
             tuple((handle, weight) for start, end, handle, weight in spans if start <= position < end)
             for position in (0, *self._changes)
         )
-
-    @property
-    def num_prompt(self) -> int:
-        """Tokens that were not generated, virtual ones included."""
-        virtual = sum(handle.num_virtual_tokens for handle in self.handles)
-        return virtual + len(self.request.prompt_token_ids)
 
     @property
     def num_generated(self) -> int:

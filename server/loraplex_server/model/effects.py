@@ -26,56 +26,42 @@ class Effect(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class LowRankAdd:
-    """LoRA: y += weight * (x A^T) B, for each of a token's adapters (Hu et al., 2021)."""
+class _Pooled:
+    """An effect of adapters in a pool; of its own it does nothing."""
 
     pool: LoraPool
     batch: LoraBatch
 
     def before(self, site: LoraSite, x: torch.Tensor) -> torch.Tensor:
         return x
-
-    def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
-        lora.apply(x, y, self.pool, site, self.batch)
-
-
-@dataclasses.dataclass(frozen=True)
-class InputScale:
-    """IA3 on a feed-forward's input: x times the token's vector."""
-
-    pool: LoraPool
-    batch: LoraBatch
-
-    def before(self, site: LoraSite, x: torch.Tensor) -> torch.Tensor:
-        return vectors.scale_input(x, self.pool, site, self.batch)
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
         """Nothing."""
 
 
-@dataclasses.dataclass(frozen=True)
-class OutputScale:
-    """IA3 on keys and values, DoRA's magnitudes: y times the token's vector."""
+class LowRankAdd(_Pooled):
+    """LoRA: y += weight * (x A^T) B, for each of a token's adapters (Hu et al., 2021)."""
 
-    pool: LoraPool
-    batch: LoraBatch
+    def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
+        lora.apply(x, y, self.pool, site, self.batch)
+
+
+class InputScale(_Pooled):
+    """IA3 on a feed-forward's input: x times the token's vector."""
 
     def before(self, site: LoraSite, x: torch.Tensor) -> torch.Tensor:
-        return x
+        return vectors.scale_input(x, self.pool, site, self.batch)
+
+
+class OutputScale(_Pooled):
+    """IA3 on keys and values, DoRA's magnitudes: y times the token's vector."""
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
         vectors.scale_output(y, self.pool, site, self.batch)
 
 
-@dataclasses.dataclass(frozen=True)
-class BiasAdd:
+class BiasAdd(_Pooled):
     """A LoRA pair's bias: y += weight * b."""
-
-    pool: LoraPool
-    batch: LoraBatch
-
-    def before(self, site: LoraSite, x: torch.Tensor) -> torch.Tensor:
-        return x
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
         vectors.add_bias(y, self.pool, site, self.batch)
