@@ -80,8 +80,10 @@ class SchedulerConfig:
         max_queue: requests that may wait; more are refused with RESOURCE_EXHAUSTED.
         max_model_len: prompt and answer together; 0 takes the model's own limit.
         kv_cache_bytes: 0 takes what `max_num_requests` of moderate length need, within reason.
-        max_adapter_wait_s: a request that has waited this long for its adapters is overtaken no
-            more by younger requests that need adapters too.
+        max_adapter_wait_s: for a request that has waited this long for room on the device, an adapter in use
+            gets no new requests until it can be evicted; the longer the wait, the more adapters.
+        fair_quantum: tokens that a tenant, and an adapter within it, gets before it is the next one's turn.
+        fair_aging_s: waiting time that counts as much as a quantum not given.
     """
 
     max_batch_tokens: int = 512
@@ -91,6 +93,8 @@ class SchedulerConfig:
     kv_cache_bytes: int = 0
     kv_block_size: int = 16
     max_adapter_wait_s: float = 1.0
+    fair_quantum: int = 512
+    fair_aging_s: float = 5.0
 
     def __post_init__(self) -> None:
         _at_least("max_batch_tokens", self.max_batch_tokens, 1)
@@ -99,6 +103,9 @@ class SchedulerConfig:
         _at_least("max_model_len", self.max_model_len, 0)
         _at_least("kv_cache_bytes", self.kv_cache_bytes, 0)
         _at_least("kv_block_size", self.kv_block_size, 1)
+        _at_least("fair_quantum", self.fair_quantum, 1)
+        if not 0 < self.fair_aging_s < math.inf:
+            raise InvalidArgumentError.field("fair_aging_s", f"{self.fair_aging_s} is no positive number")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,7 @@ class Record:
         resident: its extent is filled and its slot points there. By the device tier.
         retired: no longer registered; freed when nobody holds it.
         error: why this version will never be served.
+        heat: how much it is asked for; see `popularity`.
         references: of requests, from admission to their end.
         device_references: of requests that run, or wait with room set aside.
     """
@@ -79,6 +81,7 @@ class Record:
     draining: bool = False
     retired: bool = False
     error: ServerError | None = None
+    heat: float = -math.inf
     references: int = 0
     device_references: int = 0
     hits: int = 0
@@ -149,6 +152,11 @@ class AdapterHandle:
     @property
     def name(self) -> str:
         return self.record.name
+
+    @property
+    def resident(self) -> bool:
+        """Whether it is on the device, held there or not."""
+        return self.record.resident
 
     @property
     def content_hash(self) -> str:

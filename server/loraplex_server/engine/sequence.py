@@ -9,6 +9,7 @@ import time
 
 from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.core.request import Request
+from loraplex_server.engine.fairness import Account
 from loraplex_server.engine.kv_blocks import block_key
 
 EFFECT_VERSION = 1
@@ -38,6 +39,7 @@ class Sequence:
         block_table: KV blocks it holds, in the order of positions.
         block_keys: keys of its full blocks; one shorter than or as long as the full part of the table.
         reserved: it holds device references to its adapters.
+        flow: the account of what it is given; the scheduler's ledger sets it.
     """
 
     request: Request
@@ -51,6 +53,7 @@ class Sequence:
     block_table: list[int] = dataclasses.field(default_factory=list)
     block_keys: list[bytes] = dataclasses.field(default_factory=list)
     reserved: bool = False
+    flow: Account | None = None
     preemptions: int = 0
     adapter_wait_start_s: float | None = None
     adapter_wait_s: float = 0.0
