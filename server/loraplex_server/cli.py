@@ -15,10 +15,13 @@ from loraplex_server.config import (
     DEVICES,
     DTYPES,
     KERNELS,
+    LOG_FORMATS,
+    LOG_LEVELS,
     QUANTIZATIONS,
     AdapterConfig,
     ApiConfig,
     EngineConfig,
+    LogConfig,
     ModelConfig,
     SchedulerConfig,
     ServerConfig,
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = to_config(arguments)
     except ServerError as error:
         parser.error(str(error))
-    log.configure(arguments.log_level)
+    log.configure(config.engine.log)
     hide_torch()
     # Here, not above: `--help` should not wait for gRPC and a tokenizer library.
     from loraplex_server.api.app import serve
@@ -71,7 +74,7 @@ def hide_torch() -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Every option with its help and its default, which is the configuration's own."""
     model, scheduler = ModelConfig(model=""), SchedulerConfig()
-    adapters, api = AdapterConfig(), ApiConfig()
+    adapters, api, logs = AdapterConfig(), ApiConfig(), LogConfig()
     parser = argparse.ArgumentParser(
         prog="loraplex serve",
         description=_DESCRIPTION,
@@ -193,7 +196,8 @@ def build_parser() -> argparse.ArgumentParser:
         "connections older than this are asked to come anew, calls under way go on; 0 is never",
     )
     group.add_argument("--no-reflection", action="store_true", help="clients may not list the services")
-    _choice(group, "--log-level", log.LEVELS, "info", "least severe lines of the log, which goes to stderr")
+    _choice(group, "--log-level", LOG_LEVELS, logs.level, "least severe lines of the log on stderr")
+    _choice(group, "--log-format", LOG_FORMATS, logs.format, "json is one object a line, for collectors")
 
     group = parser.add_argument_group("who may call")
     _file(group, "--tls-certificate", "PEM certificate chain of this server; read again when it changes")
@@ -256,6 +260,7 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 extra_files=tuple(arguments.adapter_extra_file),
                 watch_s=arguments.watch_adapters,
             ),
+            log=LogConfig(arguments.log_level, arguments.log_format),
         ),
         api=ApiConfig(
             host=arguments.host,

@@ -14,6 +14,8 @@ from loraplex_server.errors import InvalidArgumentError
 QUANTIZATIONS = ("nf4", "int4", "none")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
 KERNELS = ("auto", "torch", "triton")
 ADAPTER_DEVICE_DTYPES = ("auto", "int8")
 
@@ -227,12 +229,25 @@ class ApiConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """The log on stderr, of the server and its engine alike."""
+
+    level: str = "info"
+    format: str = "text"
+
+    def __post_init__(self) -> None:
+        _one_of("log_level", self.level, LOG_LEVELS)
+        _one_of("log_format", self.format, LOG_FORMATS)
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """All that the engine process needs to know."""
 
     model: ModelConfig
     scheduler: SchedulerConfig = SchedulerConfig()
     adapters: AdapterConfig = AdapterConfig()
+    log: LogConfig = LogConfig()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from loraplex_server.core.request import Request
 from loraplex_server.engine.messages import EngineInfo, Stats, Times
+from loraplex_server.gateway_metrics import GatewayCollector
 
 _MAX_ADAPTER_LABELS = 1000
 # No adapter's name has parentheses.
@@ -28,6 +29,8 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._adapter_labels: set[str] = set()
+        self._gateway = GatewayCollector()
+        self.registry.register(self._gateway)
 
         self._build = Info("loraplex_build", "What runs here.", registry=self.registry)
         self._waiting = self._gauge("loraplex_requests_waiting", "Requests in the queue.")
@@ -139,6 +142,7 @@ class Metrics:
                 "kernels": info.kernels,
             }
         )
+        self._gateway.set_info(info)
         self._kv_blocks.set(info.kv_blocks)
         self._adapter_capacity.labels("device").set(info.adapter_device_bytes)
         self._adapter_capacity.labels("host").set(info.adapter_host_bytes)
@@ -175,6 +179,7 @@ class Metrics:
         self._adapters_resident.labels("host").set(len(stats.adapters_on_host))
         self._adapter_hits.inc(stats.adapter_hits)
         self._adapter_misses.inc(stats.adapter_misses)
+        self._gateway.observe(stats)
 
     def observe_first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)

@@ -45,6 +45,7 @@ on the machine that has the model (pip install 'loraplex[server]'):
 against a running server:
   generate              continue a prompt
   adapters              list, load, unload, pin adapters
+  top                   watch queue, batch, tokens a second, and where the adapters are
   model                 show the base model and the server's limits
 
   token                 make a bearer token for a server's --token-file

@@ -148,6 +148,8 @@ class Engine:
             integrity_problems=len(self._audit.problems),
             weights_ok=self._audit.weights_ok,
             audits=self._audit.passes,
+            adapters_running=_adapter_names(self.scheduler.running),
+            adapters_waiting=_adapter_names(self.scheduler.waiting),
         )
 
     def check_integrity(self, call_id: int = 0) -> IntegrityReply:
@@ -271,6 +273,10 @@ class Engine:
         if self._sequences.pop((sequence.client, sequence.request.request_id), None) is not None:
             self.adapters.release(sequence.handles)
         assert sequence.status is Status.FINISHED
+
+
+def _adapter_names(sequences: list[Sequence]) -> tuple[str, ...]:
+    return tuple({handle.name for sequence in sequences for handle in sequence.handles})
 
 
 def _times(sequence: Sequence, now_s: float) -> Times:

@@ -29,7 +29,12 @@ class Hello(_Message, frozen=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What the engine serves; fixed for its lifetime."""
+    """What the engine serves; fixed for its lifetime.
+
+    Attributes:
+        max_adapters_on_device: the operator's cap, 0 for none.
+        adapter_slots: most adapters on the device at once, whether by cap, room or tables.
+    """
 
     model: str
     architecture: str
@@ -49,6 +54,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     adapter_device_bytes: int
     adapter_host_bytes: int
     max_adapters_on_device: int
+    adapter_slots: int
     eos_token_ids: tuple[int, ...]
 
 
@@ -226,6 +232,8 @@ class Stats(_Message, frozen=True):
         integrity_problems: found by the last audit of the pools, which runs when the engine is idle.
         weights_ok: the base weights had their checksum in the last audit.
         audits: completed since the start.
+        adapters_running: names of the adapters that running requests use, each once.
+        adapters_waiting: those that waiting requests name.
     """
 
     steps: tuple[StepRecord, ...]
@@ -244,6 +252,8 @@ class Stats(_Message, frozen=True):
     integrity_problems: int = 0
     weights_ok: bool = True
     audits: int = 0
+    adapters_running: tuple[str, ...] = ()
+    adapters_waiting: tuple[str, ...] = ()
 
 
 FromEngine = Welcome | Tokens | Failed | AdapterReply | IntegrityReply | Stats
