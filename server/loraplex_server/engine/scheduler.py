@@ -230,7 +230,7 @@ class Scheduler:
         return readiness
 
     def _take_blocks(self, sequence: Sequence) -> bool:
-        """Blocks for all known tokens of a sequence that holds none; False and nothing taken if too few are free.
+        """Blocks for all known tokens of a sequence without any; False, and none taken, if too few are free.
 
         What is cached of the tokens' beginning is taken from there, and counts as computed.
         """
