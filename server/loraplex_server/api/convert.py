@@ -111,11 +111,13 @@ def to_request(
     limits: Limits,
     *,
     request_id: str,
+    tenant: str,
     deadline_s: float | None,
 ) -> Request:
     """The request that a checked message and its tokenised prompt make.
 
     Args:
+        tenant: who called.
         deadline_s: `time.time()` after which the answer is of no use.
 
     Raises:
@@ -147,6 +149,7 @@ def to_request(
         adapters=tuple(
             AdapterUse(use.adapter, use.weight if use.HasField("weight") else 1.0) for use in message.adapters
         ),
+        tenant=tenant,
         priority=message.priority,
         deadline_s=deadline_s,
         cache_prefix=message.cache_prefix if message.HasField("cache_prefix") else True,
