@@ -110,6 +110,13 @@ def build_parser() -> argparse.ArgumentParser:
         group, "--kv-cache-bytes", scheduler.kv_cache_bytes, "memory of the KV cache; 0 picks what is needed"
     )
     _count(group, "--kv-block-size", scheduler.kv_block_size, "tokens in a block of the KV cache")
+    _choice(
+        group,
+        "--prefix-cache",
+        ("on", "off"),
+        "on" if scheduler.prefix_cache else "off",
+        "keep the KV of prompts and answers, as room allows, for requests that begin alike",
+    )
     _seconds(
         group,
         "--max-adapter-wait",
@@ -241,6 +248,7 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 max_model_len=arguments.max_model_len,
                 kv_cache_bytes=arguments.kv_cache_bytes,
                 kv_block_size=arguments.kv_block_size,
+                prefix_cache=arguments.prefix_cache == "on",
                 max_adapter_wait_s=arguments.max_adapter_wait,
             ),
             adapters=AdapterConfig(

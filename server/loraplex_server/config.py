@@ -93,6 +93,7 @@ class SchedulerConfig:
         max_queue: requests that may wait; more are refused with RESOURCE_EXHAUSTED.
         max_model_len: prompt and answer together; 0 takes the model's own limit.
         kv_cache_bytes: 0 takes what `max_num_requests` of moderate length need, within reason.
+        prefix_cache: keep keys and values of answered requests for others that begin alike.
         max_adapter_wait_s: a request that has waited this long for its adapters is overtaken no
             more by younger requests that need adapters too.
     """
@@ -103,6 +104,7 @@ class SchedulerConfig:
     max_model_len: int = 0
     kv_cache_bytes: int = 0
     kv_block_size: int = 16
+    prefix_cache: bool = True
     max_adapter_wait_s: float = 1.0
 
     def __post_init__(self) -> None:

@@ -293,7 +293,8 @@ def _generate(args: argparse.Namespace) -> int:
         print()
     if args.stats and chunk and chunk.usage and chunk.timing:
         print(
-            f"{chunk.usage.prompt_tokens} + {chunk.usage.completion_tokens} tokens in "
+            f"{chunk.usage.prompt_tokens} ({chunk.usage.cached_prompt_tokens} cached) + "
+            f"{chunk.usage.completion_tokens} tokens in "
             f"{chunk.timing.total_seconds:.3f} s, the first after "
             f"{chunk.timing.time_to_first_token_seconds:.3f} s; ended by {chunk.finish_reason}",
             file=sys.stderr,

@@ -152,6 +152,7 @@ def to_request(
         tenant=tenant,
         priority=message.priority,
         deadline_s=deadline_s,
+        cache_prefix=message.cache_prefix if message.HasField("cache_prefix") else True,
     )
 
 
@@ -198,7 +199,11 @@ def to_finish(
     times = finish.times
     return generation_pb2.Finish(
         reason=_FINISH_REASONS[finish.reason],
-        usage=generation_pb2.Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens),
+        usage=generation_pb2.Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            cached_prompt_tokens=times.cached_prompt_tokens if times else 0,
+        ),
         timing=generation_pb2.Timing(
             queue_seconds=times.queue_s if times else 0.0,
             adapter_wait_seconds=times.adapter_wait_s if times else 0.0,
