@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from loraplex_server import log
+from loraplex_server import log, settings
 from loraplex_server.config import (
     ADAPTER_DEVICE_DTYPES,
     DEVICES,
@@ -46,11 +46,28 @@ SIZE is bytes, or a number with a unit: 512MiB, 2GB, 1.5g.
       --tls-certificate tls.crt --tls-key tls.key"""
 
 
+_CONFIG_DESCRIPTION = """\
+Shows or checks the configuration that `loraplex serve` would run with, from the same flags, environment and
+file. Every flag of `loraplex serve --help` is a setting:
+
+  --max-batch-tokens 512                      on the command line, which beats
+  LORAPLEX_SERVE_MAX_BATCH_TOKENS=512         in the environment, which beats
+  max_batch_tokens = 512                      in the TOML file of --config (or LORAPLEX_SERVE_CONFIG)
+
+Flags that may be repeated are arrays in the file, and separated by commas in the environment. What is called
+like no flag is an error."""
+
+_CONFIG_EPILOG = """\
+  loraplex config show --model ./llama > loraplex.toml     every setting with its default, to begin from
+  loraplex config check --config loraplex.toml             is it right? exit code 2 says no, and why
+  loraplex config show --changed --config loraplex.toml    what differs from the defaults, and why"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server; `argv` is what follows `loraplex serve`. Returns the exit code."""
     parser = build_parser()
-    arguments = parser.parse_args(argv)
     try:
+        arguments, _ = settings.resolve(parser, sys.argv[1:] if argv is None else argv, os.environ)
         config = to_config(arguments)
     except ServerError as error:
         parser.error(str(error))
@@ -60,6 +77,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     from loraplex_server.api.app import serve
 
     return asyncio.run(serve(config))
+
+
+def config_main(argv: Sequence[str] | None = None) -> int:
+    """`loraplex config`: shows or checks what `loraplex serve` would run with; starts nothing."""
+    parser = argparse.ArgumentParser(
+        prog="loraplex config",
+        usage="loraplex config {show,check} [--changed] [flags of loraplex serve]",
+        description=_CONFIG_DESCRIPTION,
+        epilog=_CONFIG_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("action", choices=("show", "check"))
+    parser.add_argument("--changed", action="store_true", help="show only what is not the default")
+    own, flags = parser.parse_known_args(argv)
+    serve = build_parser()
+    serve.prog, serve.usage = parser.prog, parser.usage
+    try:
+        arguments, origins = settings.resolve(serve, flags, os.environ)
+        to_config(arguments)
+    except ServerError as error:
+        serve.error(str(error))
+    if own.action == "show":
+        print(settings.to_toml(arguments, origins, all_values=not own.changed))
+    else:
+        print("the configuration is right")
+    return 0
 
 
 def hide_torch() -> None:
@@ -82,6 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    settings.add_config_flag(parser)
 
     group = parser.add_argument_group("base model")
     group.add_argument("--model", required=True, metavar="PATH|HUB_ID", help="a Hugging Face checkpoint")
@@ -188,10 +233,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("serving")
-    group.add_argument("--host", default=api.host, help="address to listen on (default: %(default)s)")
+    group.add_argument("--host", default=api.host, help=f"address to listen on (default: {api.host})")
     _count(group, "--port", api.port, "gRPC port; 0 picks a free one")
     group.add_argument(
-        "--metrics-host", default=api.metrics_host, help="address of the metrics (default: %(default)s)"
+        "--metrics-host",
+        default=api.metrics_host,
+        help=f"address of the metrics (default: {api.metrics_host})",
     )
     _count(group, "--metrics-port", api.metrics_port, "Prometheus port; 0 picks a free one, -1 is none")
     _size(group, "--max-message-bytes", api.max_message_bytes, "longest gRPC message")
