@@ -57,6 +57,16 @@ class Metrics:
         self._kv_ratio = self._gauge("loraplex_kv_cache_usage_ratio", "KV blocks in use, of all, 0 to 1.")
         self._kv_blocks = self._gauge("loraplex_kv_cache_blocks", "KV blocks there are.")
         self._kv_used = self._gauge("loraplex_kv_cache_blocks_used", "KV blocks that requests hold.")
+        self._kv_cached = self._gauge(
+            "loraplex_kv_cache_blocks_cached",
+            "KV blocks that no request holds and whose content a later one can have.",
+        )
+        self._prefix_queries = self._counter(
+            "loraplex_prefix_cache_queries_tokens", "Prompt tokens looked up in the prefix cache."
+        )
+        self._prefix_hits = self._counter(
+            "loraplex_prefix_cache_hits_tokens", "Prompt tokens found in the prefix cache and not computed."
+        )
         self._problems = self._gauge(
             "loraplex_integrity_problems", "Broken invariants of the pools in the last audit; 0 is right."
         )
@@ -166,6 +176,9 @@ class Metrics:
         self._kv_blocks.set(stats.kv_blocks)
         self._kv_ratio.set(stats.kv_blocks_used / max(1, stats.kv_blocks))
         self._kv_used.set(stats.kv_blocks_used)
+        self._kv_cached.set(stats.kv_blocks_cached)
+        self._prefix_queries.inc(stats.prefix_queries)
+        self._prefix_hits.inc(stats.prefix_hits)
         self._problems.set(stats.integrity_problems)
         self._weights_ok.set(stats.weights_ok)
         self._audits.set(stats.audits)

@@ -68,6 +68,8 @@ class Engine:
         self._hits = self._misses = 0
         # Names of adapters whose unloading waits no longer than until then.
         self._drains: dict[object, tuple[str, float]] = {}
+        self._prefix_cache = config.scheduler.prefix_cache
+        self._prefix_queries = self._prefix_hits = 0
         self._audit = Audit(self._problems, runner.weight_checksum, info.weight_checksum)
 
     @property
@@ -154,6 +156,10 @@ class Engine:
         adapters = self.adapters
         hits, misses = adapters.hits - self._hits, adapters.misses - self._misses
         self._hits, self._misses = adapters.hits, adapters.misses
+        scheduler = self.scheduler
+        prefix_queries = scheduler.prefix_queries - self._prefix_queries
+        prefix_hits = scheduler.prefix_hits - self._prefix_hits
+        self._prefix_queries, self._prefix_hits = scheduler.prefix_queries, scheduler.prefix_hits
         return Stats(
             steps=steps,
             swaps=tuple(adapters.drain_swaps()),
@@ -171,6 +177,9 @@ class Engine:
             integrity_problems=len(self._audit.problems),
             weights_ok=self._audit.weights_ok,
             audits=self._audit.passes,
+            kv_blocks_cached=self._blocks.num_cached,
+            prefix_queries=prefix_queries,
+            prefix_hits=prefix_hits,
         )
 
     def check_integrity(self, call_id: int = 0) -> IntegrityReply:
@@ -226,7 +235,7 @@ class Engine:
             )
         weights = [use.weight for use in request.adapters]
         handles = self.adapters.resolve(names, weights)
-        sequence = Sequence(request, client, handles)
+        sequence = Sequence(request, client, handles, caches=self._prefix_cache and request.cache_prefix)
         if sequence.num_prompt >= limit:
             self.adapters.release(handles)
             raise InvalidArgumentError.field(
@@ -317,4 +326,5 @@ def _times(sequence: Sequence, now_s: float) -> Times:
         first_token_s=(sequence.first_token_s or now_s) - arrival_s,
         total_s=now_s - arrival_s,
         preemptions=sequence.preemptions,
+        cached_prompt_tokens=sequence.cached_prompt_tokens,
     )

@@ -121,13 +121,18 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Times(msgspec.Struct, frozen=True):
-    """Seconds since the engine received the request."""
+    """Seconds since the engine received the request.
+
+    Attributes:
+        cached_prompt_tokens: not computed, since their keys and values were in the prefix cache.
+    """
 
     queue_s: float
     adapter_wait_s: float
     first_token_s: float
     total_s: float
     preemptions: int
+    cached_prompt_tokens: int = 0
 
 
 class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -234,6 +239,9 @@ class Stats(_Message, frozen=True):
         integrity_problems: found by the last audit of the pools, which runs when the engine is idle.
         weights_ok: the base weights had their checksum in the last audit.
         audits: completed since the start.
+        kv_blocks_cached: blocks that no request holds and a later one may find its prompt in.
+        prefix_queries: prompt tokens that were looked up in the prefix cache.
+        prefix_hits: how many of them were there.
     """
 
     steps: tuple[StepRecord, ...]
@@ -252,6 +260,9 @@ class Stats(_Message, frozen=True):
     integrity_problems: int = 0
     weights_ok: bool = True
     audits: int = 0
+    kv_blocks_cached: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
 
 
 FromEngine = Welcome | Tokens | Failed | AdapterReply | IntegrityReply | Stats
