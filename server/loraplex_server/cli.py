@@ -189,6 +189,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _count(
         group,
+        "--max-pinned-adapters",
+        adapters.max_pinned,
+        "a cap on pinned ones beyond being fewer than the slots; 0 is none",
+    )
+    _count(
+        group,
         "--max-adapters-per-request",
         adapters.max_per_request,
         "most adapters that one request may name",
@@ -198,7 +204,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=adapters.watch_s,
         metavar="S",
-        help="every S seconds, register what came to --adapters and unload what went (default: 0, never)",
+        help="every S seconds, follow what came to, changed in and went from --adapters (default: 0, never)",
     )
 
     group = parser.add_argument_group("adapters from elsewhere")
@@ -305,6 +311,7 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 device_dtype=arguments.adapter_device_dtype,
                 host_bytes=arguments.adapter_host_bytes,
                 max_on_device=arguments.max_adapters_on_device,
+                max_pinned=arguments.max_pinned_adapters,
                 max_per_request=arguments.max_adapters_per_request,
                 sources=tuple(arguments.adapter_source),
                 cache_dir=arguments.adapter_cache_dir,

@@ -128,6 +128,7 @@ class AdapterConfig:
             activations, "int8" takes less room and is less exact.
         host_bytes: room for adapters in host memory.
         max_on_device: a cap on their number beyond the bytes; 0 is none.
+        max_pinned: most adapters pinned at once; 0 is one fewer than the slots, which is the most.
         max_per_request: most adapters that one request may name.
         sources: prefixes of addresses from which adapters may be downloaded; none, and none are.
         cache_dir: where downloads are kept; None is the user's cache folder.
@@ -144,6 +145,7 @@ class AdapterConfig:
     device_bytes: int = 256 << 20
     host_bytes: int = 1 << 30
     max_on_device: int = 0
+    max_pinned: int = 0
     max_per_request: int = 8
     device_dtype: str = "auto"
     sources: tuple[str, ...] = ()
@@ -160,6 +162,7 @@ class AdapterConfig:
         _at_least("device_bytes", self.device_bytes, 1)
         _at_least("host_bytes", self.host_bytes, 1)
         _at_least("max_on_device", self.max_on_device, 0)
+        _at_least("max_pinned", self.max_pinned, 0)
         _at_least("max_per_request", self.max_per_request, 1)
         _at_least("cache_bytes", self.cache_bytes, 1)
         _at_least("download_max_bytes", self.download_max_bytes, 1)
