@@ -29,7 +29,7 @@ class Hello(_Message, frozen=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What the engine serves; fixed for its lifetime."""
+    """What the engine serves; fixed for its lifetime. `memory`: name and bytes of each part of the plan."""
 
     model: str
     architecture: str
@@ -50,6 +50,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     adapter_host_bytes: int
     max_adapters_on_device: int
     eos_token_ids: tuple[int, ...]
+    memory: tuple[tuple[str, int], ...] = ()
 
 
 class Welcome(_Message, frozen=True):
