@@ -16,16 +16,20 @@ from loraplex_server.config import (
     DTYPES,
     KERNELS,
     KV_CACHE_DTYPES,
+    LOG_FORMATS,
+    LOG_LEVELS,
     QUANTIZATIONS,
     AdapterConfig,
     ApiConfig,
     EngineConfig,
+    LogConfig,
     ModelConfig,
     SchedulerConfig,
     ServerConfig,
+    TlsFiles,
     parse_size,
 )
-from loraplex_server.errors import ServerError
+from loraplex_server.errors import InvalidArgumentError, ServerError
 
 EXIT_USAGE = 2
 
@@ -38,7 +42,9 @@ _EPILOG = """\
 SIZE is bytes, or a number with a unit: 512MiB, 2GB, 1.5g.
 
   loraplex serve --model ./llama --adapters ./adapters
-  loraplex serve --model ./llama --quantization int4 --device cpu --port 0 --metrics-port -1"""
+  loraplex serve --model ./llama --quantization int4 --device cpu --port 0 --metrics-port -1
+  loraplex serve --model ./llama --host 0.0.0.0 --token-file tokens \\
+      --tls-certificate tls.crt --tls-key tls.key"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = to_config(arguments)
     except ServerError as error:
         parser.error(str(error))
-    log.configure(arguments.log_level)
+    log.configure(config.engine.log)
     hide_torch()
     # Here, not above: `--help` should not wait for gRPC and a tokenizer library.
     from loraplex_server.api.app import serve
@@ -69,7 +75,7 @@ def hide_torch() -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Every option with its help and its default, which is the configuration's own."""
     model, scheduler = ModelConfig(model=""), SchedulerConfig()
-    adapters, api = AdapterConfig(), ApiConfig()
+    adapters, api, logs = AdapterConfig(), ApiConfig(), LogConfig()
     parser = argparse.ArgumentParser(
         prog="loraplex serve",
         description=_DESCRIPTION,
@@ -123,6 +129,13 @@ def build_parser() -> argparse.ArgumentParser:
         "type of the KV cache; auto is that of the activations, fp8 saves room and is less exact",
     )
     _count(group, "--kv-block-size", scheduler.kv_block_size, "tokens in a block of the KV cache")
+    _choice(
+        group,
+        "--prefix-cache",
+        ("on", "off"),
+        "on" if scheduler.prefix_cache else "off",
+        "keep the KV of prompts and answers, as room allows, for requests that begin alike",
+    )
     _seconds(
         group,
         "--max-adapter-wait",
@@ -196,10 +209,37 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("serving")
     group.add_argument("--host", default=api.host, help="address to listen on (default: %(default)s)")
     _count(group, "--port", api.port, "gRPC port; 0 picks a free one")
+    group.add_argument(
+        "--metrics-host", default=api.metrics_host, help="address of the metrics (default: %(default)s)"
+    )
     _count(group, "--metrics-port", api.metrics_port, "Prometheus port; 0 picks a free one, -1 is none")
     _size(group, "--max-message-bytes", api.max_message_bytes, "longest gRPC message")
     _seconds(group, "--drain-seconds", api.drain_s, "time that running calls have after SIGTERM")
-    _choice(group, "--log-level", log.LEVELS, "info", "least severe lines of the log, which goes to stderr")
+    _seconds(
+        group,
+        "--max-connection-age",
+        api.max_connection_age_s,
+        "connections older than this are asked to come anew, calls under way go on; 0 is never",
+    )
+    group.add_argument("--no-reflection", action="store_true", help="clients may not list the services")
+    _choice(group, "--log-level", LOG_LEVELS, logs.level, "least severe lines of the log on stderr")
+    _choice(group, "--log-format", LOG_FORMATS, logs.format, "json is one object a line, for collectors")
+
+    group = parser.add_argument_group("who may call")
+    _file(group, "--tls-certificate", "PEM certificate chain of this server; read again when it changes")
+    _file(group, "--tls-key", "its PEM key, without a password")
+    _file(group, "--tls-client-ca", "clients need a certificate that an authority in this PEM file signed")
+    _file(
+        group,
+        "--token-file",
+        "clients need a bearer token whose hash is in this file (see loraplex token --help); read again when "
+        "it changes",
+    )
+    group.add_argument(
+        "--allow-insecure",
+        action="store_true",
+        help="listen without TLS on an address that other machines reach",
+    )
     return parser
 
 
@@ -229,6 +269,7 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 kv_cache_dtype=arguments.kv_cache_dtype,
                 gpu_memory_utilization=arguments.gpu_memory_utilization,
                 kv_block_size=arguments.kv_block_size,
+                prefix_cache=arguments.prefix_cache == "on",
                 max_adapter_wait_s=arguments.max_adapter_wait,
             ),
             adapters=AdapterConfig(
@@ -248,15 +289,31 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 extra_files=tuple(arguments.adapter_extra_file),
                 watch_s=arguments.watch_adapters,
             ),
+            log=LogConfig(arguments.log_level, arguments.log_format),
         ),
         api=ApiConfig(
             host=arguments.host,
             port=arguments.port,
+            metrics_host=arguments.metrics_host,
             metrics_port=arguments.metrics_port,
             drain_s=arguments.drain_seconds,
             max_message_bytes=arguments.max_message_bytes,
+            tls=_tls(arguments),
+            token_file=arguments.token_file,
+            allow_insecure=arguments.allow_insecure,
+            reflection=not arguments.no_reflection,
+            max_connection_age_s=arguments.max_connection_age,
         ),
     )
+
+
+def _tls(arguments: argparse.Namespace) -> TlsFiles | None:
+    certificate, key, client_ca = arguments.tls_certificate, arguments.tls_key, arguments.tls_client_ca
+    if certificate is not None and key is not None:
+        return TlsFiles(certificate, key, client_ca)
+    if certificate is not None or key is not None or client_ca is not None:
+        raise InvalidArgumentError.field("tls", "give both --tls-certificate and --tls-key")
+    return None
 
 
 def _choice(
@@ -286,6 +343,10 @@ def _folders(group: argparse._ArgumentGroup, flag: str, help_text: str) -> None:
     group.add_argument(
         flag, type=_folder, action="append", default=[], metavar="DIR", help=f"{help_text}; may be repeated"
     )
+
+
+def _file(group: argparse._ArgumentGroup, flag: str, help_text: str) -> None:
+    group.add_argument(flag, type=Path, default=None, metavar="FILE", help=help_text)
 
 
 def _texts(group: argparse._ArgumentGroup, flag: str, metavar: str, help_text: str) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from loraplex_server import log
 from loraplex_server.api.tokenizer import Tokenizer
 from loraplex_server.cli import build_parser, main, to_config
 from loraplex_server.config import EngineConfig, ModelConfig, ServerConfig
@@ -131,28 +128,3 @@ def test_the_api_process_does_without_torch(checkpoint: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == repr(Tokenizer.load(str(checkpoint)).decode([40, 41]))
-
-
-@pytest.fixture
-def _root_logger() -> Iterator[None]:
-    root, package = logging.getLogger(), logging.getLogger("loraplex_server")
-    handlers, level, package_level = root.handlers[:], root.level, package.level
-    root.handlers[:] = []
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    package.setLevel(package_level)
-
-
-@pytest.mark.usefixtures("_root_logger")
-def test_the_log_goes_to_stderr_and_names_the_request(capsys: pytest.CaptureFixture[str]) -> None:
-    log.configure("info")
-    token = log.request_id.set("req-7")
-    logging.getLogger("loraplex_server.api").info("something happened")
-    logging.getLogger("loraplex_server.api").debug("too fine")
-    logging.getLogger("elsewhere").info("not ours")
-    log.request_id.reset(token)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    [line] = captured.err.splitlines()
-    assert line.endswith("I loraplex_server.api [req-7] something happened")

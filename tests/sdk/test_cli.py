@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -61,7 +62,7 @@ def command(server: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 def test_generate_streams_to_stdout(command: Command, server: Any) -> None:
     code, out, err = command("generate", "Hallo", "--stats")
     assert (code, out) == (0, "Grüße\n")
-    assert err == "4 + 3 tokens in 2.000 s, the first after 0.000 s; ended by stop\n"
+    assert err == "4 (0 cached) + 3 tokens in 2.000 s, the first after 0.000 s; ended by stop\n"
     assert server.requests[0] == generation_pb2.GenerateRequest(text="Hallo")
 
 
@@ -135,6 +136,18 @@ def test_model(command: Command) -> None:
     assert re.search(r"^name +tiny$", out, re.MULTILINE)
     assert re.search(r"^parameters +1,600,000$", out, re.MULTILINE)
     assert json.loads(command("model", "--json")[1])["parameters"] == 1_600_000
+
+
+def test_token_makes_a_line_for_the_server_and_a_secret_for_the_caller(command: Command) -> None:
+    code, out, err = command("token", "alice@acme")
+    assert code == 0
+    line = re.fullmatch(r"alice@acme sha256:([0-9a-f]{64})\n", out)
+    secret = re.fullmatch(r"the token of alice@acme, shown this once: (\S{43})\n", err)
+    assert line is not None
+    assert secret is not None
+    assert line[1] == hashlib.sha256(secret[1].encode()).hexdigest()
+    assert command("token", "alice@acme")[1] != out
+    assert command("token", "two words")[0] == 2
 
 
 def test_version(command: Command) -> None:

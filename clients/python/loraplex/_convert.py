@@ -73,6 +73,8 @@ class GenerateOptions(TypedDict, total=False):
     """0: the chosen tokens' log-probabilities; n: also those of the n most probable tokens."""
     priority: int | None
     """Higher goes first."""
+    cache_prefix: bool | None
+    """False: the prompt is neither taken from nor left in the server's prefix cache."""
     request_id: str | None
     """A name of your own, to find the request in the server's logs."""
 
@@ -93,6 +95,7 @@ def generate_request(
     ignore_eos: bool = False,
     logprobs: int | None = None,
     priority: int | None = None,
+    cache_prefix: bool | None = None,
     request_id: str | None = None,
 ) -> generation_pb2.GenerateRequest:
     """The request as sent. Only types are checked here; what the values may be, the server knows.
@@ -127,6 +130,7 @@ def generate_request(
     assign(request.stopping, "ignore_eos", ignore_eos or None)
     assign(request, "logprobs", logprobs)
     assign(request, "priority", priority)
+    assign(request, "cache_prefix", cache_prefix)
     assign(request, "request_id", request_id)
     return request
 
@@ -270,7 +274,7 @@ def finish_reason(value: int) -> FinishReason:
 
 
 def usage(message: generation_pb2.Usage) -> Usage:
-    return Usage(prompt_tokens=message.prompt_tokens, completion_tokens=message.completion_tokens)
+    return Usage(message.prompt_tokens, message.completion_tokens, message.cached_prompt_tokens)
 
 
 def timing(message: generation_pb2.Timing) -> Timing:

@@ -39,6 +39,7 @@ class ExtraCommand:
 
 COMMANDS = {
     "serve": ExtraCommand("loraplex_server.cli", ("server",)),
+    "top": ExtraCommand("loraplex_bench.top", ("bench",)),
     "bench": ExtraCommand("loraplex_bench.cli", ("bench",)),
     "demo": ExtraCommand("loraplex_bench.demo.run", ("server", "bench")),
 }

@@ -33,6 +33,8 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_prompt_tokens: int = 0
+    """The part of the prompt that was not computed, since the server's prefix cache had it."""
 
     @property
     def total_tokens(self) -> int:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
+import re
+import secrets
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -42,8 +45,10 @@ on the machine that has the model (pip install 'loraplex[server]'):
 against a running server:
   generate              continue a prompt
   adapters              list, load, unload, pin adapters
+  top                   watch queue, batch, tokens a second, and where the adapters are
   model                 show the base model and the server's limits
 
+  token                 make a bearer token for a server's --token-file
   version               show the installed version
 """
 
@@ -73,6 +78,17 @@ examples:
   loraplex adapters pin polite                          (keep it on the device)
   loraplex adapters pin polite --off
   loraplex adapters unload polite
+"""
+
+
+TOKEN_DESCRIPTION = """\
+Makes a new random token. The token goes to stderr, once, for the one who calls; the line with its hash
+goes to stdout, for the file of `loraplex serve --token-file`. A server notices a changed file by itself."""
+
+TOKEN_EXAMPLES = """\
+examples:
+  loraplex token alice >> tokens
+  LORAPLEX_TOKEN=... loraplex generate "Dear Sir" --server gpu-box:50051 --tls
 """
 
 
@@ -118,6 +134,16 @@ def parser() -> argparse.ArgumentParser:
     _add_connection(model)
     model.add_argument("--json", action="store_true", help="print JSON")
     model.set_defaults(run=_model)
+
+    token = commands.add_parser(
+        "token",
+        help="make a bearer token for a server's --token-file",
+        description=TOKEN_DESCRIPTION,
+        epilog=TOKEN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    token.add_argument("name", metavar="NAME", help="whose token it is: letters, digits, '.', '_', '-', '@'")
+    token.set_defaults(run=_token)
 
     version = commands.add_parser("version", help="show the installed version")
     version.set_defaults(run=_version)
@@ -267,7 +293,8 @@ def _generate(args: argparse.Namespace) -> int:
         print()
     if args.stats and chunk and chunk.usage and chunk.timing:
         print(
-            f"{chunk.usage.prompt_tokens} + {chunk.usage.completion_tokens} tokens in "
+            f"{chunk.usage.prompt_tokens} ({chunk.usage.cached_prompt_tokens} cached) + "
+            f"{chunk.usage.completion_tokens} tokens in "
             f"{chunk.timing.total_seconds:.3f} s, the first after "
             f"{chunk.timing.time_to_first_token_seconds:.3f} s; ended by {chunk.finish_reason}",
             file=sys.stderr,
@@ -311,6 +338,17 @@ def _model(args: argparse.Namespace) -> int:
         print_table(
             [(name, f"{value:,}" if isinstance(value, int) else value) for name, value in model.items()]
         )
+    return 0
+
+
+def _token(args: argparse.Namespace) -> int:
+    if re.fullmatch(r"[A-Za-z0-9._@-]{1,128}", args.name) is None:
+        raise errors.InvalidRequestError.for_field(
+            "name", f"{args.name!r} has to be 1 to 128 of letters, digits, '.', '_', '-', '@'"
+        )
+    token = secrets.token_urlsafe(32)
+    print(f"{args.name} sha256:{hashlib.sha256(token.encode()).hexdigest()}")
+    print(f"the token of {args.name}, shown this once: {token}", file=sys.stderr)
     return 0
 
 

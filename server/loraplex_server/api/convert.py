@@ -111,11 +111,13 @@ def to_request(
     limits: Limits,
     *,
     request_id: str,
+    tenant: str,
     deadline_s: float | None,
 ) -> Request:
     """The request that a checked message and its tokenised prompt make.
 
     Args:
+        tenant: who called.
         deadline_s: `time.time()` after which the answer is of no use.
 
     Raises:
@@ -147,8 +149,10 @@ def to_request(
         adapters=tuple(
             AdapterUse(use.adapter, use.weight if use.HasField("weight") else 1.0) for use in message.adapters
         ),
+        tenant=tenant,
         priority=message.priority,
         deadline_s=deadline_s,
+        cache_prefix=message.cache_prefix if message.HasField("cache_prefix") else True,
     )
 
 
@@ -195,7 +199,11 @@ def to_finish(
     times = finish.times
     return generation_pb2.Finish(
         reason=_FINISH_REASONS[finish.reason],
-        usage=generation_pb2.Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens),
+        usage=generation_pb2.Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            cached_prompt_tokens=times.cached_prompt_tokens if times else 0,
+        ),
         timing=generation_pb2.Timing(
             queue_seconds=times.queue_s if times else 0.0,
             adapter_wait_seconds=times.adapter_wait_s if times else 0.0,

@@ -115,6 +115,7 @@ def build_engine(
         adapter_device_bytes=config.adapters.device_bytes,
         adapter_host_bytes=config.adapters.host_bytes,
         max_adapters_on_device=config.adapters.max_on_device,
+        adapter_slots=adapters.num_slots,
         eos_token_ids=base.eos_token_ids,
         memory=tuple((part.name, part.num_bytes) for part in plan.parts),
     )

@@ -65,6 +65,8 @@ class Engine:
         self._sequences: dict[tuple[str, str], Sequence] = {}
         self._steps: list[StepRecord] = []
         self._hits = self._misses = 0
+        self._prefix_cache = config.scheduler.prefix_cache
+        self._prefix_queries = self._prefix_hits = 0
         self._audit = Audit(self._problems, runner.weight_checksum, info.weight_checksum)
 
     @property
@@ -131,6 +133,10 @@ class Engine:
         adapters = self.adapters
         hits, misses = adapters.hits - self._hits, adapters.misses - self._misses
         self._hits, self._misses = adapters.hits, adapters.misses
+        scheduler = self.scheduler
+        prefix_queries = scheduler.prefix_queries - self._prefix_queries
+        prefix_hits = scheduler.prefix_hits - self._prefix_hits
+        self._prefix_queries, self._prefix_hits = scheduler.prefix_queries, scheduler.prefix_hits
         return Stats(
             steps=steps,
             swaps=tuple(adapters.drain_swaps()),
@@ -148,6 +154,11 @@ class Engine:
             integrity_problems=len(self._audit.problems),
             weights_ok=self._audit.weights_ok,
             audits=self._audit.passes,
+            adapters_running=_adapter_names(self.scheduler.running),
+            adapters_waiting=_adapter_names(self.scheduler.waiting),
+            kv_blocks_cached=self._blocks.num_cached,
+            prefix_queries=prefix_queries,
+            prefix_hits=prefix_hits,
         )
 
     def check_integrity(self, call_id: int = 0) -> IntegrityReply:
@@ -203,7 +214,7 @@ class Engine:
             )
         weights = [use.weight for use in request.adapters]
         handles = self.adapters.resolve(names, weights)
-        sequence = Sequence(request, client, handles)
+        sequence = Sequence(request, client, handles, caches=self._prefix_cache and request.cache_prefix)
         if sequence.num_prompt >= limit:
             self.adapters.release(handles)
             raise InvalidArgumentError.field(
@@ -273,6 +284,10 @@ class Engine:
         assert sequence.status is Status.FINISHED
 
 
+def _adapter_names(sequences: list[Sequence]) -> tuple[str, ...]:
+    return tuple({handle.name for sequence in sequences for handle in sequence.handles})
+
+
 def _times(sequence: Sequence, now_s: float) -> Times:
     arrival_s = sequence.arrival_s
     first_scheduled_s = sequence.first_scheduled_s or now_s
@@ -282,4 +297,5 @@ def _times(sequence: Sequence, now_s: float) -> Times:
         first_token_s=(sequence.first_token_s or now_s) - arrival_s,
         total_s=now_s - arrival_s,
         preemptions=sequence.preemptions,
+        cached_prompt_tokens=sequence.cached_prompt_tokens,
     )

@@ -29,7 +29,13 @@ class Hello(_Message, frozen=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What the engine serves; fixed for its lifetime. `memory`: name and bytes of each part of the plan."""
+    """What the engine serves; fixed for its lifetime.
+
+    Attributes:
+        max_adapters_on_device: the operator's cap, 0 for none.
+        adapter_slots: most adapters on the device at once, whether by cap, room or tables.
+        memory: name and bytes of each part of the memory plan.
+    """
 
     model: str
     architecture: str
@@ -49,6 +55,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     adapter_device_bytes: int
     adapter_host_bytes: int
     max_adapters_on_device: int
+    adapter_slots: int
     eos_token_ids: tuple[int, ...]
     memory: tuple[tuple[str, int], ...] = ()
 
@@ -114,13 +121,18 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Times(msgspec.Struct, frozen=True):
-    """Seconds since the engine received the request."""
+    """Seconds since the engine received the request.
+
+    Attributes:
+        cached_prompt_tokens: not computed, since their keys and values were in the prefix cache.
+    """
 
     queue_s: float
     adapter_wait_s: float
     first_token_s: float
     total_s: float
     preemptions: int
+    cached_prompt_tokens: int = 0
 
 
 class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -227,6 +239,11 @@ class Stats(_Message, frozen=True):
         integrity_problems: found by the last audit of the pools, which runs when the engine is idle.
         weights_ok: the base weights had their checksum in the last audit.
         audits: completed since the start.
+        adapters_running: names of the adapters that running requests use, each once.
+        adapters_waiting: those that waiting requests name.
+        kv_blocks_cached: blocks that no request holds and a later one may find its prompt in.
+        prefix_queries: prompt tokens that were looked up in the prefix cache.
+        prefix_hits: how many of them were there.
     """
 
     steps: tuple[StepRecord, ...]
@@ -245,6 +262,11 @@ class Stats(_Message, frozen=True):
     integrity_problems: int = 0
     weights_ok: bool = True
     audits: int = 0
+    adapters_running: tuple[str, ...] = ()
+    adapters_waiting: tuple[str, ...] = ()
+    kv_blocks_cached: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
 
 
 FromEngine = Welcome | Tokens | Failed | AdapterReply | IntegrityReply | Stats
