@@ -15,6 +15,7 @@ from loraplex_server.config import (
     DEVICES,
     DTYPES,
     KERNELS,
+    KV_CACHE_DTYPES,
     LOG_FORMATS,
     LOG_LEVELS,
     QUANTIZATIONS,
@@ -151,8 +152,26 @@ def build_parser() -> argparse.ArgumentParser:
         scheduler.max_model_len,
         "tokens of prompt and answer together; 0 is the model's own limit",
     )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=scheduler.gpu_memory_utilization,
+        metavar="F",
+        help="share of the GPU's memory for weights, steps, adapters and the KV cache, and for whatever else "
+        "is on it (default: %(default)g)",
+    )
     _size(
-        group, "--kv-cache-bytes", scheduler.kv_cache_bytes, "memory of the KV cache; 0 picks what is needed"
+        group,
+        "--kv-cache-bytes",
+        scheduler.kv_cache_bytes,
+        "memory of the KV cache; 0 takes what is left on a GPU, what is needed on a CPU",
+    )
+    _choice(
+        group,
+        "--kv-cache-dtype",
+        KV_CACHE_DTYPES,
+        scheduler.kv_cache_dtype,
+        "type of the KV cache; auto is that of the activations, fp8 saves room and is less exact",
     )
     _count(group, "--kv-block-size", scheduler.kv_block_size, "tokens in a block of the KV cache")
     _choice(
@@ -300,6 +319,8 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 max_queue=arguments.max_queue,
                 max_model_len=arguments.max_model_len,
                 kv_cache_bytes=arguments.kv_cache_bytes,
+                kv_cache_dtype=arguments.kv_cache_dtype,
+                gpu_memory_utilization=arguments.gpu_memory_utilization,
                 kv_block_size=arguments.kv_block_size,
                 prefix_cache=arguments.prefix_cache == "on",
                 max_adapter_wait_s=arguments.max_adapter_wait,

@@ -34,6 +34,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     Attributes:
         max_adapters_on_device: the operator's cap, 0 for none.
         adapter_slots: most adapters on the device at once, whether by cap, room or tables.
+        memory: name and bytes of each part of the memory plan.
     """
 
     model: str
@@ -56,6 +57,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_adapters_on_device: int
     adapter_slots: int
     eos_token_ids: tuple[int, ...]
+    memory: tuple[tuple[str, int], ...] = ()
 
 
 class Welcome(_Message, frozen=True):
