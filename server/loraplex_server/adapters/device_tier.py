@@ -104,8 +104,9 @@ class DeviceTier:
     def place(self, missing: Sequence[Record], keep: Iterable[Record] = ()) -> bool:
         """Gives each record, all without a slot yet, a slot and an extent; all or none.
 
-        Idle adapters that are not in `keep` are evicted as far as needed, and extents are moved together
-        where the free room is in pieces. False can mean that an extent being filled is in the way.
+        Idle adapters that are not in `keep` are evicted as far as needed, those last that nothing could bring
+        back, and extents are moved together where the free room is in pieces. False can mean that an extent
+        being filled is in the way.
         """
         kept = set(keep)
         idle = [r for r in self._placed if r.resident and not r.wanted_on_device and r not in kept]
@@ -114,9 +115,9 @@ class DeviceTier:
             return False
         if len(self._free_slots) + len(idle) < len(missing):
             return False
-        idle.sort(key=lambda record: (record.references > 0, record.heat), reverse=True)
+        idle.sort(key=_worth)
         while self._arena.free_units < units or len(self._free_slots) < len(missing):
-            victim = idle.pop()
+            victim = idle.pop(0)
             victim.evictions += 1
             self.vacate(victim)
             self._evicted(victim)
@@ -207,6 +208,11 @@ class DeviceTier:
             [record.start + offset for offset in layout.b_offset],
         ]
         return found == expected and int((host.rank[record.slot] > 0).sum()) == len(entries)
+
+
+def _worth(record: Record) -> tuple[bool, bool, float]:
+    """Evicted first is what has the least: what nothing could bring back, or somebody waits for, stays."""
+    return record.irreplaceable and record.blob is None, record.references > 0, record.heat
 
 
 def _carry_out(move: Move, arena: torch.Tensor) -> None:

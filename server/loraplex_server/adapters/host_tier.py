@@ -35,21 +35,29 @@ class HostTier:
         """Sets the bytes of `record` aside for a worker to read it; False if there is no room for it now.
 
         A demand may take any copy that is not on its way to the device; a prefetch only those of adapters
-        that no request holds, so that prefetches do not drive each other out.
+        that no request holds and its own hint does not name, so that prefetches do not drive each other out.
+        Copies that nothing could bring back go last.
         """
         room = self.capacity_bytes - self.used_bytes
         victims: list[Record] = []
         spared: list[Record] = []
+        last: list[Record] = []
         while room < record.host_bytes and len(spared) < _MAX_SPARED:
             candidate = self._copies.pop()
             if candidate is None:
                 break
-            if candidate.copying or (candidate.references and not demanded):
+            kept = candidate.references or (candidate.hint and candidate.hint == record.hint)
+            if candidate.copying or (kept and not demanded):
                 spared.append(candidate)
+            elif candidate.irreplaceable and not candidate.resident:
+                last.append(candidate)
             else:
                 victims.append(candidate)
                 room += candidate.host_bytes
-        for candidate in (*spared, *victims):
+        while room < record.host_bytes and last:
+            victims.append(last.pop(0))
+            room += victims[-1].host_bytes
+        for candidate in (*spared, *last, *victims):
             self._copies.add(candidate)
         if room < record.host_bytes:
             return False
