@@ -31,7 +31,13 @@ from loraplex_server.adapters.effects import (
 )
 from loraplex_server.adapters.manifest import AdapterManifest, refusal
 from loraplex_server.adapters.sources import WEIGHTS_FILE, open_file
-from loraplex_server.adapters.tensor_file import MalformedFileError, TensorInfo, quoted, read_header
+from loraplex_server.adapters.tensor_file import (
+    MalformedFileError,
+    TensorInfo,
+    header_digest,
+    quoted,
+    read_header_bytes,
+)
 from loraplex_server.errors import InternalError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -95,11 +101,10 @@ def read_weights(
     file, size = open_file(manifest.folder, WEIGHTS_FILE, roots)
     try:
         with file:
-            header = read_header(file, size)
-            if header.digest != manifest.header.digest:
+            header, header_bytes = manifest.header, read_header_bytes(file, size)
+            if header_digest(header_bytes) != header.digest or size != header.file_bytes:
                 raise MalformedFileError(f"{WEIGHTS_FILE} was changed since it was registered; load it anew")
-            file.seek(0)
-            content.update(_read(file, header.data_begin))
+            content.update(header_bytes)
             for tensor in header.tensors:
                 raw = _read(file, tensor.end - tensor.begin)
                 content.update(raw)
