@@ -16,6 +16,14 @@ _COMMANDS = {
         "loraplex_bench.soak",
         "minutes of hard use with cancellations and crashes, then look for leaks",
     ),
+    "swap-latency": (
+        "loraplex_bench.swap_latency",
+        "what twice as many adapters as slots do to the time to the first token",
+    ),
+    "many-adapters": (
+        "loraplex_bench.many_adapters",
+        "thousands of adapters by Zipf's law through a few slots: answers, memory, throughput, misses",
+    ),
     "side-by-side": (
         "loraplex_bench.side_by_side",
         "compare loraplex with transformers + PEFT on this machine",
