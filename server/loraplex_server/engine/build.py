@@ -46,7 +46,7 @@ def build_engine(
     base = loader.load(config.model, progress=progress)
     device, dtype = base.format.device, base.format.dtype
     kernels = dispatch.backend(device)
-    check_ragged(base)
+    layers = check_ragged(base)
     limit = architecture.longest_context(base.config, config.scheduler.max_model_len)
     registry = SiteRegistry(
         ((p.path, p.in_features, p.out_features) for p in base.projections),
@@ -70,6 +70,7 @@ def build_engine(
         block_size=block_size,
         max_batch_tokens=config.scheduler.max_batch_tokens,
         max_pairs_per_token=config.adapters.max_per_request,
+        layers=layers,
     )
     for folder in config.adapters.folders:
         names = adapters.register_folder(folder)
