@@ -252,7 +252,7 @@ class TestReplay:
     )
     @pytest.mark.parametrize("quantization", ["none", "nf4", "int4"])
     def test_replayed_on_a_gpu(self, steps: Any, quantization: str, dtype: str, tolerance: float) -> None:
-        """Sums may be split otherwise: level (i) 1e-4 in fp32, level (ii) a few roundings in half precision."""
+        """Sums may be split otherwise: (i) 1e-4 in fp32, (ii) a few roundings in half precision."""
         made = steps(quantization=quantization, dtype=dtype)
         made.compare([(5, R6), (9, R7), (14, BOTH)], 0, tolerance)
         made.compare([(30, ()), (2, ()), (9, ()), (1, ())], 1, tolerance)
