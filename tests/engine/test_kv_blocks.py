@@ -30,12 +30,14 @@ def test_random_operations_keep_the_pool_whole(seed: int) -> None:
             case "release" if holders:
                 pool.release(holders.pop(rng.randrange(len(holders))))
             case "key" if holders and (blocks := rng.choice(holders)):
-                pool.set_key(blocks[0], b"key")
+                pool.set_key(blocks[0], pool.key(blocks[0]) or rng.randbytes(1))
         assert pool.check_integrity(holders) == []
         assert pool.num_used == len({block for blocks in holders for block in blocks})
     for blocks in holders:
         pool.release(blocks)
     assert pool.num_free == 20
+    assert pool.check_integrity([]) == []
+    pool.clear()
     assert all(pool.key(block) is None for block in range(20))
 
 

@@ -105,7 +105,10 @@ def _scripted(method: str) -> Answer:
     return handle
 
 
-for _method in ("LoadAdapter", "UnloadAdapter", "ListAdapters", "GetAdapter", "PinAdapter", "GetModel"):
+for _method in (
+    *("LoadAdapter", "UnloadAdapter", "ListAdapters", "GetAdapter", "PinAdapter", "Prefetch"),
+    "GetModel",
+):
     setattr(ScriptedServer, _method, _scripted(_method))
 
 

@@ -200,6 +200,7 @@ def test_adapters(drive: Any, server: Any, client: Any) -> None:
         ListAdapters=lambda request, context: adapters_pb2.ListAdaptersResponse(adapters=[adapter] * 2),
         GetAdapter=lambda request, context: adapters_pb2.GetAdapterResponse(adapter=adapter),
         PinAdapter=lambda request, context: adapters_pb2.PinAdapterResponse(adapter=adapter),
+        Prefetch=lambda request, context: adapters_pb2.PrefetchResponse(adapters=[adapter] * 2),
     )
     loaded = drive(lambda: client.adapters.load("sql", "/srv/sql"))
     assert isinstance(loaded, AdapterInfo)
@@ -210,6 +211,10 @@ def test_adapters(drive: Any, server: Any, client: Any) -> None:
     assert drive(lambda: client.adapters.get("sql")) == loaded
     assert drive(lambda: client.adapters.pin("sql")) == loaded
     assert drive(lambda: client.adapters.pin("sql", pinned=False)) == loaded
+    assert drive(lambda: client.adapters.load("sql", "/srv/2", load_inplace=True)) == loaded
+    assert drive(lambda: client.adapters.unload("sql", grace_seconds=0)) == [loaded]
+    assert drive(lambda: client.adapters.prefetch(["a", "b"])) == [loaded, loaded]
+    assert drive(lambda: client.adapters.prefetch(("a",), host_only=True)) == [loaded, loaded]
     assert server.requests == [
         adapters_pb2.LoadAdapterRequest(name="sql", source="/srv/sql"),
         adapters_pb2.LoadAdapterRequest(name="sql", source="/srv/sql"),
@@ -218,7 +223,14 @@ def test_adapters(drive: Any, server: Any, client: Any) -> None:
         adapters_pb2.GetAdapterRequest(name="sql"),
         adapters_pb2.PinAdapterRequest(name="sql", pinned=True),
         adapters_pb2.PinAdapterRequest(name="sql", pinned=False),
+        adapters_pb2.LoadAdapterRequest(name="sql", source="/srv/2", load_inplace=True),
+        adapters_pb2.UnloadAdapterRequest(name="sql", grace_seconds=0),
+        adapters_pb2.PrefetchRequest(names=["a", "b"]),
+        adapters_pb2.PrefetchRequest(names=["a"], host_only=True),
     ]
+    for wrong in ("a", [3]):
+        with pytest.raises(InvalidRequestError, match="names"):
+            drive(lambda wrong=wrong: client.adapters.prefetch(wrong))
     with pytest.raises(InvalidRequestError, match="name"):
         drive(lambda: client.adapters.get(3))
 
