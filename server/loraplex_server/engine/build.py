@@ -53,6 +53,7 @@ def build_engine(
         biased={p.path for p in base.projections if p.has_bias},
         hidden_size=base.model.get_input_embeddings().weight.shape[1],
         sharing={path for group in base.groups if len(group.paths) > 1 for path in group.paths},
+        kv_shapes=base.kv_shapes,
     )
     adapters = AdapterStore(
         registry, config.adapters, device=device, dtype=dtype, base=FrozenProjections(base.groups), wake=wake

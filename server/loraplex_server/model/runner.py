@@ -15,6 +15,7 @@ from loraplex_server.model import context
 from loraplex_server.model.context import StepContext
 from loraplex_server.model.effects import Effect, effects_of
 from loraplex_server.model.loader import BaseModel
+from loraplex_server.model.prefix import place_prefixes
 from loraplex_server.model.sampler import sample
 
 
@@ -55,6 +56,7 @@ class ModelRunner:
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """Next-token logits [S, vocabulary] of the plan's `sample_row`."""
+        place_prefixes(plan, self._pool, self._kv_caches)
         step = StepContext(
             attention=AttentionBatch.build(
                 plan.query_start,
