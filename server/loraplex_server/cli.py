@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from loraplex_server import log
+from loraplex_server import log, settings
 from loraplex_server.config import (
     ADAPTER_DEVICE_DTYPES,
     DEVICES,
     DTYPES,
     KERNELS,
+    KV_CACHE_DTYPES,
     LOG_FORMATS,
     LOG_LEVELS,
     QUANTIZATIONS,
@@ -46,11 +47,28 @@ SIZE is bytes, or a number with a unit: 512MiB, 2GB, 1.5g.
       --tls-certificate tls.crt --tls-key tls.key"""
 
 
+_CONFIG_DESCRIPTION = """\
+Shows or checks the configuration that `loraplex serve` would run with, from the same flags, environment and
+file. Every flag of `loraplex serve --help` is a setting:
+
+  --max-batch-tokens 512                      on the command line, which beats
+  LORAPLEX_SERVE_MAX_BATCH_TOKENS=512         in the environment, which beats
+  max_batch_tokens = 512                      in the TOML file of --config (or LORAPLEX_SERVE_CONFIG)
+
+Flags that may be repeated are arrays in the file, and separated by commas in the environment. What is called
+like no flag is an error."""
+
+_CONFIG_EPILOG = """\
+  loraplex config show --model ./llama > loraplex.toml     every setting with its default, to begin from
+  loraplex config check --config loraplex.toml             is it right? exit code 2 says no, and why
+  loraplex config show --changed --config loraplex.toml    what differs from the defaults, and why"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server; `argv` is what follows `loraplex serve`. Returns the exit code."""
     parser = build_parser()
-    arguments = parser.parse_args(argv)
     try:
+        arguments, _ = settings.resolve(parser, sys.argv[1:] if argv is None else argv, os.environ)
         config = to_config(arguments)
     except ServerError as error:
         parser.error(str(error))
@@ -60,6 +78,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     from loraplex_server.api.app import serve
 
     return asyncio.run(serve(config))
+
+
+def config_main(argv: Sequence[str] | None = None) -> int:
+    """`loraplex config`: shows or checks what `loraplex serve` would run with; starts nothing."""
+    parser = argparse.ArgumentParser(
+        prog="loraplex config",
+        usage="loraplex config {show,check} [--changed] [flags of loraplex serve]",
+        description=_CONFIG_DESCRIPTION,
+        epilog=_CONFIG_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("action", choices=("show", "check"))
+    parser.add_argument("--changed", action="store_true", help="show only what is not the default")
+    own, flags = parser.parse_known_args(argv)
+    serve = build_parser()
+    serve.prog, serve.usage = parser.prog, parser.usage
+    try:
+        arguments, origins = settings.resolve(serve, flags, os.environ)
+        to_config(arguments)
+    except ServerError as error:
+        serve.error(str(error))
+    if own.action == "show":
+        print(settings.to_toml(arguments, origins, all_values=not own.changed))
+    else:
+        print("the configuration is right")
+    return 0
 
 
 def hide_torch() -> None:
@@ -82,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    settings.add_config_flag(parser)
 
     group = parser.add_argument_group("base model")
     group.add_argument("--model", required=True, metavar="PATH|HUB_ID", help="a Hugging Face checkpoint")
@@ -106,8 +152,26 @@ def build_parser() -> argparse.ArgumentParser:
         scheduler.max_model_len,
         "tokens of prompt and answer together; 0 is the model's own limit",
     )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=scheduler.gpu_memory_utilization,
+        metavar="F",
+        help="share of the GPU's memory for weights, steps, adapters and the KV cache, and for whatever else "
+        "is on it (default: %(default)g)",
+    )
     _size(
-        group, "--kv-cache-bytes", scheduler.kv_cache_bytes, "memory of the KV cache; 0 picks what is needed"
+        group,
+        "--kv-cache-bytes",
+        scheduler.kv_cache_bytes,
+        "memory of the KV cache; 0 takes what is left on a GPU, what is needed on a CPU",
+    )
+    _choice(
+        group,
+        "--kv-cache-dtype",
+        KV_CACHE_DTYPES,
+        scheduler.kv_cache_dtype,
+        "type of the KV cache; auto is that of the activations, fp8 saves room and is less exact",
     )
     _count(group, "--kv-block-size", scheduler.kv_block_size, "tokens in a block of the KV cache")
     _choice(
@@ -144,6 +208,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _count(
         group,
+        "--max-pinned-adapters",
+        adapters.max_pinned,
+        "a cap on pinned ones beyond being fewer than the slots; 0 is none",
+    )
+    _count(
+        group,
         "--max-adapters-per-request",
         adapters.max_per_request,
         "most adapters that one request may name",
@@ -153,7 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=adapters.watch_s,
         metavar="S",
-        help="every S seconds, register what came to --adapters and unload what went (default: 0, never)",
+        help="every S seconds, follow what came to, changed in and went from --adapters (default: 0, never)",
     )
 
     group = parser.add_argument_group("adapters from elsewhere")
@@ -188,10 +258,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("serving")
-    group.add_argument("--host", default=api.host, help="address to listen on (default: %(default)s)")
+    group.add_argument("--host", default=api.host, help=f"address to listen on (default: {api.host})")
     _count(group, "--port", api.port, "gRPC port; 0 picks a free one")
     group.add_argument(
-        "--metrics-host", default=api.metrics_host, help="address of the metrics (default: %(default)s)"
+        "--metrics-host",
+        default=api.metrics_host,
+        help=f"address of the metrics (default: {api.metrics_host})",
     )
     _count(group, "--metrics-port", api.metrics_port, "Prometheus port; 0 picks a free one, -1 is none")
     _size(group, "--max-message-bytes", api.max_message_bytes, "longest gRPC message")
@@ -247,6 +319,8 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 max_queue=arguments.max_queue,
                 max_model_len=arguments.max_model_len,
                 kv_cache_bytes=arguments.kv_cache_bytes,
+                kv_cache_dtype=arguments.kv_cache_dtype,
+                gpu_memory_utilization=arguments.gpu_memory_utilization,
                 kv_block_size=arguments.kv_block_size,
                 prefix_cache=arguments.prefix_cache == "on",
                 max_adapter_wait_s=arguments.max_adapter_wait,
@@ -258,6 +332,7 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 device_dtype=arguments.adapter_device_dtype,
                 host_bytes=arguments.adapter_host_bytes,
                 max_on_device=arguments.max_adapters_on_device,
+                max_pinned=arguments.max_pinned_adapters,
                 max_per_request=arguments.max_adapters_per_request,
                 sources=tuple(arguments.adapter_source),
                 cache_dir=arguments.adapter_cache_dir,

@@ -17,6 +17,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 KERNELS = ("auto", "torch", "triton")
+KV_CACHE_DTYPES = ("auto", "fp8")
 ADAPTER_DEVICE_DTYPES = ("auto", "int8")
 
 _EXTRA_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.(json|jinja|txt)")
@@ -92,7 +93,10 @@ class SchedulerConfig:
         max_num_requests: requests running at once.
         max_queue: requests that may wait; more are refused with RESOURCE_EXHAUSTED.
         max_model_len: prompt and answer together; 0 takes the model's own limit.
-        kv_cache_bytes: 0 takes what `max_num_requests` of moderate length need, within reason.
+        kv_cache_bytes: 0 takes all that is left on a GPU, and on a CPU what `max_num_requests` of moderate
+            length need, within reason.
+        kv_cache_dtype: "auto" is the type of the activations, "fp8" (e4m3) takes less room and is less exact.
+        gpu_memory_utilization: share of the GPU's memory that may be used, whatever else is on it included.
         prefix_cache: keep keys and values of answered requests for others that begin alike.
         max_adapter_wait_s: a request that has waited this long for its adapters is overtaken no
             more by younger requests that need adapters too.
@@ -103,6 +107,8 @@ class SchedulerConfig:
     max_queue: int = 1024
     max_model_len: int = 0
     kv_cache_bytes: int = 0
+    kv_cache_dtype: str = "auto"
+    gpu_memory_utilization: float = 0.9
     kv_block_size: int = 16
     prefix_cache: bool = True
     max_adapter_wait_s: float = 1.0
@@ -114,6 +120,11 @@ class SchedulerConfig:
         _at_least("max_model_len", self.max_model_len, 0)
         _at_least("kv_cache_bytes", self.kv_cache_bytes, 0)
         _at_least("kv_block_size", self.kv_block_size, 1)
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise InvalidArgumentError.field(
+                "gpu_memory_utilization", f"{self.gpu_memory_utilization} is no share above 0 and up to 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +139,7 @@ class AdapterConfig:
             activations, "int8" takes less room and is less exact.
         host_bytes: room for adapters in host memory.
         max_on_device: a cap on their number beyond the bytes; 0 is none.
+        max_pinned: most adapters pinned at once; 0 is one fewer than the slots, which is the most.
         max_per_request: most adapters that one request may name.
         sources: prefixes of addresses from which adapters may be downloaded; none, and none are.
         cache_dir: where downloads are kept; None is the user's cache folder.
@@ -144,6 +156,7 @@ class AdapterConfig:
     device_bytes: int = 256 << 20
     host_bytes: int = 1 << 30
     max_on_device: int = 0
+    max_pinned: int = 0
     max_per_request: int = 8
     device_dtype: str = "auto"
     sources: tuple[str, ...] = ()
@@ -160,6 +173,7 @@ class AdapterConfig:
         _at_least("device_bytes", self.device_bytes, 1)
         _at_least("host_bytes", self.host_bytes, 1)
         _at_least("max_on_device", self.max_on_device, 0)
+        _at_least("max_pinned", self.max_pinned, 0)
         _at_least("max_per_request", self.max_per_request, 1)
         _at_least("cache_bytes", self.cache_bytes, 1)
         _at_least("download_max_bytes", self.download_max_bytes, 1)

@@ -78,6 +78,10 @@ class Metrics:
         )
         self._audits = self._gauge("loraplex_audits", "Audits completed; one runs after work, when idle.")
 
+        self._memory = self._gauge(
+            "loraplex_memory_planned_bytes", "Device memory by the plan made at start.", "part"
+        )
+
         self._adapter_hits = self._counter(
             "loraplex_adapter_hits", "Requests that found an adapter on the device."
         )
@@ -154,6 +158,8 @@ class Metrics:
         )
         self._gateway.set_info(info)
         self._kv_blocks.set(info.kv_blocks)
+        for part, num_bytes in info.memory:
+            self._memory.labels(part).set(num_bytes)
         self._adapter_capacity.labels("device").set(info.adapter_device_bytes)
         self._adapter_capacity.labels("host").set(info.adapter_host_bytes)
 

@@ -50,6 +50,7 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         *("--adapter-download-max-bytes", "5MB", "--max-adapter-downloads", "6"),
         *("--require-adapter-commit", "--adapter-extra-file", "chat_template.jinja"),
         *("--watch-adapters", "1.5"),
+        *("--kv-cache-dtype", "fp8", "--gpu-memory-utilization", "0.5"),
     )
     model, scheduler, adapters = config.engine.model, config.engine.scheduler, config.engine.adapters
     assert (model.model, model.quantization, model.double_quant) == ("org/model", "int4", True)
@@ -65,6 +66,7 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
     assert adapters.watch_s == 1.5
     assert (scheduler.max_batch_tokens, scheduler.max_num_requests, scheduler.max_queue) == (1024, 9, 11)
     assert (scheduler.max_model_len, scheduler.kv_cache_bytes) == (4096, 3 << 29)
+    assert (scheduler.kv_cache_dtype, scheduler.gpu_memory_utilization) == ("fp8", 0.5)
     assert (scheduler.kv_block_size, scheduler.max_adapter_wait_s) == (32, 0.5)
     assert (config.api.host, config.api.port, config.api.metrics_port) == ("::1", 0, -1)
     assert (config.api.max_message_bytes, config.api.drain_s) == (4 << 20, 2.5)
@@ -77,6 +79,8 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         (("--model", "m", "--quantization", "int3"), "nf4"),
         (("--model", "m", "--adapter-device-bytes", "lots"), "512MiB"),
         (("--model", "m", "--adapter-device-dtype", "fp8"), "int8"),
+        (("--model", "m", "--kv-cache-dtype", "int8"), "fp8"),
+        (("--model", "m", "--gpu-memory-utilization", "1.5"), "gpu_memory_utilization: 1.5"),
         (("--model", "m", "--adapters", "no-such-folder"), "no-such-folder is no folder"),
         (("--model", "m", "--max-batch-tokens", "0"), "max_batch_tokens"),
         (("--model", "m", "--port", "-2"), "port"),

@@ -162,9 +162,27 @@ def _pair(entry: Any) -> tuple[str, float]:
     )
 
 
-def load_request(name: str, source: str | os.PathLike[str]) -> adapters_pb2.LoadAdapterRequest:
+def load_request(
+    name: str, source: str | os.PathLike[str], load_inplace: bool
+) -> adapters_pb2.LoadAdapterRequest:
     request = named(adapters_pb2.LoadAdapterRequest, name)
     assign(request, "source", os.fspath(source) if isinstance(source, os.PathLike) else source)
+    assign(request, "load_inplace", load_inplace)
+    return request
+
+
+def unload_request(name: str, grace_seconds: float | None) -> adapters_pb2.UnloadAdapterRequest:
+    request = named(adapters_pb2.UnloadAdapterRequest, name)
+    assign(request, "grace_seconds", grace_seconds)
+    return request
+
+
+def prefetch_request(names: Sequence[str], host_only: bool) -> adapters_pb2.PrefetchRequest:
+    if isinstance(names, str):
+        raise InvalidRequestError.for_field("names", f"must be a list of names, not the text {names!r}")
+    request = adapters_pb2.PrefetchRequest()
+    extend(request, "names", names)
+    assign(request, "host_only", host_only)
     return request
 
 

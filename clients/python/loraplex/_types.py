@@ -124,7 +124,7 @@ class AdapterInfo:
     references: int
     """Requests that hold it now."""
     draining: bool
-    """Unload was asked for and waits for those requests."""
+    """Unloaded, or replaced by a newer version of its name, and kept for those requests."""
     hits: int
     misses: int
     evictions: int

@@ -74,7 +74,7 @@ def place_soft_prompts(x: Tensor, virtual: Tensor, pool: LoraPool, batch: LoraBa
 def prefix(
     pool: LoraPool, slot: int, tokens: range, num_layers: int, num_kv_heads: int, head_dim: int
 ) -> Tensor:
-    """Keys and values of some virtual tokens of a prefix, ``[layers, 2, tokens, Hkv, D]``: a view if possible.
+    """Keys and values of virtual tokens of a prefix, ``[layers, 2, tokens, Hkv, D]``: a view if possible.
 
     Raises `ValueError` where the slot's adapter has none.
     """

@@ -21,6 +21,7 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKENS = 64
+MAX_PREFETCH = 1024
 DEFAULT_MAX_TOKENS = 256
 # A status travels in HTTP/2 trailers, which clients limit to 8 KiB.
 _MAX_VIOLATIONS = 16
@@ -164,6 +165,31 @@ def check_load_adapter(message: adapters_pb2.LoadAdapterRequest) -> None:
         found.add("source", "is empty; name the folder that PEFT wrote")
     elif len(message.source) > _MAX_SOURCE_CHARS or "\0" in message.source:
         found.add("source", f"is no path; it may have {_MAX_SOURCE_CHARS} characters and no NUL")
+    found.raise_any()
+
+
+def unload_grace_s(message: adapters_pb2.UnloadAdapterRequest) -> float | None:
+    """Seconds that running requests have; None is as long as they take.
+
+    Raises:
+        InvalidArgumentError: a bad name, or no such time.
+    """
+    found = _Violations()
+    _check_adapter_name(found, "name", message.name)
+    grace_s = message.grace_seconds if message.HasField("grace_seconds") else None
+    if grace_s is not None and not 0 <= grace_s < math.inf:
+        found.add("grace_seconds", "has to be 0 or more, and finite")
+    found.raise_any()
+    return grace_s
+
+
+def check_prefetch(message: adapters_pb2.PrefetchRequest) -> None:
+    """Raises: InvalidArgumentError for bad names, none, or too many."""
+    found = _Violations()
+    if not 1 <= len(message.names) <= MAX_PREFETCH:
+        found.add("names", f"has {len(message.names)} names; give 1 to {MAX_PREFETCH}")
+    for index, name in enumerate(message.names[:MAX_PREFETCH]):
+        _check_adapter_name(found, f"names[{index}]", name)
     found.raise_any()
 
 

@@ -29,6 +29,7 @@ from loraplex_server.engine.planning import build_plan
 from loraplex_server.engine.scheduler import Scheduled, Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.errors import (
+    CancelledError,
     InvalidArgumentError,
     ResourceExhaustedError,
     ServerError,
@@ -65,6 +66,8 @@ class Engine:
         self._sequences: dict[tuple[str, str], Sequence] = {}
         self._steps: list[StepRecord] = []
         self._hits = self._misses = 0
+        # Names of adapters whose unloading waits no longer than until then.
+        self._drains: dict[object, tuple[str, float]] = {}
         self._prefix_cache = config.scheduler.prefix_cache
         self._prefix_queries = self._prefix_hits = 0
         self._audit = Audit(self._problems, runner.weight_checksum, info.weight_checksum)
@@ -92,9 +95,29 @@ class Engine:
             if owner == client:
                 self.cancel(owner, request_id)
 
+    def unload(self, name: str, grace_s: float | None, done: Callable[[], None]) -> None:
+        """As `AdapterStore.unload`; requests that hold the adapter after `grace_s` seconds get CANCELLED.
+
+        None lets them run to their end.
+        """
+        key = object()
+
+        def freed() -> None:
+            self._drains.pop(key, None)
+            done()
+
+        if grace_s is not None:
+            self._drains[key] = name, time.monotonic() + grace_s
+        try:
+            self.adapters.unload(name, freed)
+        except ServerError:
+            self._drains.pop(key, None)
+            raise
+
     def step(self) -> bool:
         """Advances every request that can be. False if nothing could: all wait for adapters."""
         started_s = time.monotonic()
+        self._end_drains(started_s)
         self.adapters.poll()
         schedule = self.scheduler.schedule(started_s)
         for sequence, error in schedule.failed:
@@ -275,6 +298,18 @@ class Engine:
             stop_token=is_end,
             times=times,
         )
+
+    def _end_drains(self, now_s: float) -> None:
+        """Ends the requests that hold an adapter whose time to drain is over."""
+        for key, (name, end_s) in list(self._drains.items()):
+            if now_s < end_s:
+                continue
+            self._drains.pop(key, None)
+            error = CancelledError(f"adapter {name!r} was unloaded", resource=("adapter", name))
+            for sequence in list(self._sequences.values()):
+                if any(handle.draining and handle.name == name for handle in sequence.handles):
+                    self._emit(sequence.client, Failed(sequence.request.request_id, error.info))
+                    self._retire(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
         """Frees all that a sequence holds and forgets it; safe to call twice."""

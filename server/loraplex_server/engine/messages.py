@@ -34,6 +34,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     Attributes:
         max_adapters_on_device: the operator's cap, 0 for none.
         adapter_slots: most adapters on the device at once, whether by cap, room or tables.
+        memory: name and bytes of each part of the memory plan.
     """
 
     model: str
@@ -56,6 +57,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_adapters_on_device: int
     adapter_slots: int
     eos_token_ids: tuple[int, ...]
+    memory: tuple[tuple[str, int], ...] = ()
 
 
 class Welcome(_Message, frozen=True):
@@ -80,8 +82,12 @@ class AdapterCommand(_Message, frozen=True):
     """An adapter operation, answered by an `AdapterReply` with the same `call_id`.
 
     Attributes:
-        op: "load", "unload", "list", "get" or "pin".
+        op: "load", "unload", "list", "get", "pin" or "prefetch".
         pinned: for "pin", whether to pin or to unpin.
+        inplace: for "load", whether to replace what is registered under the name.
+        grace_s: for "unload", seconds after which requests that still hold the adapter are ended.
+        names: for "prefetch".
+        to_device: for "prefetch", whether host memory is not enough.
     """
 
     call_id: int
@@ -89,6 +95,10 @@ class AdapterCommand(_Message, frozen=True):
     name: str = ""
     source: str = ""
     pinned: bool = True
+    inplace: bool = False
+    grace_s: float | None = None
+    names: tuple[str, ...] = ()
+    to_device: bool = True
 
 
 class CheckIntegrity(_Message, frozen=True):

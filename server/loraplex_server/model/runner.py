@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 
 import numpy as np
 import torch
 
 from loraplex_kernels import parallel, vectors
-from loraplex_kernels.attention import AttentionBatch
+from loraplex_kernels.attention import AttentionBatch, LayerShape
 from loraplex_kernels.lora import LoraBatchBuffers, LoraPool
 from loraplex_server.core.step import StepOutput, StepPlan
 from loraplex_server.model import context
@@ -31,11 +31,14 @@ class ModelRunner:
         block_size: int,
         max_batch_tokens: int,
         max_pairs_per_token: int,
+        layers: Iterable[LayerShape] = (),
     ) -> None:
+        """`layers`: shapes of the attention, as the self-check saw them; their tables travel together."""
         self._base = base
         self._kv_caches = kv_caches
         self._pool = pool
         self._block_size = block_size
+        self._layers = tuple(dict.fromkeys(layers))
         self._device = base.format.device
         self._embed = base.model.get_input_embeddings()
         # An elementwise op on the widest activation: four times the hidden size, eight bytes a nanosecond.
@@ -66,6 +69,7 @@ class ModelRunner:
                 plan.slot_mapping,
                 block_size=self._block_size,
                 device=self._device,
+                layers=self._layers,
             ),
             kv_caches=self._kv_caches,
             effects=self._effects(plan),
