@@ -999,8 +999,9 @@ def _check_composition(records: Sequence[Record], weights: Sequence[float]) -> N
     for record in records:
         if not alone and not record.manifest.linear:
             raise FailedPreconditionError(
-                f"adapter {record.name!r} scales what the base computes (IA3, DoRA): neither a weight nor a "
-                "sum with others is defined for it; name it alone, at weight 1",
+                f"adapter {record.name!r} does more than add to what the base computes "
+                f"({record.manifest.peft_type}): neither a weight nor a sum with others is defined for it; "
+                "name it alone, at weight 1",
                 resource=("adapter", record.name),
             )
 

@@ -59,6 +59,12 @@ class StepPlan:
     # Tokens that must not be sampled, [S + 1] and [sum].
     banned_start: Ints
     banned_ids: Ints
+    # Prefixes: virtual tokens `prefix_first` and those after it of the adapter in a slot, copied before the
+    # pass to cells of the KV cache. [C], [C], [C + 1], [sum].
+    prefix_slot: Ints
+    prefix_first: Ints
+    prefix_start: Ints
+    prefix_cells: Ints
 
     @property
     def num_tokens(self) -> int:

@@ -50,10 +50,15 @@ class AdapterReadiness(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled:
-    """`num_tokens` of `sequence` are computed, from `sequence.num_computed` on."""
+    """`num_tokens` of `sequence` are computed, from `sequence.num_computed` on.
+
+    Attributes:
+        num_copied: virtual tokens before these whose keys and values are first copied from the adapter.
+    """
 
     sequence: Sequence
     num_tokens: int
+    num_copied: int = 0
 
     @property
     def samples(self) -> bool:
@@ -209,6 +214,8 @@ class Scheduler:
             # not lose its later blocks to those admitted after it.
             if not self._take_blocks(sequence):
                 break
+            num_copied = max(0, sequence.num_prefix - sequence.num_computed)
+            sequence.num_computed += num_copied
             num_tokens = min(sequence.num_pending, budget)
             self.waiting.remove(sequence)
             self.running.append(sequence)
@@ -216,7 +223,7 @@ class Scheduler:
             self._end_wait(sequence, now_s)
             if sequence.first_scheduled_s is None:
                 sequence.first_scheduled_s = now_s
-            scheduled.append(Scheduled(sequence, num_tokens))
+            scheduled.append(Scheduled(sequence, num_tokens, num_copied))
             budget -= num_tokens
 
     def _readiness(self, sequence: Sequence) -> Readiness:

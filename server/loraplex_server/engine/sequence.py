@@ -35,7 +35,8 @@ class Sequence:
         handles: its adapters, resolved, in the request's order.
         token_ids: prompt and generated tokens known so far.
         num_prompt: those that were not generated, virtual ones included.
-        num_virtual: rows of a soft prompt, which come first.
+        num_virtual: rows of a soft prompt or a prefix, which come first.
+        num_prefix: how many of these are a prefix's: copied to the cache when it is admitted, not computed.
         num_computed: how many of them have their keys and values in the cache.
         block_table: KV blocks it holds, in the order of positions.
         block_keys: keys of its full blocks of known tokens, as far as they were asked for.
@@ -52,6 +53,7 @@ class Sequence:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     num_prompt: int = 0
     num_virtual: int = 0
+    num_prefix: int = 0
     num_computed: int = 0
     status: Status = Status.WAITING
     block_table: list[int] = dataclasses.field(default_factory=list)
@@ -73,6 +75,7 @@ class Sequence:
         prompt = self.request.prompt_token_ids
         # A virtual token has no id: row r of a soft prompt is written -1 - r.
         self.num_virtual = sum(handle.num_virtual_tokens for handle in self.handles)
+        self.num_prefix = sum(handle.num_prefix_tokens for handle in self.handles)
         self.token_ids = [*(-1 - row for row in range(self.num_virtual)), *prompt]
         self.num_prompt = len(self.token_ids)
         uses = zip(self.handles, self.request.adapters, strict=True)
