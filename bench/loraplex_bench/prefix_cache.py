@@ -22,8 +22,8 @@ from loraplex_bench.report import milliseconds, percentile, table, write_json
 
 DESCRIPTION = """\
 Two servers on one random Llama, one with and one without its prefix cache, are asked the same in turns:
-prompts that begin alike (a system prompt, say) and end each in its own way, one after the other, from the base
-and from an adapter. Compares the time to the first token at the client, and the answers, which have to be the
+prompts that begin alike (a system prompt, say) and end each in its own way, one after the other, to the base
+and to an adapter. Compares the time to the first token at the client, and the answers, which have to be the
 same.
 """
 
@@ -227,8 +227,8 @@ def render(label: str, config: Config, rows: Sequence[Row], verdict: Verdict) ->
     """What the bench prints."""
     lines = [
         f"{label}, {config.quantization}, {config.threads} thread(s) each; prompts of {config.prefix_tokens} "
-        f"shared tokens and {config.suffix_tokens} of their own, one at a time; {config.num_requests} after the "
-        "first",
+        f"shared tokens and {config.suffix_tokens} of their own, one at a time; {config.num_requests} after "
+        "the first",
         "",
         table(
             ["requests of", "prefix cache", "first TTFT ms", "then p50", "p90", "of the prompt cached"],

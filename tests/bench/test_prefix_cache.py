@@ -12,7 +12,7 @@ from loraplex_bench.prefix_cache import Config, Record, judge, render, summarize
 
 
 def records(different: bool = False, cached: int = 96) -> list[Record]:
-    """Three requests to the base at each server: 100 ms without the cache, 10 ms with it when it is filled."""
+    """Three requests to the base at each server: 100 ms without the cache, 10 ms with a filled one."""
     found = []
     for index in range(3):
         found.append(Record("off", "(base)", index, 0.1, 0.2, 100, 0, (1, 2, index)))
