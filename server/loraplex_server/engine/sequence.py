@@ -121,12 +121,11 @@ class Sequence:
 
     def new_block_keys(self, block_size: int) -> list[tuple[int, bytes]]:
         """(block, key) of each block that became full since the last call."""
-        if not self.caches:
+        first, full = self.num_named, self.num_computed // block_size
+        if first == full or not self.caches:
             return []
-        first, self.num_named = self.num_named, self.num_computed // block_size
-        return [
-            (self.block_table[index], self._key(index, block_size)) for index in range(first, self.num_named)
-        ]
+        self.num_named = full
+        return [(self.block_table[index], self._key(index, block_size)) for index in range(first, full)]
 
     def _key(self, index: int, block_size: int) -> bytes:
         """Key of the block at `index` of the table, and of those before it, each computed once."""
