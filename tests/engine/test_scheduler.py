@@ -25,6 +25,7 @@ class Handle:
     """A request's reference to an adapter, as far as the scheduler looks at it."""
 
     content_hash = "hash"
+    resident = False
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -141,6 +142,8 @@ def test_decodes_go_before_a_long_prefill_that_was_admitted_earlier() -> None:
     short.block_table = scheduler._blocks.allocate(1)
     short.token_ids.append(0)
     scheduler.running.append(short)
+    scheduler._ledger.enter(short)
+    scheduler._ledger.admit(short, 0.0)
     schedule = scheduler.schedule()
     assert [(item.sequence is short, item.num_tokens) for item in schedule.scheduled] == [
         (True, 1),
@@ -166,7 +169,7 @@ def test_priority_first_then_arrival() -> None:
 
 def test_the_admission_order_is_replaceable() -> None:
     pool = KvBlockPool(64, 4)
-    shortest_first = lambda waiting, now_s: sorted(waiting, key=lambda s: len(s.token_ids))  # noqa: E731
+    shortest_first = lambda waiting, now_s, passed: sorted(waiting, key=lambda s: len(s.token_ids))  # noqa: E731
     scheduler = Scheduler(SchedulerConfig(max_batch_tokens=64), pool, cast(Any, Cache()), shortest_first)
     long, short = sequence(9), sequence(3)
     scheduler.add(long)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,7 @@ class Record:
         retired: no longer registered; freed when nobody holds it.
         hint: number of the prefetch hint that named it last, 0 once a request has used it.
         error: why this version will never be served.
+        heat: how much it is asked for; see `popularity`.
         references: of requests, from admission to their end.
         device_references: of requests that run, or wait with room set aside.
     """
@@ -84,6 +86,7 @@ class Record:
     retired: bool = False
     hint: int = 0
     error: ServerError | None = None
+    heat: float = -math.inf
     references: int = 0
     device_references: int = 0
     hits: int = 0
@@ -164,6 +167,11 @@ class AdapterHandle:
     @property
     def name(self) -> str:
         return self.record.name
+
+    @property
+    def resident(self) -> bool:
+        """Whether it is on the device, held there or not."""
+        return self.record.resident
 
     @property
     def content_hash(self) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.core.request import Request
+from loraplex_server.engine.fairness import Account
 from loraplex_server.engine.kv_blocks import block_key
 
 EFFECT_VERSION = 1
@@ -44,6 +45,7 @@ class Sequence:
         caches: its blocks may be had by others, and it may have theirs.
         cached_prompt_tokens: tokens of its prompt that it found in the cache when it was first admitted.
         reserved: it holds device references to its adapters.
+        flow: the account of what it is given; the scheduler's ledger sets it.
     """
 
     request: Request
@@ -62,6 +64,7 @@ class Sequence:
     caches: bool = True
     cached_prompt_tokens: int = 0
     reserved: bool = False
+    flow: Account | None = None
     preemptions: int = 0
     adapter_wait_start_s: float | None = None
     adapter_wait_s: float = 0.0
