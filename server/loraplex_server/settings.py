@@ -54,6 +54,10 @@ def resolve(
         InvalidArgumentError: file or environment name something that is no flag, or give it a bad value.
         SystemExit: `argv` does; argparse has written why.
     """
+    if {"-h", "--help"} & set(argv):
+        # Now, while the defaults that it shows are there.
+        parser.print_help()
+        parser.exit()
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     defaults = {dest: action.default for dest, action in actions.items()}
     required = [action for action in actions.values() if action.required]

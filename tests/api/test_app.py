@@ -330,6 +330,9 @@ def test_metrics_of_engine_and_requests(serving: Any) -> None:
         adapters_on_host=("sql", "old"),
         adapter_hits=7,
         adapter_misses=2,
+        kv_blocks_cached=40,
+        prefix_queries=90,
+        prefix_hits=64,
     )
 
     async def main() -> None:
@@ -354,6 +357,9 @@ def test_metrics_of_engine_and_requests(serving: Any) -> None:
                 "loraplex_decode_tokens_total": 10,
                 "loraplex_preemptions_total": 2,
                 "loraplex_kv_cache_usage_ratio": 0.25,
+                "loraplex_kv_cache_blocks_cached": 40,
+                "loraplex_prefix_cache_queries_tokens_total": 180,
+                "loraplex_prefix_cache_hits_tokens_total": 128,
                 "loraplex_adapter_hits_total": 14,
                 "loraplex_adapter_misses_total": 4,
                 "loraplex_adapter_evictions_total{tier=device}": 2,

@@ -431,3 +431,22 @@ def test_in_8_bits_vectors_stay_exact_and_low_rank_pairs_near(
             assert near == pytest.approx(logprob, abs=1e-6)
         else:
             assert near == pytest.approx(logprob, abs=0.15)
+
+
+def test_the_base_finds_what_an_activated_adapter_left(tiny: Any, harness: Any, saved: Any) -> None:
+    """Up to its invocation an activated LoRA is the base, whoever of the two came first."""
+    folders = (saved("Llama")["activated"], saved("Llama")["plain"])
+    served = harness(tiny("Llama"), "none", scheduler={"kv_block_size": BLOCK}, adapters={"folders": folders})
+    shared = tuple(range(30, 47))
+    options = {"max_tokens": 4, "ignore_eos": True}
+    found = {}
+    for name, prompt, uses in (
+        ("activated", (*shared, *INVOCATION, 50), [("activated", 1.0)]),
+        ("base", (*shared, 60, 61), []),
+        ("other", (*shared, 60, 61), [("plain", 1.0)]),
+        ("weighed", (*shared, 70, *INVOCATION), [("activated", 0.5)]),
+    ):
+        answer = served.submit(name, prompt, uses, **options)
+        served.run()
+        found[name] = answer.times.cached_prompt_tokens
+    assert found == {"activated": 0, "base": 16, "other": 0, "weighed": 16}
