@@ -39,6 +39,10 @@ class Handle:
         return 3 if self.name == "soft" else 0
 
     @property
+    def num_prefix_tokens(self) -> int:
+        return 0
+
+    @property
     def invocation_tokens(self) -> tuple[int, ...]:
         return INVOCATION if self.name == "activated" else ()
 
