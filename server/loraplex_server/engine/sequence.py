@@ -61,7 +61,7 @@ class Sequence:
     block_table: list[int] = dataclasses.field(default_factory=list)
     block_keys: list[bytes] = dataclasses.field(default_factory=list)
     num_named: int = 0
-    caches: bool = True
+    caches: bool = False
     cached_prompt_tokens: int = 0
     reserved: bool = False
     flow: Account | None = None
@@ -121,6 +121,11 @@ class Sequence:
         if self.caches:
             for index in range((len(self.token_ids) - 1) // block_size):
                 yield self._key(index, block_size)
+
+    def will_fill(self, index: int, key: bytes, block_size: int) -> bool:
+        """Whether computing its known tokens will fill the block at `index` of the table as `key` says."""
+        ahead = self.num_named <= index < len(self.token_ids) // block_size
+        return ahead and self._key(index, block_size) == key
 
     def new_block_keys(self, block_size: int) -> list[tuple[int, bytes]]:
         """(block, key) of each block that became full since the last call."""
