@@ -55,6 +55,8 @@ class Harness:
         *,
         priority: int = 0,
         deadline_s: float | None = None,
+        tenant: str = "default",
+        cache_prefix: bool = True,
         **sampling: Any,
     ) -> Answer:
         self.answers[name] = Answer()
@@ -62,7 +64,7 @@ class Harness:
         params = SamplingParams(**sampling)
         self.engine.submit(
             "test",
-            Request(name, tuple(prompt), params, uses, priority=priority, deadline_s=deadline_s),
+            Request(name, tuple(prompt), params, uses, tenant, priority, deadline_s, cache_prefix),
         )
         return self.answers[name]
 

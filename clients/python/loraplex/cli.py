@@ -39,12 +39,14 @@ Serves many LoRA adapters on one frozen 4-bit language model, in one batch.
 
 on the machine that has the model (pip install 'loraplex[server]'):
   serve                 start a server; see loraplex serve --help
+  config                show or check what a server would run with: flags, environment and file
   demo                  watch a server answer for eight adapters at once on a small model that comes along
   bench                 measure a server under load; see loraplex bench --help
 
 against a running server:
   generate              continue a prompt
   adapters              list, load, upload, compose, unload, pin, prefetch adapters
+  top                   watch queue, batch, tokens a second, and where the adapters are
   model                 show the base model and the server's limits
 
   token                 make a bearer token for a server's --token-file

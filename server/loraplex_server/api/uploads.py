@@ -134,6 +134,8 @@ async def _next(requests: Requests) -> adapters_pb2.UploadAdapterRequest | None:
         DeadlineExceededError: none came in time.
     """
     try:
-        return await asyncio.wait_for(anext(requests, None), CHUNK_WAIT_S)
+        # Not `wait_for`, which before Python 3.12 may lose a cancellation.
+        async with asyncio.timeout(CHUNK_WAIT_S):
+            return await anext(requests, None)
     except TimeoutError as error:
         raise DeadlineExceededError(f"nothing came for {CHUNK_WAIT_S:g} s; send the upload again") from error

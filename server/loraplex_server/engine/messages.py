@@ -30,7 +30,13 @@ class Hello(_Message, frozen=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What the engine serves; fixed for its lifetime."""
+    """What the engine serves; fixed for its lifetime.
+
+    Attributes:
+        max_adapters_on_device: the operator's cap, 0 for none.
+        adapter_slots: most adapters on the device at once, whether by cap, room or tables.
+        memory: name and bytes of each part of the memory plan.
+    """
 
     model: str
     architecture: str
@@ -50,7 +56,9 @@ class EngineInfo(msgspec.Struct, frozen=True):
     adapter_device_bytes: int
     adapter_host_bytes: int
     max_adapters_on_device: int
+    adapter_slots: int
     eos_token_ids: tuple[int, ...]
+    memory: tuple[tuple[str, int], ...] = ()
 
 
 class Welcome(_Message, frozen=True):
@@ -217,7 +225,11 @@ class IntegrityReply(_Message, frozen=True):
 
 
 class StepRecord(msgspec.Struct, frozen=True, array_like=True):
-    """One step, for metrics. Counts are of tokens unless named otherwise."""
+    """One step, for metrics. Counts are of tokens unless named otherwise.
+
+    `device_seconds` is the step's time by the device's clock, `idle_seconds` how long the device waited for
+    it although there was work; None without such a clock, or where there was none.
+    """
 
     seconds: float
     plan_seconds: float
@@ -226,6 +238,8 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
     decode_tokens: int
     adapters: int
     preemptions: int
+    device_seconds: float | None = None
+    idle_seconds: float | None = None
 
 
 class SwapRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -245,6 +259,8 @@ class Stats(_Message, frozen=True):
         integrity_problems: found by the last audit of the pools, which runs when the engine is idle.
         weights_ok: the base weights had their checksum in the last audit.
         audits: completed since the start.
+        adapters_running: names of the adapters that running requests use, each once.
+        adapters_waiting: those that waiting requests name.
         kv_blocks_cached: blocks that no request holds and a later one may find its prompt in.
         prefix_queries: prompt tokens that were looked up in the prefix cache.
         prefix_hits: how many of them were there.
@@ -266,6 +282,8 @@ class Stats(_Message, frozen=True):
     integrity_problems: int = 0
     weights_ok: bool = True
     audits: int = 0
+    adapters_running: tuple[str, ...] = ()
+    adapters_waiting: tuple[str, ...] = ()
     kv_blocks_cached: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
