@@ -17,6 +17,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 KERNELS = ("auto", "torch", "triton")
+CUDA_GRAPHS = ("auto", "on", "off")
 KV_CACHE_DTYPES = ("auto", "fp8")
 ADAPTER_DEVICE_DTYPES = ("auto", "int8")
 
@@ -66,6 +67,9 @@ class ModelConfig:
         model: a folder with a Hugging Face checkpoint, or a hub id.
         double_quant: quantise the scales of nf4 as well.
         threads: CPU threads of the engine; 0 is all cores but one.
+        cuda_graphs: whether decode steps are recorded at start and replayed: "auto" where the Triton kernels
+            run on CUDA, "on" or not at all, also under Triton's interpreter.
+        cuda_graph_sizes: numbers of requests to record them for; none leaves the choice open.
     """
 
     model: str
@@ -75,6 +79,8 @@ class ModelConfig:
     dtype: str = "auto"
     kernels: str = "auto"
     threads: int = 0
+    cuda_graphs: str = "auto"
+    cuda_graph_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("quantization", self.quantization, QUANTIZATIONS)
@@ -82,6 +88,9 @@ class ModelConfig:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("kernels", self.kernels, KERNELS)
         _at_least("threads", self.threads, 0)
+        _one_of("cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
+        for size in self.cuda_graph_sizes:
+            _at_least("cuda_graph_sizes", size, 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,6 +114,13 @@ class SampledToken:
 
 @dataclasses.dataclass(frozen=True)
 class StepOutput:
-    """What the runner gives back: one token for each of the plan's `sample_row`."""
+    """What the runner gives back: one token for each of the plan's `sample_row`.
+
+    Attributes:
+        device_s: from the step's first kernel to its last result, by the device's clock; None without one.
+        waited_s: how long the device had nothing to do since the step before; None without one.
+    """
 
     sampled: tuple[SampledToken, ...]
+    device_s: float | None = None
+    waited_s: float | None = None
