@@ -71,7 +71,6 @@ def build_engine(
         _log.warning("the KV cache holds %d tokens: no request may be longer", limit)
     kv_dtype = memory.kv_dtype(config.scheduler, dtype)
     kv_caches = memory.allocate_kv(base.kv_shapes, num_blocks, block_size, kv_dtype, device)
-    memory.reserve_workspace(plan, device)
     runner = ModelRunner(
         base,
         kv_caches,
@@ -82,6 +81,7 @@ def build_engine(
         layers=layers,
     )
     _ready_device(runner, sizes, limit, insisted=config.model.cuda_graphs == "on")
+    memory.reserve_workspace(plan, device)
     for folder in config.adapters.folders:
         names = adapters.register_folder(folder)
         _log.info("registered %d adapters from %s", len(names), folder)

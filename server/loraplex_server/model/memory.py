@@ -213,8 +213,12 @@ def allocate_kv(
 
 
 def reserve_workspace(plan: MemoryPlan, device: torch.device) -> None:
-    """Has CUDA's allocator take a step's workspace now, so that no step makes it ask the driver for more."""
+    """Has CUDA's allocator take a step's workspace now, so that no step makes it ask the driver for more.
+
+    What it holds in pieces goes back before.
+    """
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         size = sum(part.num_bytes for part in plan.parts if part.name == WORKSPACE)
         taken = torch.empty(size, dtype=torch.uint8, device=device)
         del taken
