@@ -133,7 +133,8 @@ def _estimate(empty: EmptyModel, size: StepSize, vocabulary: int) -> int:
 
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 16
+        # What the kernels plan for where there is no device to ask.
+        return 132
     found: int = torch.cuda.get_device_properties(device).multi_processor_count
     return found
 
