@@ -272,7 +272,7 @@ def _measure_site(
 
 
 def _gemlite_layers(w: int4.Int4Weight) -> list[Any]:
-    """Copies of the weight as gemlite holds it, by its authors' table for the card or tuned as they advise."""
+    """Copies of the weight as gemlite holds it, by its authors' table for the card or as they advise."""
     if PEERS.is_dir() and str(PEERS) not in sys.path:
         sys.path.append(str(PEERS))
     import gemlite
