@@ -200,7 +200,20 @@ def build_parser() -> argparse.ArgumentParser:
         group,
         "--max-adapter-wait",
         scheduler.max_adapter_wait_s,
-        "a request that has waited so long for its adapters is overtaken no more",
+        "for a request that has waited so long for room on the device, adapters in use are freed one by one",
+    )
+    _count(
+        group,
+        "--fair-quantum",
+        scheduler.fair_quantum,
+        "tokens of a tenant, and of an adapter within it, before it is the next one's turn",
+    )
+    _seconds(
+        group,
+        "--fair-aging",
+        scheduler.fair_aging_s,
+        "waiting time that counts as much as a quantum not given: more is fairer, less nearer to first come "
+        "first served",
     )
 
     group = parser.add_argument_group("adapters")
@@ -341,6 +354,8 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 kv_block_size=arguments.kv_block_size,
                 prefix_cache=arguments.prefix_cache == "on",
                 max_adapter_wait_s=arguments.max_adapter_wait,
+                fair_quantum=arguments.fair_quantum,
+                fair_aging_s=arguments.fair_aging,
             ),
             adapters=AdapterConfig(
                 folders=tuple(arguments.adapters),

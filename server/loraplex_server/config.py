@@ -107,8 +107,10 @@ class SchedulerConfig:
         kv_cache_dtype: "auto" is the type of the activations, "fp8" (e4m3) takes less room and is less exact.
         gpu_memory_utilization: share of the GPU's memory that may be used, whatever else is on it included.
         prefix_cache: keep keys and values of answered requests for others that begin alike.
-        max_adapter_wait_s: a request that has waited this long for its adapters is overtaken no
-            more by younger requests that need adapters too.
+        max_adapter_wait_s: for a request that has waited this long for room on the device, an adapter in use
+            gets no new requests until it can be evicted; the longer the wait, the more adapters.
+        fair_quantum: tokens that a tenant, and an adapter within it, gets before it is the next one's turn.
+        fair_aging_s: waiting time that counts as much as a quantum not given.
     """
 
     max_batch_tokens: int = 512
@@ -121,6 +123,8 @@ class SchedulerConfig:
     kv_block_size: int = 16
     prefix_cache: bool = True
     max_adapter_wait_s: float = 1.0
+    fair_quantum: int = 512
+    fair_aging_s: float = 5.0
 
     def __post_init__(self) -> None:
         _at_least("max_batch_tokens", self.max_batch_tokens, 1)
@@ -134,6 +138,9 @@ class SchedulerConfig:
             raise InvalidArgumentError.field(
                 "gpu_memory_utilization", f"{self.gpu_memory_utilization} is no share above 0 and up to 1"
             )
+        _at_least("fair_quantum", self.fair_quantum, 1)
+        if not 0 < self.fair_aging_s < math.inf:
+            raise InvalidArgumentError.field("fair_aging_s", f"{self.fair_aging_s} is no positive number")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -156,6 +156,7 @@ def _registry(empty: EmptyModel) -> SiteRegistry:
         biased={p.path for p in projections if p.has_bias},
         hidden_size=empty.model.get_input_embeddings().weight.shape[1],
         sharing={p.path for group in empty.grouped if len(group) > 1 for p in group},
+        kv_shapes=empty.kv_shapes,
     )
 
 

@@ -19,6 +19,7 @@ from loraplex_server.model.context import StepContext
 from loraplex_server.model.effects import Effect, effects_of
 from loraplex_server.model.graphs import DecodeGraphs, GraphLimits
 from loraplex_server.model.loader import BaseModel
+from loraplex_server.model.prefix import place_prefixes
 from loraplex_server.model.sampler import Sampling
 from loraplex_server.model.transfer import send
 
@@ -143,6 +144,7 @@ class ModelRunner:
 
     def _prepare(self, plan: StepPlan) -> Callable[[], torch.Tensor]:
         """Sends a step's inputs on their way; what is returned computes its logits."""
+        place_prefixes(plan, self._pool, self._kv_caches)
         replay = None if self._graphs is None else self._graphs.prepare(plan)
         return self._eager(plan) if replay is None else replay
 
