@@ -74,7 +74,7 @@ class AdapterCommand(_Message, frozen=True):
     """An adapter operation, answered by an `AdapterReply` with the same `call_id`.
 
     Attributes:
-        op: "load", "unload", "list", "get" or "pin".
+        op: "load", "unload", "list", "get", "pin" or "chat_template".
         pinned: for "pin", whether to pin or to unpin.
     """
 
@@ -173,11 +173,16 @@ class AdapterStatus(msgspec.Struct, frozen=True):
 
 
 class AdapterReply(_Message, frozen=True):
-    """Answer to an `AdapterCommand`: the adapter concerned, or all of them, or an error."""
+    """Answer to an `AdapterCommand`: the adapter concerned, or all of them, or an error.
+
+    Attributes:
+        chat_template: for "chat_template", the adapter's own; "" where it has none.
+    """
 
     call_id: int
     adapters: tuple[AdapterStatus, ...] = ()
     error: ErrorInfo | None = None
+    chat_template: str = ""
 
 
 class IntegrityReply(_Message, frozen=True):
