@@ -177,7 +177,7 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TlsFiles:
-    """PEM files of the gRPC and HTTP ports. With `client_ca`, clients need a certificate that one of it signed."""
+    """PEM files of both ports. With `client_ca`, clients need a certificate that one of it signed."""
 
     certificate: Path
     key: Path

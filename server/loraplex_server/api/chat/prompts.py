@@ -6,6 +6,7 @@ import asyncio
 import collections
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from loraplex_server.api.chat.process import OverLimitError, RendererProcess
 from loraplex_server.api.chat.renderer import Render
@@ -46,11 +47,7 @@ class ChatPrompts:
         digest = hashlib.sha256(template.encode(errors="replace")).digest()
         if digest in self._bad:
             raise _over_limit(whose)
-        variables = {
-            **self._tokenizer.special_tokens,
-            "messages": list(messages),
-            "add_generation_prompt": True,
-        }
+        variables = variables_of(messages, self._tokenizer.special_tokens)
         try:
             found = await self._renderer.render(Render(template, variables, self._max_chars))
         except OverLimitError as error:
@@ -90,6 +87,17 @@ class ChatPrompts:
                 resource=("chat_template", "model"),
             )
         return "the model", self._tokenizer.chat_template
+
+
+def variables_of(messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> dict[str, Any]:
+    """What a template finds defined; tools and documents are, as none, because templates test for them."""
+    return {
+        **special_tokens,
+        "messages": list(messages),
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": True,
+    }
 
 
 def _over_limit(whose: str) -> FailedPreconditionError:

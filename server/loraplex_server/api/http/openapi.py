@@ -120,7 +120,7 @@ def _generation(operation: str, summary: str, body: str, answer: str) -> dict[st
         _EVENTS: {
             "schema": {
                 "type": "string",
-                "description": "With `stream`: events whose data are `Completion` or `ChatChunk`, then [DONE].",
+                "description": "With `stream`: events, a `Completion` or `ChatChunk` each, then [DONE].",
             }
         },
     }
