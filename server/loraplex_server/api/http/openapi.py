@@ -150,7 +150,7 @@ def _content(name: str) -> dict[str, Any]:
 
 
 def _prompt() -> dict[str, Any]:
-    text = {"type": "string"}
+    text = {"type": "string", "minLength": 1}
     ids = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
     return {
         "anyOf": [

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from loraplex_server.api import convert
+
 _MAX_COUNT = (1 << 31) - 1
 _MAX_CHOICES = 128
 
@@ -17,6 +19,7 @@ Text = Annotated[str, Meta(max_length=1 << 24)]
 Count = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
 Positive = Annotated[int, Meta(ge=1, le=_MAX_COUNT)]
 TokenId = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
+Stop = Annotated[str, Meta(min_length=1, max_length=convert.MAX_STOP_CHARS)]
 Name = Annotated[str, Meta(min_length=1, max_length=512)]
 
 
@@ -52,8 +55,8 @@ class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Count | None = None
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=convert.MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=convert.MAX_STOP_TOKENS)] | None = None
     ignore_eos: bool | None = None
     priority: Annotated[int, Meta(ge=-_MAX_COUNT, le=_MAX_COUNT)] | None = None
     user: Text | None = None
@@ -70,7 +73,7 @@ class CompletionBody(GenerationBody, frozen=True, kw_only=True, forbid_unknown_f
 
     prompt: str | list[str | TokenId | list[TokenId]]
     echo: bool | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=convert.MAX_LOGPROBS)] | None = None
 
 
 class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,10 +90,10 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True):
 class ChatBody(GenerationBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`POST /v1/chat/completions`. `max_completion_tokens` is `max_tokens` by its newer name."""
 
-    messages: Annotated[list[Message], Meta(min_length=1)]
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=convert.MAX_CHAT_MESSAGES)]
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=convert.MAX_LOGPROBS)] | None = None
 
 
 class Usage(Struct, frozen=True):
