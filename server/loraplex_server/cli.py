@@ -9,16 +9,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from loraplex_server import log
+from loraplex_server import log, settings
 from loraplex_server.config import (
     ADAPTER_DEVICE_DTYPES,
+    CUDA_GRAPHS,
     DEVICES,
     DTYPES,
     KERNELS,
+    KV_CACHE_DTYPES,
+    LOG_FORMATS,
+    LOG_LEVELS,
     QUANTIZATIONS,
     AdapterConfig,
     ApiConfig,
     EngineConfig,
+    LogConfig,
     ModelConfig,
     SchedulerConfig,
     ServerConfig,
@@ -43,20 +48,64 @@ SIZE is bytes, or a number with a unit: 512MiB, 2GB, 1.5g.
       --tls-certificate tls.crt --tls-key tls.key"""
 
 
+_CONFIG_DESCRIPTION = """\
+Shows or checks the configuration that `loraplex serve` would run with, from the same flags, environment and
+file. Every flag of `loraplex serve --help` is a setting:
+
+  --max-batch-tokens 512                      on the command line, which beats
+  LORAPLEX_SERVE_MAX_BATCH_TOKENS=512         in the environment, which beats
+  max_batch_tokens = 512                      in the TOML file of --config (or LORAPLEX_SERVE_CONFIG)
+
+Flags that may be repeated are arrays in the file, and separated by commas in the environment. What is called
+like no flag is an error."""
+
+_CONFIG_EPILOG = """\
+  loraplex config show --model ./llama > loraplex.toml     every setting with its default, to begin from
+  loraplex config check --config loraplex.toml             is it right? exit code 2 says no, and why
+  loraplex config show --changed --config loraplex.toml    what differs from the defaults, and why"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server; `argv` is what follows `loraplex serve`. Returns the exit code."""
     parser = build_parser()
-    arguments = parser.parse_args(argv)
     try:
+        arguments, _ = settings.resolve(parser, sys.argv[1:] if argv is None else argv, os.environ)
         config = to_config(arguments)
     except ServerError as error:
         parser.error(str(error))
-    log.configure(arguments.log_level)
+    log.configure(config.engine.log)
     hide_torch()
     # Here, not above: `--help` should not wait for gRPC and a tokenizer library.
     from loraplex_server.api.app import serve
 
     return asyncio.run(serve(config))
+
+
+def config_main(argv: Sequence[str] | None = None) -> int:
+    """`loraplex config`: shows or checks what `loraplex serve` would run with; starts nothing."""
+    parser = argparse.ArgumentParser(
+        prog="loraplex config",
+        usage="loraplex config {show,check} [--changed] [flags of loraplex serve]",
+        description=_CONFIG_DESCRIPTION,
+        epilog=_CONFIG_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("action", choices=("show", "check"))
+    parser.add_argument("--changed", action="store_true", help="show only what is not the default")
+    own, flags = parser.parse_known_args(argv)
+    serve = build_parser()
+    serve.prog, serve.usage = parser.prog, parser.usage
+    try:
+        arguments, origins = settings.resolve(serve, flags, os.environ)
+        to_config(arguments)
+    except ServerError as error:
+        serve.error(str(error))
+    if own.action == "show":
+        print(settings.to_toml(arguments, origins, all_values=not own.changed))
+    else:
+        print("the configuration is right")
+    return 0
 
 
 def hide_torch() -> None:
@@ -71,7 +120,7 @@ def hide_torch() -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Every option with its help and its default, which is the configuration's own."""
     model, scheduler = ModelConfig(model=""), SchedulerConfig()
-    adapters, api = AdapterConfig(), ApiConfig()
+    adapters, api, logs = AdapterConfig(), ApiConfig(), LogConfig()
     parser = argparse.ArgumentParser(
         prog="loraplex serve",
         description=_DESCRIPTION,
@@ -79,6 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    settings.add_config_flag(parser)
 
     group = parser.add_argument_group("base model")
     group.add_argument("--model", required=True, metavar="PATH|HUB_ID", help="a Hugging Face checkpoint")
@@ -92,6 +142,20 @@ def build_parser() -> argparse.ArgumentParser:
     _choice(group, "--dtype", DTYPES, model.dtype, "type of the activations")
     _choice(group, "--kernels", KERNELS, model.kernels, "auto is triton on cuda, torch on cpu")
     _count(group, "--threads", model.threads, "CPU threads of the engine; 0 is all cores but one")
+    _choice(
+        group,
+        "--cuda-graphs",
+        CUDA_GRAPHS,
+        model.cuda_graphs,
+        "record decode steps at start and replay them; auto is where the device can, on is that or no start",
+    )
+    group.add_argument(
+        "--cuda-graph-sizes",
+        type=_counts,
+        default=model.cuda_graph_sizes,
+        metavar="N,N,...",
+        help="numbers of requests to record decode steps for (default: up to --max-num-requests)",
+    )
 
     group = parser.add_argument_group("batching")
     _count(group, "--max-batch-tokens", scheduler.max_batch_tokens, "tokens computed in one step")
@@ -103,15 +167,53 @@ def build_parser() -> argparse.ArgumentParser:
         scheduler.max_model_len,
         "tokens of prompt and answer together; 0 is the model's own limit",
     )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=scheduler.gpu_memory_utilization,
+        metavar="F",
+        help="share of the GPU's memory for weights, steps, adapters and the KV cache, and for whatever else "
+        "is on it (default: %(default)g)",
+    )
     _size(
-        group, "--kv-cache-bytes", scheduler.kv_cache_bytes, "memory of the KV cache; 0 picks what is needed"
+        group,
+        "--kv-cache-bytes",
+        scheduler.kv_cache_bytes,
+        "memory of the KV cache; 0 takes what is left on a GPU, what is needed on a CPU",
+    )
+    _choice(
+        group,
+        "--kv-cache-dtype",
+        KV_CACHE_DTYPES,
+        scheduler.kv_cache_dtype,
+        "type of the KV cache; auto is that of the activations, fp8 saves room and is less exact",
     )
     _count(group, "--kv-block-size", scheduler.kv_block_size, "tokens in a block of the KV cache")
+    _choice(
+        group,
+        "--prefix-cache",
+        ("on", "off"),
+        "on" if scheduler.prefix_cache else "off",
+        "keep the KV of prompts and answers, as room allows, for requests that begin alike",
+    )
     _seconds(
         group,
         "--max-adapter-wait",
         scheduler.max_adapter_wait_s,
-        "a request that has waited so long for its adapters is overtaken no more",
+        "for a request that has waited so long for room on the device, adapters in use are freed one by one",
+    )
+    _count(
+        group,
+        "--fair-quantum",
+        scheduler.fair_quantum,
+        "tokens of a tenant, and of an adapter within it, before it is the next one's turn",
+    )
+    _seconds(
+        group,
+        "--fair-aging",
+        scheduler.fair_aging_s,
+        "waiting time that counts as much as a quantum not given: more is fairer, less nearer to first come "
+        "first served",
     )
 
     group = parser.add_argument_group("adapters")
@@ -134,6 +236,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _count(
         group,
+        "--max-pinned-adapters",
+        adapters.max_pinned,
+        "a cap on pinned ones beyond being fewer than the slots; 0 is none",
+    )
+    _count(
+        group,
         "--max-adapters-per-request",
         adapters.max_per_request,
         "most adapters that one request may name",
@@ -143,7 +251,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=adapters.watch_s,
         metavar="S",
-        help="every S seconds, register what came to --adapters and unload what went (default: 0, never)",
+        help="every S seconds, follow what came to, changed in and went from --adapters (default: 0, never)",
     )
 
     group = parser.add_argument_group("adapters from elsewhere")
@@ -178,7 +286,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("serving")
-    group.add_argument("--host", default=api.host, help="address to listen on (default: %(default)s)")
+    group.add_argument("--host", default=api.host, help=f"address to listen on (default: {api.host})")
     _count(group, "--port", api.port, "gRPC port; 0 picks a free one")
     _count(
         group,
@@ -193,7 +301,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="what HTTP callers name the base model (default: the last part of its folder, or its hub id)",
     )
     group.add_argument(
-        "--metrics-host", default=api.metrics_host, help="address of the metrics (default: %(default)s)"
+        "--metrics-host",
+        default=api.metrics_host,
+        help=f"address of the metrics (default: {api.metrics_host})",
     )
     _count(group, "--metrics-port", api.metrics_port, "Prometheus port; 0 picks a free one, -1 is none")
     _size(group, "--max-message-bytes", api.max_message_bytes, "longest gRPC message or HTTP body")
@@ -205,7 +315,8 @@ def build_parser() -> argparse.ArgumentParser:
         "connections older than this are asked to come anew, calls under way go on; 0 is never",
     )
     group.add_argument("--no-reflection", action="store_true", help="clients may not list the services")
-    _choice(group, "--log-level", log.LEVELS, "info", "least severe lines of the log, which goes to stderr")
+    _choice(group, "--log-level", LOG_LEVELS, logs.level, "least severe lines of the log on stderr")
+    _choice(group, "--log-format", LOG_FORMATS, logs.format, "json is one object a line, for collectors")
 
     group = parser.add_argument_group("who may call")
     _file(group, "--tls-certificate", "PEM certificate chain of this server; read again when it changes")
@@ -241,6 +352,8 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 dtype=arguments.dtype,
                 kernels=arguments.kernels,
                 threads=arguments.threads,
+                cuda_graphs=arguments.cuda_graphs,
+                cuda_graph_sizes=arguments.cuda_graph_sizes,
             ),
             scheduler=SchedulerConfig(
                 max_batch_tokens=arguments.max_batch_tokens,
@@ -248,8 +361,13 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 max_queue=arguments.max_queue,
                 max_model_len=arguments.max_model_len,
                 kv_cache_bytes=arguments.kv_cache_bytes,
+                kv_cache_dtype=arguments.kv_cache_dtype,
+                gpu_memory_utilization=arguments.gpu_memory_utilization,
                 kv_block_size=arguments.kv_block_size,
+                prefix_cache=arguments.prefix_cache == "on",
                 max_adapter_wait_s=arguments.max_adapter_wait,
+                fair_quantum=arguments.fair_quantum,
+                fair_aging_s=arguments.fair_aging,
             ),
             adapters=AdapterConfig(
                 folders=tuple(arguments.adapters),
@@ -258,6 +376,7 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 device_dtype=arguments.adapter_device_dtype,
                 host_bytes=arguments.adapter_host_bytes,
                 max_on_device=arguments.max_adapters_on_device,
+                max_pinned=arguments.max_pinned_adapters,
                 max_per_request=arguments.max_adapters_per_request,
                 sources=tuple(arguments.adapter_source),
                 cache_dir=arguments.adapter_cache_dir,
@@ -268,6 +387,7 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 extra_files=tuple(arguments.adapter_extra_file),
                 watch_s=arguments.watch_adapters,
             ),
+            log=LogConfig(arguments.log_level, arguments.log_format),
         ),
         api=ApiConfig(
             host=arguments.host,
@@ -340,6 +460,15 @@ def _parse_size(text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of numbers; write for example 1,2,4,8"
+        ) from error
 
 
 def _folder(text: str) -> Path:

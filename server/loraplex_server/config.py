@@ -14,7 +14,11 @@ from loraplex_server.errors import InvalidArgumentError
 QUANTIZATIONS = ("nf4", "int4", "none")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
 KERNELS = ("auto", "torch", "triton")
+CUDA_GRAPHS = ("auto", "on", "off")
+KV_CACHE_DTYPES = ("auto", "fp8")
 ADAPTER_DEVICE_DTYPES = ("auto", "int8")
 
 _EXTRA_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.(json|jinja|txt)")
@@ -63,6 +67,9 @@ class ModelConfig:
         model: a folder with a Hugging Face checkpoint, or a hub id.
         double_quant: quantise the scales of nf4 as well.
         threads: CPU threads of the engine; 0 is all cores but one.
+        cuda_graphs: whether decode steps are recorded at start and replayed: "auto" where the Triton kernels
+            run on CUDA, "on" or not at all, also under Triton's interpreter.
+        cuda_graph_sizes: numbers of requests to record them for; none leaves the choice open.
     """
 
     model: str
@@ -72,6 +79,8 @@ class ModelConfig:
     dtype: str = "auto"
     kernels: str = "auto"
     threads: int = 0
+    cuda_graphs: str = "auto"
+    cuda_graph_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("quantization", self.quantization, QUANTIZATIONS)
@@ -79,6 +88,9 @@ class ModelConfig:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("kernels", self.kernels, KERNELS)
         _at_least("threads", self.threads, 0)
+        _one_of("cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
+        for size in self.cuda_graph_sizes:
+            _at_least("cuda_graph_sizes", size, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +102,15 @@ class SchedulerConfig:
         max_num_requests: requests running at once.
         max_queue: requests that may wait; more are refused with RESOURCE_EXHAUSTED.
         max_model_len: prompt and answer together; 0 takes the model's own limit.
-        kv_cache_bytes: 0 takes what `max_num_requests` of moderate length need, within reason.
-        max_adapter_wait_s: a request that has waited this long for its adapters is overtaken no
-            more by younger requests that need adapters too.
+        kv_cache_bytes: 0 takes all that is left on a GPU, and on a CPU what `max_num_requests` of moderate
+            length need, within reason.
+        kv_cache_dtype: "auto" is the type of the activations, "fp8" (e4m3) takes less room and is less exact.
+        gpu_memory_utilization: share of the GPU's memory that may be used, whatever else is on it included.
+        prefix_cache: keep keys and values of answered requests for others that begin alike.
+        max_adapter_wait_s: for a request that has waited this long for room on the device, an adapter in use
+            gets no new requests until it can be evicted; the longer the wait, the more adapters.
+        fair_quantum: tokens that a tenant, and an adapter within it, gets before it is the next one's turn.
+        fair_aging_s: waiting time that counts as much as a quantum not given.
     """
 
     max_batch_tokens: int = 512
@@ -100,8 +118,13 @@ class SchedulerConfig:
     max_queue: int = 1024
     max_model_len: int = 0
     kv_cache_bytes: int = 0
+    kv_cache_dtype: str = "auto"
+    gpu_memory_utilization: float = 0.9
     kv_block_size: int = 16
+    prefix_cache: bool = True
     max_adapter_wait_s: float = 1.0
+    fair_quantum: int = 512
+    fair_aging_s: float = 5.0
 
     def __post_init__(self) -> None:
         _at_least("max_batch_tokens", self.max_batch_tokens, 1)
@@ -110,6 +133,14 @@ class SchedulerConfig:
         _at_least("max_model_len", self.max_model_len, 0)
         _at_least("kv_cache_bytes", self.kv_cache_bytes, 0)
         _at_least("kv_block_size", self.kv_block_size, 1)
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise InvalidArgumentError.field(
+                "gpu_memory_utilization", f"{self.gpu_memory_utilization} is no share above 0 and up to 1"
+            )
+        _at_least("fair_quantum", self.fair_quantum, 1)
+        if not 0 < self.fair_aging_s < math.inf:
+            raise InvalidArgumentError.field("fair_aging_s", f"{self.fair_aging_s} is no positive number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +155,7 @@ class AdapterConfig:
             activations, "int8" takes less room and is less exact.
         host_bytes: room for adapters in host memory.
         max_on_device: a cap on their number beyond the bytes; 0 is none.
+        max_pinned: most adapters pinned at once; 0 is one fewer than the slots, which is the most.
         max_per_request: most adapters that one request may name.
         sources: prefixes of addresses from which adapters may be downloaded; none, and none are.
         cache_dir: where downloads are kept; None is the user's cache folder.
@@ -140,6 +172,7 @@ class AdapterConfig:
     device_bytes: int = 256 << 20
     host_bytes: int = 1 << 30
     max_on_device: int = 0
+    max_pinned: int = 0
     max_per_request: int = 8
     device_dtype: str = "auto"
     sources: tuple[str, ...] = ()
@@ -156,6 +189,7 @@ class AdapterConfig:
         _at_least("device_bytes", self.device_bytes, 1)
         _at_least("host_bytes", self.host_bytes, 1)
         _at_least("max_on_device", self.max_on_device, 0)
+        _at_least("max_pinned", self.max_pinned, 0)
         _at_least("max_per_request", self.max_per_request, 1)
         _at_least("cache_bytes", self.cache_bytes, 1)
         _at_least("download_max_bytes", self.download_max_bytes, 1)
@@ -232,12 +266,25 @@ class ApiConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """The log on stderr, of the server and its engine alike."""
+
+    level: str = "info"
+    format: str = "text"
+
+    def __post_init__(self) -> None:
+        _one_of("log_level", self.level, LOG_LEVELS)
+        _one_of("log_format", self.format, LOG_FORMATS)
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """All that the engine process needs to know."""
 
     model: ModelConfig
     scheduler: SchedulerConfig = SchedulerConfig()
     adapters: AdapterConfig = AdapterConfig()
+    log: LogConfig = LogConfig()
 
 
 @dataclasses.dataclass(frozen=True)

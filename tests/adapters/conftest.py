@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex_server.adapters.record import AdapterHandle
@@ -54,7 +54,8 @@ def registry() -> SiteRegistry:
         for path, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and path != "lm_head"
     ]
-    return SiteRegistry(linears, hidden_size=LLAMA.hidden_size)
+    kv_shapes = [(2, 8)] * LLAMA.num_hidden_layers
+    return SiteRegistry(linears, hidden_size=LLAMA.hidden_size, kv_shapes=kv_shapes)
 
 
 @pytest.fixture
@@ -177,3 +178,44 @@ def bring(settle: Callable[[AdapterStore], None]) -> Callable[..., tuple[Adapter
         return handles
 
     return run
+
+
+@pytest.fixture
+def served(registry: SiteRegistry) -> Callable[[AdapterStore, AdapterHandle, Path], bool]:
+    """Whether a handle's slot serves the weights in the folder, bit for bit."""
+
+    def check(store: AdapterStore, handle: AdapterHandle, folder: Path) -> bool:
+        slot = store.slot(handle)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        for entry in registry:
+            prefix = f"base_model.model.{entry.path}"
+            if f"{prefix}.lora_A.weight" not in tensors:
+                assert int(store.pool.rank[slot, entry.index]) == 0
+                continue
+            a = store.pool.a(slot, entry.index, entry.in_features)
+            b = store.pool.b(slot, entry.index, entry.out_features)
+            if not torch.equal(a, tensors[f"{prefix}.lora_A.weight"]):
+                return False
+            if not torch.equal(b.T, 2 * tensors[f"{prefix}.lora_B.weight"]):
+                return False
+        return True
+
+    return check
+
+
+class Answer:
+    """A callback that keeps what it is called with."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
+        self.calls = 0
+
+    def __call__(self, value: Any = None) -> None:
+        self.value = value
+        self.calls += 1
+
+
+@pytest.fixture
+def answer() -> type[Answer]:
+    """Makes callbacks that keep what they are called with."""
+    return Answer

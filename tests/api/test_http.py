@@ -30,7 +30,9 @@ from loraplex_server.engine.messages import (
 )
 from loraplex_server.errors import ErrorInfo
 
-TIMES = Times(queue_s=0.25, adapter_wait_s=0.125, first_token_s=0.5, total_s=1.0, preemptions=2)
+TIMES = Times(
+    queue_s=0.25, adapter_wait_s=0.125, first_token_s=0.5, total_s=1.0, preemptions=2, cached_prompt_tokens=3
+)
 
 
 def adapter(name: str, **fields: Any) -> AdapterStatus:
@@ -128,6 +130,7 @@ def test_a_completion(speaking: Any, byte_level_tokenizer: Any) -> None:
                 "max_tokens": 9,
                 "stop": "\n",
                 "seed": -1,
+                "cache_prefix": False,
                 "top_k": 5,
                 "top_p": 0.5,
                 "temperature": 0.25,
@@ -141,9 +144,10 @@ def test_a_completion(speaking: Any, byte_level_tokenizer: Any) -> None:
                 "prompt_tokens": len(prompt),
                 "completion_tokens": len(ids),
                 "total_tokens": len(prompt) + len(ids),
+                "prompt_tokens_details": {"cached_tokens": 3},
             }
             [request] = server.engine.submitted
-            assert request.prompt_token_ids == tuple(prompt)
+            assert (request.prompt_token_ids, request.cache_prefix) == (tuple(prompt), False)
             sampling = request.sampling
             assert (sampling.max_tokens, sampling.seed, sampling.top_k) == (9, (1 << 64) - 1, 5)
             assert (sampling.top_p, sampling.temperature) == (0.5, 0.25)

@@ -39,12 +39,14 @@ Serves many LoRA adapters on one frozen 4-bit language model, in one batch.
 
 on the machine that has the model (pip install 'loraplex[server]'):
   serve                 start a server; see loraplex serve --help
+  config                show or check what a server would run with: flags, environment and file
   demo                  watch a server answer for eight adapters at once on a small model that comes along
   bench                 measure a server under load; see loraplex bench --help
 
 against a running server:
   generate              continue a prompt
-  adapters              list, load, unload, pin adapters
+  adapters              list, load, unload, pin, prefetch adapters
+  top                   watch queue, batch, tokens a second, and where the adapters are
   model                 show the base model and the server's limits
 
   token                 make a bearer token for a server's --token-file
@@ -76,7 +78,10 @@ examples:
   loraplex adapters load polite /srv/adapters/polite    (a folder on the server's machine)
   loraplex adapters pin polite                          (keep it on the device)
   loraplex adapters pin polite --off
+  loraplex adapters load polite /srv/adapters/polite-2 --load-inplace
+  loraplex adapters prefetch polite sql                 (there is about to be work for them)
   loraplex adapters unload polite
+  loraplex adapters unload polite --grace 10            (cancel what runs longer)
 """
 
 
@@ -149,6 +154,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+# Actions on adapters that answer with several.
+_LISTS = ("list", "unload", "prefetch")
+
+
 def _add_connection(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("server")
     group.add_argument(
@@ -207,7 +216,7 @@ def _add_generate(commands: Any) -> None:
 def _add_adapters(commands: Any) -> None:
     command: argparse.ArgumentParser = commands.add_parser(
         "adapters",
-        help="list, load, unload, pin adapters",
+        help="list, load, unload, pin, prefetch adapters",
         description="Manages the adapters of a running server.",
         epilog=ADAPTERS_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -216,7 +225,9 @@ def _add_adapters(commands: Any) -> None:
 
     def add(name: str, run: Callable[[Client, argparse.Namespace], list[AdapterInfo]], help_: str) -> Any:
         action = actions.add_parser(name, help=help_, description=help_.capitalize() + ".")
-        if name != "list":
+        if name == "prefetch":
+            action.add_argument("names", metavar="NAME", nargs="+")
+        elif name != "list":
             action.add_argument("name", metavar="NAME")
         action.add_argument("--json", action="store_true", help="print JSON")
         _add_connection(action)
@@ -227,14 +238,22 @@ def _add_adapters(commands: Any) -> None:
     add("get", lambda client, args: [client.adapters.get(args.name)], "show one adapter")
     load = add(
         "load",
-        lambda client, args: [client.adapters.load(args.name, args.source)],
+        lambda client, args: [client.adapters.load(args.name, args.source, load_inplace=args.load_inplace)],
         "register an adapter and read it",
     )
+    load.add_argument(
+        "--load-inplace",
+        action="store_true",
+        help="replace an adapter of that name; its running requests finish on the old one",
+    )
     load.add_argument("source", metavar="FOLDER", help="where PEFT saved it, on the server's machine")
-    add(
+    unload = add(
         "unload",
-        lambda client, args: client.adapters.unload(args.name),
+        lambda client, args: client.adapters.unload(args.name, grace_seconds=args.grace),
         "take an adapter away when its requests are done, and show the others",
+    )
+    unload.add_argument(
+        "--grace", type=float, metavar="S", help="cancel those of its requests that run S seconds longer"
     )
     pin = add(
         "pin",
@@ -242,6 +261,12 @@ def _add_adapters(commands: Any) -> None:
         "bring an adapter to the device and keep it there",
     )
     pin.add_argument("--off", action="store_true", help="let it be evicted again")
+    prefetch = add(
+        "prefetch",
+        lambda client, args: client.adapters.prefetch(args.names, host_only=args.host_only),
+        "hint that adapters will be wanted, and show where they are",
+    )
+    prefetch.add_argument("--host-only", action="store_true", help="bring them to host memory at most")
 
 
 def _adapter(text: str) -> tuple[str, float]:
@@ -292,7 +317,8 @@ def _generate(args: argparse.Namespace) -> int:
         print()
     if args.stats and chunk and chunk.usage and chunk.timing:
         print(
-            f"{chunk.usage.prompt_tokens} + {chunk.usage.completion_tokens} tokens in "
+            f"{chunk.usage.prompt_tokens} ({chunk.usage.cached_prompt_tokens} cached) + "
+            f"{chunk.usage.completion_tokens} tokens in "
             f"{chunk.timing.total_seconds:.3f} s, the first after "
             f"{chunk.timing.time_to_first_token_seconds:.3f} s; ended by {chunk.finish_reason}",
             file=sys.stderr,
@@ -307,7 +333,7 @@ def _adapters(
         found = run(client, args)
     if args.json:
         entries = [dataclasses.asdict(adapter) for adapter in found]
-        print(json.dumps(entries if args.action in ("list", "unload") else entries[0]))
+        print(json.dumps(entries if args.action in _LISTS else entries[0]))
         return 0
     rows = [("NAME", "STATE", "RANK", "BYTES", "IN USE", "HITS", "MISSES", "MODULES")]
     rows += [

@@ -22,6 +22,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKENS = 64
 MAX_CHAT_MESSAGES = 1024
+MAX_PREFETCH = 1024
 DEFAULT_MAX_TOKENS = 256
 # A status travels in HTTP/2 trailers, which clients limit to 8 KiB.
 _MAX_VIOLATIONS = 16
@@ -162,6 +163,7 @@ def to_request(
         tenant=tenant,
         priority=message.priority,
         deadline_s=deadline_s,
+        cache_prefix=message.cache_prefix if message.HasField("cache_prefix") else True,
     )
 
 
@@ -173,6 +175,31 @@ def check_load_adapter(message: adapters_pb2.LoadAdapterRequest) -> None:
         found.add("source", "is empty; name the folder that PEFT wrote")
     elif len(message.source) > _MAX_SOURCE_CHARS or "\0" in message.source:
         found.add("source", f"is no path; it may have {_MAX_SOURCE_CHARS} characters and no NUL")
+    found.raise_any()
+
+
+def unload_grace_s(message: adapters_pb2.UnloadAdapterRequest) -> float | None:
+    """Seconds that running requests have; None is as long as they take.
+
+    Raises:
+        InvalidArgumentError: a bad name, or no such time.
+    """
+    found = _Violations()
+    _check_adapter_name(found, "name", message.name)
+    grace_s = message.grace_seconds if message.HasField("grace_seconds") else None
+    if grace_s is not None and not 0 <= grace_s < math.inf:
+        found.add("grace_seconds", "has to be 0 or more, and finite")
+    found.raise_any()
+    return grace_s
+
+
+def check_prefetch(message: adapters_pb2.PrefetchRequest) -> None:
+    """Raises: InvalidArgumentError for bad names, none, or too many."""
+    found = _Violations()
+    if not 1 <= len(message.names) <= MAX_PREFETCH:
+        found.add("names", f"has {len(message.names)} names; give 1 to {MAX_PREFETCH}")
+    for index, name in enumerate(message.names[:MAX_PREFETCH]):
+        _check_adapter_name(found, f"names[{index}]", name)
     found.raise_any()
 
 
@@ -201,7 +228,11 @@ def to_finish(end: End) -> generation_pb2.Finish:
     times = end.finish.times
     return generation_pb2.Finish(
         reason=_FINISH_REASONS[end.finish.reason],
-        usage=generation_pb2.Usage(prompt_tokens=end.prompt_tokens, completion_tokens=end.completion_tokens),
+        usage=generation_pb2.Usage(
+            prompt_tokens=end.prompt_tokens,
+            completion_tokens=end.completion_tokens,
+            cached_prompt_tokens=times.cached_prompt_tokens if times else 0,
+        ),
         timing=generation_pb2.Timing(
             queue_seconds=times.queue_s if times else 0.0,
             adapter_wait_seconds=times.adapter_wait_s if times else 0.0,

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import cast
 
+import torch
+
 from loraplex_kernels import dispatch, parallel
 from loraplex_server.adapters.sites import SiteRegistry
 from loraplex_server.adapters.store import AdapterStore
@@ -16,8 +18,11 @@ from loraplex_server.config import EngineConfig
 from loraplex_server.engine.audit import finish
 from loraplex_server.engine.engine import Emit, Engine
 from loraplex_server.engine.messages import EngineInfo
+from loraplex_server.errors import FailedPreconditionError
 from loraplex_server.model import architecture, loader, memory
 from loraplex_server.model.frozen import FrozenProjections
+from loraplex_server.model.graphs import ladder
+from loraplex_server.model.loader import EmptyModel
 from loraplex_server.model.runner import ModelRunner
 from loraplex_server.model.selfcheck import check_ragged
 
@@ -43,34 +48,39 @@ def build_engine(
     _keep_freed_memory()
     parallel.set_threads(config.model.threads or max(1, (os.cpu_count() or 2) - 1))
     dispatch.set_kernels(cast(dispatch.Kernels, config.model.kernels))
-    base = loader.load(config.model, progress=progress)
-    device, dtype = base.format.device, base.format.dtype
+    empty, checkpoint = loader.prepare(config.model)
+    device, dtype = empty.format.device, empty.format.dtype
     kernels = dispatch.backend(device)
-    check_ragged(base)
-    limit = architecture.longest_context(base.config, config.scheduler.max_model_len)
-    registry = SiteRegistry(
-        ((p.path, p.in_features, p.out_features) for p in base.projections),
-        biased={p.path for p in base.projections if p.has_bias},
-        hidden_size=base.model.get_input_embeddings().weight.shape[1],
-        sharing={path for group in base.groups if len(group.paths) > 1 for path in group.paths},
-    )
+    limit = architecture.longest_context(empty.config, config.scheduler.max_model_len)
+    registry = _registry(empty)
+    plan = memory.make_plan(empty, registry, config, limit, triton=kernels == "triton")
+    _log.info("memory, of %s:\n%s", plan.device, plan.table())
+    base = empty.fill(checkpoint, progress=progress)
+    layers = check_ragged(base)
+    if device.type == "cuda":
+        # What quantising took is in the allocator's hands, in pieces.
+        torch.cuda.empty_cache()
     adapters = AdapterStore(
         registry, config.adapters, device=device, dtype=dtype, base=FrozenProjections(base.groups), wake=wake
     )
     block_size = config.scheduler.kv_block_size
-    per_block = memory.block_bytes(base.kv_shapes, block_size, dtype)
-    num_blocks = memory.num_kv_blocks(config.scheduler, per_block, limit, device)
+    num_blocks = plan.num_blocks
     if limit > num_blocks * block_size:
         limit = num_blocks * block_size
         _log.warning("the KV cache holds %d tokens: no request may be longer", limit)
+    kv_dtype = memory.kv_dtype(config.scheduler, dtype)
+    kv_caches = memory.allocate_kv(base.kv_shapes, num_blocks, block_size, kv_dtype, device)
+    memory.reserve_workspace(plan, device)
     runner = ModelRunner(
         base,
-        memory.allocate_kv(base.kv_shapes, num_blocks, block_size, dtype, device),
+        kv_caches,
         adapters.pool,
         block_size=block_size,
         max_batch_tokens=config.scheduler.max_batch_tokens,
         max_pairs_per_token=config.adapters.max_per_request,
+        layers=layers,
     )
+    _ready_device(runner, config, limit, recordable=kernels == "triton" and device.type == "cuda")
     for folder in config.adapters.folders:
         names = adapters.register_folder(folder)
         _log.info("registered %d adapters from %s", len(names), folder)
@@ -84,11 +94,9 @@ def build_engine(
         kernels,
     )
     _log.info(
-        "KV cache: %d blocks of %d tokens, %.1f MiB; adapters on the device: %.1f MiB, %d at most",
+        "KV cache: %d blocks of %d tokens; adapters on the device: %d at most",
         num_blocks,
         block_size,
-        num_blocks * per_block / 2**20,
-        config.adapters.device_bytes / 2**20,
         adapters.num_slots,
     )
     info = EngineInfo(
@@ -110,9 +118,46 @@ def build_engine(
         adapter_device_bytes=config.adapters.device_bytes,
         adapter_host_bytes=config.adapters.host_bytes,
         max_adapters_on_device=config.adapters.max_on_device,
+        adapter_slots=adapters.num_slots,
         eos_token_ids=base.eos_token_ids,
+        memory=tuple((part.name, part.num_bytes) for part in plan.parts),
     )
     return Engine(config, runner, adapters, info, emit)
+
+
+def _ready_device(runner: ModelRunner, config: EngineConfig, max_model_len: int, *, recordable: bool) -> None:
+    """Compiles the kernels and records the decode graphs, as far as the device has either.
+
+    Raises:
+        FailedPreconditionError: graphs were insisted on and there can be none.
+    """
+    if runner.asynchronous:
+        runner.warm_up(max_model_len)
+    wanted = config.model.cuda_graphs
+    if wanted == "off" or (wanted == "auto" and not recordable):
+        return
+    most = config.scheduler.max_num_requests
+    sizes = tuple(size for size in config.model.cuda_graph_sizes if size <= most) or ladder(most)
+    try:
+        runner.record_graphs(sizes, max_model_len)
+    except (RuntimeError, ValueError) as error:
+        if wanted == "on":
+            raise FailedPreconditionError(
+                f"--cuda-graphs on: the decode steps cannot be recorded ({error})"
+            ) from error
+        _log.warning("no CUDA graphs, decode steps are launched kernel by kernel: %s", error)
+
+
+def _registry(empty: EmptyModel) -> SiteRegistry:
+    """The places of a model where adapters act."""
+    projections = [projection for group in empty.grouped for projection in group]
+    return SiteRegistry(
+        ((p.path, p.in_features, p.out_features) for p in projections),
+        biased={p.path for p in projections if p.has_bias},
+        hidden_size=empty.model.get_input_embeddings().weight.shape[1],
+        sharing={p.path for group in empty.grouped if len(group) > 1 for p in group},
+        kv_shapes=empty.kv_shapes,
+    )
 
 
 def _keep_freed_memory() -> None:

@@ -29,6 +29,7 @@ from loraplex_server.engine.planning import build_plan
 from loraplex_server.engine.scheduler import Scheduled, Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.errors import (
+    CancelledError,
     InvalidArgumentError,
     ResourceExhaustedError,
     ServerError,
@@ -38,11 +39,22 @@ Emit = Callable[[str, Tokens | Failed], None]
 """Sends a message to the client of that id."""
 
 
+class Launched(Protocol):
+    """A step that may still be running."""
+
+    def result(self) -> StepOutput:
+        """One token for each of the plan's `sample_row`, once they are there."""
+
+
 class Runner(Protocol):
     """What the engine needs of the model side."""
 
-    def run(self, plan: StepPlan) -> StepOutput:
-        """Computes the plan and samples one token for each of its `sample_row`."""
+    @property
+    def asynchronous(self) -> bool:
+        """Whether `launch` returns before the step is computed."""
+
+    def launch(self, plan: StepPlan) -> Launched:
+        """Computes the plan and samples, in the order of the calls."""
 
     def weight_checksum(self) -> Generator[None, None, str]:
         """SHA-256 over the resident base weights, in pieces: yields between them, returns it at the end."""
@@ -65,6 +77,14 @@ class Engine:
         self._sequences: dict[tuple[str, str], Sequence] = {}
         self._steps: list[StepRecord] = []
         self._hits = self._misses = 0
+        # Tokens that wait to be sent until the device has its next step.
+        self._unsent: list[tuple[str, Tokens]] = []
+        # Whether the last step left work, so that the device's wait since then was the host's doing.
+        self._in_stride = False
+        # Names of adapters whose unloading waits no longer than until then.
+        self._drains: dict[object, tuple[str, float]] = {}
+        self._prefix_cache = config.scheduler.prefix_cache
+        self._prefix_queries = self._prefix_hits = 0
         self._audit = Audit(self._problems, runner.weight_checksum, info.weight_checksum)
 
     @property
@@ -79,7 +99,8 @@ class Engine:
             self._emit(client, Failed(request.request_id, error.info))
 
     def cancel(self, client: str, request_id: str) -> None:
-        """Forgets a request and frees what it holds; nothing is emitted."""
+        """Forgets a request and frees what it holds; nothing more is emitted."""
+        self._send()
         sequence = self._sequences.get((client, request_id))
         if sequence is not None:
             self._retire(sequence)
@@ -90,15 +111,38 @@ class Engine:
             if owner == client:
                 self.cancel(owner, request_id)
 
+    def unload(self, name: str, grace_s: float | None, done: Callable[[], None]) -> None:
+        """As `AdapterStore.unload`; requests that hold the adapter after `grace_s` seconds get CANCELLED.
+
+        None lets them run to their end.
+        """
+        key = object()
+
+        def freed() -> None:
+            self._drains.pop(key, None)
+            done()
+
+        if grace_s is not None:
+            self._drains[key] = name, time.monotonic() + grace_s
+        try:
+            self.adapters.unload(name, freed)
+        except ServerError:
+            self._drains.pop(key, None)
+            raise
+
     def step(self) -> bool:
         """Advances every request that can be. False if nothing could: all wait for adapters."""
         started_s = time.monotonic()
+        self._end_drains(started_s)
         self.adapters.poll()
         schedule = self.scheduler.schedule(started_s)
+        if schedule.failed or not schedule.scheduled:
+            self._send()
         for sequence, error in schedule.failed:
             self._emit(sequence.client, Failed(sequence.request.request_id, error.info))
             self._retire(sequence)
         if not schedule.scheduled:
+            self._in_stride = False
             return False
         self._audit.worked()
         scheduled = sorted(schedule.scheduled, key=self._batch_position)
@@ -106,8 +150,16 @@ class Engine:
         planned_s = time.monotonic()
         # Taken before the commit: it moves `num_computed`, and with it what counts as prefill.
         prefill_tokens = sum(item.num_tokens for item in scheduled if item.sequence.num_pending > 1)
-        output = self._runner.run(plan)
+        launched = self._runner.launch(plan)
+        # While the device computes.
+        self._send()
+        if self._runner.asynchronous:
+            self.adapters.poll()
+        output = launched.result()
         self._commit(scheduled, output)
+        in_stride, self._in_stride = self._in_stride, self.scheduler.has_work
+        if not (self._runner.asynchronous and self._in_stride):
+            self._send()
         self._steps.append(
             StepRecord(
                 seconds=time.monotonic() - started_s,
@@ -117,6 +169,8 @@ class Engine:
                 decode_tokens=plan.num_tokens - prefill_tokens,
                 adapters=len(set(plan.pair_slot.tolist())),
                 preemptions=schedule.preemptions,
+                device_seconds=output.device_s,
+                idle_seconds=output.waited_s if in_stride else None,
             )
         )
         return True
@@ -131,6 +185,10 @@ class Engine:
         adapters = self.adapters
         hits, misses = adapters.hits - self._hits, adapters.misses - self._misses
         self._hits, self._misses = adapters.hits, adapters.misses
+        scheduler = self.scheduler
+        prefix_queries = scheduler.prefix_queries - self._prefix_queries
+        prefix_hits = scheduler.prefix_hits - self._prefix_hits
+        self._prefix_queries, self._prefix_hits = scheduler.prefix_queries, scheduler.prefix_hits
         return Stats(
             steps=steps,
             swaps=tuple(adapters.drain_swaps()),
@@ -148,6 +206,11 @@ class Engine:
             integrity_problems=len(self._audit.problems),
             weights_ok=self._audit.weights_ok,
             audits=self._audit.passes,
+            adapters_running=_adapter_names(self.scheduler.running),
+            adapters_waiting=_adapter_names(self.scheduler.waiting),
+            kv_blocks_cached=self._blocks.num_cached,
+            prefix_queries=prefix_queries,
+            prefix_hits=prefix_hits,
         )
 
     def check_integrity(self, call_id: int = 0) -> IntegrityReply:
@@ -203,7 +266,7 @@ class Engine:
             )
         weights = [use.weight for use in request.adapters]
         handles = self.adapters.resolve(names, weights)
-        sequence = Sequence(request, client, handles)
+        sequence = Sequence(request, client, handles, caches=self._prefix_cache and request.cache_prefix)
         if sequence.num_prompt >= limit:
             self.adapters.release(handles)
             raise InvalidArgumentError.field(
@@ -219,7 +282,7 @@ class Engine:
         return item.num_tokens > 1, [self.adapters.slot(handle) for handle in item.sequence.handles]
 
     def _commit(self, scheduled: list[Scheduled], output: StepOutput) -> None:
-        """Writes the step's results into the sequences, ends those that are complete, and emits."""
+        """Writes the step's results into the sequences, and ends those that are complete."""
         deltas: defaultdict[str, list[TokenDelta]] = defaultdict(list)
         sampled = iter(output.sampled)
         now_s = time.monotonic()
@@ -230,8 +293,13 @@ class Engine:
                 self._blocks.set_key(block, key)
             if samples:
                 deltas[sequence.client].append(self._append(sequence, next(sampled), now_s))
-        for client, found in deltas.items():
-            self._emit(client, Tokens(tuple(found)))
+        self._unsent += [(client, Tokens(tuple(found))) for client, found in deltas.items()]
+
+    def _send(self) -> None:
+        """Emits the tokens that wait for it."""
+        unsent, self._unsent = self._unsent, []
+        for client, tokens in unsent:
+            self._emit(client, tokens)
 
     def _append(self, sequence: Sequence, token: SampledToken, now_s: float) -> TokenDelta:
         sequence.token_ids.append(token.token_id)
@@ -265,12 +333,28 @@ class Engine:
             times=times,
         )
 
+    def _end_drains(self, now_s: float) -> None:
+        """Ends the requests that hold an adapter whose time to drain is over."""
+        for key, (name, end_s) in list(self._drains.items()):
+            if now_s < end_s:
+                continue
+            self._drains.pop(key, None)
+            error = CancelledError(f"adapter {name!r} was unloaded", resource=("adapter", name))
+            for sequence in list(self._sequences.values()):
+                if any(handle.draining and handle.name == name for handle in sequence.handles):
+                    self._emit(sequence.client, Failed(sequence.request.request_id, error.info))
+                    self._retire(sequence)
+
     def _retire(self, sequence: Sequence) -> None:
         """Frees all that a sequence holds and forgets it; safe to call twice."""
         self.scheduler.finish(sequence)
         if self._sequences.pop((sequence.client, sequence.request.request_id), None) is not None:
             self.adapters.release(sequence.handles)
         assert sequence.status is Status.FINISHED
+
+
+def _adapter_names(sequences: list[Sequence]) -> tuple[str, ...]:
+    return tuple({handle.name for sequence in sequences for handle in sequence.handles})
 
 
 def _times(sequence: Sequence, now_s: float) -> Times:
@@ -282,4 +366,5 @@ def _times(sequence: Sequence, now_s: float) -> Times:
         first_token_s=(sequence.first_token_s or now_s) - arrival_s,
         total_s=now_s - arrival_s,
         preemptions=sequence.preemptions,
+        cached_prompt_tokens=sequence.cached_prompt_tokens,
     )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from loraplex_kernels.attention import AttentionBatch
+from loraplex_kernels.attention import AttentionBatch, LayerShape
 from loraplex_server.model.effects import Effect
 
 
@@ -25,12 +25,14 @@ class StepContext:
         kv_caches: one tensor a layer, [num_blocks, 2, num_kv_heads, block_size, head_dim].
         attended: (query, key) pairs of the batch, a measure of the attention's cost.
         effects: what adapters do at each site in this step, in order; empty in a base-only step.
+        seen: where given, each layer notes here what it asks of the attention.
     """
 
     attention: AttentionBatch
     kv_caches: tuple[torch.Tensor, ...]
     effects: tuple[Effect, ...] = ()
     attended: int = 0
+    seen: dict[int, LayerShape] | None = None
 
 
 _current: StepContext | None = None

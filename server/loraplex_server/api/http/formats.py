@@ -21,6 +21,7 @@ from loraplex_server.api.http.schema import (
     CompletionChoice,
     CompletionLogprobs,
     Delta,
+    PromptTokensDetails,
     TokenAlternative,
     TokenEntry,
     Usage,
@@ -248,9 +249,12 @@ class ChatFormat:
 
 def usage_of(answers: Sequence[Collected], num_choices: int) -> Usage:
     """Tokens of a request: each prompt's once, however many of `num_choices` answers it has."""
-    prompt = sum(answer.finished.prompt_tokens for answer in answers[::num_choices])
-    completion = sum(answer.finished.completion_tokens for answer in answers)
-    return Usage(prompt, completion, prompt + completion)
+    ends = [answer.finished for answer in answers]
+    prompt = sum(end.prompt_tokens for end in ends[::num_choices])
+    completion = sum(end.completion_tokens for end in ends)
+    times = [end.finish.times for end in ends[::num_choices]]
+    cached = sum(each.cached_prompt_tokens for each in times if each is not None)
+    return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
 
 
 def _finite(logprob: float) -> float:

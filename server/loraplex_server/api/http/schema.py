@@ -59,6 +59,7 @@ class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=convert.MAX_STOP_TOKENS)] | None = None
     ignore_eos: bool | None = None
     priority: Annotated[int, Meta(ge=-_MAX_COUNT, le=_MAX_COUNT)] | None = None
+    cache_prefix: bool | None = None
     user: Text | None = None
 
 
@@ -96,10 +97,17 @@ class ChatBody(GenerationBody, frozen=True, kw_only=True, forbid_unknown_fields=
     top_logprobs: Annotated[int, Meta(ge=0, le=convert.MAX_LOGPROBS)] | None = None
 
 
+class PromptTokensDetails(Struct, frozen=True):
+    """Of the prompt's tokens, those that the prefix cache had."""
+
+    cached_tokens: int
+
+
 class Usage(Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class CompletionLogprobs(Struct, frozen=True):

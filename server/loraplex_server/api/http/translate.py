@@ -114,6 +114,8 @@ def _message(body: GenerationBody, base: str, max_tokens: int) -> generation_pb2
         stopping.stop.extend([body.stop] if isinstance(body.stop, str) else body.stop)
     stopping.stop_token_ids.extend(body.stop_token_ids or ())
     stopping.ignore_eos = bool(body.ignore_eos)
+    if body.cache_prefix is not None:
+        message.cache_prefix = body.cache_prefix
     return message
 
 
