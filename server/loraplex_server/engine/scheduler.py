@@ -292,7 +292,7 @@ class Scheduler:
         return readiness
 
     def _is_coming(self, sequence: Sequence, filling: list[Sequence]) -> bool:
-        """Whether one of `filling` is about to compute the first block that a sequence would miss in the cache.
+        """Whether one of `filling` is about to compute the first block that a sequence misses in the cache.
 
         It then waits for that instead of computing the same beside it. Whoever runs goes on or gives its
         place up, so nobody waits for ever.
