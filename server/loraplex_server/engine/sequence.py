@@ -12,6 +12,7 @@ from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.core.request import Request
 from loraplex_server.engine.fairness import Account
 from loraplex_server.engine.kv_blocks import block_key
+from loraplex_server.engine.token_counts import TokenCounts
 
 EFFECT_VERSION = 1
 """Grows when what an adapter's bytes mean for keys and values changes."""
@@ -70,6 +71,7 @@ class Sequence:
     adapter_wait_s: float = 0.0
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
+    token_counts: TokenCounts = dataclasses.field(default_factory=TokenCounts)
     _changes: tuple[int, ...] = ()
     _compositions: tuple[Composition, ...] = ((),)
     _namespaces: dict[tuple[int, ...], bytes] = dataclasses.field(default_factory=dict)
