@@ -24,9 +24,9 @@ from loraplex_bench.report import milliseconds, percentile, table, write_json
 
 DESCRIPTION = """\
 Two servers on one random Llama, one with and one without its prefix cache, are asked the same in turns:
-prompts that begin alike (a system prompt, say) and end each in its own way, to the base and to an adapter, one
-after the other, and at last all at once with a beginning that is new. Compares the time to the first token at
-the client, and the answers, which have to be the same.
+prompts that begin alike (a system prompt, say) and end each in its own way, to the base and to an adapter,
+one after the other, and at last all at once with a beginning that is new. Compares the time to the first
+token at the client, and the answers, which have to be the same.
 """
 
 EXAMPLES = """\
