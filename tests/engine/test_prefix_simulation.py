@@ -44,10 +44,6 @@ class Handle:
         return 5 if self.name == "prefix" else 0
 
     @property
-    def num_prefix_tokens(self) -> int:
-        return 0
-
-    @property
     def invocation_tokens(self) -> tuple[int, ...]:
         return INVOCATION if self.name == "activated" else ()
 
