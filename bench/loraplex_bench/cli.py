@@ -24,6 +24,10 @@ _COMMANDS = {
         "loraplex_bench.many_adapters",
         "thousands of adapters by Zipf's law through a few slots: answers, memory, throughput, misses",
     ),
+    "prefix-cache": (
+        "loraplex_bench.prefix_cache",
+        "time to the first token of prompts that begin alike, with and without the prefix cache",
+    ),
     "side-by-side": (
         "loraplex_bench.side_by_side",
         "compare loraplex with transformers + PEFT on this machine",

@@ -36,7 +36,7 @@ class Contender:
     """A worker, starting when it is made; call `wait_ready` before anything else.
 
     Args:
-        spec: what `_open` takes: kind ("peft" or "engine"), weights or quantization, dtype.
+        spec: what `_open` takes: kind ("peft" or "engine"), weights or quantization, dtype, device of PEFT.
         threads: of torch; the only ones that compute.
     """
 
@@ -125,9 +125,14 @@ def _open(spec: dict[str, Any]) -> dict[str, Operation]:
         return lambda command: dataclasses.asdict(method(_jobs(command), command["max_tokens"]))
 
     if spec["kind"] == "peft":
+        carried = Path(__file__).parents[1] / ".peers" / "bnb"
+        if spec["weights"] == "bnb-nf4" and carried.is_dir():
+            # Before transformers looks for it. What is installed comes first.
+            sys.path.append(str(carried))
         from loraplex_bench.peers import PeftPeer
 
-        peer = PeftPeer(model, spec["weights"])
+        dtype = getattr(torch, spec.get("dtype", "float32"))
+        peer = PeftPeer(model, spec["weights"], spec.get("device", "cpu"), dtype)
         return {
             "one_by_one": measured(peer.one_by_one),
             "padded": measured(peer.padded),

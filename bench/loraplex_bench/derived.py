@@ -1,7 +1,7 @@
 """Thousands of adapters with known answers, from the demo's few: the function is kept, the bytes are not.
 
-With Q orthogonal, (B Qᵀ)(Q A) = B A: so each derived adapter has bytes, and a hash, of its own. Its rank grows
-by zero columns of B and random rows of A, which add nothing; alpha grows along, so that the scale stays.
+With Q orthogonal, (B Qᵀ)(Q A) = B A: so each derived adapter has bytes, and a hash, of its own. Its rank
+grows by zero columns of B and random rows of A, which add nothing; alpha grows along, for the scale to stay.
 """
 
 from __future__ import annotations

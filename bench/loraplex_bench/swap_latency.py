@@ -36,9 +36,9 @@ from loraplex_bench.report import (
 from loraplex_bench.workload import PlannedRequest, WorkloadConfig, make_workload, sure_prompts
 
 DESCRIPTION = """\
-Serves N adapters in N slots, and 2 N adapters in N slots, on the demo model, with the same requests at a share
-of the measured capacity of the first: what do users of the second server wait for their first token, those
-whose adapter is on the device, and those for whom it must be brought in? Every answer is checked.
+Serves N adapters in N slots, and 2 N adapters in N slots, on the demo model, with the same requests at a
+share of the measured capacity of the first: what do users of the second server wait for their first token,
+those whose adapter is on the device, and those for whom it must be brought in? Every answer is checked.
 """
 
 EXAMPLES = """\
@@ -235,7 +235,7 @@ def render(result: SwapResult) -> str:
     failed = sum(side.summary.failed for side in sides)
     return "\n".join(
         [
-            f"capacity {result.capacity:.1f} requests/s with {config.slots} adapters in {config.slots} slots; "
+            f"capacity {result.capacity:.1f} requests/s with {config.slots} adapters in as many slots; "
             f"arrivals at {config.load:.0%} of it, {config.turns} turns of {config.turn_s:g} s each",
             "",
             table(["TTFT in milliseconds", "requests", "p50", "p90", "p99", "max"], rows),

@@ -45,6 +45,14 @@ class Metrics:
         self._plan_seconds = self._histogram(
             "loraplex_step_plan_seconds", "Part of a step spent planning it.", _STEP_BUCKETS
         )
+        self._device_seconds = self._histogram(
+            "loraplex_step_device_seconds", "Time of a step by the GPU's own clock.", _STEP_BUCKETS
+        )
+        self._idle_seconds = self._histogram(
+            "loraplex_step_device_idle_seconds",
+            "Time the GPU waited for a step although there was work.",
+            (0.00005, 0.0001, 0.00025, *_STEP_BUCKETS),
+        )
         self._step_requests = self._histogram(
             "loraplex_step_requests", "Requests in a step (batch size).", _COUNT_BUCKETS
         )
@@ -143,6 +151,16 @@ class Metrics:
             "loraplex_grpc_call_seconds", "Time of a call on the server.", _REQUEST_BUCKETS, "method"
         )
 
+        self._http_requests = self._counter(
+            "loraplex_http_requests", "HTTP requests that ended.", "route", "status"
+        )
+        self._http_seconds = self._histogram(
+            "loraplex_http_request_seconds",
+            "Time of an HTTP request on the server.",
+            _REQUEST_BUCKETS,
+            "route",
+        )
+
     def set_info(self, info: EngineInfo, version: str) -> None:
         """What is served, once it is known."""
         self._build.info(
@@ -168,6 +186,10 @@ class Metrics:
         for step in stats.steps:
             self._step_seconds.observe(step.seconds)
             self._plan_seconds.observe(step.plan_seconds)
+            if step.device_seconds is not None:
+                self._device_seconds.observe(step.device_seconds)
+            if step.idle_seconds is not None:
+                self._idle_seconds.observe(step.idle_seconds)
             self._step_requests.observe(step.requests)
             self._step_tokens.observe(step.prefill_tokens + step.decode_tokens)
             self._step_adapters.observe(step.adapters)
@@ -235,6 +257,11 @@ class Metrics:
         """A call of any service has ended with the gRPC status `code`."""
         self._calls.labels(method, code).inc()
         self._call_seconds.labels(method).observe(seconds)
+
+    def observe_http(self, route: str, status: int, seconds: float) -> None:
+        """An HTTP request has ended; 499 is one whose client had gone."""
+        self._http_requests.labels(route, str(status)).inc()
+        self._http_seconds.labels(route).observe(seconds)
 
     def _labels_of(self, request: Request) -> list[str]:
         if not request.adapters:

@@ -98,6 +98,10 @@ def originals(registry: SiteRegistry) -> list[Files]:
             {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "num_transformer_submodules": 1},
             {"prompt_embeddings": draw(4, registry.hidden_size)},
         ),
+        (
+            {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "num_layers": 2, "token_dim": 16},
+            {"prompt_embeddings": draw(3, 2 * 2 * 16)},
+        ),
     ]
     return [{CONFIG: json.dumps(config).encode(), WEIGHTS: save(tensors)} for config, tensors in kinds]
 

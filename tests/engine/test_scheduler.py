@@ -20,6 +20,7 @@ from loraplex_server.errors import DeadlineExceededError, NotFoundError, ServerE
 
 class Handle:
     num_virtual_tokens = 0
+    num_prefix_tokens = 0
     invocation_tokens: tuple[int, ...] = ()
     """A request's reference to an adapter, as far as the scheduler looks at it."""
 
@@ -332,3 +333,34 @@ def test_random_loads_keep_every_invariant(seed: int) -> None:
     assert not scheduler.has_work, "not every request finished"
     assert pool.num_used == 0
     assert not any(cache.references.values())
+
+
+class Prefix(Handle):
+    """An adapter that brings keys and values of six virtual tokens."""
+
+    num_virtual_tokens = num_prefix_tokens = 6
+
+
+def test_a_prefix_costs_blocks_but_no_budget_and_is_copied_anew_after_preemption() -> None:
+    cache = Cache()
+    cache.arrived.add("a")
+    scheduler, pool = make(blocks=6, cache=cache, max_batch_tokens=4)
+    request = Request("prefixed", (7,) * 5, SamplingParams(max_tokens=9), (AdapterUse("a"),))
+    prefixed = Sequence(request, "client", (cast(AdapterHandle, Prefix("a")),), caches=False)
+    scheduler.add(prefixed)
+    schedule = scheduler.schedule()
+    assert [(item.num_tokens, item.num_copied) for item in schedule.scheduled] == [(4, 6)]
+    assert (prefixed.num_computed, pool.num_used) == (6, 3)
+    commit(scheduler, schedule)
+    urgent = sequence(12, priority=1, max_tokens=1)
+    scheduler.add(urgent)
+    copied = []
+    while scheduler.has_work:
+        schedule = scheduler.schedule()
+        copied += [item.num_copied for item in schedule.scheduled if item.sequence is prefixed]
+        commit(scheduler, schedule)
+        assert scheduler.check_integrity() == []
+    assert prefixed.preemptions > 0
+    assert copied.count(6) == prefixed.preemptions
+    assert prefixed.num_generated == 9
+    assert pool.num_used == 0

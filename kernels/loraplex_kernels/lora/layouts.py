@@ -101,11 +101,14 @@ class VectorKind(enum.IntEnum):
     OUTPUT_SCALE = 1
     BIAS = 2
     SOFT_PROMPT = 3
+    PREFIX = 4
 
 
 @dataclass(frozen=True)
 class VectorShape:
-    """One vector of an adapter at one entry; a soft prompt is `rows` of them, at entry 0."""
+    """One vector of an adapter at one entry; a soft prompt is `rows` of them, at entry 0. In a prefix a row
+    is a layer's keys or values of one virtual token: keys, values, then layers, then tokens.
+    """
 
     entry: int
     kind: VectorKind
@@ -373,6 +376,15 @@ class LoraPool:
         if self.scaled:
             return self.arena[start : start + length * SCALE_BYTES].view(torch.float32).to(self.dtype)
         return self._rows(start, 1, length)[0]
+
+    def block(self, slot: int, kind: VectorKind, entry: int, length: int, first: int, rows: int) -> Tensor:
+        """Rows `first` to `first + rows` of a block of vectors, in the compute dtype: ``[rows, length]``."""
+        start, size = int(self.host.vector_offset[slot, kind, entry]), rows * length
+        if self.scaled:
+            start += first * length * SCALE_BYTES
+            block = self.arena[start : start + size * SCALE_BYTES].view(torch.float32).to(self.dtype)
+            return block.view(rows, length)
+        return self._rows(start + first * length, rows, length)
 
     def _rows(self, offset: int, rank: int, length: int) -> Tensor:
         return self.arena.as_strided((rank, length), (length, 1), offset)

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from loraplex_kernels.lora.layouts import EntryShape, VectorKind, VectorShape
+from loraplex_server.adapters.chat_template import read_chat_template
 from loraplex_server.adapters.effects import (
     LINEAR,
     BiasAdd,
@@ -23,6 +24,7 @@ from loraplex_server.adapters.effects import (
     LowRankAdd,
     Magnitude,
     OutputScale,
+    Prefix,
     SiteEffects,
     SoftPrompt,
 )
@@ -30,6 +32,7 @@ from loraplex_server.adapters.peft_config import (
     MAX_CONFIG_BYTES,
     Ia3Settings,
     LoraSettings,
+    PrefixSettings,
     PromptSettings,
     Targets,
     UnsupportedError,
@@ -55,13 +58,14 @@ class AdapterManifest:
 
     Attributes:
         folder: real path of the folder it was read from.
-        peft_type: PEFT's name of the method, "LORA" or "IA3".
+        peft_type: PEFT's name of the method, "LORA", "IA3" …
         config: canonical text of the configuration.
         header: the weight file's header; the weights are read only while it stays the same.
         sites: effects by entry, ascending.
         prompt: what stands before every prompt.
         invocation_tokens: where an activated LoRA begins to apply; empty for everywhere.
-        kind: the same object for all that differ in nothing but name, folder and weights.
+        chat_template: jinja source that the adapter was trained with; "" where it brings none.
+        kind: the same object for all that differ in nothing but name, folder, chat template and weights.
     """
 
     name: str
@@ -70,13 +74,22 @@ class AdapterManifest:
     config: str
     header: TensorFileHeader
     sites: tuple[SiteEffects, ...]
-    prompt: SoftPrompt | None = None
+    prompt: SoftPrompt | Prefix | None = None
     invocation_tokens: tuple[int, ...] = ()
+    chat_template: str = ""
     kind: Kind | None = field(default=None, repr=False, compare=False)
 
     @property
     def num_virtual_tokens(self) -> int:
-        return 0 if self.prompt is None else self.prompt.embeddings.shape[0]
+        match self.prompt:
+            case SoftPrompt(tensor) | Prefix(tensor):
+                return tensor.shape[0]
+        return 0
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Virtual tokens whose keys and values it brings itself."""
+        return self.num_virtual_tokens if isinstance(self.prompt, Prefix) else 0
 
     @property
     def pairs(self) -> tuple[tuple[Entry, LowRankAdd], ...]:
@@ -121,10 +134,12 @@ class AdapterManifest:
     @property
     def vectors(self) -> tuple[VectorShape, ...]:
         """Its vectors as the pool lays them out."""
-        prompt = self.prompt
-        if prompt is not None:
-            rows, hidden = prompt.embeddings.shape
-            return (VectorShape(0, VectorKind.SOFT_PROMPT, hidden, rows),)
+        match self.prompt:
+            case SoftPrompt(tensor):
+                return (VectorShape(0, VectorKind.SOFT_PROMPT, tensor.shape[1], tensor.shape[0]),)
+            case Prefix(tensor, length):
+                rows = tensor.shape[0] * (tensor.shape[1] // length)
+                return (VectorShape(0, VectorKind.PREFIX, length, rows),)
         return tuple(
             VectorShape(
                 site.entry.index,
@@ -186,17 +201,20 @@ def read_manifest(
     try:
         config = _read_config(folder, roots)
         header_bytes, file_bytes = _read_weights_header(folder, roots)
+        chat_template = read_chat_template(folder, roots)
         key = hashlib.sha256(config).digest() + header_digest(header_bytes) + file_bytes.to_bytes(8, "little")
         kind = None if known is None else known.get(key)
         if kind is not None:
-            return replace(kind.first, name=name, folder=folder, kind=kind)
+            return replace(kind.first, name=name, folder=folder, chat_template=chat_template, kind=kind)
         settings = parse_config(config)
         header = parse_header(header_bytes, file_bytes)
         method = settings.method
-        prompt: SoftPrompt | None = None
+        prompt: SoftPrompt | Prefix | None = None
         sites: tuple[SiteEffects, ...] = ()
         if isinstance(method, PromptSettings):
             prompt = _soft_prompt(method, header, registry)
+        elif isinstance(method, PrefixSettings):
+            prompt = _prefix(method, header, registry)
         else:
             sites = _sites(settings.targets, method, header, registry, max_rank)
     except (MalformedFileError, UnsupportedError) as error:
@@ -212,6 +230,7 @@ def read_manifest(
         sites=sites,
         prompt=prompt,
         invocation_tokens=method.invocation_tokens if isinstance(method, LoraSettings) else (),
+        chat_template=chat_template,
     )
     if known is None:
         return manifest
@@ -250,14 +269,37 @@ _SOFT_PROMPT = "prompt_embeddings"
 
 
 def _soft_prompt(settings: PromptSettings, header: TensorFileHeader, registry: SiteRegistry) -> SoftPrompt:
+    embeddings = _prompt_tensor(header)
+    _check_shape(embeddings, (settings.num_virtual_tokens, registry.hidden_size))
+    return SoftPrompt(embeddings)
+
+
+def _prefix(settings: PrefixSettings, header: TensorFileHeader, registry: SiteRegistry) -> Prefix:
+    """PEFT saves the keys and values themselves, whatever made them in training."""
+    keys_values = _prompt_tensor(header)
+    if len(set(registry.kv_shapes)) != 1:
+        raise UnsupportedError("prefix tuning is not served where layers have caches of different shapes")
+    (heads, head_dim), num_layers = registry.kv_shapes[0], len(registry.kv_shapes)
+    row_length = heads * head_dim
+    for key, given, expected in (
+        ("num_layers", settings.num_layers, num_layers),
+        ("num_attention_heads", settings.num_heads, heads),
+        ("token_dim", settings.width, row_length),
+    ):
+        if given not in (None, expected):
+            raise UnsupportedError(f"{key} is {given}, the base model's keys and values need {expected}")
+    _check_shape(keys_values, (settings.num_virtual_tokens, num_layers * 2 * row_length))
+    return Prefix(keys_values, row_length)
+
+
+def _prompt_tensor(header: TensorFileHeader) -> TensorInfo:
     for tensor in header.tensors:
         if tensor.name != _SOFT_PROMPT:
             raise UnsupportedError(f"tensor {quoted(tensor.name)} would not be applied: it is no soft prompt")
     if not header.tensors:
         raise UnsupportedError(f"the weight file holds no {_SOFT_PROMPT}")
-    (embeddings,) = header.tensors
-    _check_shape(embeddings, (settings.num_virtual_tokens, registry.hidden_size))
-    return SoftPrompt(embeddings)
+    (tensor,) = header.tensors
+    return tensor
 
 
 def _sites(

@@ -39,7 +39,6 @@ _REPLACEMENT = "a replacement of weights"
 
 _KINDS: dict[str, str] = {
     "MULTITASK_PROMPT_TUNING": "its prompt depends on a task id",
-    "PREFIX_TUNING": "prefix tuning needs keys and values of its own",
     "CPT": "CPT needs soft prompts of known tokens",
     "TRAINABLE_TOKENS": f"trainable tokens need {_REPLACEMENT}",
     "LN_TUNING": f"layer-norm tuning needs {_REPLACEMENT}",
@@ -73,13 +72,14 @@ _WITHOUT_EFFECT = frozenset(
         "eva_config",
         "inference_mode",
         "init_ia3_weights",
+        "init_weights",
         "loftq_config",
         "lora_dropout",
         "lora_ga_config",
         "megatron_core",
-        "num_attention_heads",
-        "num_layers",
+        "num_frozen_tokens",
         "peft_version",
+        "prefix_projection",
         "prompt_tuning_init",
         "prompt_tuning_init_state_dict_path",
         "prompt_tuning_init_text",
@@ -87,7 +87,6 @@ _WITHOUT_EFFECT = frozenset(
         "revision",
         "runtime_config",
         "task_type",
-        "token_dim",
         "tokenizer_kwargs",
         "tokenizer_name_or_path",
     }
@@ -108,10 +107,13 @@ _READ = frozenset(
         "peft_type",
         "r",
         "lora_bias",
+        "num_attention_heads",
+        "num_layers",
         "num_transformer_submodules",
         "num_virtual_tokens",
         "rank_pattern",
         "target_modules",
+        "token_dim",
         "use_dora",
         "use_rslora",
     }
@@ -284,7 +286,22 @@ class PromptSettings:
     num_virtual_tokens: int
 
 
-Method = LoraSettings | Ia3Settings | PromptSettings
+@dataclass(frozen=True)
+class PrefixSettings:
+    """What a prefix-tuning configuration says: virtual tokens, and the cache that they were made for.
+
+    Attributes:
+        num_layers, num_heads, width: layers, KV heads, and KV heads times head_dim; None where PEFT takes it
+            from the model.
+    """
+
+    num_virtual_tokens: int
+    num_layers: int | None
+    num_heads: int | None
+    width: int | None
+
+
+Method = LoraSettings | Ia3Settings | PromptSettings | PrefixSettings
 
 
 @dataclass(frozen=True)
@@ -292,7 +309,7 @@ class AdapterSettings:
     """A configuration that will be applied whole.
 
     Attributes:
-        peft_type: PEFT's name of the method, "LORA", "IA3", "PROMPT_TUNING" or "P_TUNING".
+        peft_type: PEFT's name of the method, "LORA", "IA3", "PROMPT_TUNING" …
         canonical: the whole configuration as sorted compact JSON, part of the adapter's identity.
     """
 
@@ -318,6 +335,8 @@ def parse_config(text: bytes) -> AdapterSettings:
         "IA3": _ia3,
         "PROMPT_TUNING": _prompt,
         "P_TUNING": _prompt,
+        "PREFIX_TUNING": _prefix,
+        "CARTRIDGE": _prefix,
     }
     if peft_type not in methods:
         reason = _KINDS.get(peft_type, f"only {', '.join(methods)} are")
@@ -371,6 +390,17 @@ def _prompt(config: Mapping[str, Any], patterns: Patterns) -> PromptSettings:
     if config.get("num_transformer_submodules") not in (None, 1):
         raise UnsupportedError("num_transformer_submodules is not 1: only decoders are served")
     return PromptSettings(_rank("num_virtual_tokens", config.get("num_virtual_tokens")))
+
+
+def _prefix(config: Mapping[str, Any], patterns: Patterns) -> PrefixSettings:
+    prompt = _prompt(config, patterns)
+
+    def size(key: str) -> int | None:
+        return None if config.get(key) is None else _rank(key, config[key])
+
+    return PrefixSettings(
+        prompt.num_virtual_tokens, size("num_layers"), size("num_attention_heads"), size("token_dim")
+    )
 
 
 def _check_setting(key: str, value: object) -> None:

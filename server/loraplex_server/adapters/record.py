@@ -185,8 +185,13 @@ class AdapterHandle:
 
     @property
     def num_virtual_tokens(self) -> int:
-        """Tokens of a soft prompt, which stand before the prompt."""
+        """Tokens of a soft prompt or a prefix, which stand before the prompt."""
         return self.record.manifest.num_virtual_tokens
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """How many of them need no computing: their keys and values come with the adapter."""
+        return self.record.manifest.num_prefix_tokens
 
     @property
     def invocation_tokens(self) -> tuple[int, ...]:

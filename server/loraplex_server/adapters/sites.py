@@ -73,6 +73,7 @@ class SiteRegistry:
         biased: paths at which the base has a bias.
         sharing: paths whose input feeds other projections as well.
         hidden_size: width of the embeddings.
+        kv_shapes: (KV heads, head_dim) of each layer's cache.
 
     Raises:
         ValueError: a path comes twice or a width is not positive.
@@ -85,8 +86,10 @@ class SiteRegistry:
         biased: Collection[str] = (),
         sharing: Collection[str] = (),
         hidden_size: int = 0,
+        kv_shapes: Iterable[tuple[int, int]] = (),
     ) -> None:
         self.hidden_size = hidden_size
+        self.kv_shapes = tuple(kv_shapes)
         entries = []
         for index, (path, in_features, out_features) in enumerate(sites):
             if in_features < 1 or out_features < 1:

@@ -27,7 +27,9 @@ from loraplex_server.adapters.effects import (
     LowRankAdd,
     Magnitude,
     OutputScale,
+    Prefix,
     SiteEffects,
+    SoftPrompt,
 )
 from loraplex_server.adapters.manifest import AdapterManifest, refusal
 from loraplex_server.adapters.sources import WEIGHTS_FILE, open_file
@@ -95,8 +97,9 @@ def read_weights(
     for effects in manifest.sites:
         site = _Site(elements, layout, effects, base)
         sites |= {name: site for effect in effects.effects for name in _named(effect)}
-    if manifest.prompt is not None:
-        sites[manifest.prompt.embeddings.name] = _Prompt(elements, layout)
+    match manifest.prompt:
+        case SoftPrompt(tensor) | Prefix(tensor):
+            sites[tensor.name] = _Prompt(elements, layout)
     content = hashlib.sha256(manifest.config.encode() + b"\0")
     file, size = open_file(manifest.folder, WEIGHTS_FILE, roots)
     try:
@@ -122,7 +125,7 @@ def _read(file: BinaryIO, size: int) -> bytes:
 
 
 class _Prompt:
-    """A soft prompt's rows."""
+    """A soft prompt's rows, or a prefix's."""
 
     def __init__(self, target: np.ndarray[Any, Any], layout: AdapterLayout) -> None:
         self._target = target[layout.vector_offset[0] :]

@@ -18,8 +18,10 @@ from loraplex_server.config import EngineConfig
 from loraplex_server.engine.audit import finish
 from loraplex_server.engine.engine import Emit, Engine
 from loraplex_server.engine.messages import EngineInfo
+from loraplex_server.errors import FailedPreconditionError
 from loraplex_server.model import architecture, loader, memory
 from loraplex_server.model.frozen import FrozenProjections
+from loraplex_server.model.graphs import ladder
 from loraplex_server.model.loader import EmptyModel
 from loraplex_server.model.runner import ModelRunner
 from loraplex_server.model.selfcheck import check_ragged
@@ -51,7 +53,8 @@ def build_engine(
     kernels = dispatch.backend(device)
     limit = architecture.longest_context(empty.config, config.scheduler.max_model_len)
     registry = _registry(empty)
-    plan = memory.make_plan(empty, registry, config, limit, triton=kernels == "triton")
+    sizes = _graph_sizes(config, recordable=kernels == "triton" and device.type == "cuda")
+    plan = memory.make_plan(empty, registry, config, limit, triton=kernels == "triton", graph_sizes=sizes)
     _log.info("memory, of %s:\n%s", plan.device, plan.table())
     base = empty.fill(checkpoint, progress=progress)
     layers = check_ragged(base)
@@ -68,7 +71,6 @@ def build_engine(
         _log.warning("the KV cache holds %d tokens: no request may be longer", limit)
     kv_dtype = memory.kv_dtype(config.scheduler, dtype)
     kv_caches = memory.allocate_kv(base.kv_shapes, num_blocks, block_size, kv_dtype, device)
-    memory.reserve_workspace(plan, device)
     runner = ModelRunner(
         base,
         kv_caches,
@@ -78,6 +80,8 @@ def build_engine(
         max_pairs_per_token=config.adapters.max_per_request,
         layers=layers,
     )
+    _ready_device(runner, sizes, limit, insisted=config.model.cuda_graphs == "on")
+    memory.reserve_workspace(plan, device)
     for folder in config.adapters.folders:
         names = adapters.register_folder(folder)
         _log.info("registered %d adapters from %s", len(names), folder)
@@ -122,6 +126,35 @@ def build_engine(
     return Engine(config, runner, adapters, info, emit)
 
 
+def _graph_sizes(config: EngineConfig, *, recordable: bool) -> tuple[int, ...]:
+    """Numbers of sequences for which decode steps are recorded; none where they are not."""
+    wanted = config.model.cuda_graphs
+    if wanted == "off" or (wanted == "auto" and not recordable):
+        return ()
+    most = config.scheduler.max_num_requests
+    return tuple(size for size in config.model.cuda_graph_sizes if size <= most) or ladder(most)
+
+
+def _ready_device(runner: ModelRunner, sizes: tuple[int, ...], max_model_len: int, *, insisted: bool) -> None:
+    """Compiles the kernels and records the decode graphs, as far as the device has either.
+
+    Raises:
+        FailedPreconditionError: graphs were insisted on and there can be none.
+    """
+    if runner.asynchronous:
+        runner.warm_up(max_model_len)
+    if not sizes:
+        return
+    try:
+        runner.record_graphs(sizes, max_model_len)
+    except (RuntimeError, ValueError) as error:
+        if insisted:
+            raise FailedPreconditionError(
+                f"--cuda-graphs on: the decode steps cannot be recorded ({error})"
+            ) from error
+        _log.warning("no CUDA graphs, decode steps are launched kernel by kernel: %s", error)
+
+
 def _registry(empty: EmptyModel) -> SiteRegistry:
     """The places of a model where adapters act."""
     projections = [projection for group in empty.grouped for projection in group]
@@ -130,6 +163,7 @@ def _registry(empty: EmptyModel) -> SiteRegistry:
         biased={p.path for p in projections if p.has_bias},
         hidden_size=empty.model.get_input_embeddings().weight.shape[1],
         sharing={p.path for group in empty.grouped if len(group) > 1 for p in group},
+        kv_shapes=empty.kv_shapes,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -23,6 +24,16 @@ class Effect(Protocol):
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
         """Changes the output [T, out] in place; `x` is what the frozen weight saw."""
+
+
+Kinds = tuple[type[Effect], ...]
+
+
+def kinds(effects: Iterable[Effect]) -> Kinds:
+    """What a recorded step (`graphs`) is known by: a step with effects of the same kinds, over the same pool
+    and buffers, can be replayed from it. A kind that is to be recorded reads its batch on the device alone.
+    """
+    return tuple(type(effect) for effect in effects)
 
 
 @dataclasses.dataclass(frozen=True)
