@@ -264,7 +264,8 @@ async def _measure(config: SwapConfig, servers: Sequence[LaunchedServer]) -> Swa
         ]
         names = [[adapter.name for adapter in await client.adapters.list()] for client in clients]
         for client, adapters in zip(clients, names, strict=True):
-            warm = WorkloadConfig(200, seed=1, adapters=tuple(adapters), adapter_choice="round-robin")
+            count = min(200, config.capacity_requests)
+            warm = WorkloadConfig(count, seed=1, adapters=tuple(adapters), adapter_choice="round-robin")
             await LoadRun(client, make_workload(warm, sure_prompts()), max_concurrency=32).run()
         full = WorkloadConfig(
             config.capacity_requests, seed=config.seed, adapters=tuple(names[0]), adapter_choice="uniform"
