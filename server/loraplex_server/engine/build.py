@@ -21,6 +21,7 @@ from loraplex_server.engine.messages import EngineInfo
 from loraplex_server.errors import FailedPreconditionError
 from loraplex_server.model import architecture, loader, memory
 from loraplex_server.model.frozen import FrozenProjections
+from loraplex_server.model.generation_config import sampling_defaults
 from loraplex_server.model.graphs import ladder
 from loraplex_server.model.loader import EmptyModel
 from loraplex_server.model.runner import ModelRunner
@@ -121,6 +122,7 @@ def build_engine(
         max_adapters_on_device=config.adapters.max_on_device,
         adapter_slots=adapters.num_slots,
         eos_token_ids=base.eos_token_ids,
+        sampling_defaults=sampling_defaults(config.model),
         memory=tuple((part.name, part.num_bytes) for part in plan.parts),
     )
     return Engine(config, runner, adapters, info, emit)
