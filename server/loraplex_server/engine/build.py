@@ -80,7 +80,7 @@ def build_engine(
         max_pairs_per_token=config.adapters.max_per_request,
         layers=layers,
     )
-    _ready_device(runner, config, limit, recordable=kernels == "triton" and device.type == "cuda")
+    _ready_device(runner, config, limit, on_gpu=device.type == "cuda", triton=kernels == "triton")
     for folder in config.adapters.folders:
         names = adapters.register_folder(folder)
         _log.info("registered %d adapters from %s", len(names), folder)
@@ -125,16 +125,18 @@ def build_engine(
     return Engine(config, runner, adapters, info, emit)
 
 
-def _ready_device(runner: ModelRunner, config: EngineConfig, max_model_len: int, *, recordable: bool) -> None:
+def _ready_device(
+    runner: ModelRunner, config: EngineConfig, max_model_len: int, *, on_gpu: bool, triton: bool
+) -> None:
     """Compiles the kernels and records the decode graphs, as far as the device has either.
 
     Raises:
         FailedPreconditionError: graphs were insisted on and there can be none.
     """
-    if runner.asynchronous:
+    if on_gpu:
         runner.warm_up(max_model_len)
     wanted = config.model.cuda_graphs
-    if wanted == "off" or (wanted == "auto" and not recordable):
+    if wanted == "off" or (wanted == "auto" and not (on_gpu and triton)):
         return
     most = config.scheduler.max_num_requests
     sizes = tuple(size for size in config.model.cuda_graph_sizes if size <= most) or ladder(most)
