@@ -165,6 +165,10 @@ class AdapterConfig:
         require_commit: adapters from the Hugging Face hub must name a commit.
         extra_files: names of text files that come along with an adapter if it has them.
         watch_s: seconds between looks for changes in `folders`; 0 is never.
+        allow_uploads: clients may send adapters.
+        upload_max_bytes: most that one of those may have.
+        max_uploads: how many are received at once.
+        max_uploaded: how many may be registered.
     """
 
     folders: tuple[Path, ...] = ()
@@ -183,6 +187,10 @@ class AdapterConfig:
     require_commit: bool = False
     extra_files: tuple[str, ...] = ()
     watch_s: float = 0.0
+    allow_uploads: bool = False
+    upload_max_bytes: int = 1 << 30
+    max_uploads: int = 4
+    max_uploaded: int = 256
 
     def __post_init__(self) -> None:
         _one_of("device_dtype", self.device_dtype, ADAPTER_DEVICE_DTYPES)
@@ -194,6 +202,9 @@ class AdapterConfig:
         _at_least("cache_bytes", self.cache_bytes, 1)
         _at_least("download_max_bytes", self.download_max_bytes, 1)
         _at_least("max_downloads", self.max_downloads, 1)
+        _at_least("upload_max_bytes", self.upload_max_bytes, 1)
+        _at_least("max_uploads", self.max_uploads, 1)
+        _at_least("max_uploaded", self.max_uploaded, 1)
         if not 0 <= self.watch_s < math.inf:
             raise InvalidArgumentError.field("watch_s", f"{self.watch_s} is no number of seconds")
         AllowedSources(self.sources)
@@ -211,7 +222,7 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TlsFiles:
-    """PEM files of the gRPC port. With `client_ca`, clients need a certificate that one of it signed."""
+    """PEM files of both ports. With `client_ca`, clients need a certificate that one of it signed."""
 
     certificate: Path
     key: Path
@@ -223,7 +234,9 @@ class ApiConfig:
     """Where the server listens, and for whom.
 
     Attributes:
-        port: 0 picks a free one.
+        port: of gRPC; 0 picks a free one.
+        http_port: of the OpenAI-compatible API; 0 picks a free one, -1 is none.
+        model_name: what HTTP callers name the base model; "" is the last part of its folder, or its hub id.
         metrics_host: the metrics are plain HTTP and ask no one who they are.
         metrics_port: 0 picks a free one, -1 is no metrics.
         tls: None is plain text, which only loopback addresses may have, or who sets `allow_insecure`.
@@ -235,6 +248,8 @@ class ApiConfig:
 
     host: str = "127.0.0.1"
     port: int = 50051
+    http_port: int = -1
+    model_name: str = ""
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 9400
     drain_s: float = 30.0
@@ -247,6 +262,7 @@ class ApiConfig:
 
     def __post_init__(self) -> None:
         _at_least("port", self.port, 0)
+        _at_least("http_port", self.http_port, -1)
         _at_least("metrics_port", self.metrics_port, -1)
         if not 0 <= self.max_connection_age_s < math.inf:
             raise InvalidArgumentError.field(

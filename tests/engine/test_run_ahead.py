@@ -104,6 +104,7 @@ def test_answers_are_those_of_one_step_at_a_time(ahead: Any, harness: Any, tiny:
                 "stop_token_ids": tuple(rng.sample(range(3, 200), 30)),
                 "min_tokens": rng.choice([0, 0, 1]),
                 "logprobs": rng.choice([None, 2]),
+                "frequency_penalty": rng.choice([0.0, 0.0, 1.0]),
             }
             for _ in range(12)
         ]

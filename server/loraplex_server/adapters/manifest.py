@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex_kernels.lora.layouts import EntryShape, VectorKind, VectorShape
+from loraplex_server.adapters.chat_template import read_chat_template
 from loraplex_server.adapters.effects import (
     LINEAR,
     BiasAdd,
@@ -60,6 +61,7 @@ class AdapterManifest:
         sites: effects by entry, ascending.
         prompt: what stands before every prompt.
         invocation_tokens: where an activated LoRA begins to apply; empty for everywhere.
+        chat_template: jinja source that the adapter was trained with; "" where it brings none.
     """
 
     name: str
@@ -70,6 +72,7 @@ class AdapterManifest:
     sites: tuple[SiteEffects, ...]
     prompt: SoftPrompt | Prefix | None = None
     invocation_tokens: tuple[int, ...] = ()
+    chat_template: str = ""
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -167,6 +170,7 @@ def read_manifest(
     try:
         settings = _read_settings(folder, roots)
         header = _read_weights_header(folder, roots)
+        chat_template = read_chat_template(folder, roots)
         method = settings.method
         prompt: SoftPrompt | Prefix | None = None
         sites: tuple[SiteEffects, ...] = ()
@@ -189,6 +193,7 @@ def read_manifest(
         sites=sites,
         prompt=prompt,
         invocation_tokens=method.invocation_tokens if isinstance(method, LoraSettings) else (),
+        chat_template=chat_template,
     )
 
 

@@ -6,10 +6,12 @@ import asyncio
 import itertools
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from loraplex_server.core.composition import Composition
 from loraplex_server.core.request import Request
 from loraplex_server.engine.messages import (
     PROTOCOL_VERSION,
@@ -125,6 +127,19 @@ class EngineClient:
         """Registers a PEFT folder under a name and brings it to host memory."""
         return (await self._adapters("load", name=name, source=source, inplace=inplace))[0]
 
+    async def compose_adapter(
+        self, name: str, composition: Composition, *, inplace: bool = False
+    ) -> AdapterStatus:
+        """Registers what PEFT makes of several adapters under a name of its own."""
+        return (await self._adapters("compose", name=name, composition=composition, inplace=inplace))[0]
+
+    async def adopt_adapter(
+        self, name: str, staged: Path, sha256: dict[str, str], *, inplace: bool = False
+    ) -> AdapterStatus:
+        """Registers an adapter whose files were received into a folder of the cache's staging folder."""
+        found = await self._adapters("adopt", name=name, source=str(staged), sha256=sha256, inplace=inplace)
+        return found[0]
+
     async def unload_adapter(self, name: str, grace_s: float | None = None) -> tuple[AdapterStatus, ...]:
         """Drains and forgets an adapter; answers with those that remain.
 
@@ -167,12 +182,19 @@ class EngineClient:
         await asyncio.gather(self._task, return_exceptions=True)
         self._lose(UnavailableError("the server is shutting down"))
 
+    async def chat_template(self, name: str) -> str:
+        """The chat template that an adapter brings; "" where it brings none."""
+        return (await self._adapter_command("chat_template", name=name)).chat_template
+
     async def _adapters(self, op: str, **fields: Any) -> tuple[AdapterStatus, ...]:
+        return (await self._adapter_command(op, **fields)).adapters
+
+    async def _adapter_command(self, op: str, **fields: Any) -> AdapterReply:
         reply = await self._call(lambda call_id: AdapterCommand(call_id, op, **fields))
         assert isinstance(reply, AdapterReply)
         if reply.error is not None:
             raise from_info(reply.error)
-        return reply.adapters
+        return reply
 
     async def _call(self, make: Callable[[int], ToEngine]) -> AdapterReply | IntegrityReply:
         call_id = next(self._call_ids)

@@ -201,7 +201,8 @@ class Engine:
     def _advance(self, step: _Step) -> None:
         """Takes what a launched step computes as computed, and its tokens as there, though not known yet.
 
-        A request that no token can lead on gets none: it is not scheduled again.
+        A request that ends with it, or whose sampling must know it, gets no such token: it is not scheduled
+        until it is known.
         """
         samples = 0
         for item, is_sampled in step.scheduled:
@@ -210,7 +211,8 @@ class Engine:
             if sequence.status is Status.FINISHED:
                 continue
             sequence.num_computed += item.num_tokens
-            if is_sampled and self._runner.asynchronous and not self._is_last(sequence, 1):
+            needs_it = sequence.request.sampling.penalised or self._is_last(sequence, 1)
+            if is_sampled and self._runner.asynchronous and not needs_it:
                 sequence.token_ids.append(0)
                 sequence.awaited = samples - 1
 
