@@ -81,7 +81,8 @@ def build_engine(
         max_pairs_per_token=config.adapters.max_per_request,
         layers=layers,
     )
-    _ready_device(runner, sizes, limit, insisted=config.model.cuda_graphs == "on")
+    insisted = config.model.cuda_graphs == "on"
+    _ready_device(runner, sizes, limit, on_gpu=device.type == "cuda", insisted=insisted)
     memory.reserve_workspace(plan, device)
     for folder in config.adapters.folders:
         names = adapters.register_folder(folder)
@@ -137,13 +138,15 @@ def _graph_sizes(config: EngineConfig, *, recordable: bool) -> tuple[int, ...]:
     return tuple(size for size in config.model.cuda_graph_sizes if size <= most) or ladder(most)
 
 
-def _ready_device(runner: ModelRunner, sizes: tuple[int, ...], max_model_len: int, *, insisted: bool) -> None:
+def _ready_device(
+    runner: ModelRunner, sizes: tuple[int, ...], max_model_len: int, *, on_gpu: bool, insisted: bool
+) -> None:
     """Compiles the kernels and records the decode graphs, as far as the device has either.
 
     Raises:
         FailedPreconditionError: graphs were insisted on and there can be none.
     """
-    if runner.asynchronous:
+    if on_gpu:
         runner.warm_up(max_model_len)
     if not sizes:
         return
