@@ -8,8 +8,9 @@ from typing import Protocol
 
 import torch
 
-from loraplex_kernels import lora, vectors
+from loraplex_kernels import bottleneck, lora, vectors
 from loraplex_kernels.lora import LoraBatch, LoraPool, LoraSite
+from loraplex_server.model.residual import ResidualStream
 
 
 class Effect(Protocol):
@@ -78,10 +79,25 @@ class BiasAdd(_Pooled):
         vectors.add_bias(y, self.pool, site, self.batch)
 
 
-def effects_of(pool: LoraPool, batch: LoraBatch) -> tuple[Effect, ...]:
+@dataclasses.dataclass(frozen=True)
+class Bottlenecks(_Pooled):
+    """Bottleneck adapters: y += a small network of y, of the residual stream, or of their sum."""
+
+    residual: ResidualStream
+
+    def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
+        reads = bottleneck.reads_residual(self.pool, self.batch, site)
+        bottleneck.add(y, self.residual.at(site) if reads else None, self.pool, site, self.batch)
+
+
+def effects_of(pool: LoraPool, batch: LoraBatch, residual: ResidualStream) -> tuple[Effect, ...]:
     """What the adapters of a batch do, in order; without vectors among them a low-rank pair is all."""
     pairs = LowRankAdd(pool, batch)
     if not vectors.any_vectors(pool, batch):
         return (pairs,)
     # The magnitude of DoRA scales the base's output alone: its pair, scaled at load, comes after.
-    return (InputScale(pool, batch), OutputScale(pool, batch), pairs, BiasAdd(pool, batch))
+    effects = (InputScale(pool, batch), OutputScale(pool, batch), pairs, BiasAdd(pool, batch))
+    if not bottleneck.any_networks(pool, batch):
+        return effects
+    residual.watch()
+    return (*effects, Bottlenecks(pool, batch, residual))
