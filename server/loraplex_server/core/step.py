@@ -13,6 +13,10 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
+def _nothing() -> Ints:
+    return np.zeros(0, np.int64)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepPlan:
     """What the runner computes in one pass. Filled by `engine/planning.py`, read by `model/runner.py`.
@@ -60,11 +64,11 @@ class StepPlan:
     banned_start: Ints
     banned_ids: Ints
     # Prefixes: virtual tokens `prefix_first` and those after it of the adapter in a slot, copied before the
-    # pass to cells of the KV cache. [C], [C], [C + 1], [sum].
-    prefix_slot: Ints
-    prefix_first: Ints
-    prefix_start: Ints
-    prefix_cells: Ints
+    # pass to cells of the KV cache. [C], [C], [C + 1], [sum]; few steps have any.
+    prefix_slot: Ints = dataclasses.field(default_factory=_nothing)
+    prefix_first: Ints = dataclasses.field(default_factory=_nothing)
+    prefix_start: Ints = dataclasses.field(default_factory=_nothing)
+    prefix_cells: Ints = dataclasses.field(default_factory=_nothing)
 
     @property
     def num_tokens(self) -> int:
