@@ -189,6 +189,7 @@ def adapter_layout(
     vectors: Sequence[VectorShape] = (),
     *,
     scaled: bool = False,
+    bottleneck: Bottleneck | None = None,
 ) -> AdapterLayout:
     """Lay out one adapter. Pure; the order of `entries` and `vectors` is kept in the result.
 
@@ -238,6 +239,7 @@ def adapter_layout(
         vectors=tuple(vectors),
         vector_offset=tuple(offsets[2]),
         scale_offset=tuple(scale_offset) if scaled else (),
+        bottleneck=bottleneck,
     )
 
 

@@ -134,7 +134,7 @@ def _sites(
     for parts in found.values():
         tensor = next(iter(parts.values()))
         raise UnsupportedError(
-            f"tensor {quoted(tensor.name)} is for a place that the configuration leaves out, or the base lacks"
+            f"tensor {quoted(tensor.name)} is for a place that the configuration leaves out or the base lacks"
         )
     if not sites:
         raise UnsupportedError("leave_out leaves out every layer: it does nothing")
@@ -153,7 +153,8 @@ def _entries(sub_block: SubBlock, settings: BottleneckSettings, registry: SiteRe
         entry = found.get(layer)
         if entry is None or entry.out_features != registry.hidden_size:
             raise UnsupportedError(
-                f"layer {layer} of the base has no projection {quoted(sub_block.projection)} to the hidden size"
+                f"layer {layer} of the base has no {quoted(sub_block.projection)} that ends in "
+                "the hidden size"
             )
         norm = registry.residual.get(entry.path)
         known = None if norm is None else _in_layer(norm, layer)

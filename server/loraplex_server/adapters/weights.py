@@ -58,8 +58,9 @@ def lay_out(manifest: AdapterManifest, alignment: int, *, scaled: bool = False) 
     """The layout of an adapter for a pool whose extents all begin at multiples of `alignment`; `scaled` for a
     pool in 8 bits.
     """
-    layout = adapter_layout(manifest.shapes, vectors=manifest.vectors, scaled=scaled)
-    layout = dataclasses.replace(layout, bottleneck=manifest.bottleneck)
+    layout = adapter_layout(
+        manifest.shapes, vectors=manifest.vectors, scaled=scaled, bottleneck=manifest.bottleneck
+    )
     # Where the model's own alignment was given up as out of proportion, an adapter's is as well.
     return layout if alignment % layout.alignment == 0 else dataclasses.replace(layout, alignment=alignment)
 

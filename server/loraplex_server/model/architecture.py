@@ -142,12 +142,12 @@ def find_groups(model: PreTrainedModel) -> list[tuple[Projection, ...]]:
 
 
 def residual_norms(model: PreTrainedModel) -> dict[str, str]:
-    """For attention's and the MLP's last projection of each layer, the norm that is given the residual stream.
+    """For attention's and the MLP's last projection in each layer, the norm that sees the residual stream.
 
     Where a layer does not norm the input of both sub-blocks, under the names that most families use, it has
     none of either.
     """
-    found = {}
+    found: dict[str, str] = {}
     paths = {path for path, _ in model.named_modules()}
     for path in paths:
         layer, _, leaf = path.rpartition(".")

@@ -83,15 +83,23 @@ class BiasAdd(_Pooled):
 class Bottlenecks(_Pooled):
     """Bottleneck adapters: y += a small network of y, of the residual stream, or of their sum."""
 
-    residual: ResidualStream
+    residual: ResidualStream | None
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
-        reads = bottleneck.reads_residual(self.pool, self.batch, site)
-        bottleneck.add(y, self.residual.at(site) if reads else None, self.pool, site, self.batch)
+        stream: torch.Tensor | None = None
+        if self.residual is not None and bottleneck.reads_residual(self.pool, self.batch, site):
+            stream = self.residual.at(site)
+        bottleneck.add(y, stream, self.pool, site, self.batch)
 
 
-def effects_of(pool: LoraPool, batch: LoraBatch, residual: ResidualStream) -> tuple[Effect, ...]:
-    """What the adapters of a batch do, in order; without vectors among them a low-rank pair is all."""
+def effects_of(
+    pool: LoraPool, batch: LoraBatch, residual: ResidualStream | None = None
+) -> tuple[Effect, ...]:
+    """What the adapters of a batch do, in order; without vectors among them a low-rank pair is all.
+
+    Args:
+        residual: for the adapters that read it.
+    """
     pairs = LowRankAdd(pool, batch)
     if not vectors.any_vectors(pool, batch):
         return (pairs,)
@@ -99,5 +107,6 @@ def effects_of(pool: LoraPool, batch: LoraBatch, residual: ResidualStream) -> tu
     effects = (InputScale(pool, batch), OutputScale(pool, batch), pairs, BiasAdd(pool, batch))
     if not bottleneck.any_networks(pool, batch):
         return effects
-    residual.watch()
+    if residual is not None:
+        residual.watch()
     return (*effects, Bottlenecks(pool, batch, residual))
