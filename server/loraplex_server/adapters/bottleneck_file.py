@@ -120,7 +120,7 @@ def _sites(
         match = pattern.fullmatch(tensor.name)
         if match is None:
             raise UnsupportedError(
-                f"tensor {quoted(tensor.name)} would not be applied: it is no bottleneck's"
+                f"tensor {quoted(tensor.name)} would not be applied: it is no part of a bottleneck adapter"
             )
         parts = found.setdefault((match[2], int(match[1])), {})
         if match[3] in parts:

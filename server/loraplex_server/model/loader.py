@@ -67,9 +67,9 @@ class BaseModel:
     groups: tuple[SiteGroup, ...]
     projections: tuple[Projection, ...]
     kv_shapes: tuple[tuple[int, int], ...]
-    residual: ResidualStream
     eos_token_ids: tuple[int, ...]
     parameters: int
+    residual: ResidualStream | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every resident weight by name; tied tensors once."""
