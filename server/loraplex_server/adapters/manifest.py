@@ -16,6 +16,7 @@ from loraplex_kernels.lora.layouts import Bottleneck as BottleneckForm
 from loraplex_kernels.lora.layouts import EntryShape, VectorKind, VectorShape
 from loraplex_server.adapters.bottleneck_config import is_bottleneck
 from loraplex_server.adapters.bottleneck_file import read_bottleneck
+from loraplex_server.adapters.chat_template import read_chat_template
 from loraplex_server.adapters.effects import (
     LINEAR,
     BiasAdd,
@@ -72,6 +73,7 @@ class AdapterManifest:
         invocation_tokens: where an activated LoRA begins to apply; empty for everywhere.
         bottleneck: the form of its networks, if it is a bottleneck adapter.
         weights_file: name of the file that the header is of.
+        chat_template: jinja source that the adapter was trained with; "" where it brings none.
     """
 
     name: str
@@ -84,6 +86,7 @@ class AdapterManifest:
     invocation_tokens: tuple[int, ...] = ()
     bottleneck: BottleneckForm | None = None
     weights_file: str = WEIGHTS_FILE
+    chat_template: str = ""
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -198,9 +201,11 @@ def read_manifest(
                 sites=found.sites,
                 bottleneck=found.form,
                 weights_file=BOTTLENECK_FILE,
+                chat_template=read_chat_template(folder, roots),
             )
         settings = parse_config(config)
         header = _read_weights_header(folder, roots)
+        chat_template = read_chat_template(folder, roots)
         method = settings.method
         prompt: SoftPrompt | Prefix | None = None
         sites: tuple[SiteEffects, ...] = ()
@@ -223,6 +228,7 @@ def read_manifest(
         sites=sites,
         prompt=prompt,
         invocation_tokens=method.invocation_tokens if isinstance(method, LoraSettings) else (),
+        chat_template=chat_template,
     )
 
 

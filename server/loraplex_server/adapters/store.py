@@ -286,6 +286,15 @@ class AdapterStore:
                 return status
         raise _not_found(name)
 
+    def chat_template(self, name: str) -> str:
+        """The adapter's own chat template; "" where it brings none.
+
+        Raises:
+            NotFoundError: there is no such adapter.
+            ServerError: it was registered but cannot be served; the reason.
+        """
+        return self._find(name).manifest.chat_template
+
     def broken(self) -> dict[str, ServerError]:
         """Why each registered adapter that cannot be served cannot."""
         return {name: broken.error for name, broken in self._broken.items()}
