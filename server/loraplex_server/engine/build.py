@@ -169,6 +169,8 @@ def _registry(empty: EmptyModel) -> SiteRegistry:
         hidden_size=empty.model.get_input_embeddings().weight.shape[1],
         sharing={p.path for group in empty.grouped if len(group) > 1 for p in group},
         kv_shapes=empty.kv_shapes,
+        model_type=empty.config.model_type,
+        residual=empty.residual,
     )
 
 
