@@ -13,10 +13,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import openai
 import pytest
 from transformers import AutoTokenizer
 
+from loraplex.v1 import generation_pb2
 from loraplex_server.core.request import AdapterUse, FinishReason, Request
 from loraplex_server.engine.messages import (
     AdapterReply,
@@ -295,6 +297,43 @@ def test_an_adapter_brings_its_own_template(
             status, _, body = await Http(server.http_at).chat(model="bare")
             assert (status, body["error"]["code"]) == (400, "failed_precondition")
             assert "chat_template.jinja" in body["error"]["message"]
+
+    asyncio.run(main())
+
+
+def test_tokens_are_counted_as_they_would_be_used(speaking: Any, byte_level_tokenizer: Any) -> None:
+    def reply(command: Any) -> AdapterReply:
+        template = "{{ messages[0].content }}!" if command.name == "own" else ""
+        return AdapterReply(command.call_id, chat_template=template)
+
+    chat = generation_pb2.Chat(messages=[generation_pb2.ChatMessage(role="user", content="hello")])
+    prompts: list[tuple[dict[str, Any], str]] = [
+        ({"text": "hello"}, "hello"),
+        ({"text": "x" * 300}, "x" * 300),
+        ({"chat": chat}, "<s><user>hello</s>\n<assistant>"),
+        ({"chat": chat, "adapters": ["own"]}, "hello!"),
+    ]
+
+    async def main() -> None:
+        async with speaking() as server:
+            server.engine.adapters = reply
+            stub = server.generation
+            for fields, text in prompts:
+                expected = byte_level_tokenizer.encode(text)
+                found = await stub.Tokenize(generation_pb2.TokenizeRequest(**fields))
+                assert list(found.token_ids) == expected, fields
+                counted = await stub.CountTokens(generation_pb2.CountTokensRequest(**fields))
+                assert (counted.count, counted.max_model_len) == (len(expected), 256)
+            for bad in (
+                {},
+                {"text": ""},
+                {"text": "a", "adapters": ["a b"]},
+                {"chat": generation_pb2.Chat()},
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await stub.CountTokens(generation_pb2.CountTokensRequest(**bad))
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, bad
+            assert not server.engine.submitted
 
     asyncio.run(main())
 

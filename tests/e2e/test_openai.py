@@ -195,6 +195,11 @@ def test_the_same_as_over_grpc(server: Server, client: openai.OpenAI) -> None:
     assert again.choices[0].message.content == theirs.text
     content = again.choices[0].logprobs.content
     assert [entry.logprob for entry in content] == pytest.approx(found.token_logprobs, abs=1e-4)
+    with Client(server.grpc) as sdk:
+        said = sdk.chat(chat(line), adapters=mix, ignore_eos=True, **sampled)
+        counted = sdk.count_tokens(chat(line))
+    assert said.text == theirs.text
+    assert counted == said.usage.prompt_tokens == again.usage.prompt_tokens
     stopped = client.completions.create(
         model="leet", prompt=prompt(line), stop=[line[6:8]], max_tokens=40, temperature=0
     )
