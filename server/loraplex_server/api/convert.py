@@ -33,8 +33,8 @@ _MAX_VIOLATIONS = 16
 _MAX_SOURCE_CHARS = 4096
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_ROLE = re.compile(r"[a-z0-9_]{1,32}")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+_ROLE = re.compile(r"[a-z0-9_]{1,32}")
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 _FINISH_REASONS = {

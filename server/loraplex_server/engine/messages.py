@@ -83,8 +83,7 @@ class AdapterCommand(_Message, frozen=True):
     """An adapter operation, answered by an `AdapterReply` with the same `call_id`.
 
     Attributes:
-        op: "load", "compose", "adopt", "unload", "list", "get", "pin", "prefetch" or
-            "chat_template".
+        op: "load", "compose", "adopt", "unload", "list", "get", "pin", "prefetch" or "chat_template".
         source: for "load"; for "adopt", the folder with the files that a client sent.
         pinned: for "pin", whether to pin or to unpin.
         inplace: for "load", "compose" and "adopt", whether to replace what is registered under the name.
