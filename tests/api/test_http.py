@@ -19,6 +19,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from loraplex.v1 import generation_pb2
+from loraplex_server.api.http import events
 from loraplex_server.core.request import AdapterUse, FinishReason, Request
 from loraplex_server.engine.messages import (
     AdapterReply,
@@ -555,6 +556,35 @@ def test_a_client_that_hangs_up_ends_its_requests(speaking: Any, stream: bool) -
                 if "loraplex_http_requests_total{route=/v1/completions,status=499}" in metrics or stream:
                     break
             assert metrics["loraplex_requests_total{outcome=cancelled}"] == 3
+
+    asyncio.run(main())
+
+
+def test_a_client_that_does_not_read_is_given_up(speaking: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "_STALL_S", 0.2)
+    top = tuple(TopLogprob(token_id, -1.0) for token_id in range(40, 60))
+
+    async def script(engine: Any, request: Request) -> None:
+        for _ in range(200):
+            entries = (TokenLogprobs(40, -1.0, top),) * 20
+            engine.send(Tokens((TokenDelta(request.request_id, (40,) * 20, entries),)))
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        async with speaking(script) as server:
+            body = json.dumps({"model": "parrot", "prompt": "a", "stream": True, "n": 4, "logprobs": 20})
+            sock = socket.socket()
+            # What the client's side takes in unread stays small.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.setblocking(False)
+            host, port = server.http_at.split(":")
+            await asyncio.get_running_loop().sock_connect(sock, (host, int(port)))
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+            request = head + "content-type: application/json\r\n\r\n" + body
+            await asyncio.get_running_loop().sock_sendall(sock, request.encode())
+            await server.engine.until(lambda: len(server.engine.cancelled) == 4)
+            assert (await Http(server.http_at).get("/health"))[0] == 200
+            sock.close()
 
     asyncio.run(main())
 
