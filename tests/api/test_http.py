@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -691,6 +692,27 @@ def test_a_taken_port_is_named(new_engine: Any, start_server: Any, caplog: pytes
 
     asyncio.run(main())
     assert "--http-port" in caplog.text
+
+
+def test_without_its_packages_only_http_is_refused(
+    new_engine: Any, start_server: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    for name in [name for name in sys.modules if name.startswith("loraplex_server.api.http")]:
+        monkeypatch.delitem(sys.modules, name)
+
+    async def main() -> None:
+        async with new_engine() as engine:
+            task, _ = start_server(engine, http_port=0)
+            assert await asyncio.wait_for(task, 10) == 1
+        async with new_engine() as engine:
+            task, ready = start_server(engine)
+            assert (await ready())[3] is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert await asyncio.wait_for(task, 10) == 0
+
+    asyncio.run(main())
+    assert "pip install 'loraplex[server]'" in caplog.text
 
 
 def test_metrics_count_requests_by_route_and_status(speaking: Any, byte_level_tokenizer: Any) -> None:
