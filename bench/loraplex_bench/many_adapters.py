@@ -294,9 +294,10 @@ class _Run:
                 for server in self._servers
             ]
             await stack.enter_async_context(live(lambda: self._phase, interval_s=10.0))
+            warm = self._workload(min(200, config.requests), 1, self._names[: config.slots])
             for client in clients:
                 await client.wait_until_ready(60.0)
-                await self._load(client, self._workload(min(200, config.requests), 1, self._names[: config.slots]))
+                await self._load(client, warm)
             sampler = asyncio.create_task(self._sample())
             once = await self._load(clients[1], self._each_once()) if config.once else None
             reference: list[Outcome] = []

@@ -244,7 +244,9 @@ class Scheduler:
         return [self.waiting[number] for *_, number in heapq.nsmallest(1 if alone else _MAX_BLOCKED, waits)]
 
     def _full(self, admission: _Admission) -> bool:
-        return admission.budget <= 0 or len(self.running) >= self._config.max_num_requests
+        # Who waits for blocks that are coming has a place already.
+        places = self._config.max_num_requests - admission.num_coming
+        return admission.budget <= 0 or len(self.running) >= places
 
     def _offer(self, ordered: Iterable[Sequence], admission: _Admission) -> bool:
         """Admits those that can run. False if so many found no room on the device that only those are left
@@ -279,6 +281,7 @@ class Scheduler:
             # The blocks of all its known tokens are taken now: a prompt that is computed in chunks must
             # not lose its later blocks to those admitted after it.
             if self._is_coming(sequence, admission.filling):
+                admission.num_coming += 1
                 continue
             if not self._take_blocks(sequence):
                 break
@@ -483,6 +486,7 @@ class _Admission:
     Attributes:
         filling: sequences that run and compute blocks for the prefix cache.
         passed: flows whose next request has to wait.
+        num_coming: sequences that wait for blocks which those are about to compute.
         num_blocked: how many there was no room on the device for.
         open_adapters: those that may get more requests; None for all.
         priority: of those that room is kept for; higher ones are not concerned.
@@ -503,6 +507,7 @@ class _Admission:
         self.now_s = now_s
         self.passed: set[Account] = set()
         self.num_blocked = 0
+        self.num_coming = 0
         self.open_adapters: Collection[str] | None = None
         self.priority = 0
 
