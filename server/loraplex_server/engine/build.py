@@ -21,6 +21,7 @@ from loraplex_server.engine.messages import EngineInfo
 from loraplex_server.errors import FailedPreconditionError
 from loraplex_server.model import architecture, loader, memory
 from loraplex_server.model.frozen import FrozenProjections
+from loraplex_server.model.generation_config import sampling_defaults
 from loraplex_server.model.graphs import ladder
 from loraplex_server.model.loader import EmptyModel
 from loraplex_server.model.runner import ModelRunner
@@ -122,6 +123,7 @@ def build_engine(
         max_adapters_on_device=config.adapters.max_on_device,
         adapter_slots=adapters.num_slots,
         eos_token_ids=base.eos_token_ids,
+        sampling_defaults=sampling_defaults(config.model),
         memory=tuple((part.name, part.num_bytes) for part in plan.parts),
     )
     return Engine(config, runner, adapters, info, emit)
@@ -167,6 +169,8 @@ def _registry(empty: EmptyModel) -> SiteRegistry:
         hidden_size=empty.model.get_input_embeddings().weight.shape[1],
         sharing={p.path for group in empty.grouped if len(group) > 1 for p in group},
         kv_shapes=empty.kv_shapes,
+        model_type=empty.config.model_type,
+        residual=empty.residual,
     )
 
 

@@ -222,4 +222,4 @@ class ModelRunner:
         """What adapters do in this step; nothing is launched for a step without adapters."""
         if not len(plan.run_start):
             return ()
-        return effects_of(self._pool, self._segments.fill(plan.runs))
+        return effects_of(self._pool, self._segments.fill(plan.runs), self._base.residual)
