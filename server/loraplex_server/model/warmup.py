@@ -33,9 +33,8 @@ def plans(
                 for runs in steps_up_to(min(tokens, num_slots)):
                     yield _plan(tokens, tokens, runs, several, num_slots, block_size)
     for tokens in (1, max_tokens):
-        yield _plan(
-            tokens, tokens + min(max_context, _LONG_CONTEXT), 0, 1, num_slots, block_size, sampled=True
-        )
+        context = tokens + min(max_context, _LONG_CONTEXT)
+        yield _plan(tokens, context, 0, 1, num_slots, block_size, sampled=True)
 
 
 def _doublings(most: int) -> list[int]:
