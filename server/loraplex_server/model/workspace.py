@@ -81,7 +81,7 @@ def graph_bytes(empty: EmptyModel, limits: GraphLimits, max_rank: int, num_slots
     what the driver keeps of each."""
     largest = max(limits.sizes)
     vocabulary: int = empty.model.get_input_embeddings().weight.shape[0]
-    total = largest * (2 * torch.int64.itemsize + vocabulary * empty.format.dtype.itemsize)
+    total = largest * (4 * torch.int64.itemsize + vocabulary * empty.format.dtype.itemsize)
     for size in limits.sizes:
         total += LoraBatchBuffers(
             max_tokens=size,
