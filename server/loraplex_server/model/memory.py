@@ -151,6 +151,8 @@ def make_plan(
             )
         )
     if device.type == "cuda":
+        # What this process has let go of is its allocator's, and not in use.
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         fixed = [
             Part("in use already", total - free),
