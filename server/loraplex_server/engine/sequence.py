@@ -49,6 +49,7 @@ class Sequence:
         caches: its blocks may be had by others, and it may have theirs.
         cached_prompt_tokens: tokens of its prompt that it found in the cache when it was first admitted.
         reserved: it holds device references to its adapters.
+        awaited: its last token is not known yet: it is this one of those that the step in flight samples.
         flow: the account of what it is given; the scheduler's ledger sets it.
     """
 
@@ -68,6 +69,7 @@ class Sequence:
     caches: bool = False
     cached_prompt_tokens: int = 0
     reserved: bool = False
+    awaited: int | None = None
     flow: Account | None = None
     preemptions: int = 0
     adapter_wait_start_s: float | None = None
