@@ -44,6 +44,7 @@ _EPILOG = """\
 SIZE is bytes, or a number with a unit: 512MiB, 2GB, 1.5g.
 
   loraplex serve --model ./llama --adapters ./adapters
+  loraplex serve --model ./llama --adapters ./adapters --http-port 8000
   loraplex serve --model ./llama --quantization int4 --device cpu --port 0 --metrics-port -1
   loraplex serve --model ./llama --host 0.0.0.0 --token-file tokens \\
       --tls-certificate tls.crt --tls-key tls.key"""

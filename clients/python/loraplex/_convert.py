@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
 
 from google.protobuf.message import Message
@@ -26,9 +27,23 @@ from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
 Prompt = str | Sequence[int]
 """Text, tokenised by the server; or token ids, taken as they are."""
 
+ChatMessage = Mapping[str, str]
+"""What was said: `{"role": "user", "content": "…"}`, and a "name" where the chat template knows them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in place of a prompt; a chat template makes them into text."""
+
+    messages: Iterable[ChatMessage]
+
+
 AdapterMix = Sequence[str | tuple[str, float]] | Mapping[str, float]
 """Adapters to sum: names (weight 1), (name, weight) pairs, or a mapping of names to weights."""
 
+_MESSAGE_KEYS = {"role", "content", "name"}
+
+TokenizeT = TypeVar("TokenizeT", generation_pb2.TokenizeRequest, generation_pb2.CountTokensRequest)
 MessageT = TypeVar("MessageT", bound=Message)
 
 _FINISH_REASONS: dict[int, FinishReason] = {
@@ -94,7 +109,7 @@ class GenerateOptions(TypedDict, total=False):
 
 
 def generate_request(
-    prompt: Prompt,
+    prompt: Prompt | Conversation,
     *,
     adapter: str | None = None,
     adapters: AdapterMix | None = None,
@@ -125,8 +140,8 @@ def generate_request(
         InvalidRequestError: an argument is of the wrong type, or two exclude each other.
     """
     request = generation_pb2.GenerateRequest()
-    if isinstance(prompt, str):
-        assign(request, "text", prompt, argument="prompt")
+    if isinstance(prompt, (str, Conversation)):
+        _assign_text(request, prompt)
     elif isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Iterable):
         raise InvalidRequestError.for_field(
             "prompt", f"must be text or a sequence of token ids, not {type(prompt).__name__}"
@@ -175,6 +190,43 @@ def _assign_bias(sampling: generation_pb2.SamplingParams, logit_bias: Mapping[in
             sampling.logit_bias[token] = bias
     except (TypeError, ValueError) as error:
         raise InvalidRequestError.for_field("logit_bias", str(error)) from error
+
+
+def tokenize_request(
+    kind: type[TokenizeT], prompt: str | Iterable[ChatMessage], adapters: str | Sequence[str]
+) -> TokenizeT:
+    """A question about a prompt's tokens.
+
+    Raises:
+        InvalidRequestError: an argument is of the wrong type.
+    """
+    request = kind()
+    _assign_text(request, prompt if isinstance(prompt, str) else Conversation(prompt))
+    extend(request, "adapters", [adapters] if isinstance(adapters, str) else adapters)
+    return request
+
+
+def _assign_text(
+    request: generation_pb2.GenerateRequest
+    | generation_pb2.TokenizeRequest
+    | generation_pb2.CountTokensRequest,
+    prompt: str | Conversation,
+) -> None:
+    if isinstance(prompt, str):
+        assign(request, "text", prompt, argument="prompt")
+        return
+    said = prompt.messages
+    if isinstance(said, (str, bytes, Mapping)) or not isinstance(said, Iterable):
+        raise InvalidRequestError.for_field("messages", "must be a list of mappings with role and content")
+    request.chat.SetInParent()
+    for entry in said:
+        if not isinstance(entry, Mapping) or not {"role", "content"} <= entry.keys() <= _MESSAGE_KEYS:
+            raise InvalidRequestError.for_field(
+                "messages", f"each must be a mapping with role, content and perhaps name, not {entry!r}"
+            )
+        message = request.chat.messages.add()
+        for key, value in entry.items():
+            assign(message, key, value, argument="messages")
 
 
 def adapter_weights(

@@ -98,26 +98,7 @@ def check_generate(message: generation_pb2.GenerateRequest, limits: Limits) -> N
         InvalidArgumentError: with one violation for each bad field.
     """
     found = _Violations()
-    match message.WhichOneof("prompt"):
-        case "text":
-            if not message.text:
-                found.add("text", "is empty; give at least one character")
-            elif len(message.text) > limits.max_prompt_chars:
-                found.add(
-                    "text",
-                    f"has {len(message.text)} characters; the model takes {limits.max_model_len} tokens, "
-                    f"which is {limits.max_prompt_chars} characters at most",
-                )
-        case "token_ids":
-            ids = message.token_ids.ids
-            if not ids:
-                found.add("token_ids.ids", "is empty; give at least one token")
-            _check_prompt_length(found, "token_ids.ids", len(ids), limits)
-            _check_token_ids(found, "token_ids.ids", ids, limits)
-        case "chat":
-            _check_chat(found, message.chat.messages, limits)
-        case _:
-            found.add("prompt", "is missing; set text, token_ids or chat")
+    _check_prompt(found, message, limits)
     _check_adapters(found, message, limits)
     _check_sampling(found, message.sampling, limits)
     _check_stopping(found, message.stopping, limits)
@@ -126,6 +107,31 @@ def check_generate(message: generation_pb2.GenerateRequest, limits: Limits) -> N
     if message.HasField("request_id") and not valid_request_id(message.request_id):
         found.add("request_id", "has to be 1 to 128 printable ASCII characters without spaces")
     found.raise_any()
+
+
+def prompt_alone(
+    message: generation_pb2.TokenizeRequest | generation_pb2.CountTokensRequest, limits: Limits
+) -> generation_pb2.GenerateRequest:
+    """The generation whose prompt is to be tokenised.
+
+    Raises:
+        InvalidArgumentError: with one violation for each bad field.
+    """
+    request = generation_pb2.GenerateRequest()
+    match message.WhichOneof("prompt"):
+        case "text":
+            request.text = message.text
+        case "chat":
+            request.chat.CopyFrom(message.chat)
+    found = _Violations()
+    _check_prompt(found, request, limits)
+    if len(message.adapters) > limits.max_adapters:
+        found.add("adapters", f"{len(message.adapters)} are more than the {limits.max_adapters} allowed")
+    for index, name in enumerate(message.adapters):
+        _check_adapter_name(found, f"adapters[{index}]", name)
+        request.adapters.add(adapter=name)
+    found.raise_any()
+    return request
 
 
 def to_request(
@@ -393,6 +399,29 @@ def to_model(info: EngineInfo, server_version: str) -> model_pb2.Model:
         max_adapters_on_device=info.max_adapters_on_device,
         server_version=server_version,
     )
+
+
+def _check_prompt(found: _Violations, message: generation_pb2.GenerateRequest, limits: Limits) -> None:
+    match message.WhichOneof("prompt"):
+        case "text":
+            if not message.text:
+                found.add("text", "is empty; give at least one character")
+            elif len(message.text) > limits.max_prompt_chars:
+                found.add(
+                    "text",
+                    f"has {len(message.text)} characters; the model takes {limits.max_model_len} tokens, "
+                    f"which is {limits.max_prompt_chars} characters at most",
+                )
+        case "token_ids":
+            ids = message.token_ids.ids
+            if not ids:
+                found.add("token_ids.ids", "is empty; give at least one token")
+            _check_prompt_length(found, "token_ids.ids", len(ids), limits)
+            _check_token_ids(found, "token_ids.ids", ids, limits)
+        case "chat":
+            _check_chat(found, message.chat.messages, limits)
+        case _:
+            found.add("prompt", "is missing; set text, token_ids or chat")
 
 
 def _check_chat(found: _Violations, messages: Sequence[generation_pb2.ChatMessage], limits: Limits) -> None:

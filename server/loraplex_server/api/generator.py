@@ -88,6 +88,17 @@ class Generator:
         stops, included = tuple(message.stopping.stop), message.stopping.include_stop
         return [Accepted(request, stops, arrived_s, included) for request in requests]
 
+    async def tokenize(
+        self, message: generation_pb2.TokenizeRequest | generation_pb2.CountTokensRequest
+    ) -> tuple[int, ...]:
+        """The token ids of a prompt, however many they are.
+
+        Raises:
+            ServerError: as `accept`, of the prompt's fields.
+        """
+        backend = self.backend
+        return await _tokenise(backend, convert.prompt_alone(message, backend.limits))
+
     async def run(
         self, accepted: Accepted, why_left: Callable[[], str]
     ) -> AsyncGenerator[tuple[Piece, End | None]]:

@@ -18,7 +18,14 @@ from loraplex_server.api.generator import Generator
 from loraplex_server.api.http import unserved
 from loraplex_server.api.http.body import read_body
 from loraplex_server.api.http.errors import to_body
-from loraplex_server.api.http.events import EventStream, Receive, Send, merged, while_connected
+from loraplex_server.api.http.events import (
+    ClientGoneError,
+    EventStream,
+    Receive,
+    Send,
+    merged,
+    while_connected,
+)
 from loraplex_server.api.http.formats import (
     ChatFormat,
     Collected,
@@ -138,6 +145,8 @@ class GenerationEndpoint:
         events = EventStream(send)
         try:
             await self._send_events(job, events)
+        except ClientGoneError:
+            raise
         except Exception as error:
             if not events.started:
                 raise
