@@ -42,11 +42,11 @@ from loraplex_server.adapters.peft_config import (
 )
 from loraplex_server.adapters.sites import Entry, Part, SiteRegistry
 from loraplex_server.adapters.sources import (
-    BOTTLENECK_FILE,
     CONFIG_FILE,
-    PICKLE_FILE,
+    PICKLE_FILES,
     WEIGHTS_FILE,
     open_file,
+    pickle_refusal,
 )
 from loraplex_server.adapters.tensor_file import (
     MalformedFileError,
@@ -200,7 +200,7 @@ def read_manifest(
                 header=found.header,
                 sites=found.sites,
                 bottleneck=found.form,
-                weights_file=BOTTLENECK_FILE,
+                weights_file=found.weights_file,
                 chat_template=read_chat_template(folder, roots),
             )
         settings = parse_config(config)
@@ -246,11 +246,10 @@ def _read_config(folder: Path, roots: tuple[Path, ...]) -> bytes:
 
 
 def _read_weights_header(folder: Path, roots: tuple[Path, ...]) -> TensorFileHeader:
-    if not (folder / WEIGHTS_FILE).exists() and (folder / PICKLE_FILE).exists():
-        raise UnsupportedError(
-            f"{PICKLE_FILE} is a pickle, which can run code when it is read; re-save the adapter as "
-            "safetensors (save_pretrained with safe_serialization=True)"
-        )
+    if not (folder / WEIGHTS_FILE).exists():
+        for name in PICKLE_FILES:
+            if (folder / name).exists():
+                raise UnsupportedError(pickle_refusal(name))
     file, size = open_file(folder, WEIGHTS_FILE, roots)
     with file:
         return read_header(file, size)
