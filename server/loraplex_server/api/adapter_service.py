@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -92,3 +93,20 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             list(request.names), to_device=not request.host_only
         )
         return adapters_pb2.PrefetchResponse(adapters=map(convert.to_adapter, adapters))
+
+    async def Watch(  # noqa: N802
+        self, request: adapters_pb2.WatchRequest, context: Any
+    ) -> AsyncIterator[adapters_pb2.WatchResponse]:
+        convert.check_watch(request)
+        names = set(request.names)
+        changes = self._lifecycle.backend.engine.watch_adapters()
+        first = True
+        async with contextlib.aclosing(self._lifecycle.until_draining(changes)) as watched:
+            async for change in watched:
+                response = adapters_pb2.WatchResponse(
+                    adapters=[convert.to_adapter(s) for s in change.adapters if not names or s.name in names],
+                    removed=[name for name in change.removed if not names or name in names],
+                )
+                if first or response.adapters or response.removed:
+                    yield response
+                first = False
