@@ -257,10 +257,10 @@ class AdapterStore:
         """
         if name in self._broken:
             raise self._broken[name].error
-        for status in self.list():
-            if status.name == name:
-                return status
-        raise not_found(name)
+        status = self._status_of(name)
+        if status is None:
+            raise not_found(name)
+        return status
 
     def chat_template(self, name: str) -> str:
         """The adapter's own chat template; "" where it brings none.

@@ -10,7 +10,7 @@ from loraplex.v1 import adapters_pb2, adapters_pb2_grpc
 from loraplex_server.api import convert
 from loraplex_server.api.lifecycle import Lifecycle
 from loraplex_server.api.uploads import UploadDesk
-from loraplex_server.errors import AlreadyExistsError
+from loraplex_server.errors import AlreadyExistsError, ServerError
 
 
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
@@ -45,17 +45,26 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         engine = self._lifecycle.backend.engine
         requests = aiter(requests)
         header = await self._uploads.header(requests)
-        if not header.load_inplace and header.name in {known.name for known in await engine.list_adapters()}:
-            # Found before all the bytes have come.
-            raise AlreadyExistsError(
-                f"adapter {header.name!r} is registered already; replace it with load_inplace",
-                resource=("adapter", header.name),
-            )
+        if not header.load_inplace:
+            await self._check_free(header.name)
         async with self._uploads.receive(header, requests) as upload:
             status = await engine.adopt_adapter(
                 header.name, upload.folder, upload.sha256, inplace=header.load_inplace
             )
         return adapters_pb2.UploadAdapterResponse(adapter=convert.to_adapter(status))
+
+    async def _check_free(self, name: str) -> None:
+        """Raises AlreadyExistsError for a name that is taken, before all the bytes of an upload have come."""
+        try:
+            known = await self._lifecycle.backend.engine.get_adapter(name)
+        except ServerError:
+            # There is none, or one that cannot be served and may be replaced.
+            return
+        if not known.draining:
+            raise AlreadyExistsError(
+                f"adapter {name!r} is registered already; replace it with load_inplace",
+                resource=("adapter", name),
+            )
 
     async def UnloadAdapter(  # noqa: N802
         self, request: adapters_pb2.UnloadAdapterRequest, context: Any
