@@ -9,6 +9,7 @@ import socket
 from typing import Any
 
 import grpc
+import msgspec
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -17,6 +18,7 @@ from loraplex.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, model_p
 from loraplex_server.config import EngineConfig
 from loraplex_server.core.request import FinishReason, Request
 from loraplex_server.engine.messages import (
+    AdapterChanges,
     AdapterCommand,
     AdapterReply,
     AdapterStatus,
@@ -165,6 +167,56 @@ def test_adapter_operations(serving: Any) -> None:
                 assert await code_of(bad) == grpc.StatusCode.INVALID_ARGUMENT
             gone = stub.GetAdapter(adapters_pb2.GetAdapterRequest(name="gone"))
             assert await code_of(gone) == grpc.StatusCode.NOT_FOUND
+
+    asyncio.run(main())
+
+
+def test_watching_adapters(serving: Any) -> None:
+    other = msgspec.structs.replace(SQL, name="other")
+    sent = adapters_pb2.WatchResponse
+    commands: list[str] = []
+
+    def reply(command: AdapterCommand) -> AdapterReply | AdapterChanges:
+        commands.append(command.op)
+        if command.op == "watch":
+            return AdapterChanges((SQL, other), all=True)
+        return AdapterReply(command.call_id)
+
+    async def main() -> None:
+        async with serving() as server:
+            server.engine.adapters = reply
+            everything = server.adapters.Watch(adapters_pb2.WatchRequest())
+            assert [adapter.name for adapter in (await everything.read()).adapters] == ["sql", "other"]
+            one = server.adapters.Watch(adapters_pb2.WatchRequest(names=["sql"]))
+            assert [adapter.name for adapter in (await one.read()).adapters] == ["sql"]
+            assert len((await everything.read()).adapters) == 2, "the list that the second one asked for"
+
+            server.engine.send(AdapterChanges((other,)))
+            assert [adapter.name for adapter in (await everything.read()).adapters] == ["other"]
+            server.engine.send(AdapterChanges((msgspec.structs.replace(SQL, state="host"),), ("other",)))
+            changed = await everything.read()
+            assert (changed.adapters[0].state, list(changed.removed)) == (
+                adapters_pb2.ADAPTER_STATE_HOST,
+                ["other"],
+            )
+            ours = await one.read()
+            assert ours == sent(adapters=changed.adapters), "of the other it was told nothing"
+
+            one.cancel()
+            bad = server.adapters.Watch(adapters_pb2.WatchRequest(names=["../etc"]))
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await bad.read()
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert "unwatch" not in commands, "one still watches"
+            everything.cancel()
+            while "unwatch" not in commands:
+                await asyncio.sleep(0.01)
+
+            last = server.adapters.Watch(adapters_pb2.WatchRequest())
+            await last.read()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert await last.code() == grpc.StatusCode.UNAVAILABLE, "a watch holds up no shutdown"
+            assert await server.task == 0
 
     asyncio.run(main())
 

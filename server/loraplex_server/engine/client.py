@@ -15,6 +15,7 @@ from loraplex_server.core.composition import Composition
 from loraplex_server.core.request import Request
 from loraplex_server.engine.messages import (
     PROTOCOL_VERSION,
+    AdapterChanges,
     AdapterCommand,
     AdapterReply,
     AdapterStatus,
@@ -59,6 +60,7 @@ class EngineClient:
         self._streams: dict[str, asyncio.Queue[TokenDelta | ServerError]] = {}
         self._calls: dict[int, asyncio.Future[AdapterReply | IntegrityReply]] = {}
         self._call_ids = itertools.count(1)
+        self._watchers: set[_Watcher] = set()
         self._stats_listeners: list[Callable[[Stats], None]] = []
         self._lost: ServerError | None = None
         self._closing = False
@@ -174,6 +176,25 @@ class EngineClient:
     async def pin_adapter(self, name: str, pinned: bool) -> AdapterStatus:
         return (await self._adapters("pin", name=name, pinned=pinned))[0]
 
+    async def watch_adapters(self) -> AsyncGenerator[AdapterChanges]:
+        """All adapters, then what changes with them, for as long as it is iterated over.
+
+        Changes that come faster than they are taken are joined: what is yielded is as of now.
+
+        Raises:
+            ServerError: the engine is gone.
+        """
+        watcher = _Watcher()
+        self._watchers.add(watcher)
+        try:
+            self._send(AdapterCommand(0, "watch"))
+            while True:
+                yield await watcher.next()
+        finally:
+            self._watchers.discard(watcher)
+            if not self._watchers and self.alive:
+                self._send(AdapterCommand(0, "unwatch"))
+
     async def check_integrity(self) -> IntegrityReply:
         """The pools' state now; `problems` is empty when every invariant holds."""
         reply = await self._call(lambda call_id: CheckIntegrity(call_id))
@@ -257,6 +278,9 @@ class EngineClient:
                 future = self._calls.get(message.call_id)
                 if future is not None and not future.done():
                     future.set_result(message)
+            case AdapterChanges():
+                for watcher in self._watchers:
+                    watcher.put(message)
             case Stats():
                 for listener in self._stats_listeners:
                     listener(message)
@@ -267,10 +291,50 @@ class EngineClient:
         self._lost = self._lost or error
         for stream in self._streams.values():
             stream.put_nowait(self._lost)
+        for watcher in self._watchers:
+            watcher.fail(self._lost)
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(self._lost)
         self._closed.set()
+
+
+class _Watcher:
+    """What one watcher has not been told yet, by name; None for a name that is gone."""
+
+    def __init__(self) -> None:
+        self._pending: dict[str, AdapterStatus | None] = {}
+        self._whole = False
+        self._lost: ServerError | None = None
+        self._news = asyncio.Event()
+
+    def put(self, changes: AdapterChanges) -> None:
+        # What came before the first complete list was another watcher's.
+        self._whole = self._whole or changes.all
+        if self._whole:
+            current: dict[str, AdapterStatus] = {}
+            for status in changes.adapters:
+                # What drains comes after its successor, for which the name stands.
+                current.setdefault(status.name, status)
+            self._pending |= dict.fromkeys(changes.removed)
+            self._pending |= current
+            self._news.set()
+
+    def fail(self, error: ServerError) -> None:
+        self._lost = error
+        self._news.set()
+
+    async def next(self) -> AdapterChanges:
+        """All that is pending, once there is something."""
+        await self._news.wait()
+        if self._lost is not None:
+            raise self._lost
+        self._news.clear()
+        pending, self._pending = self._pending, {}
+        return AdapterChanges(
+            tuple(status for status in pending.values() if status is not None),
+            tuple(name for name, status in pending.items() if status is None),
+        )
 
 
 def _join(first: TokenDelta, second: TokenDelta) -> TokenDelta:
