@@ -71,15 +71,29 @@ class GenerateOptions(TypedDict, total=False):
     min_tokens: int | None
     """End-of-sequence and stop tokens are masked until there are so many."""
     temperature: float | None
-    """0 is greedy, which is the default."""
+    """0 is greedy, which is the default unless the model's generation_config.json says otherwise."""
     top_p: float | None
     """Sample from the smallest set of tokens whose probability reaches this, in (0, 1]."""
     top_k: int | None
     """Sample from the k most probable tokens; 0 from all."""
+    min_p: float | None
+    """Sample from the tokens with at least this share of the most probable one's probability."""
+    repetition_penalty: float | None
+    """Above 1: tokens that prompt or answer have become less likely; below 1, more."""
+    presence_penalty: float | None
+    """-2 to 2, taken from the logits of tokens that the answer has."""
+    frequency_penalty: float | None
+    """The same, for each time the answer has them."""
+    logit_bias: Mapping[int, float] | None
+    """Token ids and what is added to their logits, -100 to 100."""
+    bad_words: Sequence[str] | None
+    """What the answer may not contain."""
     seed: int | None
     """The same seed draws the same answer, whatever else the server is doing."""
     stop: str | Sequence[str] | None
     """End before the first of these strings."""
+    include_stop: bool
+    """The stop string that ended the answer is part of it."""
     stop_token_ids: Sequence[int] | None
     """End at any of these tokens."""
     ignore_eos: bool
@@ -104,8 +118,15 @@ def generate_request(
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    bad_words: Sequence[str] | None = None,
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
+    include_stop: bool = False,
     stop_token_ids: Sequence[int] | None = None,
     ignore_eos: bool = False,
     logprobs: int | None = None,
@@ -135,11 +156,20 @@ def generate_request(
     assign(request.sampling, "temperature", temperature)
     assign(request.sampling, "top_p", top_p)
     assign(request.sampling, "top_k", top_k)
+    assign(request.sampling, "min_p", min_p)
+    assign(request.sampling, "repetition_penalty", repetition_penalty)
+    assign(request.sampling, "presence_penalty", presence_penalty)
+    assign(request.sampling, "frequency_penalty", frequency_penalty)
+    if logit_bias is not None:
+        _assign_bias(request.sampling, logit_bias)
+    if bad_words is not None:
+        extend(request.sampling, "bad_words", bad_words)
     assign(request.sampling, "seed", seed)
     assign(request.stopping, "max_tokens", max_tokens)
     assign(request.stopping, "min_tokens", min_tokens)
     if stop is not None:
         extend(request.stopping, "stop", [stop] if isinstance(stop, str) else stop)
+    assign(request.stopping, "include_stop", include_stop or None)
     if stop_token_ids is not None:
         extend(request.stopping, "stop_token_ids", stop_token_ids)
     assign(request.stopping, "ignore_eos", ignore_eos or None)
@@ -185,6 +215,18 @@ def _assign_text(
         message = request.chat.messages.add()
         for key, value in entry.items():
             assign(message, key, value, argument="messages")
+
+
+def _assign_bias(sampling: generation_pb2.SamplingParams, logit_bias: Mapping[int, float]) -> None:
+    if not isinstance(logit_bias, Mapping):
+        raise InvalidRequestError.for_field(
+            "logit_bias", f"must be a mapping of token ids, not {type(logit_bias).__name__}"
+        )
+    try:
+        for token, bias in logit_bias.items():
+            sampling.logit_bias[token] = bias
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError.for_field("logit_bias", str(error)) from error
 
 
 def adapter_weights(

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -102,6 +102,10 @@ class VectorKind(enum.IntEnum):
     BIAS = 2
     SOFT_PROMPT = 3
     PREFIX = 4
+    DOWN = 5
+    DOWN_BIAS = 6
+    UP = 7
+    UP_BIAS = 8
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,29 @@ class VectorShape:
     kind: VectorKind
     length: int
     rows: int = 1
+
+
+class BottleneckReads(enum.Enum):
+    """What a bottleneck's network is applied to: y, the output of its projection; y and the residual stream
+    that y will be added to; or the stream alone.
+    """
+
+    OUTPUT = "output"
+    SUM = "sum"
+    RESIDUAL = "residual"
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """The form of an adapter's networks, which `loraplex_kernels.bottleneck` applies; parameters are vectors.
+
+    - `non_linearity`  one of `bottleneck.NON_LINEARITIES`
+    - `widths`         by entry: rows of `DOWN` and `UP` there
+    """
+
+    non_linearity: str
+    reads: BottleneckReads
+    widths: Mapping[int, int]
 
 
 @dataclass(frozen=True)
@@ -134,6 +161,7 @@ class AdapterLayout:
     vector_offset: tuple[int, ...] = ()
     scale_offset: tuple[int, ...] = ()
     """In 8 bits only: where each entry's scales begin."""
+    bottleneck: Bottleneck | None = None
 
 
 SCALE_BYTES = 4
@@ -161,6 +189,7 @@ def adapter_layout(
     vectors: Sequence[VectorShape] = (),
     *,
     scaled: bool = False,
+    bottleneck: Bottleneck | None = None,
 ) -> AdapterLayout:
     """Lay out one adapter. Pure; the order of `entries` and `vectors` is kept in the result.
 
@@ -210,6 +239,7 @@ def adapter_layout(
         vectors=tuple(vectors),
         vector_offset=tuple(offsets[2]),
         scale_offset=tuple(scale_offset) if scaled else (),
+        bottleneck=bottleneck,
     )
 
 
@@ -226,6 +256,8 @@ class SlotTables:
     """int64 ``[num_slots, kinds, num_entries]``: first element of a vector, -1 where there is none."""
     has_vectors: np.ndarray
     """bool ``[num_slots]``: whether any kind has one at any entry."""
+    bottleneck: dict[int, Bottleneck] = field(default_factory=dict)
+    """By slot: the form of its adapter's networks, if it has any."""
     version: int = 0
 
     @classmethod
@@ -243,6 +275,7 @@ class SlotTables:
         self.rank[slot] = 0
         self.vector_offset[slot] = -1
         self.has_vectors[slot] = False
+        self.bottleneck.pop(slot, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,6 +372,8 @@ class LoraPool:
         for vector, offset in zip(layout.vectors, layout.vector_offset, strict=True):
             host.vector_offset[slot, vector.kind, vector.entry] = start + offset
         host.has_vectors[slot] = bool(layout.vectors)
+        if layout.bottleneck is not None:
+            host.bottleneck[slot] = layout.bottleneck
         self._publish(slot)
 
     def clear(self, slot: int) -> None:

@@ -12,11 +12,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraplex_kernels.lora.layouts import Bottleneck as BottleneckForm
 from loraplex_kernels.lora.layouts import EntryShape, VectorKind, VectorShape
+from loraplex_server.adapters.bottleneck_config import is_bottleneck
+from loraplex_server.adapters.bottleneck_file import read_bottleneck
 from loraplex_server.adapters.chat_template import read_chat_template
 from loraplex_server.adapters.effects import (
     LINEAR,
     BiasAdd,
+    Bottleneck,
     Effect,
     InputScale,
     LowRankAdd,
@@ -28,7 +32,6 @@ from loraplex_server.adapters.effects import (
 )
 from loraplex_server.adapters.peft_config import (
     MAX_CONFIG_BYTES,
-    AdapterSettings,
     Ia3Settings,
     LoraSettings,
     PrefixSettings,
@@ -38,11 +41,18 @@ from loraplex_server.adapters.peft_config import (
     parse_config,
 )
 from loraplex_server.adapters.sites import Entry, Part, SiteRegistry
-from loraplex_server.adapters.sources import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, open_file
+from loraplex_server.adapters.sources import (
+    BOTTLENECK_FILE,
+    CONFIG_FILE,
+    PICKLE_FILE,
+    WEIGHTS_FILE,
+    open_file,
+)
 from loraplex_server.adapters.tensor_file import (
     MalformedFileError,
     TensorFileHeader,
     TensorInfo,
+    parse_object,
     quoted,
     read_header,
 )
@@ -55,12 +65,14 @@ class AdapterManifest:
 
     Attributes:
         folder: real path of the folder it was read from.
-        peft_type: PEFT's name of the method, "LORA", "IA3" …
+        peft_type: PEFT's name of the method, "LORA", "IA3" …, or "BOTTLENECK" for AdapterHub's.
         config: canonical text of the configuration.
         header: the weight file's header; the weights are read only while it stays the same.
         sites: effects by entry, ascending.
         prompt: what stands before every prompt.
         invocation_tokens: where an activated LoRA begins to apply; empty for everywhere.
+        bottleneck: the form of its networks, if it is a bottleneck adapter.
+        weights_file: name of the file that the header is of.
         chat_template: jinja source that the adapter was trained with; "" where it brings none.
     """
 
@@ -72,6 +84,8 @@ class AdapterManifest:
     sites: tuple[SiteEffects, ...]
     prompt: SoftPrompt | Prefix | None = None
     invocation_tokens: tuple[int, ...] = ()
+    bottleneck: BottleneckForm | None = None
+    weights_file: str = WEIGHTS_FILE
     chat_template: str = ""
 
     @property
@@ -130,28 +144,34 @@ class AdapterManifest:
                 rows = tensor.shape[0] * (tensor.shape[1] // length)
                 return (VectorShape(0, VectorKind.PREFIX, length, rows),)
         return tuple(
-            VectorShape(
-                site.entry.index,
-                kind,
-                site.entry.in_features if kind is VectorKind.INPUT_SCALE else site.entry.out_features,
-            )
+            vector
             for site in self.sites
             for effect in site.effects
-            for kind in _kinds(site.entry, effect)
+            for vector in _vectors(site.entry, effect)
         )
 
 
-def _kinds(entry: Entry, effect: Effect) -> tuple[VectorKind, ...]:
+def _vectors(entry: Entry, effect: Effect) -> tuple[VectorShape, ...]:
+    index, out_features = entry.index, entry.out_features
     match effect:
         case InputScale():
-            return (VectorKind.INPUT_SCALE,)
+            return (VectorShape(index, VectorKind.INPUT_SCALE, entry.in_features),)
         case OutputScale():
-            return (VectorKind.OUTPUT_SCALE,)
+            return (VectorShape(index, VectorKind.OUTPUT_SCALE, out_features),)
         case Magnitude():
+            scale = VectorShape(index, VectorKind.OUTPUT_SCALE, out_features)
             # The base's bias is not scaled: what the scale takes from it, a bias gives back.
-            return (VectorKind.OUTPUT_SCALE, *((VectorKind.BIAS,) if entry.has_bias else ()))
+            return (scale, VectorShape(index, VectorKind.BIAS, out_features)) if entry.has_bias else (scale,)
         case BiasAdd():
-            return (VectorKind.BIAS,)
+            return (VectorShape(index, VectorKind.BIAS, out_features),)
+        case Bottleneck(down):
+            width, hidden = down.shape
+            return (
+                VectorShape(index, VectorKind.DOWN, hidden, width),
+                VectorShape(index, VectorKind.DOWN_BIAS, width),
+                VectorShape(index, VectorKind.UP, hidden, width),
+                VectorShape(index, VectorKind.UP_BIAS, hidden),
+            )
         case LowRankAdd():
             return ()
 
@@ -168,7 +188,22 @@ def read_manifest(
     """
     roots = tuple(roots)
     try:
-        settings = _read_settings(folder, roots)
+        config = _read_config(folder, roots)
+        as_object = parse_object(config, "the configuration")
+        if is_bottleneck(as_object):
+            found = read_bottleneck(as_object, folder, registry, roots)
+            return AdapterManifest(
+                name=name,
+                folder=folder,
+                peft_type="BOTTLENECK",
+                config=found.config,
+                header=found.header,
+                sites=found.sites,
+                bottleneck=found.form,
+                weights_file=BOTTLENECK_FILE,
+                chat_template=read_chat_template(folder, roots),
+            )
+        settings = parse_config(config)
         header = _read_weights_header(folder, roots)
         chat_template = read_chat_template(folder, roots)
         method = settings.method
@@ -202,12 +237,12 @@ def refusal(name: str, reason: str) -> FailedPreconditionError:
     return FailedPreconditionError(f"adapter {name!r}: {reason}", resource=("adapter", name))
 
 
-def _read_settings(folder: Path, roots: tuple[Path, ...]) -> AdapterSettings:
+def _read_config(folder: Path, roots: tuple[Path, ...]) -> bytes:
     file, size = open_file(folder, CONFIG_FILE, roots)
     with file:
         if size > MAX_CONFIG_BYTES:
             raise MalformedFileError(f"{CONFIG_FILE} has {size} bytes; at most {MAX_CONFIG_BYTES} are read")
-        return parse_config(file.read(MAX_CONFIG_BYTES))
+        return file.read(MAX_CONFIG_BYTES)
 
 
 def _read_weights_header(folder: Path, roots: tuple[Path, ...]) -> TensorFileHeader:

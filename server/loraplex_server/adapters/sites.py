@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 _PEFT_PREFIX = "base_model.model."
@@ -74,6 +74,8 @@ class SiteRegistry:
         sharing: paths whose input feeds other projections as well.
         hidden_size: width of the embeddings.
         kv_shapes: (KV heads, head_dim) of each layer's cache.
+        model_type: transformers' name of the architecture.
+        residual: path of the projection that ends attention or MLP, to that of the norm that begins it.
 
     Raises:
         ValueError: a path comes twice or a width is not positive.
@@ -87,9 +89,13 @@ class SiteRegistry:
         sharing: Collection[str] = (),
         hidden_size: int = 0,
         kv_shapes: Iterable[tuple[int, int]] = (),
+        model_type: str = "",
+        residual: Mapping[str, str] | None = None,
     ) -> None:
         self.hidden_size = hidden_size
         self.kv_shapes = tuple(kv_shapes)
+        self.model_type = model_type
+        self.residual = dict(residual or {})
         entries = []
         for index, (path, in_features, out_features) in enumerate(sites):
             if in_features < 1 or out_features < 1:

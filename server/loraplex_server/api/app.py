@@ -302,6 +302,7 @@ class _Server:
             max_model_len=engine.info.max_model_len,
             max_prompt_chars=engine.info.max_model_len * tokenizer.max_chars_per_token,
             max_adapters=config.adapters.max_per_request,
+            defaults=engine.info.sampling_defaults,
         )
         chat = ChatPrompts(engine, tokenizer, limits.max_prompt_chars)
         self._stack.push_async_callback(chat.close)

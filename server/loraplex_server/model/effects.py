@@ -8,8 +8,9 @@ from typing import Protocol
 
 import torch
 
-from loraplex_kernels import lora, vectors
+from loraplex_kernels import bottleneck, lora, vectors
 from loraplex_kernels.lora import LoraBatch, LoraPool, LoraSite
+from loraplex_server.model.residual import ResidualStream
 
 
 class Effect(Protocol):
@@ -78,10 +79,34 @@ class BiasAdd(_Pooled):
         vectors.add_bias(y, self.pool, site, self.batch)
 
 
-def effects_of(pool: LoraPool, batch: LoraBatch) -> tuple[Effect, ...]:
-    """What the adapters of a batch do, in order; without vectors among them a low-rank pair is all."""
+@dataclasses.dataclass(frozen=True)
+class Bottlenecks(_Pooled):
+    """Bottleneck adapters: y += a small network of y, of the residual stream, or of their sum."""
+
+    residual: ResidualStream | None
+
+    def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
+        stream: torch.Tensor | None = None
+        if self.residual is not None and bottleneck.reads_residual(self.pool, self.batch, site):
+            stream = self.residual.at(site)
+        bottleneck.add(y, stream, self.pool, site, self.batch)
+
+
+def effects_of(
+    pool: LoraPool, batch: LoraBatch, residual: ResidualStream | None = None
+) -> tuple[Effect, ...]:
+    """What the adapters of a batch do, in order; without vectors among them a low-rank pair is all.
+
+    Args:
+        residual: for the adapters that read it.
+    """
     pairs = LowRankAdd(pool, batch)
     if not vectors.any_vectors(pool, batch):
         return (pairs,)
     # The magnitude of DoRA scales the base's output alone: its pair, scaled at load, comes after.
-    return (InputScale(pool, batch), OutputScale(pool, batch), pairs, BiasAdd(pool, batch))
+    effects = (InputScale(pool, batch), OutputScale(pool, batch), pairs, BiasAdd(pool, batch))
+    if not bottleneck.any_networks(pool, batch):
+        return effects
+    if residual is not None:
+        residual.watch()
+    return (*effects, Bottlenecks(pool, batch, residual))

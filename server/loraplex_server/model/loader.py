@@ -28,6 +28,7 @@ from loraplex_server.model import architecture
 from loraplex_server.model.architecture import Projection
 from loraplex_server.model.checkpoint import Checkpoint, locate
 from loraplex_server.model.linear import FrozenHead, SiteGroup, SiteLinear
+from loraplex_server.model.residual import ResidualStream
 from loraplex_server.model.weights import FrozenWeight, WeightFormat
 
 
@@ -56,6 +57,7 @@ class BaseModel:
         groups: its projections; entries of the adapter tables are numbered in this order.
         projections: (path, in, out) of each entry.
         kv_shapes: (KV heads, head dimension) of each layer.
+        residual: what sub-blocks' outputs are added to, for the adapters that read it.
         parameters: of the unquantised model.
     """
 
@@ -67,6 +69,7 @@ class BaseModel:
     kv_shapes: tuple[tuple[int, int], ...]
     eos_token_ids: tuple[int, ...]
     parameters: int
+    residual: ResidualStream | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every resident weight by name; tied tensors once."""
@@ -132,6 +135,7 @@ class EmptyModel:
     Attributes:
         model: its parameters are on the meta device.
         grouped: projections that will be held as one, siblings of one input together, in layer order.
+        residual: path of the projection that ends a sub-block, to that of the norm that begins it.
         parameters: of the unquantised model.
     """
 
@@ -140,6 +144,7 @@ class EmptyModel:
     format: WeightFormat
     grouped: tuple[tuple[Projection, ...], ...]
     kv_shapes: tuple[tuple[int, int], ...]
+    residual: dict[str, str]
     parameters: int
     eos_token_ids: tuple[int, ...] = ()
 
@@ -166,6 +171,7 @@ class EmptyModel:
             format=weight_format,
             grouped=tuple(architecture.find_groups(model)),
             kv_shapes=tuple(architecture.kv_shapes(model)),
+            residual=architecture.residual_norms(model),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             eos_token_ids=eos_token_ids,
         )
@@ -196,6 +202,10 @@ class EmptyModel:
                 total += sum(p.out_features for p in group) * dtype.itemsize
         return total
 
+    def _residual_norms(self) -> dict[int, str]:
+        paths = [projection.path for group in self.grouped for projection in group]
+        return {entry: self.residual[path] for entry, path in enumerate(paths) if path in self.residual}
+
     def fill(self, source: TensorSource, *, progress: bool = True) -> BaseModel:
         """Reads and quantises the weights; this object is used up.
 
@@ -216,6 +226,7 @@ class EmptyModel:
             groups=tuple(groups),
             projections=tuple(projection for group in self.grouped for projection in group),
             kv_shapes=self.kv_shapes,
+            residual=ResidualStream(model, self._residual_norms()),
             eos_token_ids=self.eos_token_ids,
             parameters=self.parameters,
         )

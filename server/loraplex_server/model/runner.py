@@ -73,6 +73,8 @@ class ModelRunner:
         )
         self._clock = DeviceClock(self._device)
         self._graphs: DecodeGraphs | None = None
+        # Those that the last launched step sampled, [S] int64 on the device.
+        self._tokens: torch.Tensor | None = None
 
     @property
     def asynchronous(self) -> bool:
@@ -131,6 +133,7 @@ class ModelRunner:
         self._clock.begin()
         logits = forward()
         sampling = sampler.launch(logits, plan) if len(plan.sample_row) else None
+        self._tokens = None if sampling is None else sampling.tokens
         return Pending(sampling, self._clock.end())
 
     @torch.inference_mode()
@@ -145,14 +148,18 @@ class ModelRunner:
     def _prepare(self, plan: StepPlan) -> Callable[[], torch.Tensor]:
         """Sends a step's inputs on their way; what is returned computes its logits."""
         place_prefixes(plan, self._pool, self._kv_caches)
-        replay = None if self._graphs is None else self._graphs.prepare(plan)
+        replay = None if self._graphs is None else self._graphs.prepare(plan, self._tokens)
         return self._eager(plan) if replay is None else replay
 
     def _eager(self, plan: StepPlan) -> Callable[[], torch.Tensor]:
         """The step kernel by kernel."""
-        token_ids, positions, rows = send(
-            [np.maximum(plan.token_ids, 0), plan.positions, plan.sample_row], self._device
+        ids = np.maximum(plan.token_ids, 0)
+        token_ids, positions, rows, fed_row, fed_from = send(
+            [ids, plan.positions, plan.sample_row, plan.fed_row, plan.fed_from], self._device
         )
+        if len(plan.fed_row):
+            assert self._tokens is not None
+            token_ids.index_copy_(0, fed_row, self._tokens.index_select(0, fed_from))
         step = StepContext(
             attention=AttentionBatch.build(
                 plan.query_start,
@@ -209,4 +216,4 @@ class ModelRunner:
         """What adapters do in this step; nothing is launched for a step without adapters."""
         if not len(plan.run_start):
             return ()
-        return effects_of(self._pool, self._segments.fill(plan.runs))
+        return effects_of(self._pool, self._segments.fill(plan.runs), self._base.residual)
