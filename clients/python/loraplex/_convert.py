@@ -180,6 +180,18 @@ def generate_request(
     return request
 
 
+def _assign_bias(sampling: generation_pb2.SamplingParams, logit_bias: Mapping[int, float]) -> None:
+    if not isinstance(logit_bias, Mapping):
+        raise InvalidRequestError.for_field(
+            "logit_bias", f"must be a mapping of token ids, not {type(logit_bias).__name__}"
+        )
+    try:
+        for token, bias in logit_bias.items():
+            sampling.logit_bias[token] = bias
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError.for_field("logit_bias", str(error)) from error
+
+
 def tokenize_request(
     kind: type[TokenizeT], prompt: str | Iterable[ChatMessage], adapters: str | Sequence[str]
 ) -> TokenizeT:
@@ -215,18 +227,6 @@ def _assign_text(
         message = request.chat.messages.add()
         for key, value in entry.items():
             assign(message, key, value, argument="messages")
-
-
-def _assign_bias(sampling: generation_pb2.SamplingParams, logit_bias: Mapping[int, float]) -> None:
-    if not isinstance(logit_bias, Mapping):
-        raise InvalidRequestError.for_field(
-            "logit_bias", f"must be a mapping of token ids, not {type(logit_bias).__name__}"
-        )
-    try:
-        for token, bias in logit_bias.items():
-            sampling.logit_bias[token] = bias
-    except (TypeError, ValueError) as error:
-        raise InvalidRequestError.for_field("logit_bias", str(error)) from error
 
 
 def adapter_weights(
