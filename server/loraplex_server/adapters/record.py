@@ -161,6 +161,11 @@ class AdapterHandle:
         return self.record.manifest.num_virtual_tokens
 
     @property
+    def added_tokens(self) -> int:
+        """How many token ids it adds to the base's vocabulary."""
+        return self.record.manifest.added_tokens
+
+    @property
     def invocation_tokens(self) -> tuple[int, ...]:
         """Token ids from which on an activated LoRA applies; empty where it applies everywhere."""
         return self.record.manifest.invocation_tokens

@@ -588,7 +588,7 @@ class AdapterStore:
         self._inspecting[name] = inspection
 
     def _inspect(self, name: str, folder: Path) -> AdapterManifest:
-        return read_manifest(name, folder, self._registry, self._sources.roots, self._max_rank)
+        return read_manifest(name, folder, self._registry, self._sources.roots, self._max_rank, self._base)
 
     def _was_inspected(self, name: str, inspection: _Inspection, outcome: Outcome[AdapterManifest]) -> None:
         manifest = outcome.result
@@ -838,8 +838,9 @@ def _check_composition(records: Sequence[Record], weights: Sequence[float]) -> N
     for record in records:
         if not alone and not record.manifest.linear:
             raise FailedPreconditionError(
-                f"adapter {record.name!r} scales what the base computes (IA3, DoRA): neither a weight nor a "
-                "sum with others is defined for it; name it alone, at weight 1",
+                f"adapter {record.name!r} does more than add to the base (IA3, DoRA, soft prompts, "
+                "weights or tokens of its own): neither a weight nor a sum with others is defined for "
+                "it; name it alone, at weight 1",
                 resource=("adapter", record.name),
             )
 

@@ -18,6 +18,7 @@ from loraplex_server.engine.engine import Emit, Engine
 from loraplex_server.engine.messages import EngineInfo
 from loraplex_server.model import architecture, loader, memory
 from loraplex_server.model.frozen import FrozenProjections
+from loraplex_server.model.loader import BaseModel
 from loraplex_server.model.runner import ModelRunner
 from loraplex_server.model.selfcheck import check_ragged
 
@@ -48,14 +49,8 @@ def build_engine(
     kernels = dispatch.backend(device)
     check_ragged(base)
     limit = architecture.longest_context(base.config, config.scheduler.max_model_len)
-    registry = SiteRegistry(
-        ((p.path, p.in_features, p.out_features) for p in base.projections),
-        biased={p.path for p in base.projections if p.has_bias},
-        hidden_size=base.model.get_input_embeddings().weight.shape[1],
-        sharing={path for group in base.groups if len(group.paths) > 1 for path in group.paths},
-    )
     adapters = AdapterStore(
-        registry, config.adapters, device=device, dtype=dtype, base=FrozenProjections(base.groups), wake=wake
+        registry_of(base), config.adapters, device=device, dtype=dtype, base=frozen_base(base), wake=wake
     )
     block_size = config.scheduler.kv_block_size
     per_block = memory.block_bytes(base.kv_shapes, block_size, dtype)
@@ -98,7 +93,7 @@ def build_engine(
         dtype=str(dtype).removeprefix("torch."),
         device=device.type,
         kernels=kernels,
-        vocab_size=base.model.get_input_embeddings().weight.shape[0],
+        vocab_size=base.vocabulary.size,
         max_model_len=limit,
         parameters=base.parameters,
         weight_bytes=base.weight_bytes,
@@ -113,6 +108,34 @@ def build_engine(
         eos_token_ids=base.eos_token_ids,
     )
     return Engine(config, runner, adapters, info, emit)
+
+
+def registry_of(base: BaseModel) -> SiteRegistry:
+    """Where adapters may act on a base model, numbered as its parts are."""
+    ends = base.vocabulary
+    biased = {p.path for p in base.projections if p.has_bias}
+    biased |= {norm.path for norm in base.norms if norm.has_bias}
+    return SiteRegistry(
+        ((p.path, p.in_features, p.out_features) for p in base.projections),
+        biased=biased | ({ends.head_path} if ends.head_bias is not None else set()),
+        sharing={path for group in base.groups if len(group.paths) > 1 for path in group.paths},
+        hidden_size=ends.table.shape[1],
+        norms=((norm.path, norm.width) for norm in base.norms),
+        embedding=ends.embedding_path,
+        head=ends.head_path,
+        vocabulary=ends.size,
+        tied=ends.tied,
+    )
+
+
+def frozen_base(base: BaseModel) -> FrozenProjections:
+    """A base model's weights as the loading of adapters asks for them."""
+    ends = base.vocabulary
+    return FrozenProjections(
+        base.groups,
+        (ends.embedding_path, ends.table),
+        (ends.head_path, ends.head_table, ends.head_bias),
+    )
 
 
 def _keep_freed_memory() -> None:

@@ -126,6 +126,27 @@ def find_groups(model: PreTrainedModel) -> list[tuple[Projection, ...]]:
     return groups
 
 
+def find_norms(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
+    """Every norm over the hidden size, with its path: a module of a weight, perhaps a bias, as long as it.
+
+    Norms of single heads see their rows in an order that differs from family to family, and are left out.
+    """
+    hidden = model.get_input_embeddings().weight.shape[1]
+    found = []
+    for path, module in model.named_modules():
+        parameters = dict(module.named_parameters())
+        shapes = {tuple(parameter.shape) for parameter in parameters.values()}
+        if "weight" in parameters and parameters.keys() <= {"weight", "bias"} and shapes == {(hidden,)}:
+            found.append((path, module))
+    return found
+
+
+def path_of(model: PreTrainedModel, wanted: torch.nn.Module) -> str:
+    """Where a module of the model is."""
+    found: str = next(path for path, module in model.named_modules() if module is wanted)
+    return found
+
+
 def kv_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
     """(KV heads, head dimension) of each layer, as its attention module has them.
 

@@ -27,6 +27,8 @@ from loraplex_server.model import architecture
 from loraplex_server.model.architecture import Projection
 from loraplex_server.model.checkpoint import Checkpoint, locate
 from loraplex_server.model.linear import FrozenHead, SiteGroup, SiteLinear
+from loraplex_server.model.norm import NormSite, attach
+from loraplex_server.model.vocabulary import Vocabulary
 from loraplex_server.model.weights import WeightFormat
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,6 +42,8 @@ class BaseModel:
         model: the transformers model; call it inside a `context.running` block only.
         groups: its projections; entries of the adapter tables are numbered in this order.
         projections: (path, in, out) of each entry.
+        norms: its norms, whose entries follow.
+        vocabulary: embedding and head, whose entries are the last two.
         kv_shapes: (KV heads, head dimension) of each layer.
         parameters: of the unquantised model.
     """
@@ -49,6 +53,8 @@ class BaseModel:
     format: WeightFormat
     groups: tuple[SiteGroup, ...]
     projections: tuple[Projection, ...]
+    norms: tuple[NormSite, ...]
+    vocabulary: Vocabulary
     kv_shapes: tuple[tuple[int, int], ...]
     eos_token_ids: tuple[int, ...]
     parameters: int
@@ -141,19 +147,55 @@ def load(config: ModelConfig, *, progress: bool = True) -> BaseModel:
     kv_shapes = tuple(architecture.kv_shapes(model))
     expected = set(model.state_dict())
     groups = _Filler(model, grouped, weight_format).fill(checkpoint, expected, progress)
-    head = model.get_output_embeddings()
-    if isinstance(head, torch.nn.Linear):
-        model.set_output_embeddings(FrozenHead(head))
     model.to(device)
+    entries = sum(len(group) for group in grouped)
+    norms = [
+        attach(norm, path, entries + index)
+        for index, (path, norm) in enumerate(architecture.find_norms(model))
+    ]
+    vocabulary = _vocabulary(model, entries + len(norms))
     return BaseModel(
         model=model,
         config=hf_config,
         format=weight_format,
         groups=tuple(groups),
         projections=tuple(projection for group in grouped for projection in group),
+        norms=tuple(norms),
+        vocabulary=vocabulary,
         kv_shapes=kv_shapes,
         eos_token_ids=_eos_token_ids(folder, hf_config),
         parameters=parameters,
+    )
+
+
+def _vocabulary(model: PreTrainedModel, first_entry: int) -> Vocabulary:
+    """The embedding and the head; a linear head is replaced by its stand-in.
+
+    Raises:
+        FailedPreconditionError: the head is something else, or has other rows than the embedding.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    table = embedding.weight
+    tokens, hidden = table.shape
+    if not isinstance(head, torch.nn.Linear) or head.weight.shape != table.shape:
+        raise FailedPreconditionError(
+            f"the architecture {model.config.model_type!r} cannot be served: its head is no nn.Linear of "
+            f"{hidden} inputs and {tokens} outputs, as its embedding has"
+        )
+    scale = getattr(embedding, "embed_scale", None)
+    head_path = architecture.path_of(model, head)
+    site = LoraSite(first_entry + 1, hidden, ((0, tokens),))
+    model.set_output_embeddings(FrozenHead(head, site))
+    return Vocabulary(
+        embedding=LoraSite(first_entry, tokens, ((0, hidden),)),
+        embedding_path=architecture.path_of(model, embedding),
+        head=site,
+        head_path=head_path,
+        head_bias=head.bias,
+        table=table,
+        head_table=head.weight,
+        # As the module multiplies: rounded to the activations' type.
+        scale=1.0 if scale is None else float(torch.as_tensor(scale).to("cpu", table.dtype)),
     )
 
 
