@@ -123,7 +123,7 @@ def rows_alone(attention: list[str], mlp: list[str]) -> Any:
 def norms(attention: list[str], mlp: list[str]) -> Any:
     from peft import LNTuningConfig
 
-    return LNTuningConfig()
+    return LNTuningConfig(target_modules=["norm", "input_layernorm"])
 
 
 @_kind()
