@@ -50,6 +50,34 @@ class TinyModel:
     adapters: Path
 
 
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """PEM files: a certificate, its key, and the authority that signed it."""
+
+    certificate: Path
+    key: Path
+    ca: Path
+
+
+@pytest.fixture(scope="session")
+def issue(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Certificate]:
+    """Makes a certificate for some host names, signed by an authority of its own."""
+    import trustme
+
+    def make(*names: str, common_name: str | None = None, authority: Any = None) -> Certificate:
+        folder = tmp_path_factory.mktemp("certificates")
+        authority = authority or trustme.CA()
+        found = Certificate(folder / "certificate.pem", folder / "key.pem", folder / "ca.pem")
+        leaf = authority.issue_cert(*names, common_name=common_name)
+        leaf.private_key_pem.write_to_path(found.key)
+        for blob in leaf.cert_chain_pems:
+            blob.write_to_path(found.certificate, append=True)
+        authority.cert_pem.write_to_path(found.ca)
+        return found
+
+    return make
+
+
 def _config(architecture: str) -> Any:
     import transformers
 

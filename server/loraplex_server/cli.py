@@ -9,22 +9,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from loraplex_server import log
+from loraplex_server import log, settings
 from loraplex_server.config import (
     ADAPTER_DEVICE_DTYPES,
     DEVICES,
     DTYPES,
     KERNELS,
+    KV_CACHE_DTYPES,
+    LOG_FORMATS,
+    LOG_LEVELS,
     QUANTIZATIONS,
     AdapterConfig,
     ApiConfig,
     EngineConfig,
+    LogConfig,
     ModelConfig,
     SchedulerConfig,
     ServerConfig,
+    TlsFiles,
     parse_size,
 )
-from loraplex_server.errors import ServerError
+from loraplex_server.errors import InvalidArgumentError, ServerError
 
 EXIT_USAGE = 2
 
@@ -37,23 +42,69 @@ _EPILOG = """\
 SIZE is bytes, or a number with a unit: 512MiB, 2GB, 1.5g.
 
   loraplex serve --model ./llama --adapters ./adapters
-  loraplex serve --model ./llama --quantization int4 --device cpu --port 0 --metrics-port -1"""
+  loraplex serve --model ./llama --quantization int4 --device cpu --port 0 --metrics-port -1
+  loraplex serve --model ./llama --host 0.0.0.0 --token-file tokens \\
+      --tls-certificate tls.crt --tls-key tls.key"""
+
+
+_CONFIG_DESCRIPTION = """\
+Shows or checks the configuration that `loraplex serve` would run with, from the same flags, environment and
+file. Every flag of `loraplex serve --help` is a setting:
+
+  --max-batch-tokens 512                      on the command line, which beats
+  LORAPLEX_SERVE_MAX_BATCH_TOKENS=512         in the environment, which beats
+  max_batch_tokens = 512                      in the TOML file of --config (or LORAPLEX_SERVE_CONFIG)
+
+Flags that may be repeated are arrays in the file, and separated by commas in the environment. What is called
+like no flag is an error."""
+
+_CONFIG_EPILOG = """\
+  loraplex config show --model ./llama > loraplex.toml     every setting with its default, to begin from
+  loraplex config check --config loraplex.toml             is it right? exit code 2 says no, and why
+  loraplex config show --changed --config loraplex.toml    what differs from the defaults, and why"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server; `argv` is what follows `loraplex serve`. Returns the exit code."""
     parser = build_parser()
-    arguments = parser.parse_args(argv)
     try:
+        arguments, _ = settings.resolve(parser, sys.argv[1:] if argv is None else argv, os.environ)
         config = to_config(arguments)
     except ServerError as error:
         parser.error(str(error))
-    log.configure(arguments.log_level)
+    log.configure(config.engine.log)
     hide_torch()
     # Here, not above: `--help` should not wait for gRPC and a tokenizer library.
     from loraplex_server.api.app import serve
 
     return asyncio.run(serve(config))
+
+
+def config_main(argv: Sequence[str] | None = None) -> int:
+    """`loraplex config`: shows or checks what `loraplex serve` would run with; starts nothing."""
+    parser = argparse.ArgumentParser(
+        prog="loraplex config",
+        usage="loraplex config {show,check} [--changed] [flags of loraplex serve]",
+        description=_CONFIG_DESCRIPTION,
+        epilog=_CONFIG_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("action", choices=("show", "check"))
+    parser.add_argument("--changed", action="store_true", help="show only what is not the default")
+    own, flags = parser.parse_known_args(argv)
+    serve = build_parser()
+    serve.prog, serve.usage = parser.prog, parser.usage
+    try:
+        arguments, origins = settings.resolve(serve, flags, os.environ)
+        to_config(arguments)
+    except ServerError as error:
+        serve.error(str(error))
+    if own.action == "show":
+        print(settings.to_toml(arguments, origins, all_values=not own.changed))
+    else:
+        print("the configuration is right")
+    return 0
 
 
 def hide_torch() -> None:
@@ -68,7 +119,7 @@ def hide_torch() -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Every option with its help and its default, which is the configuration's own."""
     model, scheduler = ModelConfig(model=""), SchedulerConfig()
-    adapters, api = AdapterConfig(), ApiConfig()
+    adapters, api, logs = AdapterConfig(), ApiConfig(), LogConfig()
     parser = argparse.ArgumentParser(
         prog="loraplex serve",
         description=_DESCRIPTION,
@@ -76,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    settings.add_config_flag(parser)
 
     group = parser.add_argument_group("base model")
     group.add_argument("--model", required=True, metavar="PATH|HUB_ID", help="a Hugging Face checkpoint")
@@ -100,10 +152,35 @@ def build_parser() -> argparse.ArgumentParser:
         scheduler.max_model_len,
         "tokens of prompt and answer together; 0 is the model's own limit",
     )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=scheduler.gpu_memory_utilization,
+        metavar="F",
+        help="share of the GPU's memory for weights, steps, adapters and the KV cache, and for whatever else "
+        "is on it (default: %(default)g)",
+    )
     _size(
-        group, "--kv-cache-bytes", scheduler.kv_cache_bytes, "memory of the KV cache; 0 picks what is needed"
+        group,
+        "--kv-cache-bytes",
+        scheduler.kv_cache_bytes,
+        "memory of the KV cache; 0 takes what is left on a GPU, what is needed on a CPU",
+    )
+    _choice(
+        group,
+        "--kv-cache-dtype",
+        KV_CACHE_DTYPES,
+        scheduler.kv_cache_dtype,
+        "type of the KV cache; auto is that of the activations, fp8 saves room and is less exact",
     )
     _count(group, "--kv-block-size", scheduler.kv_block_size, "tokens in a block of the KV cache")
+    _choice(
+        group,
+        "--prefix-cache",
+        ("on", "off"),
+        "on" if scheduler.prefix_cache else "off",
+        "keep the KV of prompts and answers, as room allows, for requests that begin alike",
+    )
     _seconds(
         group,
         "--max-adapter-wait",
@@ -123,11 +200,23 @@ def build_parser() -> argparse.ArgumentParser:
         "type of adapters on the device; auto is that of the activations, int8 saves room and is less exact",
     )
     _size(group, "--adapter-host-bytes", adapters.host_bytes, "room for adapters in host memory")
+    _size(
+        group,
+        "--adapter-max-bytes",
+        adapters.max_bytes,
+        "most of either that one adapter may take, with whole weights or tables of its own; 0 is no limit",
+    )
     _count(
         group,
         "--max-adapters-on-device",
         adapters.max_on_device,
         "a cap on their number beyond the bytes; 0 is none",
+    )
+    _count(
+        group,
+        "--max-pinned-adapters",
+        adapters.max_pinned,
+        "a cap on pinned ones beyond being fewer than the slots; 0 is none",
     )
     _count(
         group,
@@ -140,7 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=adapters.watch_s,
         metavar="S",
-        help="every S seconds, register what came to --adapters and unload what went (default: 0, never)",
+        help="every S seconds, follow what came to, changed in and went from --adapters (default: 0, never)",
     )
 
     group = parser.add_argument_group("adapters from elsewhere")
@@ -175,12 +264,41 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("serving")
-    group.add_argument("--host", default=api.host, help="address to listen on (default: %(default)s)")
+    group.add_argument("--host", default=api.host, help=f"address to listen on (default: {api.host})")
     _count(group, "--port", api.port, "gRPC port; 0 picks a free one")
+    group.add_argument(
+        "--metrics-host",
+        default=api.metrics_host,
+        help=f"address of the metrics (default: {api.metrics_host})",
+    )
     _count(group, "--metrics-port", api.metrics_port, "Prometheus port; 0 picks a free one, -1 is none")
     _size(group, "--max-message-bytes", api.max_message_bytes, "longest gRPC message")
     _seconds(group, "--drain-seconds", api.drain_s, "time that running calls have after SIGTERM")
-    _choice(group, "--log-level", log.LEVELS, "info", "least severe lines of the log, which goes to stderr")
+    _seconds(
+        group,
+        "--max-connection-age",
+        api.max_connection_age_s,
+        "connections older than this are asked to come anew, calls under way go on; 0 is never",
+    )
+    group.add_argument("--no-reflection", action="store_true", help="clients may not list the services")
+    _choice(group, "--log-level", LOG_LEVELS, logs.level, "least severe lines of the log on stderr")
+    _choice(group, "--log-format", LOG_FORMATS, logs.format, "json is one object a line, for collectors")
+
+    group = parser.add_argument_group("who may call")
+    _file(group, "--tls-certificate", "PEM certificate chain of this server; read again when it changes")
+    _file(group, "--tls-key", "its PEM key, without a password")
+    _file(group, "--tls-client-ca", "clients need a certificate that an authority in this PEM file signed")
+    _file(
+        group,
+        "--token-file",
+        "clients need a bearer token whose hash is in this file (see loraplex token --help); read again when "
+        "it changes",
+    )
+    group.add_argument(
+        "--allow-insecure",
+        action="store_true",
+        help="listen without TLS on an address that other machines reach",
+    )
     return parser
 
 
@@ -207,7 +325,10 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 max_queue=arguments.max_queue,
                 max_model_len=arguments.max_model_len,
                 kv_cache_bytes=arguments.kv_cache_bytes,
+                kv_cache_dtype=arguments.kv_cache_dtype,
+                gpu_memory_utilization=arguments.gpu_memory_utilization,
                 kv_block_size=arguments.kv_block_size,
+                prefix_cache=arguments.prefix_cache == "on",
                 max_adapter_wait_s=arguments.max_adapter_wait,
             ),
             adapters=AdapterConfig(
@@ -216,7 +337,9 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 device_bytes=arguments.adapter_device_bytes,
                 device_dtype=arguments.adapter_device_dtype,
                 host_bytes=arguments.adapter_host_bytes,
+                max_bytes=arguments.adapter_max_bytes,
                 max_on_device=arguments.max_adapters_on_device,
+                max_pinned=arguments.max_pinned_adapters,
                 max_per_request=arguments.max_adapters_per_request,
                 sources=tuple(arguments.adapter_source),
                 cache_dir=arguments.adapter_cache_dir,
@@ -227,15 +350,31 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 extra_files=tuple(arguments.adapter_extra_file),
                 watch_s=arguments.watch_adapters,
             ),
+            log=LogConfig(arguments.log_level, arguments.log_format),
         ),
         api=ApiConfig(
             host=arguments.host,
             port=arguments.port,
+            metrics_host=arguments.metrics_host,
             metrics_port=arguments.metrics_port,
             drain_s=arguments.drain_seconds,
             max_message_bytes=arguments.max_message_bytes,
+            tls=_tls(arguments),
+            token_file=arguments.token_file,
+            allow_insecure=arguments.allow_insecure,
+            reflection=not arguments.no_reflection,
+            max_connection_age_s=arguments.max_connection_age,
         ),
     )
+
+
+def _tls(arguments: argparse.Namespace) -> TlsFiles | None:
+    certificate, key, client_ca = arguments.tls_certificate, arguments.tls_key, arguments.tls_client_ca
+    if certificate is not None and key is not None:
+        return TlsFiles(certificate, key, client_ca)
+    if certificate is not None or key is not None or client_ca is not None:
+        raise InvalidArgumentError.field("tls", "give both --tls-certificate and --tls-key")
+    return None
 
 
 def _choice(
@@ -265,6 +404,10 @@ def _folders(group: argparse._ArgumentGroup, flag: str, help_text: str) -> None:
     group.add_argument(
         flag, type=_folder, action="append", default=[], metavar="DIR", help=f"{help_text}; may be repeated"
     )
+
+
+def _file(group: argparse._ArgumentGroup, flag: str, help_text: str) -> None:
+    group.add_argument(flag, type=Path, default=None, metavar="FILE", help=help_text)
 
 
 def _texts(group: argparse._ArgumentGroup, flag: str, metavar: str, help_text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import math
 import re
 from pathlib import Path
@@ -13,7 +14,10 @@ from loraplex_server.errors import InvalidArgumentError
 QUANTIZATIONS = ("nf4", "int4", "none")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
 KERNELS = ("auto", "torch", "triton")
+KV_CACHE_DTYPES = ("auto", "fp8")
 ADAPTER_DEVICE_DTYPES = ("auto", "int8")
 
 _EXTRA_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.(json|jinja|txt)")
@@ -32,6 +36,16 @@ def parse_size(text: str) -> int:
     number, unit, binary = match.groups()
     base = 1000 if unit and not binary and text.strip().lower().endswith("b") else 1024
     return int(float(number) * base ** " kmgt".index(unit.lower() or " "))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` surely is this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -79,7 +93,11 @@ class SchedulerConfig:
         max_num_requests: requests running at once.
         max_queue: requests that may wait; more are refused with RESOURCE_EXHAUSTED.
         max_model_len: prompt and answer together; 0 takes the model's own limit.
-        kv_cache_bytes: 0 takes what `max_num_requests` of moderate length need, within reason.
+        kv_cache_bytes: 0 takes all that is left on a GPU, and on a CPU what `max_num_requests` of moderate
+            length need, within reason.
+        kv_cache_dtype: "auto" is the type of the activations, "fp8" (e4m3) takes less room and is less exact.
+        gpu_memory_utilization: share of the GPU's memory that may be used, whatever else is on it included.
+        prefix_cache: keep keys and values of answered requests for others that begin alike.
         max_adapter_wait_s: a request that has waited this long for its adapters is overtaken no
             more by younger requests that need adapters too.
     """
@@ -89,7 +107,10 @@ class SchedulerConfig:
     max_queue: int = 1024
     max_model_len: int = 0
     kv_cache_bytes: int = 0
+    kv_cache_dtype: str = "auto"
+    gpu_memory_utilization: float = 0.9
     kv_block_size: int = 16
+    prefix_cache: bool = True
     max_adapter_wait_s: float = 1.0
 
     def __post_init__(self) -> None:
@@ -99,6 +120,11 @@ class SchedulerConfig:
         _at_least("max_model_len", self.max_model_len, 0)
         _at_least("kv_cache_bytes", self.kv_cache_bytes, 0)
         _at_least("kv_block_size", self.kv_block_size, 1)
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise InvalidArgumentError.field(
+                "gpu_memory_utilization", f"{self.gpu_memory_utilization} is no share above 0 and up to 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +139,12 @@ class AdapterConfig:
             activations, "int8" takes less room and is less exact.
         host_bytes: room for adapters in host memory.
         max_on_device: a cap on their number beyond the bytes; 0 is none.
+        max_pinned: most adapters pinned at once; 0 is one fewer than the slots, which is the most.
         max_per_request: most adapters that one request may name.
         sources: prefixes of addresses from which adapters may be downloaded; none, and none are.
         cache_dir: where downloads are kept; None is the user's cache folder.
         cache_bytes: room for them there.
+        max_bytes: most that one adapter may take on the device, or in host memory; 0 is no limit but theirs.
         download_max_bytes: most that one adapter may have.
         max_downloads: how many run at once.
         require_commit: adapters from the Hugging Face hub must name a commit.
@@ -129,11 +157,13 @@ class AdapterConfig:
     device_bytes: int = 256 << 20
     host_bytes: int = 1 << 30
     max_on_device: int = 0
+    max_pinned: int = 0
     max_per_request: int = 8
     device_dtype: str = "auto"
     sources: tuple[str, ...] = ()
     cache_dir: Path | None = None
     cache_bytes: int = 16 << 30
+    max_bytes: int = 0
     download_max_bytes: int = 4 << 30
     max_downloads: int = 4
     require_commit: bool = False
@@ -145,8 +175,10 @@ class AdapterConfig:
         _at_least("device_bytes", self.device_bytes, 1)
         _at_least("host_bytes", self.host_bytes, 1)
         _at_least("max_on_device", self.max_on_device, 0)
+        _at_least("max_pinned", self.max_pinned, 0)
         _at_least("max_per_request", self.max_per_request, 1)
         _at_least("cache_bytes", self.cache_bytes, 1)
+        _at_least("max_bytes", self.max_bytes, 0)
         _at_least("download_max_bytes", self.download_max_bytes, 1)
         _at_least("max_downloads", self.max_downloads, 1)
         if not 0 <= self.watch_s < math.inf:
@@ -165,18 +197,66 @@ class AdapterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TlsFiles:
+    """PEM files of the gRPC port. With `client_ca`, clients need a certificate that one of it signed."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class ApiConfig:
-    """Where the server listens. Port 0 picks a free one; `metrics_port` -1 is no metrics."""
+    """Where the server listens, and for whom.
+
+    Attributes:
+        port: 0 picks a free one.
+        metrics_host: the metrics are plain HTTP and ask no one who they are.
+        metrics_port: 0 picks a free one, -1 is no metrics.
+        tls: None is plain text, which only loopback addresses may have, or who sets `allow_insecure`.
+        token_file: bearer tokens, see `api.authentication`; None asks for none.
+        reflection: clients may list the services and their messages.
+        max_connection_age_s: connections older than this are asked to come anew, so that load balancers can
+            spread them; calls under way go on. 0 is never.
+    """
 
     host: str = "127.0.0.1"
     port: int = 50051
+    metrics_host: str = "127.0.0.1"
     metrics_port: int = 9400
     drain_s: float = 30.0
     max_message_bytes: int = 16 << 20
+    tls: TlsFiles | None = None
+    token_file: Path | None = None
+    allow_insecure: bool = False
+    reflection: bool = True
+    max_connection_age_s: float = 0.0
 
     def __post_init__(self) -> None:
         _at_least("port", self.port, 0)
         _at_least("metrics_port", self.metrics_port, -1)
+        if not 0 <= self.max_connection_age_s < math.inf:
+            raise InvalidArgumentError.field(
+                "max_connection_age", f"{self.max_connection_age_s} is no number of seconds"
+            )
+        if self.tls is None and not self.allow_insecure and not is_loopback(self.host):
+            raise InvalidArgumentError.field(
+                "host",
+                f"{self.host} is no loopback address, and calls would not be encrypted; give "
+                "--tls-certificate and --tls-key, or --allow-insecure where the network itself is trusted",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """The log on stderr, of the server and its engine alike."""
+
+    level: str = "info"
+    format: str = "text"
+
+    def __post_init__(self) -> None:
+        _one_of("log_level", self.level, LOG_LEVELS)
+        _one_of("log_format", self.format, LOG_FORMATS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +266,7 @@ class EngineConfig:
     model: ModelConfig
     scheduler: SchedulerConfig = SchedulerConfig()
     adapters: AdapterConfig = AdapterConfig()
+    log: LogConfig = LogConfig()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@
     ├── InvalidArgumentError     INVALID_ARGUMENT      mend the named field
     ├── NotFoundError            NOT_FOUND             name something that exists
     ├── AlreadyExistsError       ALREADY_EXISTS        choose another name
+    ├── UnauthenticatedError     UNAUTHENTICATED       send a token the server knows
     ├── PermissionDeniedError    PERMISSION_DENIED     use an allowed source
     ├── FailedPreconditionError  FAILED_PRECONDITION   change the adapter or the server
     ├── ResourceExhaustedError   RESOURCE_EXHAUSTED    try again after `retry_after_s`
@@ -80,6 +81,10 @@ class AlreadyExistsError(ServerError):
     code = "ALREADY_EXISTS"
 
 
+class UnauthenticatedError(ServerError):
+    code = "UNAUTHENTICATED"
+
+
 class PermissionDeniedError(ServerError):
     code = "PERMISSION_DENIED"
 
@@ -114,6 +119,7 @@ _BY_CODE: dict[str, type[ServerError]] = {
         InvalidArgumentError,
         NotFoundError,
         AlreadyExistsError,
+        UnauthenticatedError,
         PermissionDeniedError,
         FailedPreconditionError,
         ResourceExhaustedError,

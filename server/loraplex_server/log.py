@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextvars
+import datetime
+import json
 import logging
 import sys
 
-LEVELS = ("debug", "info", "warning", "error")
+from loraplex_server.config import LogConfig
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 
@@ -17,15 +19,36 @@ class _RequestIdFilter(logging.Filter):
         return True
 
 
-def configure(level: str) -> None:
-    """Sends this package's log to stderr from `level` (one of `LEVELS`) on, other packages' warnings too.
+class _JsonFormatter(logging.Formatter):
+    """One object a line, as log collectors want them; no prompt and no answer is ever in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            "process": record.process,
+        }
+        if request_id.get() != "-":
+            entry["request_id"] = request_id.get()
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False)
+
+
+def configure(config: LogConfig) -> None:
+    """Sends this package's log to stderr from `config.level` on, other packages' warnings too.
 
     stdout stays for the one line that scripts wait for.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(_RequestIdFilter())
-    handler.setFormatter(
-        logging.Formatter("%(asctime)s %(levelname).1s %(name)s [%(request_id)s] %(message)s", "%H:%M:%S")
-    )
+    if config.format == "json":
+        handler.setFormatter(_JsonFormatter())
+    else:
+        handler.addFilter(_RequestIdFilter())
+        handler.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname).1s %(name)s [%(request_id)s] %(message)s", "%H:%M:%S")
+        )
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("loraplex_server").setLevel(level.upper())
+    logging.getLogger("loraplex_server").setLevel(config.level.upper())

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from loraplex_server.core.request import Request
 from loraplex_server.engine.messages import EngineInfo, Stats, Times
+from loraplex_server.gateway_metrics import GatewayCollector
 
 _MAX_ADAPTER_LABELS = 1000
 # No adapter's name has parentheses.
@@ -28,6 +29,8 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._adapter_labels: set[str] = set()
+        self._gateway = GatewayCollector()
+        self.registry.register(self._gateway)
 
         self._build = Info("loraplex_build", "What runs here.", registry=self.registry)
         self._waiting = self._gauge("loraplex_requests_waiting", "Requests in the queue.")
@@ -57,6 +60,16 @@ class Metrics:
         self._kv_ratio = self._gauge("loraplex_kv_cache_usage_ratio", "KV blocks in use, of all, 0 to 1.")
         self._kv_blocks = self._gauge("loraplex_kv_cache_blocks", "KV blocks there are.")
         self._kv_used = self._gauge("loraplex_kv_cache_blocks_used", "KV blocks that requests hold.")
+        self._kv_cached = self._gauge(
+            "loraplex_kv_cache_blocks_cached",
+            "KV blocks that no request holds and whose content a later one can have.",
+        )
+        self._prefix_queries = self._counter(
+            "loraplex_prefix_cache_queries_tokens", "Prompt tokens looked up in the prefix cache."
+        )
+        self._prefix_hits = self._counter(
+            "loraplex_prefix_cache_hits_tokens", "Prompt tokens found in the prefix cache and not computed."
+        )
         self._problems = self._gauge(
             "loraplex_integrity_problems", "Broken invariants of the pools in the last audit; 0 is right."
         )
@@ -64,6 +77,10 @@ class Metrics:
             "loraplex_weight_checksum_ok", "1 if the base weights had their checksum in the last audit."
         )
         self._audits = self._gauge("loraplex_audits", "Audits completed; one runs after work, when idle.")
+
+        self._memory = self._gauge(
+            "loraplex_memory_planned_bytes", "Device memory by the plan made at start.", "part"
+        )
 
         self._adapter_hits = self._counter(
             "loraplex_adapter_hits", "Requests that found an adapter on the device."
@@ -139,7 +156,10 @@ class Metrics:
                 "kernels": info.kernels,
             }
         )
+        self._gateway.set_info(info)
         self._kv_blocks.set(info.kv_blocks)
+        for part, num_bytes in info.memory:
+            self._memory.labels(part).set(num_bytes)
         self._adapter_capacity.labels("device").set(info.adapter_device_bytes)
         self._adapter_capacity.labels("host").set(info.adapter_host_bytes)
 
@@ -166,6 +186,9 @@ class Metrics:
         self._kv_blocks.set(stats.kv_blocks)
         self._kv_ratio.set(stats.kv_blocks_used / max(1, stats.kv_blocks))
         self._kv_used.set(stats.kv_blocks_used)
+        self._kv_cached.set(stats.kv_blocks_cached)
+        self._prefix_queries.inc(stats.prefix_queries)
+        self._prefix_hits.inc(stats.prefix_hits)
         self._problems.set(stats.integrity_problems)
         self._weights_ok.set(stats.weights_ok)
         self._audits.set(stats.audits)
@@ -175,6 +198,7 @@ class Metrics:
         self._adapters_resident.labels("host").set(len(stats.adapters_on_host))
         self._adapter_hits.inc(stats.adapter_hits)
         self._adapter_misses.inc(stats.adapter_misses)
+        self._gateway.observe(stats)
 
     def observe_first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)

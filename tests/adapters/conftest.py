@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex_server.adapters.record import AdapterHandle
@@ -55,6 +55,36 @@ def registry() -> SiteRegistry:
         if isinstance(module, torch.nn.Linear) and path != "lm_head"
     ]
     return SiteRegistry(linears, hidden_size=LLAMA.hidden_size)
+
+
+@pytest.fixture(scope="session")
+def whole_registry() -> SiteRegistry:
+    """Every place of the tiny model, its norms and the two ends of its vocabulary included."""
+    return _whole_registry(tied=False)
+
+
+@pytest.fixture(scope="session")
+def tied_registry() -> SiteRegistry:
+    """The same, for a model whose head is its embedding."""
+    return _whole_registry(tied=True)
+
+
+def _whole_registry(*, tied: bool) -> SiteRegistry:
+    model = LlamaForCausalLM(LLAMA)
+    modules = dict(model.named_modules())
+    return SiteRegistry(
+        [
+            (path, module.in_features, module.out_features)
+            for path, module in modules.items()
+            if isinstance(module, torch.nn.Linear) and path != "lm_head"
+        ],
+        hidden_size=LLAMA.hidden_size,
+        norms=[(path, LLAMA.hidden_size) for path in modules if path.endswith("norm")],
+        embedding="model.embed_tokens",
+        head="lm_head",
+        vocabulary=LLAMA.vocab_size,
+        tied=tied,
+    )
 
 
 @pytest.fixture
@@ -177,3 +207,44 @@ def bring(settle: Callable[[AdapterStore], None]) -> Callable[..., tuple[Adapter
         return handles
 
     return run
+
+
+@pytest.fixture
+def served(registry: SiteRegistry) -> Callable[[AdapterStore, AdapterHandle, Path], bool]:
+    """Whether a handle's slot serves the weights in the folder, bit for bit."""
+
+    def check(store: AdapterStore, handle: AdapterHandle, folder: Path) -> bool:
+        slot = store.slot(handle)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        for entry in registry:
+            prefix = f"base_model.model.{entry.path}"
+            if f"{prefix}.lora_A.weight" not in tensors:
+                assert int(store.pool.rank[slot, entry.index]) == 0
+                continue
+            a = store.pool.a(slot, entry.index, entry.in_features)
+            b = store.pool.b(slot, entry.index, entry.out_features)
+            if not torch.equal(a, tensors[f"{prefix}.lora_A.weight"]):
+                return False
+            if not torch.equal(b.T, 2 * tensors[f"{prefix}.lora_B.weight"]):
+                return False
+        return True
+
+    return check
+
+
+class Answer:
+    """A callback that keeps what it is called with."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
+        self.calls = 0
+
+    def __call__(self, value: Any = None) -> None:
+        self.value = value
+        self.calls += 1
+
+
+@pytest.fixture
+def answer() -> type[Answer]:
+    """Makes callbacks that keep what they are called with."""
+    return Answer

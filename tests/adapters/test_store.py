@@ -57,29 +57,6 @@ def folder(tmp_path: Path, write_adapter: Callable[..., Path]) -> Path:
     return tmp_path / "adapters"
 
 
-@pytest.fixture
-def served(registry: SiteRegistry) -> Callable[[AdapterStore, AdapterHandle, Path], bool]:
-    """Whether a handle's slot serves the weights in the folder, bit for bit."""
-
-    def check(store: AdapterStore, handle: AdapterHandle, folder: Path) -> bool:
-        slot = store.slot(handle)
-        tensors = load_file(folder / "adapter_model.safetensors")
-        for entry in registry:
-            prefix = f"base_model.model.{entry.path}"
-            if f"{prefix}.lora_A.weight" not in tensors:
-                assert int(store.pool.rank[slot, entry.index]) == 0
-                continue
-            a = store.pool.a(slot, entry.index, entry.in_features)
-            b = store.pool.b(slot, entry.index, entry.out_features)
-            if not torch.equal(a, tensors[f"{prefix}.lora_A.weight"]):
-                return False
-            if not torch.equal(b.T, 2 * tensors[f"{prefix}.lora_B.weight"]):
-                return False
-        return True
-
-    return check
-
-
 # Registering
 
 

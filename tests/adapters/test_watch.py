@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loraplex_server.adapters.sites import SiteRegistry
 from loraplex_server.adapters.store import AdapterStore
@@ -60,8 +61,6 @@ def test_a_folder_that_is_away_takes_nothing_with_it(folder: Path) -> None:
 @pytest.fixture
 def watching(registry: SiteRegistry, folder: Path) -> Any:
     config = AdapterConfig(folders=(folder,), device_bytes=1 << 20, host_bytes=1 << 20, watch_s=0.02)
-    import torch
-
     store = AdapterStore(registry, config, device="cpu", dtype=torch.float32)
     store.register_folder(folder)
     yield store
@@ -86,7 +85,6 @@ def test_adapters_come_and_go_with_their_folders(
     folder: Path,
     write_adapter: Callable[..., Path],
     bring: Callable[..., Any],
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
     store = watching
     write_adapter(folder / "c", rank=2)
@@ -104,14 +102,33 @@ def test_adapters_come_and_go_with_their_folders(
     store.release(held)
     assert "b" not in {status.name for status in store.list()}
 
+
+def test_a_change_replaces_what_is_served(
+    watching: AdapterStore,
+    folder: Path,
+    write_adapter: Callable[..., Path],
+    bring: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = watching
+    [old] = bring(store, "a")
+    before = old.content_hash
     with caplog.at_level(logging.WARNING, "loraplex_server"):
-        [handle] = bring(store, "a")
-        before = handle.content_hash
-        write_adapter(folder / "a", seed=99)
-        until(store, lambda: "loaded anew" in caplog.text)
-        assert "'a'" in caplog.text
-    assert store.get("a").content_hash == before, "identity never changes by itself"
-    store.release([handle])
+        write_adapter(
+            folder / "a", rank=6, change=lambda tensors: next(iter(tensors.values())).fill_(torch.nan)
+        )
+        until(store, lambda: "NaN" in caplog.text)
+    assert store.get("a").content_hash == before, "what cannot be served replaces nothing"
+    write_adapter(folder / "a", rank=6, seed=99)
+    until(store, lambda: store.get("a").content_hash not in ("", before))
+    [new] = bring(store, "a")
+    assert (old.content_hash, store.pool.rank[store.slot(old)].max()) == (before, 4)
+    assert store.pool.rank[store.slot(new)].max() == 6
+    store.release([old, new])
+
+    write_adapter(folder / "b", rank=8, seed=98)
+    until(store, lambda: store.get("b").rank == 8)
+    assert store.get("b").state == "unloaded", "nobody has asked for it yet"
 
 
 def test_a_bad_one_is_known_with_its_error_and_heals(

@@ -357,6 +357,7 @@ def engine_info(byte_level_tokenizer: Any) -> EngineInfo:
         adapter_device_bytes=1 << 20,
         adapter_host_bytes=1 << 22,
         max_adapters_on_device=3,
+        adapter_slots=3,
         eos_token_ids=(1,),
     )
 

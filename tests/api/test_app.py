@@ -139,11 +139,27 @@ def test_adapter_operations(serving: Any) -> None:
                 ("pin", "sql", "", False),
                 ("unload", "sql", "", True),
             ]
+            await stub.LoadAdapter(
+                adapters_pb2.LoadAdapterRequest(name="sql", source="/b", load_inplace=True)
+            )
+            await stub.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(name="sql", grace_seconds=2.5))
+            hinted = await stub.Prefetch(adapters_pb2.PrefetchRequest(names=["sql", "b"], host_only=True))
+            assert list(hinted.adapters) == [loaded]
+            assert (commands[0].inplace, commands[-3].inplace) == (False, True)
+            assert (commands[5].grace_s, commands[-2].grace_s) == (None, 2.5)
+            assert (commands[-1].op, commands[-1].names, commands[-1].to_device) == (
+                "prefetch",
+                ("sql", "b"),
+                False,
+            )
             for bad in (
                 stub.GetAdapter(adapters_pb2.GetAdapterRequest(name="../etc")),
                 stub.LoadAdapter(adapters_pb2.LoadAdapterRequest(name="sql")),
                 stub.LoadAdapter(adapters_pb2.LoadAdapterRequest(name="a" * 129, source="/a")),
                 stub.PinAdapter(adapters_pb2.PinAdapterRequest()),
+                stub.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(name="sql", grace_seconds=-1)),
+                stub.Prefetch(adapters_pb2.PrefetchRequest()),
+                stub.Prefetch(adapters_pb2.PrefetchRequest(names=["sql", "../etc"])),
             ):
                 assert await code_of(bad) == grpc.StatusCode.INVALID_ARGUMENT
             gone = stub.GetAdapter(adapters_pb2.GetAdapterRequest(name="gone"))
@@ -314,6 +330,9 @@ def test_metrics_of_engine_and_requests(serving: Any) -> None:
         adapters_on_host=("sql", "old"),
         adapter_hits=7,
         adapter_misses=2,
+        kv_blocks_cached=40,
+        prefix_queries=90,
+        prefix_hits=64,
     )
 
     async def main() -> None:
@@ -338,6 +357,9 @@ def test_metrics_of_engine_and_requests(serving: Any) -> None:
                 "loraplex_decode_tokens_total": 10,
                 "loraplex_preemptions_total": 2,
                 "loraplex_kv_cache_usage_ratio": 0.25,
+                "loraplex_kv_cache_blocks_cached": 40,
+                "loraplex_prefix_cache_queries_tokens_total": 180,
+                "loraplex_prefix_cache_hits_tokens_total": 128,
                 "loraplex_adapter_hits_total": 14,
                 "loraplex_adapter_misses_total": 4,
                 "loraplex_adapter_evictions_total{tier=device}": 2,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from loraplex_server import log
 from loraplex_server.api.tokenizer import Tokenizer
 from loraplex_server.cli import build_parser, main, to_config
 from loraplex_server.config import EngineConfig, ModelConfig, ServerConfig
@@ -34,7 +31,7 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         *("--dtype", "bfloat16", "--kernels", "triton", "--threads", "3"),
         *("--adapters", str(one), "--adapters", str(two), "--adapter-root", str(root)),
         *("--adapter-device-bytes", "512MiB", "--adapter-host-bytes", "2GB", "--max-adapters-on-device", "7"),
-        *("--adapter-device-dtype", "int8"),
+        *("--adapter-device-dtype", "int8", "--adapter-max-bytes", "64MiB"),
         *("--max-adapters-per-request", "2", "--max-batch-tokens", "1024", "--max-num-requests", "9"),
         *(
             "--max-queue",
@@ -53,6 +50,7 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         *("--adapter-download-max-bytes", "5MB", "--max-adapter-downloads", "6"),
         *("--require-adapter-commit", "--adapter-extra-file", "chat_template.jinja"),
         *("--watch-adapters", "1.5"),
+        *("--kv-cache-dtype", "fp8", "--gpu-memory-utilization", "0.5"),
     )
     model, scheduler, adapters = config.engine.model, config.engine.scheduler, config.engine.adapters
     assert (model.model, model.quantization, model.double_quant) == ("org/model", "int4", True)
@@ -60,7 +58,7 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
     assert (adapters.folders, adapters.roots) == ((one, two), (root,))
     assert (adapters.device_bytes, adapters.host_bytes) == (512 << 20, 2 * 10**9)
     assert (adapters.max_on_device, adapters.max_per_request) == (7, 2)
-    assert adapters.device_dtype == "int8"
+    assert (adapters.device_dtype, adapters.max_bytes) == ("int8", 64 << 20)
     assert adapters.sources == ("s3://bucket/a", "hf://owner")
     assert (adapters.cache_dir, adapters.cache_bytes) == (root / "new", 3 << 30)
     assert (adapters.download_max_bytes, adapters.max_downloads) == (5_000_000, 6)
@@ -68,6 +66,7 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
     assert adapters.watch_s == 1.5
     assert (scheduler.max_batch_tokens, scheduler.max_num_requests, scheduler.max_queue) == (1024, 9, 11)
     assert (scheduler.max_model_len, scheduler.kv_cache_bytes) == (4096, 3 << 29)
+    assert (scheduler.kv_cache_dtype, scheduler.gpu_memory_utilization) == ("fp8", 0.5)
     assert (scheduler.kv_block_size, scheduler.max_adapter_wait_s) == (32, 0.5)
     assert (config.api.host, config.api.port, config.api.metrics_port) == ("::1", 0, -1)
     assert (config.api.max_message_bytes, config.api.drain_s) == (4 << 20, 2.5)
@@ -80,6 +79,8 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         (("--model", "m", "--quantization", "int3"), "nf4"),
         (("--model", "m", "--adapter-device-bytes", "lots"), "512MiB"),
         (("--model", "m", "--adapter-device-dtype", "fp8"), "int8"),
+        (("--model", "m", "--kv-cache-dtype", "int8"), "fp8"),
+        (("--model", "m", "--gpu-memory-utilization", "1.5"), "gpu_memory_utilization: 1.5"),
         (("--model", "m", "--adapters", "no-such-folder"), "no-such-folder is no folder"),
         (("--model", "m", "--max-batch-tokens", "0"), "max_batch_tokens"),
         (("--model", "m", "--port", "-2"), "port"),
@@ -127,28 +128,3 @@ def test_the_api_process_does_without_torch(checkpoint: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == repr(Tokenizer.load(str(checkpoint)).decode([40, 41]))
-
-
-@pytest.fixture
-def _root_logger() -> Iterator[None]:
-    root, package = logging.getLogger(), logging.getLogger("loraplex_server")
-    handlers, level, package_level = root.handlers[:], root.level, package.level
-    root.handlers[:] = []
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    package.setLevel(package_level)
-
-
-@pytest.mark.usefixtures("_root_logger")
-def test_the_log_goes_to_stderr_and_names_the_request(capsys: pytest.CaptureFixture[str]) -> None:
-    log.configure("info")
-    token = log.request_id.set("req-7")
-    logging.getLogger("loraplex_server.api").info("something happened")
-    logging.getLogger("loraplex_server.api").debug("too fine")
-    logging.getLogger("elsewhere").info("not ours")
-    log.request_id.reset(token)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    [line] = captured.err.splitlines()
-    assert line.endswith("I loraplex_server.api [req-7] something happened")

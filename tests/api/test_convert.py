@@ -107,14 +107,17 @@ def test_all_violations_are_found_at_once() -> None:
 def to_request(num_prompt_tokens: int = 4, **fields: Any) -> Any:
     message = generation_pb2.GenerateRequest(**(OK | fields))
     convert.check_generate(message, LIMITS)
-    return convert.to_request(message, range(num_prompt_tokens), LIMITS, request_id="r", deadline_s=12.5)
+    return convert.to_request(
+        message, range(num_prompt_tokens), LIMITS, request_id="r", tenant="acme", deadline_s=12.5
+    )
 
 
 def test_defaults() -> None:
     request = to_request()
     assert request.prompt_token_ids == (0, 1, 2, 3)
     assert request.adapters == ()
-    assert (request.request_id, request.deadline_s, request.priority) == ("r", 12.5, 0)
+    assert (request.request_id, request.tenant) == ("r", "acme")
+    assert (request.deadline_s, request.priority) == (12.5, 0)
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_tokens) == (0.0, 0, 1.0, 0)
     assert sampling.logprobs is None

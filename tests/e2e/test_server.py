@@ -211,6 +211,34 @@ def test_adapters_come_and_go_at_run_time(client: Client) -> None:
         client.generate(prompt(line), adapter="mirror")
 
 
+def test_a_new_version_is_swapped_in_under_load(client: Client) -> None:
+    lines = make_lines(107, 12)
+    folder = data_dir() / "adapters"
+    first = client.adapters.load("swapped", folder / "atbash")
+    assert [adapter.name for adapter in client.adapters.prefetch(["swapped"])] == ["swapped"]
+
+    def ask(line: str) -> str:
+        return client.generate(prompt(line), adapter="swapped", max_tokens=40).text
+
+    with ThreadPoolExecutor(12) as pool:
+        running = [pool.submit(ask, line) for line in lines]
+        second = client.adapters.load("swapped", folder / "rot13", load_inplace=True)
+        with pytest.raises(errors.NotFoundError):
+            client.adapters.load("swapped", folder / "nothing", load_inplace=True)
+        answers = [future.result() for future in running]
+    assert first.content_hash != second.content_hash == client.adapters.get("swapped").content_hash
+    for line, text in zip(lines, answers, strict=True):
+        assert text in (expected("atbash", line), expected("rot13", line)), "one version or the other, whole"
+    assert [ask(line) for line in lines] == [expected("rot13", line) for line in lines]
+
+    stream = client.stream(prompt(lines[0]), adapter="swapped", max_tokens=200, ignore_eos=True)
+    next(stream)
+    remaining = client.adapters.unload("swapped", grace_seconds=0)
+    assert "swapped" not in {adapter.name for adapter in remaining}
+    with pytest.raises(errors.RequestCancelledError, match="'swapped' was unloaded"):
+        stream.collect()
+
+
 def test_an_adapter_comes_from_s3_and_a_watched_folder(
     s3_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -54,6 +55,8 @@ class Harness:
         *,
         priority: int = 0,
         deadline_s: float | None = None,
+        tenant: str = "default",
+        cache_prefix: bool = True,
         **sampling: Any,
     ) -> Answer:
         self.answers[name] = Answer()
@@ -61,7 +64,7 @@ class Harness:
         params = SamplingParams(**sampling)
         self.engine.submit(
             "test",
-            Request(name, tuple(prompt), params, uses, priority=priority, deadline_s=deadline_s),
+            Request(name, tuple(prompt), params, uses, tenant, priority, deadline_s, cache_prefix),
         )
         return self.answers[name]
 
@@ -88,9 +91,8 @@ class Harness:
 MakeHarness = Callable[..., Harness]
 
 
-@pytest.fixture
-def harness() -> Iterator[MakeHarness]:
-    """`harness(tiny_model, quantization=…, scheduler={…}, adapters={…}, model={…})`; checked at the end."""
+@contextmanager
+def _harnesses() -> Iterator[MakeHarness]:
     made: list[Harness] = []
 
     def make(
@@ -117,3 +119,78 @@ def harness() -> Iterator[MakeHarness]:
     for one in made:
         one.assert_clean()
         one.engine.adapters.close()
+
+
+@pytest.fixture
+def harness() -> Iterator[MakeHarness]:
+    """`harness(tiny_model, quantization=…, scheduler={…}, adapters={…}, model={…})`; checked at the end."""
+    with _harnesses() as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def module_harness() -> Iterator[MakeHarness]:
+    """The same for engines that several tests look at."""
+    with _harnesses() as make:
+        yield make
+
+
+@dataclasses.dataclass
+class ParityCell:
+    """What a test found out about a cell of the parity matrix; its outcome is the test's."""
+
+    worst: float = 0.0
+
+    def error(self, value: float) -> None:
+        """Notes an error of the logits, as a share of the largest."""
+        self.worst = max(self.worst, value)
+
+
+@pytest.fixture
+def parity_cell(request: pytest.FixtureRequest) -> Callable[[str, str, str], ParityCell]:
+    """`parity_cell(table, row, column)` makes this test a cell of the matrix that ends the run."""
+    cell = ParityCell()
+
+    def place(table: str, row: str, column: str) -> ParityCell:
+        request.node.user_properties.append((_MATRIX, {"place": (table, row, column), "cell": cell}))
+        return cell
+
+    return place
+
+
+_MATRIX = "parity matrix"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """The cell's value as it is when the test has ended, in plain data that a worker process can send."""
+    report = yield
+    report.user_properties = [
+        (name, (*value["place"], value["cell"].worst) if name == _MATRIX else value)
+        for name, value in report.user_properties
+    ]
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints kind x column with what came out: the error of the logits where the test passed."""
+    tables: dict[str, dict[str, dict[str, str]]] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, value in getattr(report, "user_properties", ()):
+                if name == _MATRIX and (report.when == "call" or outcome != "passed"):
+                    table, row, column, worst = value
+                    shown = f"{worst:.0e}" if outcome == "passed" else outcome.upper()
+                    tables.setdefault(table, {}).setdefault(row, {})[column] = shown
+    for table, rows in tables.items():
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        width = max(map(len, rows)) + 2
+        terminalreporter.write_sep("-", f"parity with transformers + PEFT: {table}, level (i)")
+        terminalreporter.write_line(
+            "A number is a pass: greedy tokens are equal, and this is the largest error of a\n"
+            "log-probability, as a share of the largest logit. Blank: not run."
+        )
+        terminalreporter.write_line(" " * width + "".join(f"{column:>17}" for column in columns))
+        for row, cells in rows.items():
+            line = "".join(f"{cells.get(column, ''):>17}" for column in columns)
+            terminalreporter.write_line(f"{row:<{width}}{line}")

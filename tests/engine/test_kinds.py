@@ -1,10 +1,13 @@
-"""Level (i) for the methods beyond plain LoRA: each alone and all in one batch, token for token as PEFT.
+"""Level (i) for every kind of adapter: token for token as transformers + PEFT, in every way of being served.
 
-PEFT keeps one method a model, so each adapter has an oracle of its own.
+Each cell of kind x column is a case of its own, and the end of the run prints them as a matrix. A kind is
+an entry in `KINDS`, a column one in `COLUMNS`. PEFT keeps one method a model, so each kind has an oracle of
+its own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from itertools import combinations
@@ -15,155 +18,316 @@ import pytest
 import torch
 
 MAX_TOKENS = 10
-KINDS = ("dora", "dora_rs", "ia3", "ia3_outputs", "bias", "prompt", "p_tuning", "activated", "plain")
+BLOCK = 4
 INVOCATION = (7, 9)
+LENGTHS = (4, 29)
 ARCHITECTURES = [
     "Llama",
     # Qwen2 has biases, which DoRA must not scale and IA3 must; Phi-3 has fused projections.
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("Qwen2", "Phi3", "Gemma2")),
 ]
 
-Requests = list[tuple[str, tuple[int, ...], str | None]]
+Configure = Callable[[Any, list[str], list[str]], Any]
 
 
-def _configuration(kind: str, attention: list[str], mlp: list[str]) -> Any:
-    from peft import IA3Config, LoraConfig, PromptEncoderConfig, PromptTuningConfig
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A row of the matrix.
 
-    match kind:
-        case "dora":
-            return LoraConfig(r=6, lora_alpha=12, use_dora=True, target_modules=attention + mlp)
-        case "dora_rs":
-            return LoraConfig(
+    Attributes:
+        label: what the matrix calls it.
+        adapters: PEFT's configuration of each adapter that a request of this kind names, made from the module
+            `peft` and the names of the attention's and the MLP's projections.
+        weights: of the adapters, in their order.
+    """
+
+    label: str
+    adapters: dict[str, Configure]
+    weights: tuple[float, ...] = (1.0,)
+
+    @property
+    def uses(self) -> list[tuple[str, float]]:
+        return list(zip(self.adapters, self.weights, strict=True))
+
+
+def _lora(**options: Any) -> Configure:
+    return lambda peft, attention, mlp: peft.LoraConfig(target_modules=attention + mlp, **options)
+
+
+KINDS = {
+    "plain": Kind("LoRA", {"plain": _lora(r=8, lora_alpha=24)}),
+    "bias": Kind(
+        "LoRA with bias",
+        {
+            "bias": lambda peft, attention, mlp: peft.LoraConfig(
+                r=5, lora_alpha=10, lora_bias=True, target_modules=[attention[0], mlp[0]]
+            )
+        },
+    ),
+    "dora": Kind("DoRA", {"dora": _lora(r=6, lora_alpha=12, use_dora=True)}),
+    "dora_rs": Kind(
+        "DoRA, rsLoRA",
+        {
+            "dora_rs": lambda peft, attention, mlp: peft.LoraConfig(
                 r=9, lora_alpha=5, use_dora=True, use_rslora=True, target_modules=[attention[0], mlp[-1]]
             )
-        case "ia3":
-            outputs = attention[1:3] if len(attention) > 2 else attention[:1]
-            return IA3Config(target_modules=[*outputs, "down_proj"], feedforward_modules=["down_proj"])
-        case "ia3_outputs":
-            return IA3Config(target_modules=attention + mlp, feedforward_modules=[])
-        case "bias":
-            return LoraConfig(r=5, lora_alpha=10, lora_bias=True, target_modules=[attention[0], mlp[0]])
-        case "prompt":
-            return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=11)
-        case "p_tuning":
-            return PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=48)
-        case "activated":
-            return LoraConfig(
-                task_type="CAUSAL_LM",
-                r=8,
-                lora_alpha=32,
-                target_modules=attention + mlp,
-                alora_invocation_tokens=list(INVOCATION),
+        },
+    ),
+    "ia3": Kind(
+        "IA3",
+        {
+            "ia3": lambda peft, attention, mlp: peft.IA3Config(
+                target_modules=[*(attention[1:3] if len(attention) > 2 else attention[:1]), "down_proj"],
+                feedforward_modules=["down_proj"],
             )
-    return LoraConfig(r=8, lora_alpha=24, target_modules=attention + mlp)
+        },
+    ),
+    "ia3_outputs": Kind(
+        "IA3, outputs only",
+        {
+            "ia3_outputs": lambda peft, attention, mlp: peft.IA3Config(
+                target_modules=attention + mlp, feedforward_modules=[]
+            )
+        },
+    ),
+    "prompt": Kind(
+        "prompt tuning",
+        {
+            "prompt": lambda peft, attention, mlp: peft.PromptTuningConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=11
+            )
+        },
+    ),
+    "p_tuning": Kind(
+        "P-tuning",
+        {
+            "p_tuning": lambda peft, attention, mlp: peft.PromptEncoderConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=48
+            )
+        },
+    ),
+    "activated": Kind(
+        "aLoRA",
+        {
+            "activated": _lora(
+                task_type="CAUSAL_LM", r=8, lora_alpha=32, alora_invocation_tokens=list(INVOCATION)
+            )
+        },
+    ),
+    "sum": Kind(
+        "composition of two",
+        {"sum_one": _lora(r=7, lora_alpha=14), "sum_two": _lora(r=4, lora_alpha=12, use_rslora=True)},
+        weights=(0.8, -0.6),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A way of being served.
+
+    Attributes:
+        together: requests of all kinds and of the base are one batch; else each has the engine to itself.
+        repeated: all are asked twice, after the base alone, and find their prompts cached the second time.
+    """
+
+    quantization: str = "none"
+    together: bool = True
+    repeated: bool = False
+    scheduler: dict[str, Any] = dataclasses.field(default_factory=dict)
+    adapters: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+# Prompts in pieces, six requests at most, and adapters that come and go.
+_TIGHT: dict[str, Any] = {
+    "scheduler": {"max_batch_tokens": 16, "max_num_requests": 6},
+    "adapters": {"max_on_device": 4},
+}
+COLUMNS = {
+    "alone": Column(together=False),
+    "mixed batch": Column(),
+    "nf4": Column("nf4", **_TIGHT),
+    "int4": Column("int4", **_TIGHT),
+    "chunked prefill": Column(**_TIGHT),
+    "prefix cache": Column(repeated=True, **_TIGHT),
+}
+
+Prompts = dict[int, tuple[int, ...]]
+Truth = dict[tuple[str | None, int], tuple[list[int], torch.Tensor]]
+
+
+def _randomise(name: str, parameter: torch.Tensor, noise: torch.Tensor) -> None:
+    """Values under which every part of an adapter matters: PEFT begins with some that do nothing."""
+    if "lora_A" in name:
+        parameter.data.copy_(noise * parameter.shape[1] ** -0.5)
+    elif "lora_B" in name:
+        parameter.data.copy_(noise * 0.1)
+    elif "lora_magnitude_vector" in name:
+        parameter.data.mul_(1 + 0.3 * noise)
+    elif "ia3_l" in name:
+        parameter.data.copy_(1 + 0.5 * noise)
+    elif "prompt_encoder" in name:
+        parameter.data.copy_(noise * (1.0 if "embedding" in name else 0.3))
+
+
+def _save(architecture: str, base: Path, kind: Kind, folder: Path, generator: torch.Generator) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    fused = architecture == "Phi3"
+    attention = ["qkv_proj", "o_proj"] if fused else ["q_proj", "k_proj", "v_proj", "o_proj"]
+    mlp = ["gate_up_proj", "down_proj"] if fused else ["gate_proj", "up_proj", "down_proj"]
+    for name, configure in kind.adapters.items():
+        frozen = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = peft.get_peft_model(frozen, configure(peft, attention, mlp))
+        for path, parameter in model.named_parameters():
+            _randomise(path, parameter, torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(folder / name)
 
 
 @pytest.fixture(scope="module")
 def saved(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Path]]:
-    """One adapter of each kind, made by PEFT with random values; the folder that holds each one's folder."""
+    """Adapters of each kind, made by PEFT with random values; the folder that holds each kind's folders."""
     made: dict[str, dict[str, Path]] = {}
 
     def make(architecture: str) -> dict[str, Path]:
-        if architecture in made:
-            return made[architecture]
-        from peft import get_peft_model
-        from transformers import AutoModelForCausalLM
-
-        fused = architecture == "Phi3"
-        attention = ["qkv_proj", "o_proj"] if fused else ["q_proj", "k_proj", "v_proj", "o_proj"]
-        mlp = ["gate_up_proj", "down_proj"] if fused else ["gate_proj", "up_proj", "down_proj"]
-        generator = torch.Generator().manual_seed(5)
-        folders = {}
-        for kind in KINDS:
-            base = AutoModelForCausalLM.from_pretrained(tiny(architecture).base, dtype=torch.float32)
-            model = get_peft_model(base, _configuration(kind, attention, mlp))
-            for name, parameter in model.named_parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                if "lora_A" in name:
-                    parameter.data.copy_(noise * parameter.shape[1] ** -0.5)
-                elif "lora_B" in name:
-                    parameter.data.copy_(noise * 0.1)
-                elif "lora_magnitude_vector" in name:
-                    parameter.data.mul_(1 + 0.3 * noise)
-                elif "ia3_l" in name:
-                    parameter.data.copy_(1 + 0.5 * noise)
-                elif "prompt_encoder" in name:
-                    parameter.data.copy_(noise * (1.0 if "embedding" in name else 0.3))
-            folders[kind] = tmp_path_factory.mktemp(f"{architecture}-{kind}")
-            model.save_pretrained(folders[kind] / kind)
-        made[architecture] = folders
-        return folders
+        if architecture not in made:
+            made[architecture] = {}
+            for index, (name, kind) in enumerate(KINDS.items()):
+                folder = tmp_path_factory.mktemp(f"{architecture}-{name}")
+                generator = torch.Generator().manual_seed(5 + index)
+                _save(architecture, tiny(architecture).base, kind, folder, generator)
+                made[architecture][name] = folder
+        return made[architecture]
 
     return make
 
 
 @pytest.fixture(scope="module")
-def requests() -> Requests:
+def prompts() -> Prompts:
+    """A short and a long prompt, by length."""
     random_ = random.Random(8)
-    found: Requests = []
-    for length in (4, 29):
+    found: Prompts = {}
+    for length in LENGTHS:
         drawn = [random_.randrange(10, 211) for _ in range(length)]
         # Two invocations in the long prompt, the last of which counts; one at the end of the short.
         for at in (length - 2, 3) if length > 4 else (length - 2,):
             drawn[at : at + 2] = INVOCATION
-        prompt = tuple(drawn)
-        found += [(f"{kind}-{length}", prompt, kind) for kind in (*KINDS, None)]
-    random_.shuffle(found)
+        found[length] = tuple(drawn)
     return found
 
 
-def _truth(
-    judge: Any, base: Path, folders: dict[str, Path], quantization: str, requests: Requests
-) -> dict[str, tuple[list[int], torch.Tensor]]:
-    """What transformers + PEFT answers, checked to differ from adapter to adapter."""
-    answers = {}
-    for kind in (*KINDS, None):
-        oracle = judge(base, folders[kind or "plain"], quantization)
-        for name, prompt, adapter in requests:
-            if adapter == kind:
-                uses = [] if kind is None else [(kind, 1.0)]
-                answers[name] = oracle.generate(prompt, uses, MAX_TOKENS)
-    for length in (4, 29):
-        found = {name: answers[name][0] for name, prompt, _ in requests if len(prompt) == length}
-        for one, other in combinations(found, 2):
-            assert found[one] != found[other], f"{one} and {other} answer alike"
-    return answers
+@pytest.fixture(scope="module")
+def truth(tiny: Any, saved: Any, judge: Any, prompts: Prompts) -> Callable[[str, str], Truth]:
+    """What transformers + PEFT answers, checked to differ from kind to kind."""
+    made: dict[tuple[str, str], Truth] = {}
+
+    def make(architecture: str, quantization: str) -> Truth:
+        answers: Truth = made.setdefault((architecture, quantization), {})
+        if answers:
+            return answers
+        for name in (*KINDS, None):
+            folder = saved(architecture)[name or "plain"]
+            oracle = judge(tiny(architecture).base, folder, quantization)
+            for length, prompt in prompts.items():
+                answers[name, length] = oracle.generate(prompt, KINDS[name].uses if name else [], MAX_TOKENS)
+        for length in LENGTHS:
+            for one, other in combinations((*KINDS, None), 2):
+                found, same = answers[one, length][0], answers[other, length][0]
+                assert found != same, f"{one} and {other} answer alike"
+        return answers
+
+    return make
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4", "int4"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_kind_in_one_batch_equals_peft(
-    architecture: str,
-    quantization: str,
-    tiny: Any,
-    harness: Any,
-    saved: Any,
-    requests: Requests,
-    judge: Any,
-) -> None:
-    folders = saved(architecture)
-    truth = _truth(judge, tiny(architecture).base, folders, quantization, requests)
+@pytest.fixture(scope="module")
+def column(
+    tiny: Any, saved: Any, prompts: Prompts, module_harness: Any
+) -> Callable[[str, str], list[dict[tuple[str | None, int], Any]]]:
+    """The answers of a column's engine, asked once for all kinds; twice where the column says so."""
+    made: dict[tuple[str, str], list[dict[tuple[str | None, int], Any]]] = {}
+
+    def ask(architecture: str, name: str) -> list[dict[tuple[str | None, int], Any]]:
+        key = architecture, name
+        if key not in made:
+            made[key] = _ask(tiny(architecture), saved(architecture), COLUMNS[name], prompts, module_harness)
+        return made[key]
+
+    return ask
+
+
+def _ask(
+    model: Any, folders: dict[str, Path], column: Column, prompts: Prompts, harness: Any
+) -> list[dict[tuple[str | None, int], Any]]:
     served = harness(
-        tiny(architecture),
-        quantization,
-        # Chunked prefill, and adapters that come and go.
-        scheduler={"max_batch_tokens": 16, "max_num_requests": 6, "kv_block_size": 4},
-        adapters={"folders": tuple(folders.values()), "max_on_device": 4},
+        model,
+        column.quantization,
+        scheduler={"kv_block_size": BLOCK, "prefix_cache": column.repeated, **column.scheduler},
+        adapters={"folders": tuple(folders.values()), **column.adapters},
     )
-    for name, prompt, adapter in requests:
-        uses = [] if adapter is None else [(adapter, 1.0)]
-        served.submit(name, prompt, uses, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=0)
-    served.run()
-    assert {name: served.answers[name].tokens for name, _, _ in requests} == {
-        name: tokens for name, (tokens, _) in truth.items()
-    }
-    worst = 0.0
-    for name, (tokens, logits) in truth.items():
-        exact = logits.log_softmax(-1)[range(len(tokens)), tokens]
-        found = torch.tensor([step.logprob for step in served.answers[name].logprobs])
-        worst = max(worst, float((exact - found).abs().max() / logits.abs().max()))
-    print(f"\nlevel (i) {architecture} {quantization}: {', '.join(KINDS)}: max |Δlogprob| {worst:.1e}")
-    assert worst <= 1e-4
+    wanted = [(kind, length) for length in LENGTHS for kind in (*KINDS, None)]
+    random.Random(8).shuffle(wanted)
+    options = {"max_tokens": MAX_TOKENS, "ignore_eos": True, "logprobs": 0}
+    if column.repeated:
+        for length, prompt in prompts.items():
+            served.submit(f"first-{length}", prompt, **options)
+        served.run()
+    passes = []
+    for turn in range(1 + column.repeated):
+        answers = {}
+        for kind, length in wanted:
+            uses = KINDS[kind].uses if kind else []
+            answers[kind, length] = served.submit(f"{turn}-{kind}-{length}", prompts[length], uses, **options)
+            if not column.together:
+                served.run()
+        served.run()
+        passes.append(answers)
+    return passes
+
+
+def _logit_error(answer: Any, logits: torch.Tensor) -> float:
+    """Largest |Δ log-probability| of the chosen tokens, as a share of the largest logit."""
+    exact = logits.log_softmax(-1)[range(len(answer.tokens)), answer.tokens]
+    found = torch.tensor([step.logprob for step in answer.logprobs])
+    return float((exact - found).abs().max() / logits.abs().max())
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kind_equals_peft(
+    architecture: str, kind: str, name: str, truth: Any, column: Any, parity_cell: Any
+) -> None:
+    cell = parity_cell(architecture, KINDS[kind].label, name)
+    expected = truth(architecture, COLUMNS[name].quantization)
+    passes = column(architecture, name)
+    for answers in passes:
+        for length in LENGTHS:
+            answer, (tokens, logits) = answers[kind, length], expected[kind, length]
+            assert answer.error is None, answer.error
+            assert answer.tokens == tokens
+            cell.error(_logit_error(answer, logits))
+    assert cell.worst <= 1e-4
+    if COLUMNS[name].repeated:
+        first, again = (answers[kind, LENGTHS[-1]].times.cached_prompt_tokens for answers in passes)
+        whole = (LENGTHS[-1] - 1) // BLOCK * BLOCK
+        # The base was asked before, and an activated LoRA is the base until it is invoked.
+        assert first == (whole - BLOCK if kind == "activated" else 0)
+        assert again >= whole - BLOCK
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_the_base_among_them_equals_transformers(
+    name: str, truth: Any, column: Any, parity_cell: Any
+) -> None:
+    cell = parity_cell("Llama", "(base)", name)
+    expected = truth("Llama", COLUMNS[name].quantization)
+    for answers in column("Llama", name):
+        for length in LENGTHS:
+            answer, (tokens, logits) = answers[None, length], expected[None, length]
+            assert answer.tokens == tokens
+            cell.error(_logit_error(answer, logits))
+    assert cell.worst <= 1e-4
 
 
 def test_an_adapter_that_is_not_invoked_does_nothing(tiny: Any, harness: Any, saved: Any) -> None:
@@ -238,27 +402,51 @@ def test_what_scales_the_base_stands_alone_at_weight_1(
 
 
 def test_in_8_bits_vectors_stay_exact_and_low_rank_pairs_near(
-    tiny: Any, harness: Any, saved: Any, requests: Requests
+    tiny: Any, harness: Any, saved: Any, prompts: Prompts
 ) -> None:
     """IA3 and soft prompts hold no low-rank pair; DoRA's and a bias's vectors lie beside one in 8 bits."""
     folders = tuple(saved("Llama").values())
+    asked = [(kind, length) for kind in (*KINDS, None) for length in LENGTHS]
     answers = {}
     for device_dtype in ("auto", "int8"):
         served = harness(
             tiny("Llama"),
             "none",
+            scheduler={"prefix_cache": False},
             adapters={"folders": folders, "max_on_device": 4, "device_dtype": device_dtype},
         )
-        for name, prompt, adapter in requests:
-            uses = [] if adapter is None else [(adapter, 1.0)]
-            served.submit(name, prompt, uses, max_tokens=1, ignore_eos=True, logprobs=3)
+        for kind, length in asked:
+            uses = KINDS[kind].uses if kind else []
+            served.submit(
+                f"{kind}-{length}", prompts[length], uses, max_tokens=1, ignore_eos=True, logprobs=3
+            )
             # One after the other: in a batch, who stands beside whom moves the last bits.
             served.run()
         answers[device_dtype] = served.answers
-    for name, _, adapter in requests:
-        (plain,), (small,) = (answers[dtype][name].logprobs for dtype in ("auto", "int8"))
-        if adapter in (None, "ia3", "ia3_outputs", "prompt", "p_tuning"):
-            assert answers["auto"][name].tokens == answers["int8"][name].tokens
-            assert small.logprob == pytest.approx(plain.logprob, abs=1e-6)
+    for kind, length in asked:
+        plain, small = (answers[dtype][f"{kind}-{length}"] for dtype in ("auto", "int8"))
+        logprob, near = plain.logprobs[0].logprob, small.logprobs[0].logprob
+        if kind in (None, "ia3", "ia3_outputs", "prompt", "p_tuning"):
+            assert plain.tokens == small.tokens
+            assert near == pytest.approx(logprob, abs=1e-6)
         else:
-            assert small.logprob == pytest.approx(plain.logprob, abs=0.15)
+            assert near == pytest.approx(logprob, abs=0.15)
+
+
+def test_the_base_finds_what_an_activated_adapter_left(tiny: Any, harness: Any, saved: Any) -> None:
+    """Up to its invocation an activated LoRA is the base, whoever of the two came first."""
+    folders = (saved("Llama")["activated"], saved("Llama")["plain"])
+    served = harness(tiny("Llama"), "none", scheduler={"kv_block_size": BLOCK}, adapters={"folders": folders})
+    shared = tuple(range(30, 47))
+    options = {"max_tokens": 4, "ignore_eos": True}
+    found = {}
+    for name, prompt, uses in (
+        ("activated", (*shared, *INVOCATION, 50), [("activated", 1.0)]),
+        ("base", (*shared, 60, 61), []),
+        ("other", (*shared, 60, 61), [("plain", 1.0)]),
+        ("weighed", (*shared, 70, *INVOCATION), [("activated", 0.5)]),
+    ):
+        answer = served.submit(name, prompt, uses, **options)
+        served.run()
+        found[name] = answer.times.cached_prompt_tokens
+    assert found == {"activated": 0, "base": 16, "other": 0, "weighed": 16}

@@ -5,7 +5,6 @@ alone and all in one batch, token for token as PEFT answers with the file that i
 from __future__ import annotations
 
 import random
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+
+from loraplex_kernels import dispatch
 
 VOCABULARY, ADDED, MAX_TOKENS = 211, 3, 8
 TRAINED = (5, 17, 100, 150)
@@ -308,3 +308,158 @@ def test_every_kind_in_one_batch_equals_peft(
     assert worst <= 1e-4
     answered = [token for _, kind, answer, _ in truth.values() if kind in ADDING for token in answer]
     assert max(answered) >= VOCABULARY, "no added token was ever answered, so the head's are not proved"
+
+
+def _deltas(judge: Any, model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """What an adapter of low-rank pairs adds to each weight, by module path, as PEFT says."""
+    oracle = judge(model.base, folder, "none")
+    return {
+        path.removeprefix("base_model.model."): layer.get_delta_weight(folder_name)
+        for folder_name in [next(folder.iterdir()).name]
+        for path, layer in oracle._model.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma2"])
+def test_a_sum_of_pairs_at_both_ends_is_exact(
+    architecture: str, tiny: Any, harness: Any, saved: Any, judge: Any
+) -> None:
+    """A head that is tied to the embedding stays what it is when a pair is added to the embedding."""
+    folders, model = saved(architecture), tiny(architecture)
+    adapters = [("ends", 0.5), ("head", -1.25), ("embedding", 0.75), ("plain", 0.5)]
+    oracle = judge(model.base, folders["plain"], "none")
+    base = oracle._model.get_base_model()
+    base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
+    modules = dict(base.named_modules())
+    with torch.inference_mode():
+        for name, weight in adapters:
+            for path, delta in _deltas(judge, model, folders[name]).items():
+                layer = getattr(modules[path], "base_layer", modules[path])
+                layer.weight.data = layer.weight.data + weight * delta
+        prompt = (5, 17, 100, 42, 5, 9)
+        with oracle._model.disable_adapter():
+            expected, logits = oracle._generate(prompt, MAX_TOKENS)
+    served = harness(model, "none", adapters={"folders": tuple(folders.values())})
+    answer = served.submit("a", prompt, adapters, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=0)
+    alone = served.submit("b", prompt, [("ends", 1.0)], max_tokens=MAX_TOKENS, ignore_eos=True)
+    served.run()
+    assert answer.tokens == expected != alone.tokens
+    exact = logits.log_softmax(-1)[range(MAX_TOKENS), expected]
+    got = torch.tensor([step.logprob for step in answer.logprobs])
+    assert (exact - got).abs().max() <= 1e-4 * logits.abs().max()
+
+
+@pytest.mark.parametrize("uses", [[(None, 0.5)], [(None, 1.0), ("plain", 1.0)]])
+def test_what_replaces_stands_alone_at_weight_1(
+    uses: list[tuple[str | None, float]], tiny: Any, harness: Any, saved: Any
+) -> None:
+    served = harness(tiny("Llama"), "none", adapters={"folders": tuple(saved("Llama").values())})
+    additive = {"ends", "head", "embedding", "plain"}
+    for kind in KINDS.keys() - additive:
+        named = [(name or kind, weight) for name, weight in uses]
+        answer = served.submit(kind, (5, 6), named, max_tokens=2)
+        assert answer.error.code == "FAILED_PRECONDITION"
+        assert "alone, at weight 1" in answer.error.message
+    assert served.engine.adapters.references() == 0
+
+
+def test_added_tokens_are_valid_with_their_adapter_alone(tiny: Any, harness: Any, saved: Any) -> None:
+    served = harness(tiny("Llama"), "none", adapters={"folders": tuple(saved("Llama").values())})
+    last = VOCABULARY + ADDED - 1
+    ask = served.submit
+    refused = {
+        "of the base": ask("base", (5, last), [], max_tokens=2),
+        "of another": ask("another", (5, last), [("copies", 1.0)], max_tokens=2),
+        "beyond": ask("beyond", (5, last + 1), [("added_rows", 1.0)], max_tokens=2),
+        "stop": ask("stop", (5, 6), [("plain", 1.0)], max_tokens=2, stop_token_ids=(last,)),
+    }
+    for answer in refused.values():
+        assert answer.error.code == "INVALID_ARGUMENT"
+        assert "outside the vocabulary" in answer.error.message
+    assert f"of {last + 1}, the adapter's added tokens included" in refused["beyond"].error.message
+    assert served.engine.adapters.references() == 0
+    # Greedy, drawn, and with end tokens masked; beside requests whose vocabulary is smaller.
+    drawn = {"temperature": 1.5, "seed": 3, "min_tokens": 5, "logprobs": 5}
+    for name in ("added_copies", "plain"):
+        ask(f"{name} drawn", (5, 6, 7), [(name, 1.0)], max_tokens=30, ignore_eos=True, **drawn)
+        ask(f"{name} greedy", (5, 6, 7), [(name, 1.0)], max_tokens=30, stop_token_ids=(2,), min_tokens=9)
+    served.run()
+    found = {name: set(served.answers[f"{name} drawn"].tokens) for name in ("added_copies", "plain")}
+    assert max(found["plain"]) < VOCABULARY <= max(found["added_copies"]) <= last
+    for name in ("added_copies", "plain"):
+        top = [token for step in served.answers[f"{name} drawn"].logprobs for token in step.top]
+        assert all(-1e4 < token.logprob <= 0 for token in top)
+
+
+def test_a_step_without_them_launches_nothing_for_them(tiny: Any, harness: Any, saved: Any) -> None:
+    served = harness(tiny("Llama"), "none", adapters={"folders": tuple(saved("Llama").values())})
+    with_them = served.submit("a", (5, 6), [("copies", 1.0)], max_tokens=3)
+    served.run()
+    assert with_them.error is None
+    kinds = ("vocabulary", "replacement", "vectors")
+    before = {op: count for op, count in dispatch.launches.items() if op.startswith(kinds)}
+    assert before
+    for name, uses in (("base", []), ("lora", [("plain", 1.0)])):
+        served.submit(name, (5, 6, 7), uses, max_tokens=4)
+    served.run()
+    assert {op: dispatch.launches[op] for op in before} == before
+
+
+def test_in_8_bits_what_replaces_stays_exact(tiny: Any, harness: Any, saved: Any) -> None:
+    folders = saved("Llama")
+    exact = ("norms", "rows_alone", "scaled_copies")
+    near = ("ends", "dora_ends", "copies", "added_lora", "added_rows")
+    answers = {}
+    for device_dtype in ("auto", "int8"):
+        served = harness(
+            tiny("Llama"),
+            "none",
+            adapters={
+                "folders": tuple(folders[name] for name in exact + near),
+                "max_on_device": 3,
+                "device_dtype": device_dtype,
+            },
+        )
+        for name in exact + near:
+            (_, prompt), *_ = _prompts(name).items()
+            served.submit(name, prompt, [(name, 1.0)], max_tokens=1, ignore_eos=True, logprobs=0)
+            served.run()
+        answers[device_dtype] = served.answers
+    for name in exact + near:
+        (plain,), (small,) = (answers[dtype][name].logprobs for dtype in ("auto", "int8"))
+        if name in exact:
+            assert answers["auto"][name].tokens == answers["int8"][name].tokens
+        assert small.logprob == pytest.approx(plain.logprob, abs=1e-6 if name in exact else 0.2)
+
+
+def test_an_adapter_over_the_limit_is_refused_with_its_bytes(tiny: Any, harness: Any, saved: Any) -> None:
+    folders = saved("Llama")
+    served = harness(
+        tiny("Llama"),
+        "none",
+        adapters={"folders": (folders["copies"], folders["plain"]), "max_bytes": 100_000},
+    )
+    (name, error), *others = served.engine.adapters.broken().items()
+    assert (name, error.code, others) == ("copies", "FAILED_PRECONDITION", [])
+    # Two tables of 211 rows alone.
+    needed = int(str(error).partition("takes ")[2].split()[0])
+    assert needed > 2 * VOCABULARY * 64 * 4
+    assert "one adapter may take 100000 (--adapter-max-bytes)" in str(error)
+    assert served.submit("a", (5,), [("copies", 1.0)], max_tokens=1).error.code == "FAILED_PRECONDITION"
+
+
+def test_in_bf16_answers_are_near(tiny: Any, harness: Any, saved: Any, judge: Any) -> None:
+    """Level (ii) in short: the first token's logprob beside that of transformers + PEFT in fp32."""
+    folders = saved("Gemma2")
+    served = harness(
+        tiny("Gemma2"), "none", adapters={"folders": tuple(folders.values())}, model={"dtype": "bfloat16"}
+    )
+    for kind in ("ends", "dora_ends", "copies", "rows", "norms", "added_lora"):
+        oracle = judge(tiny("Gemma2").base, folders[kind], "none", ADDED if kind in ADDING else 0)
+        (_, prompt), *_ = _prompts(kind).items()
+        _, logits = oracle.generate(prompt, [(kind, 1.0)], 1)
+        answer = served.submit(kind, prompt, [(kind, 1.0)], max_tokens=1, ignore_eos=True, logprobs=0)
+        served.run()
+        exact = logits.log_softmax(-1)[0, answer.tokens[0]]
+        assert answer.logprobs[0].logprob == pytest.approx(float(exact), abs=0.1)

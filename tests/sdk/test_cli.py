@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -42,6 +43,7 @@ def command(server: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         ListAdapters=lambda request, context: adapters_pb2.ListAdaptersResponse(adapters=[SQL]),
         GetAdapter=lambda request, context: adapters_pb2.GetAdapterResponse(adapter=SQL),
         PinAdapter=lambda request, context: adapters_pb2.PinAdapterResponse(adapter=SQL),
+        Prefetch=lambda request, context: adapters_pb2.PrefetchResponse(adapters=[SQL]),
         GetModel=lambda request, context: model_pb2.GetModelResponse(
             model=model_pb2.Model(name="tiny", parameters=1_600_000)
         ),
@@ -61,7 +63,7 @@ def command(server: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 def test_generate_streams_to_stdout(command: Command, server: Any) -> None:
     code, out, err = command("generate", "Hallo", "--stats")
     assert (code, out) == (0, "Grüße\n")
-    assert err == "4 + 3 tokens in 2.000 s, the first after 0.000 s; ended by stop\n"
+    assert err == "4 (2 cached) + 3 tokens in 2.000 s, the first after 0.000 s; ended by stop\n"
     assert server.requests[0] == generation_pb2.GenerateRequest(text="Hallo")
 
 
@@ -110,7 +112,14 @@ def test_options_beat_the_environment(command: Command, server: Any, monkeypatch
         ("list", adapters_pb2.ListAdaptersRequest()),
         ("get sql", adapters_pb2.GetAdapterRequest(name="sql")),
         ("load sql /srv/sql", adapters_pb2.LoadAdapterRequest(name="sql", source="/srv/sql")),
+        (
+            "load sql /srv/sql --load-inplace",
+            adapters_pb2.LoadAdapterRequest(name="sql", source="/srv/sql", load_inplace=True),
+        ),
         ("unload other", adapters_pb2.UnloadAdapterRequest(name="other")),
+        ("unload other --grace 0.5", adapters_pb2.UnloadAdapterRequest(name="other", grace_seconds=0.5)),
+        ("prefetch sql", adapters_pb2.PrefetchRequest(names=["sql"])),
+        ("prefetch sql --host-only", adapters_pb2.PrefetchRequest(names=["sql"], host_only=True)),
         ("pin sql", adapters_pb2.PinAdapterRequest(name="sql", pinned=True)),
         ("pin sql --off", adapters_pb2.PinAdapterRequest(name="sql", pinned=False)),
     ],
@@ -125,7 +134,7 @@ def test_adapters(command: Command, server: Any, line: str, request_: Any) -> No
 
     code, out, _ = command("adapters", *line.split(), "--json")
     answer = json.loads(out)
-    adapter = answer[0] if line.split()[0] in ("list", "unload") else answer
+    adapter = answer[0] if line.split()[0] in ("list", "unload", "prefetch") else answer
     assert (code, adapter["name"], adapter["state"]) == (0, "sql", "device")
 
 
@@ -135,6 +144,18 @@ def test_model(command: Command) -> None:
     assert re.search(r"^name +tiny$", out, re.MULTILINE)
     assert re.search(r"^parameters +1,600,000$", out, re.MULTILINE)
     assert json.loads(command("model", "--json")[1])["parameters"] == 1_600_000
+
+
+def test_token_makes_a_line_for_the_server_and_a_secret_for_the_caller(command: Command) -> None:
+    code, out, err = command("token", "alice@acme")
+    assert code == 0
+    line = re.fullmatch(r"alice@acme sha256:([0-9a-f]{64})\n", out)
+    secret = re.fullmatch(r"the token of alice@acme, shown this once: (\S{43})\n", err)
+    assert line is not None
+    assert secret is not None
+    assert line[1] == hashlib.sha256(secret[1].encode()).hexdigest()
+    assert command("token", "alice@acme")[1] != out
+    assert command("token", "two words")[0] == 2
 
 
 def test_version(command: Command) -> None:

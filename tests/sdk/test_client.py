@@ -22,7 +22,7 @@ def test_generate_returns_the_whole_answer(drive: Any, client: Any) -> None:
     assert answer.token_ids == [5, 6, 7]
     assert answer.finish_reason == "stop"
     assert answer.stop_match == "\n"
-    assert answer.usage == Usage(prompt_tokens=4, completion_tokens=3)
+    assert answer.usage == Usage(prompt_tokens=4, completion_tokens=3, cached_prompt_tokens=2)
     assert answer.usage.total_tokens == 7
     assert answer.logprobs == [logprob(5), logprob(6), logprob(7)]
     assert answer.timing == Timing(0.5, 0.0, 0.0, 2.0, 1)
@@ -36,7 +36,7 @@ def test_stream_yields_chunks_and_ends_with_the_finish(drive: Any, client: Any) 
     assert (first.text, first.token_ids, first.finish_reason) == ("Grü", [5, 6], None)
     assert first.usage is first.timing is first.logprobs is first.stop_match is None
     assert (last.text, last.token_ids, last.finish_reason) == ("ße", [7], "stop")
-    assert last.usage == Usage(4, 3)
+    assert last.usage == Usage(4, 3, 2)
     assert last.request_id == "mine"
     assert end is None
 
@@ -78,6 +78,7 @@ def test_every_option_is_sent(drive: Any, server: Any, client: Any) -> None:
         "ignore_eos": True,
         "logprobs": 0,
         "priority": -1,
+        "cache_prefix": False,
         "request_id": "mine",
     }
     expected = generation_pb2.GenerateRequest(
@@ -92,6 +93,7 @@ def test_every_option_is_sent(drive: Any, server: Any, client: Any) -> None:
         ),
         logprobs=0,
         priority=-1,
+        cache_prefix=False,
         request_id="mine",
     )
     drive(lambda: client.generate([1, 2, 3], **options))
@@ -200,6 +202,7 @@ def test_adapters(drive: Any, server: Any, client: Any) -> None:
         ListAdapters=lambda request, context: adapters_pb2.ListAdaptersResponse(adapters=[adapter] * 2),
         GetAdapter=lambda request, context: adapters_pb2.GetAdapterResponse(adapter=adapter),
         PinAdapter=lambda request, context: adapters_pb2.PinAdapterResponse(adapter=adapter),
+        Prefetch=lambda request, context: adapters_pb2.PrefetchResponse(adapters=[adapter] * 2),
     )
     loaded = drive(lambda: client.adapters.load("sql", "/srv/sql"))
     assert isinstance(loaded, AdapterInfo)
@@ -210,6 +213,10 @@ def test_adapters(drive: Any, server: Any, client: Any) -> None:
     assert drive(lambda: client.adapters.get("sql")) == loaded
     assert drive(lambda: client.adapters.pin("sql")) == loaded
     assert drive(lambda: client.adapters.pin("sql", pinned=False)) == loaded
+    assert drive(lambda: client.adapters.load("sql", "/srv/2", load_inplace=True)) == loaded
+    assert drive(lambda: client.adapters.unload("sql", grace_seconds=0)) == [loaded]
+    assert drive(lambda: client.adapters.prefetch(["a", "b"])) == [loaded, loaded]
+    assert drive(lambda: client.adapters.prefetch(("a",), host_only=True)) == [loaded, loaded]
     assert server.requests == [
         adapters_pb2.LoadAdapterRequest(name="sql", source="/srv/sql"),
         adapters_pb2.LoadAdapterRequest(name="sql", source="/srv/sql"),
@@ -218,7 +225,14 @@ def test_adapters(drive: Any, server: Any, client: Any) -> None:
         adapters_pb2.GetAdapterRequest(name="sql"),
         adapters_pb2.PinAdapterRequest(name="sql", pinned=True),
         adapters_pb2.PinAdapterRequest(name="sql", pinned=False),
+        adapters_pb2.LoadAdapterRequest(name="sql", source="/srv/2", load_inplace=True),
+        adapters_pb2.UnloadAdapterRequest(name="sql", grace_seconds=0),
+        adapters_pb2.PrefetchRequest(names=["a", "b"]),
+        adapters_pb2.PrefetchRequest(names=["a"], host_only=True),
     ]
+    for wrong in ("a", [3]):
+        with pytest.raises(InvalidRequestError, match="names"):
+            drive(lambda wrong=wrong: client.adapters.prefetch(wrong))
     with pytest.raises(InvalidRequestError, match="name"):
         drive(lambda: client.adapters.get(3))
 

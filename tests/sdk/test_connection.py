@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,32 +106,18 @@ def test_keepalive_is_checked(wrong: dict[str, Any]) -> None:
         Keepalive(**wrong)
 
 
-@dataclass(frozen=True)
-class Certificate:
-    certificate: Path
-    key: Path
-
-
 @pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Certificate]:
-    """Self-signed, made anew: the server's for 127.0.0.1 and loraplex.test, one client's, a stranger's."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("needs the openssl command to make certificates")
-    folder = tmp_path_factory.mktemp("certificates")
-    made = {}
-    for name in ("server", "client", "stranger"):
-        made[name] = Certificate(folder / f"{name}.pem", folder / f"{name}.key")
-        names = "subjectAltName=IP:127.0.0.1" if name != "server" else "subjectAltName=DNS:loraplex.test"
-        command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
-        command += ["-nodes", "-days", "2", "-subj", f"/CN={name}", "-addext", names]
-        command += ["-keyout", str(made[name].key), "-out", str(made[name].certificate)]
-        subprocess.run(command, check=True, capture_output=True)
-    return made
+def certificates(issue: Any) -> dict[str, Any]:
+    """The server's for loraplex.test, one client's, a stranger's; each of an authority of its own."""
+    return {
+        "server": issue("loraplex.test"),
+        "client": issue("client.test", common_name="client"),
+        "stranger": issue("stranger.test", common_name="stranger"),
+    }
 
 
 @pytest.fixture(params=[False, True], ids=["tls", "mutual-tls"])
-def tls_server(request: pytest.FixtureRequest, new_server: Any, certificates: dict[str, Certificate]) -> Any:
+def tls_server(request: pytest.FixtureRequest, new_server: Any, certificates: dict[str, Any]) -> Any:
     mutual = request.param
     own = certificates["server"]
     server = new_server()
@@ -142,7 +125,7 @@ def tls_server(request: pytest.FixtureRequest, new_server: Any, certificates: di
     server.start(
         credentials=grpc.ssl_server_credentials(
             [(own.key.read_bytes(), own.certificate.read_bytes())],
-            root_certificates=certificates["client"].certificate.read_bytes() if mutual else None,
+            root_certificates=certificates["client"].ca.read_bytes() if mutual else None,
             require_client_auth=mutual,
         )
     )
@@ -151,11 +134,11 @@ def tls_server(request: pytest.FixtureRequest, new_server: Any, certificates: di
 
 class TestTls:
     def test_from_files(
-        self, drive: Any, connect: Any, tls_server: Any, certificates: dict[str, Certificate]
+        self, drive: Any, connect: Any, tls_server: Any, certificates: dict[str, Any]
     ) -> None:
         own = certificates["client"]
         tls = TlsConfig(
-            certificates["server"].certificate,
+            certificates["server"].ca,
             certificate=str(own.certificate) if tls_server.mutual else None,
             key=own.key if tls_server.mutual else None,
             server_name="loraplex.test",
@@ -165,11 +148,11 @@ class TestTls:
         assert tls_server.metadata[0]["authorization"] == "Bearer s3cret"
 
     def test_from_bytes(
-        self, drive: Any, connect: Any, tls_server: Any, certificates: dict[str, Certificate]
+        self, drive: Any, connect: Any, tls_server: Any, certificates: dict[str, Any]
     ) -> None:
         own = certificates["client"]
         tls = TlsConfig(
-            ca=certificates["server"].certificate.read_bytes(),
+            ca=certificates["server"].ca.read_bytes(),
             certificate=own.certificate.read_bytes(),
             key=own.key.read_bytes(),
             server_name="loraplex.test",
@@ -179,13 +162,13 @@ class TestTls:
 
     @pytest.mark.parametrize("wrong", ["ca", "name", "usual authorities", "plain text"])
     def test_refuses(
-        self, drive: Any, connect: Any, tls_server: Any, certificates: dict[str, Certificate], wrong: str
+        self, drive: Any, connect: Any, tls_server: Any, certificates: dict[str, Any], wrong: str
     ) -> None:
         own = certificates["client"]
         pair = {"certificate": own.certificate, "key": own.key}
         tls = {
-            "ca": TlsConfig(certificates["stranger"].certificate, **pair, server_name="loraplex.test"),
-            "name": TlsConfig(certificates["server"].certificate, **pair, server_name="other.test"),
+            "ca": TlsConfig(certificates["stranger"].ca, **pair, server_name="loraplex.test"),
+            "name": TlsConfig(certificates["server"].ca, **pair, server_name="other.test"),
             "usual authorities": True,
             "plain text": False,
         }[wrong]
@@ -195,11 +178,11 @@ class TestTls:
         assert not tls_server.calls
 
     def test_server_refuses_strangers(
-        self, drive: Any, connect: Any, tls_server: Any, certificates: dict[str, Certificate]
+        self, drive: Any, connect: Any, tls_server: Any, certificates: dict[str, Any]
     ) -> None:
         stranger = certificates["stranger"]
         tls = TlsConfig(
-            certificates["server"].certificate,
+            certificates["server"].ca,
             stranger.certificate,
             stranger.key,
             server_name="loraplex.test",

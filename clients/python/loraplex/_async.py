@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -58,7 +59,7 @@ class AsyncClient(BaseClient):
             prompt: text, or token ids to be taken as they are.
             timeout: seconds for the whole call; None is the client's, infinity no limit.
             options: adapter, adapters, max_tokens, min_tokens, temperature, top_p, top_k, seed, stop,
-                stop_token_ids, ignore_eos, logprobs, priority, request_id; see GenerateOptions.
+                stop_token_ids, ignore_eos, logprobs, priority, cache_prefix, request_id; see GenerateOptions.
 
         Raises:
             LoraplexError: see loraplex.errors.
@@ -191,17 +192,41 @@ class AsyncAdapters:
         return self._client._stubs.adapters
 
     async def load(
-        self, name: str, source: str | os.PathLike[str], *, timeout: float | None = None
+        self,
+        name: str,
+        source: str | os.PathLike[str],
+        *,
+        load_inplace: bool = False,
+        timeout: float | None = None,
     ) -> AdapterInfo:
-        """Registers the adapter that PEFT saved in the folder `source`, a path on the server's machine."""
-        response = await self._call(self._stub.LoadAdapter, convert.load_request(name, source), timeout)
+        """Registers the adapter that PEFT saved in the folder `source`, a path on the server's machine.
+
+        With `load_inplace` it replaces an adapter of that name, whose running requests finish on the old one.
+        """
+        request = convert.load_request(name, source, load_inplace)
+        response = await self._call(self._stub.LoadAdapter, request, timeout)
         return convert.adapter_info(response.adapter)
 
-    async def unload(self, name: str, *, timeout: float | None = None) -> list[AdapterInfo]:
-        """Waits for the adapter's running requests, frees it, and returns what is registered then."""
-        request = convert.named(adapters_pb2.UnloadAdapterRequest, name)
+    async def unload(
+        self, name: str, *, grace_seconds: float | None = None, timeout: float | None = None
+    ) -> list[AdapterInfo]:
+        """Waits for the adapter's running requests, frees it, and returns what is registered then.
+
+        Requests that still run after `grace_seconds` are cancelled; None lets them run to their end.
+        """
+        request = convert.unload_request(name, grace_seconds)
         response = await self._call(self._stub.UnloadAdapter, request, timeout)
         return [convert.adapter_info(adapter) for adapter in response.remaining]
+
+    async def prefetch(
+        self, names: Sequence[str], *, host_only: bool = False, timeout: float | None = None
+    ) -> list[AdapterInfo]:
+        """Hints that adapters will be wanted; they are brought in as far as there is room that nobody needs.
+
+        Returns at once, with where they are now.
+        """
+        response = await self._call(self._stub.Prefetch, convert.prefetch_request(names, host_only), timeout)
+        return [convert.adapter_info(adapter) for adapter in response.adapters]
 
     async def list(self, *, timeout: float | None = None) -> list[AdapterInfo]:
         """All registered adapters."""

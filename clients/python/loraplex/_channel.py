@@ -17,10 +17,10 @@ from loraplex.errors import InvalidRequestError
 MAX_MESSAGE_BYTES = 64 << 20
 """Room for a million token ids, or the log-probabilities of a long answer; gRPC's own limit is 4 MiB."""
 
-# Left out: LoadAdapter and UnloadAdapter, whose second attempt would report what the first one did.
+# Left out: those whose second attempt would report what the first one did.
 REPEATABLE = {
     "loraplex.v1.GenerationService": ("Generate", "GenerateUnary"),
-    "loraplex.v1.AdapterService": ("ListAdapters", "GetAdapter", "PinAdapter"),
+    "loraplex.v1.AdapterService": ("ListAdapters", "GetAdapter", "PinAdapter", "Prefetch"),
     "loraplex.v1.ModelService": ("GetModel",),
 }
 

@@ -73,6 +73,8 @@ class GenerateOptions(TypedDict, total=False):
     """0: the chosen tokens' log-probabilities; n: also those of the n most probable tokens."""
     priority: int | None
     """Higher goes first."""
+    cache_prefix: bool | None
+    """False: the prompt is neither taken from nor left in the server's prefix cache."""
     request_id: str | None
     """A name of your own, to find the request in the server's logs."""
 
@@ -93,6 +95,7 @@ def generate_request(
     ignore_eos: bool = False,
     logprobs: int | None = None,
     priority: int | None = None,
+    cache_prefix: bool | None = None,
     request_id: str | None = None,
 ) -> generation_pb2.GenerateRequest:
     """The request as sent. Only types are checked here; what the values may be, the server knows.
@@ -127,6 +130,7 @@ def generate_request(
     assign(request.stopping, "ignore_eos", ignore_eos or None)
     assign(request, "logprobs", logprobs)
     assign(request, "priority", priority)
+    assign(request, "cache_prefix", cache_prefix)
     assign(request, "request_id", request_id)
     return request
 
@@ -158,9 +162,27 @@ def _pair(entry: Any) -> tuple[str, float]:
     )
 
 
-def load_request(name: str, source: str | os.PathLike[str]) -> adapters_pb2.LoadAdapterRequest:
+def load_request(
+    name: str, source: str | os.PathLike[str], load_inplace: bool
+) -> adapters_pb2.LoadAdapterRequest:
     request = named(adapters_pb2.LoadAdapterRequest, name)
     assign(request, "source", os.fspath(source) if isinstance(source, os.PathLike) else source)
+    assign(request, "load_inplace", load_inplace)
+    return request
+
+
+def unload_request(name: str, grace_seconds: float | None) -> adapters_pb2.UnloadAdapterRequest:
+    request = named(adapters_pb2.UnloadAdapterRequest, name)
+    assign(request, "grace_seconds", grace_seconds)
+    return request
+
+
+def prefetch_request(names: Sequence[str], host_only: bool) -> adapters_pb2.PrefetchRequest:
+    if isinstance(names, str):
+        raise InvalidRequestError.for_field("names", f"must be a list of names, not the text {names!r}")
+    request = adapters_pb2.PrefetchRequest()
+    extend(request, "names", names)
+    assign(request, "host_only", host_only)
     return request
 
 
@@ -270,7 +292,7 @@ def finish_reason(value: int) -> FinishReason:
 
 
 def usage(message: generation_pb2.Usage) -> Usage:
-    return Usage(prompt_tokens=message.prompt_tokens, completion_tokens=message.completion_tokens)
+    return Usage(message.prompt_tokens, message.completion_tokens, message.cached_prompt_tokens)
 
 
 def timing(message: generation_pb2.Timing) -> Timing:

@@ -33,6 +33,8 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_prompt_tokens: int = 0
+    """The part of the prompt that was not computed, since the server's prefix cache had it."""
 
     @property
     def total_tokens(self) -> int:
@@ -122,7 +124,7 @@ class AdapterInfo:
     references: int
     """Requests that hold it now."""
     draining: bool
-    """Unload was asked for and waits for those requests."""
+    """Unloaded, or replaced by a newer version of its name, and kept for those requests."""
     hits: int
     misses: int
     evictions: int

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
+import re
+import secrets
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -36,14 +39,17 @@ Serves many LoRA adapters on one frozen 4-bit language model, in one batch.
 
 on the machine that has the model (pip install 'loraplex[server]'):
   serve                 start a server; see loraplex serve --help
+  config                show or check what a server would run with: flags, environment and file
   demo                  watch a server answer for eight adapters at once on a small model that comes along
   bench                 measure a server under load; see loraplex bench --help
 
 against a running server:
   generate              continue a prompt
-  adapters              list, load, unload, pin adapters
+  adapters              list, load, unload, pin, prefetch adapters
+  top                   watch queue, batch, tokens a second, and where the adapters are
   model                 show the base model and the server's limits
 
+  token                 make a bearer token for a server's --token-file
   version               show the installed version
 """
 
@@ -72,7 +78,21 @@ examples:
   loraplex adapters load polite /srv/adapters/polite    (a folder on the server's machine)
   loraplex adapters pin polite                          (keep it on the device)
   loraplex adapters pin polite --off
+  loraplex adapters load polite /srv/adapters/polite-2 --load-inplace
+  loraplex adapters prefetch polite sql                 (there is about to be work for them)
   loraplex adapters unload polite
+  loraplex adapters unload polite --grace 10            (cancel what runs longer)
+"""
+
+
+TOKEN_DESCRIPTION = """\
+Makes a new random token. The token goes to stderr, once, for the one who calls; the line with its hash
+goes to stdout, for the file of `loraplex serve --token-file`. A server notices a changed file by itself."""
+
+TOKEN_EXAMPLES = """\
+examples:
+  loraplex token alice >> tokens
+  LORAPLEX_TOKEN=... loraplex generate "Dear Sir" --server gpu-box:50051 --tls
 """
 
 
@@ -119,9 +139,23 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--json", action="store_true", help="print JSON")
     model.set_defaults(run=_model)
 
+    token = commands.add_parser(
+        "token",
+        help="make a bearer token for a server's --token-file",
+        description=TOKEN_DESCRIPTION,
+        epilog=TOKEN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    token.add_argument("name", metavar="NAME", help="whose token it is: letters, digits, '.', '_', '-', '@'")
+    token.set_defaults(run=_token)
+
     version = commands.add_parser("version", help="show the installed version")
     version.set_defaults(run=_version)
     return top
+
+
+# Actions on adapters that answer with several.
+_LISTS = ("list", "unload", "prefetch")
 
 
 def _add_connection(command: argparse.ArgumentParser) -> None:
@@ -182,7 +216,7 @@ def _add_generate(commands: Any) -> None:
 def _add_adapters(commands: Any) -> None:
     command: argparse.ArgumentParser = commands.add_parser(
         "adapters",
-        help="list, load, unload, pin adapters",
+        help="list, load, unload, pin, prefetch adapters",
         description="Manages the adapters of a running server.",
         epilog=ADAPTERS_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -191,7 +225,9 @@ def _add_adapters(commands: Any) -> None:
 
     def add(name: str, run: Callable[[Client, argparse.Namespace], list[AdapterInfo]], help_: str) -> Any:
         action = actions.add_parser(name, help=help_, description=help_.capitalize() + ".")
-        if name != "list":
+        if name == "prefetch":
+            action.add_argument("names", metavar="NAME", nargs="+")
+        elif name != "list":
             action.add_argument("name", metavar="NAME")
         action.add_argument("--json", action="store_true", help="print JSON")
         _add_connection(action)
@@ -202,14 +238,22 @@ def _add_adapters(commands: Any) -> None:
     add("get", lambda client, args: [client.adapters.get(args.name)], "show one adapter")
     load = add(
         "load",
-        lambda client, args: [client.adapters.load(args.name, args.source)],
+        lambda client, args: [client.adapters.load(args.name, args.source, load_inplace=args.load_inplace)],
         "register an adapter and read it",
     )
+    load.add_argument(
+        "--load-inplace",
+        action="store_true",
+        help="replace an adapter of that name; its running requests finish on the old one",
+    )
     load.add_argument("source", metavar="FOLDER", help="where PEFT saved it, on the server's machine")
-    add(
+    unload = add(
         "unload",
-        lambda client, args: client.adapters.unload(args.name),
+        lambda client, args: client.adapters.unload(args.name, grace_seconds=args.grace),
         "take an adapter away when its requests are done, and show the others",
+    )
+    unload.add_argument(
+        "--grace", type=float, metavar="S", help="cancel those of its requests that run S seconds longer"
     )
     pin = add(
         "pin",
@@ -217,6 +261,12 @@ def _add_adapters(commands: Any) -> None:
         "bring an adapter to the device and keep it there",
     )
     pin.add_argument("--off", action="store_true", help="let it be evicted again")
+    prefetch = add(
+        "prefetch",
+        lambda client, args: client.adapters.prefetch(args.names, host_only=args.host_only),
+        "hint that adapters will be wanted, and show where they are",
+    )
+    prefetch.add_argument("--host-only", action="store_true", help="bring them to host memory at most")
 
 
 def _adapter(text: str) -> tuple[str, float]:
@@ -267,7 +317,8 @@ def _generate(args: argparse.Namespace) -> int:
         print()
     if args.stats and chunk and chunk.usage and chunk.timing:
         print(
-            f"{chunk.usage.prompt_tokens} + {chunk.usage.completion_tokens} tokens in "
+            f"{chunk.usage.prompt_tokens} ({chunk.usage.cached_prompt_tokens} cached) + "
+            f"{chunk.usage.completion_tokens} tokens in "
             f"{chunk.timing.total_seconds:.3f} s, the first after "
             f"{chunk.timing.time_to_first_token_seconds:.3f} s; ended by {chunk.finish_reason}",
             file=sys.stderr,
@@ -282,7 +333,7 @@ def _adapters(
         found = run(client, args)
     if args.json:
         entries = [dataclasses.asdict(adapter) for adapter in found]
-        print(json.dumps(entries if args.action in ("list", "unload") else entries[0]))
+        print(json.dumps(entries if args.action in _LISTS else entries[0]))
         return 0
     rows = [("NAME", "STATE", "RANK", "BYTES", "IN USE", "HITS", "MISSES", "MODULES")]
     rows += [
@@ -311,6 +362,17 @@ def _model(args: argparse.Namespace) -> int:
         print_table(
             [(name, f"{value:,}" if isinstance(value, int) else value) for name, value in model.items()]
         )
+    return 0
+
+
+def _token(args: argparse.Namespace) -> int:
+    if re.fullmatch(r"[A-Za-z0-9._@-]{1,128}", args.name) is None:
+        raise errors.InvalidRequestError.for_field(
+            "name", f"{args.name!r} has to be 1 to 128 of letters, digits, '.', '_', '-', '@'"
+        )
+    token = secrets.token_urlsafe(32)
+    print(f"{args.name} sha256:{hashlib.sha256(token.encode()).hexdigest()}")
+    print(f"the token of {args.name}, shown this once: {token}", file=sys.stderr)
     return 0
 
 

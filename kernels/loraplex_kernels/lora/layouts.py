@@ -320,6 +320,11 @@ class LoraPool:
         return self.arena.dtype == torch.int8
 
     @property
+    def nbytes(self) -> int:
+        """Bytes on the device: the arena, and the tables."""
+        return self.arena.nbytes + self.a_offset.nbytes + self.b_offset.nbytes + self.rank.nbytes
+
+    @property
     def num_slots(self) -> int:
         return int(self.rank.shape[0])
 

@@ -154,6 +154,11 @@ class LoraBatchBuffers:
             self._tensor[name] = self._tensor[name].view(-1, width)
         self._last: tuple[list[Run], LoraBatch] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return self._packed.nbytes
+
     def fill(self, runs: Sequence[Run]) -> LoraBatch:
         """Metadata of `runs`; the copy to the device is queued on the current stream.
 

@@ -106,11 +106,13 @@ class DeviceTier:
     def place(self, missing: Sequence[Record], keep: Iterable[Record] = ()) -> bool:
         """Gives each record, all without a slot yet, a slot and an extent; all or none.
 
-        Idle adapters that are not in `keep` are evicted as far as needed, and extents are moved together
-        where the free room is in pieces. False can mean that an extent being filled is in the way.
+        Idle adapters that are not in `keep` are evicted as far as needed, those last that nothing could bring
+        back, and extents are moved together where the free room is in pieces. False can mean that an extent
+        being filled is in the way.
         """
         kept = set(keep)
         idle = [r for r in self._order if r.resident and not r.wanted_on_device and r not in kept]
+        idle.sort(key=lambda record: record.irreplaceable and record.blob is None)
         units = sum(record.units for record in missing)
         if self._arena.free_units + sum(record.units for record in idle) < units:
             return False

@@ -33,14 +33,16 @@ class HostTier:
         """Sets the bytes of `record` aside for a worker to read it; False if there is no room for it now.
 
         A demand may take any copy that is not on its way to the device; a prefetch only those of adapters
-        that no request holds, so that prefetches do not drive each other out.
+        that no request holds and its own hint does not name, so that prefetches do not drive each other out.
+        Copies that nothing could bring back go last.
         """
         room = self.capacity_bytes - self.used_bytes
         victims: list[Record] = []
-        for candidate in self._order:
+        for candidate in sorted(self._order, key=lambda other: other.irreplaceable and not other.resident):
             if room >= record.host_bytes:
                 break
-            if not candidate.copying and (demanded or not candidate.references):
+            spared = candidate.references or (candidate.hint and candidate.hint == record.hint)
+            if not candidate.copying and (demanded or not spared):
                 victims.append(candidate)
                 room += candidate.host_bytes
         if room < record.host_bytes:

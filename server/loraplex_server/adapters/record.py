@@ -12,6 +12,8 @@ from loraplex_server.errors import ServerError
 
 if TYPE_CHECKING:
     # The scheduler knows handles, and must not need torch for it.
+    from pathlib import Path
+
     from loraplex_kernels.lora.layouts import AdapterLayout
     from loraplex_server.adapters.manifest import AdapterManifest
     from loraplex_server.adapters.weights import HostBlob
@@ -56,7 +58,9 @@ class Record:
         start: first element of its extent, if it has a slot. By the device tier.
         copying: a worker fills its extent.
         resident: its extent is filled and its slot points there. By the device tier.
+        draining: unloaded or replaced, and still held.
         retired: no longer registered; freed when nobody holds it.
+        hint: number of the prefetch hint that named it last, 0 once a request has used it.
         error: why this version will never be served.
         references: of requests, from admission to their end.
         device_references: of requests that run, or wait with room set aside.
@@ -78,6 +82,7 @@ class Record:
     pinned: bool = False
     draining: bool = False
     retired: bool = False
+    hint: int = 0
     error: ServerError | None = None
     references: int = 0
     device_references: int = 0
@@ -99,9 +104,19 @@ class Record:
         return AdapterState.LOADING if self.reading else AdapterState.UNLOADED
 
     @property
+    def origin(self) -> tuple[str, str, Path]:
+        """What it is and where from; another version of its name differs in it."""
+        return self.content_hash, self.source, self.manifest.folder
+
+    @property
     def wanted_on_device(self) -> bool:
         """Whether it must not leave the device."""
         return self.pinned or self.device_references > 0
+
+    @property
+    def irreplaceable(self) -> bool:
+        """Whether what memory has may be all there is of it: its files may be gone, or another version's."""
+        return self.retired and self.references > 0
 
     @property
     def busy(self) -> bool:
@@ -154,6 +169,11 @@ class AdapterHandle:
     def content_hash(self) -> str:
         """Identity of weights and configuration; "" until they were first read, always set once READY."""
         return self.record.content_hash
+
+    @property
+    def draining(self) -> bool:
+        """Whether the adapter, or this version of it, was taken away from new requests."""
+        return self.record.draining
 
     @property
     def num_virtual_tokens(self) -> int:

@@ -14,8 +14,10 @@ request reserves all its adapters or none, so requests cannot hold each other up
 Both tiers evict the least recently used first, by bytes. A host copy may go while the device copy stays. Two
 names with the same content are two adapters, each with a slot of its own.
 
-A version of an adapter never changes. Reloading weights that differ from those first read is an error, since
-what was computed with the old ones may still be in use; unload and load to get a new version.
+A version of an adapter never changes. Reading weights again that differ from those first read is an error,
+since what was computed with the old ones may still be in use. A new version takes the place of the old one in
+one step (`load` in place): it is read and checked beside it, requests that hold the old one finish on it, and
+if anything is wrong with the new one, the old one stays.
 """
 
 from __future__ import annotations
@@ -85,11 +87,13 @@ class _Inspection:
 
     Attributes:
         read: its weights are wanted in host memory next; if not, it is registered even if it is broken.
+        inplace: it is to replace the adapter that is registered under its name.
     """
 
     source: str
     done: StatusCallback
     read: bool = True
+    inplace: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,13 +162,21 @@ class AdapterStore:
         self._records: dict[str, Record] = {}
         self._retired: set[Record] = set()
         self._inspecting: dict[str, _Inspection] = {}
+        # What is to replace a registered adapter: its files are looked at, then it is read.
+        self._replacing: dict[str, _Inspection] = {}
+        self._candidates: dict[str, Record] = {}
         self._broken: dict[str, _Broken] = {}
         self._handles: set[AdapterHandle] = set()
         # Waiting to be read, first come first served; demand before prefetch.
         self._demanded: dict[Record, None] = {}
         self._prefetched: dict[Record, None] = {}
+        # Hints, after all others: whether they are wanted on the device as well.
+        self._hinted: dict[Record, bool] = {}
+        self._hints = 0
         self._pinned: set[Record] = set()
         self._waiting_pins: dict[Record, None] = {}
+        # New versions of pinned adapters, while the old ones leave too little room.
+        self._owed_pins: dict[Record, None] = {}
         self._reads = 0
         self._hits = 0
         self._misses = 0
@@ -226,7 +238,8 @@ class AdapterStore:
     @property
     def busy(self) -> bool:
         """Whether a worker is at something, so that a `poll` will be due."""
-        return bool(self._inspecting or self._reads or any(record.copying for record in self._device.records))
+        looking = self._inspecting or self._replacing
+        return bool(looking or self._reads or any(record.copying for record in self._device.records))
 
     def references(self) -> int:
         """Registry references of all requests together."""
@@ -314,10 +327,14 @@ class AdapterStore:
         self._check_free(name, str(source))
         return self._admit(name, str(source), self._inspect(name, folder)).status()
 
-    def load(self, name: str, source: str, done: StatusCallback) -> None:
+    def load(self, name: str, source: str, done: StatusCallback, *, inplace: bool = False) -> None:
         """Registers an adapter and brings it to host memory, in the background; fetches it first if need be.
 
         `done` is called from `poll` with its status, or with the error for which nothing was registered.
+
+        Args:
+            inplace: if the name is taken, the new version replaces the registered one once it is read and
+                checked. Of two such loads the later one counts.
 
         Raises:
             InvalidArgumentError: the name is bad.
@@ -326,32 +343,47 @@ class AdapterStore:
         """
         check_name(name)
         shown = redact(source)
-        self._check_free(name, shown)
-        self._look_at(name, source, _Inspection(shown, done))
+        inplace = inplace and name in self._records
+        if not inplace:
+            self._check_free(name, shown)
+        self._look_at(name, source, _Inspection(shown, done, inplace=inplace))
 
     def unload(self, name: str, done: Callable[[], None]) -> None:
         """Forgets an adapter: requests no longer find it, those that hold it finish.
 
-        `done` is called when its memory is free, at once if nobody holds it. The name may be registered anew
-        before that. A pin goes with the adapter; a load under way is cancelled.
+        `done` is called when the memory of all its versions is free, at once if nobody holds one. The name
+        may be registered anew before that. A pin goes with the adapter; a load under way is cancelled.
 
         Raises:
-            NotFoundError: there is none of this name.
+            NotFoundError: there is none of this name, and none that drains.
         """
-        if name in self._inspecting:
-            self._inspecting.pop(name).done(_unloaded(name))
-            done()
-        elif self._broken.pop(name, None) is not None:
-            done()
-        elif name in self._records:
-            record = self._records[name]
+        draining = [record for record in self._retired if record.draining and record.name == name]
+        record = self._records.get(name)
+        inspection = self._inspecting.pop(name, None)
+        if record is not None:
+            draining.append(record)
+        elif inspection is not None:
+            inspection.done(_unloaded(name))
+        elif self._broken.pop(name, None) is None and not draining:
+            raise _not_found(name)
+        left = len(draining)
+
+        def freed() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                done()
+
+        for version in draining:
+            version.on_drained.append(freed)
+        self._abandon(name, _unloaded(name))
+        if record is not None:
             record.draining = True
-            record.on_drained.append(done)
             self._set_pinned(record, False)
             self._answer(record, _unloaded(name))
             self._retire(record)
-        else:
-            raise _not_found(name)
+        elif not draining:
+            done()
 
     def pin(self, name: str, pinned: bool, done: StatusCallback) -> None:
         """Keeps an adapter on the device, or lets it go again. `done` is called once it is there, or failed.
@@ -366,6 +398,7 @@ class AdapterStore:
         record = self._find(name)
         if not pinned:
             self._set_pinned(record, False)
+            self._owed_pins.pop(record, None)
             callbacks, record.on_pinned = record.on_pinned, []
             self._settle(record)
             for callback in callbacks:
@@ -382,6 +415,28 @@ class AdapterStore:
         if record.slot is None:
             self._waiting_pins[record] = None
             self._place_pins()
+
+    def prefetch(self, names: Iterable[str], *, to_device: bool = True) -> builtins.list[AdapterStatus]:
+        """A hint that these adapters will be wanted: they are brought in as far as there is room.
+
+        Whatever a request asks for goes first. Room is taken from adapters that no request holds, that are
+        not pinned, and that this hint does not name; for what finds none, nothing is done.
+
+        Returns:
+            The adapters as they are now.
+
+        Raises:
+            NotFoundError: there is none of a name; then nothing is brought in.
+            ServerError: it was registered but cannot be served; the reason.
+        """
+        records = [self._find(name) for name in dict.fromkeys(names)]
+        self._hints += 1
+        for record in records:
+            if record.slot is None and (to_device or record.blob is None):
+                record.hint = self._hints
+                self._hinted[record] = to_device
+        self._follow_hints()
+        return [record.status() for record in records]
 
     # Requests
 
@@ -445,6 +500,7 @@ class AdapterStore:
             handle.reserved = True
             handle.record.device_references += 1
         for record in records:
+            record.hint = 0
             self._device.touch(record)
         for record in missing:
             self._fetch(record)
@@ -490,8 +546,10 @@ class AdapterStore:
         finished = len(self._posted)
         for _ in range(finished):
             self._posted.popleft()()
+        self._inherit_pins()
         self._place_pins()
         self._dispatch()
+        self._follow_hints()
         return finished > 0
 
     def wait_event(self, timeout_s: float | None = None) -> bool:
@@ -510,15 +568,16 @@ class AdapterStore:
         self._sources.close()
         self._fetchers.close(_STOP_FETCHES_S)
         error = UnavailableError("the engine stops")
-        for inspection in self._inspecting.values():
+        for inspection in [*self._inspecting.values(), *self._replacing.values()]:
             inspection.done(error)
         self._inspecting.clear()
-        for record in [*self._records.values(), *self._retired]:
+        self._replacing.clear()
+        for record in self._all():
             self._answer(record, error)
 
     def check_integrity(self) -> builtins.list[str]:
         """One line for each broken invariant of slots, bytes, tables and references."""
-        records = [*self._records.values(), *self._retired]
+        records = self._all()
         problems = self._device.check_integrity(records) + self._host.check_integrity(records)
         references = collections.Counter(handle.record for handle in self._handles)
         reserved = collections.Counter(handle.record for handle in self._handles if handle.reserved)
@@ -556,12 +615,9 @@ class AdapterStore:
                 _log.info("adapter %r is unloaded: %s is gone", name, source)
                 self.unload(name, lambda: None)
         elif known is not None and ours:
-            _log.warning(
-                "the files of adapter %r were changed in %s, which takes effect when it is unloaded and "
-                "loaded anew",
-                name,
-                source,
-            )
+            # One that is not in memory cannot be served from its old files any more: its next read tells.
+            read = known.blob is not None or known.slot is not None or known.reading
+            self._look_at(name, source, _Inspection(source, _log_outcome, read=read, inplace=True))
         elif change.kind is ChangeKind.ADDED or broken is not None:
             try:
                 check_name(name)
@@ -585,22 +641,26 @@ class AdapterStore:
 
         worker = self._fetchers if self._sources.is_remote(source) else self._reader
         worker.submit(inspect, lambda outcome: self._was_inspected(name, inspection, outcome))
-        self._inspecting[name] = inspection
+        self._abandon(name, _superseded(name))
+        (self._replacing if inspection.inplace else self._inspecting)[name] = inspection
 
     def _inspect(self, name: str, folder: Path) -> AdapterManifest:
         return read_manifest(name, folder, self._registry, self._sources.roots, self._max_rank, self._base)
 
     def _was_inspected(self, name: str, inspection: _Inspection, outcome: Outcome[AdapterManifest]) -> None:
         manifest = outcome.result
+        waiting = self._replacing if inspection.inplace else self._inspecting
         try:
-            if self._inspecting.get(name) is not inspection:
+            if waiting.get(name) is not inspection:
                 return
-            del self._inspecting[name]
+            del waiting[name]
             if manifest is None:
                 raise outcome.error or InternalError("nothing was read")
-            record = self._admit(name, inspection.source, manifest)
+            # What it was to replace may have failed meanwhile.
+            candidate = inspection.inplace and name in self._records
+            record = self._admit(name, inspection.source, manifest, candidate=candidate)
         except ServerError as error:
-            if not inspection.read:
+            if not inspection.read and not inspection.inplace:
                 self._broken[name] = _Broken(inspection.source, error, stamp(Path(inspection.source)))
             inspection.done(error)
         else:
@@ -608,14 +668,16 @@ class AdapterStore:
                 record.on_loaded = inspection.done
                 self._demanded[record] = None
             else:
+                if candidate:
+                    self._swap(record)
                 inspection.done(record.status())
         finally:
             # From here on the record holds it, or nobody.
             if manifest is not None:
                 self._sources.release(manifest.folder)
 
-    def _admit(self, name: str, source: str, manifest: AdapterManifest) -> Record:
-        """Registers a checked adapter that fits both budgets."""
+    def _admit(self, name: str, source: str, manifest: AdapterManifest, *, candidate: bool = False) -> Record:
+        """Registers a checked adapter that fits both budgets, or makes it the candidate for a swap."""
         itemsize = self._dtype.itemsize
         layout = lay_out(manifest, self._device.alignment, scaled=self._device.pool.scaled)
         units, host_bytes = self._device.padded(layout.num_elements), layout.num_elements * itemsize
@@ -625,11 +687,71 @@ class AdapterStore:
         ):
             if needed > budget:
                 raise refusal(name, f"it takes {needed} bytes of {budget}; give the server more {option}")
+            if 0 < self._config.max_bytes < needed:
+                raise refusal(
+                    name,
+                    f"it takes {needed} bytes, and one adapter may take {self._config.max_bytes} "
+                    "(--adapter-max-bytes)",
+                )
         self._sources.retain(manifest.folder)
         record = Record(name, source, manifest, layout, units, host_bytes)
-        self._broken.pop(name, None)
-        self._records[name] = record
+        if candidate:
+            self._candidates[name] = record
+        else:
+            self._broken.pop(name, None)
+            self._records[name] = record
         return record
+
+    def _swap(self, new: Record) -> None:
+        """Puts a candidate in the place of the version that is registered, which drains."""
+        name = new.name
+        del self._candidates[name]
+        old = self._records.get(name)
+        self._broken.pop(name, None)
+        self._records[name] = new
+        if old is None:
+            return
+        wanted, pinned = old.slot is not None, old.pinned
+        new.on_pinned, old.on_pinned = old.on_pinned, []
+        old.draining = True
+        self._set_pinned(old, False)
+        self._answer(old, _superseded(name))
+        self._retire(old)
+        if pinned:
+            self._owed_pins[new] = None
+            self._inherit_pins()
+            self._place_pins()
+        if wanted and new.slot is None:
+            new.hint = self._hints = self._hints + 1
+            self._hinted[new] = True
+        _log.info("adapter %r is served in a new version from %s", name, new.source)
+
+    def _inherit_pins(self) -> None:
+        """Pins new versions of pinned adapters, once that shuts out no request that is under way."""
+        for record in list(self._owed_pins):
+            if self._records.get(record.name) is record and not record.pinned:
+                try:
+                    self._check_pin(record)
+                except ServerError:
+                    continue
+                self._set_pinned(record, True)
+                if record.slot is None:
+                    self._waiting_pins[record] = None
+            del self._owed_pins[record]
+
+    def _abandon(self, name: str, error: ServerError) -> None:
+        """Gives up what was to replace the adapter of this name."""
+        inspection = self._replacing.pop(name, None)
+        if inspection is not None:
+            inspection.done(error)
+        candidate = self._candidates.get(name)
+        if candidate is not None:
+            self._answer(candidate, error)
+            self._retire(candidate)
+
+    def _all(self) -> builtins.list[Record]:
+        """Every version that may hold memory."""
+        return [*self._records.values(), *self._candidates.values(), *self._retired]
 
     def _check_free(self, name: str, source: str) -> None:
         if name in self._records:
@@ -655,16 +777,24 @@ class AdapterStore:
 
     def _retire(self, record: Record) -> None:
         """Takes a version out of the registry; it is freed when nobody holds it."""
-        if self._records.get(record.name) is record:
-            del self._records[record.name]
+        for registered in (self._records, self._candidates):
+            if registered.get(record.name) is record:
+                del registered[record.name]
         self._retired.add(record)
         record.retired = True
+        self._hinted.pop(record, None)
         if not record.device_references:
             self._demanded.pop(record, None)
         self._settle(record)
 
     def _fail(self, record: Record, error: ServerError) -> None:
         """Ends a version: all who hold it get `error`, the next request may try the files again."""
+        if record.retired:
+            error = UnavailableError(
+                f"adapter {record.name!r} was replaced or unloaded while this request waited for it, and its "
+                "old version is gone; send the request again",
+                resource=("adapter", record.name),
+            )
         record.error = error
         self._set_pinned(record, False)
         if record.on_loaded is None and not record.retired:
@@ -711,6 +841,13 @@ class AdapterStore:
 
     def _check_pin(self, record: Record) -> None:
         pinned = {record, *self._pinned}
+        most = min(self._config.max_pinned or self.num_slots, self.num_slots - 1)
+        if len(pinned) > most:
+            raise FailedPreconditionError(
+                f"{len(self._pinned)} adapters are pinned, and at most {most} may be: fewer than the slots, "
+                f"{self.num_slots}, and no more than --max-pinned-adapters; unpin one first",
+                resource=("adapter", record.name),
+            )
         others = [other for other in self._records.values() if other not in pinned]
         groups = {handle.group for handle in self._handles}
         groups.add((max(others, key=lambda other: other.units),) if others else ())
@@ -765,6 +902,24 @@ class AdapterStore:
             del waiting[record]
             self._read(record)
 
+    def _follow_hints(self) -> None:
+        """Brings in what was hinted at, while nobody waits for anything and there is room."""
+        for record, to_device in list(self._hinted.items()):
+            if record.slot is not None:
+                del self._hinted[record]
+            elif record.blob is not None:
+                del self._hinted[record]
+                kept = [r for r in self._device.records if r.references or r.hint == record.hint]
+                if to_device and not self._waiting_pins and self._device.place([record], keep=kept):
+                    self._copy(record, record.blob)
+            elif not record.reading:
+                if self._reads >= _READS_IN_FLIGHT or self._demanded or self._prefetched or self._closed:
+                    return
+                if self._host.begin(record, demanded=False):
+                    self._read(record)
+                else:
+                    del self._hinted[record]
+
     def _read(self, record: Record) -> None:
         self._reads += 1
         manifest, layout, roots = record.manifest, record.layout, self._sources.roots
@@ -786,12 +941,24 @@ class AdapterStore:
         record.content_hash = blob.content_hash
         self._host.arrived(record, blob)
         self._note("load", record, outcome.seconds)
+        if self._candidates.get(record.name) is record and not self._replace(record):
+            return
         if record.on_loaded is not None:
             callback, record.on_loaded = record.on_loaded, None
             callback(record.status())
-        if record.slot is not None:
+        if record.slot is not None and not record.copying:
             self._copy(record, blob)
         self._settle(record)
+
+    def _replace(self, candidate: Record) -> bool:
+        """Swaps a candidate that is read in, unless it is what is served already; whether it was."""
+        old = self._records.get(candidate.name)
+        if old is None or old.origin != candidate.origin:
+            self._swap(candidate)
+            return True
+        self._answer(candidate, old.status())
+        self._retire(candidate)
+        return False
 
     def _copy(self, record: Record, blob: HostBlob) -> None:
         record.copying = True
@@ -851,6 +1018,12 @@ def _not_found(name: str) -> NotFoundError:
 
 def _unloaded(name: str) -> CancelledError:
     return CancelledError(f"adapter {name!r} was unloaded", resource=("adapter", name))
+
+
+def _superseded(name: str) -> CancelledError:
+    return CancelledError(
+        f"a later load of adapter {name!r} took this one's place", resource=("adapter", name)
+    )
 
 
 def _log_outcome(outcome: AdapterStatus | ServerError) -> None:

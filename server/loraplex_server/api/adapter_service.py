@@ -19,14 +19,16 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.LoadAdapterRequest, context: Any
     ) -> adapters_pb2.LoadAdapterResponse:
         convert.check_load_adapter(request)
-        status = await self._lifecycle.backend.engine.load_adapter(request.name, request.source)
+        status = await self._lifecycle.backend.engine.load_adapter(
+            request.name, request.source, inplace=request.load_inplace
+        )
         return adapters_pb2.LoadAdapterResponse(adapter=convert.to_adapter(status))
 
     async def UnloadAdapter(  # noqa: N802
         self, request: adapters_pb2.UnloadAdapterRequest, context: Any
     ) -> adapters_pb2.UnloadAdapterResponse:
-        convert.check_adapter_name(request.name)
-        remaining = await self._lifecycle.backend.engine.unload_adapter(request.name)
+        grace_s = convert.unload_grace_s(request)
+        remaining = await self._lifecycle.backend.engine.unload_adapter(request.name, grace_s)
         return adapters_pb2.UnloadAdapterResponse(remaining=map(convert.to_adapter, remaining))
 
     async def ListAdapters(  # noqa: N802
@@ -49,3 +51,12 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         pinned = request.pinned if request.HasField("pinned") else True
         status = await self._lifecycle.backend.engine.pin_adapter(request.name, pinned)
         return adapters_pb2.PinAdapterResponse(adapter=convert.to_adapter(status))
+
+    async def Prefetch(  # noqa: N802
+        self, request: adapters_pb2.PrefetchRequest, context: Any
+    ) -> adapters_pb2.PrefetchResponse:
+        convert.check_prefetch(request)
+        adapters = await self._lifecycle.backend.engine.prefetch_adapters(
+            list(request.names), to_device=not request.host_only
+        )
+        return adapters_pb2.PrefetchResponse(adapters=map(convert.to_adapter, adapters))

@@ -24,14 +24,16 @@ from loraplex.v1 import (
     model_pb2,
     model_pb2_grpc,
 )
+from loraplex_server.api import tls
 from loraplex_server.api.adapter_service import AdapterService
+from loraplex_server.api.authentication import Authenticator
 from loraplex_server.api.convert import Limits
 from loraplex_server.api.generation_service import GenerationService
 from loraplex_server.api.interceptors import CallInterceptor
 from loraplex_server.api.lifecycle import Backend, Lifecycle
 from loraplex_server.api.model_service import ModelService
 from loraplex_server.api.tokenizer import Tokenizer
-from loraplex_server.config import ApiConfig, EngineConfig, ServerConfig
+from loraplex_server.config import ApiConfig, EngineConfig, ServerConfig, is_loopback
 from loraplex_server.engine.client import EngineClient
 from loraplex_server.errors import FailedPreconditionError, ServerError
 from loraplex_server.metrics import Metrics
@@ -45,7 +47,6 @@ _SERVICES = (
     adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
 )
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # Calls beyond what may run and wait: health checks, adapter operations, and those to be refused kindly.
 _SPARE_CALLS = 256
 # For the last messages of calls that drained, or were cancelled, to leave.
@@ -134,9 +135,9 @@ class _Server:
         # The tokenizer's and torch's objects are here to stay; collections need not look at them again.
         gc.freeze()
         self._stack.callback(gc.unfreeze)
-        host = self._config.api.host
-        metrics = "off" if metrics_port is None else _address(host, metrics_port)
-        print(f"loraplex ready grpc={_address(host, grpc_port)} metrics={metrics}", flush=True)
+        api = self._config.api
+        metrics = "off" if metrics_port is None else _address(api.metrics_host, metrics_port)
+        print(f"loraplex ready grpc={_address(api.host, grpc_port)} metrics={metrics}", flush=True)
 
         lost = asyncio.create_task(engine.wait_closed())
         await asyncio.wait({stop, lost}, return_when=asyncio.FIRST_COMPLETED)
@@ -152,8 +153,10 @@ class _Server:
     async def _listen(self) -> int:
         """Starts the gRPC server, which refuses all calls but health and reflection for now."""
         api, scheduler = self._config.api, self._config.engine.scheduler
+        certificates = api.tls is not None and api.tls.client_ca is not None
+        authenticator = Authenticator(api.token_file, certificates=certificates)
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(self._lifecycle, self._metrics)],
+            interceptors=[CallInterceptor(self._lifecycle, self._metrics, authenticator)],
             options=_channel_options(api),
             maximum_concurrent_rpcs=scheduler.max_queue + scheduler.max_num_requests + _SPARE_CALLS,
         )
@@ -171,21 +174,27 @@ class _Server:
         ]
         for add, service in register:
             add(service, server)
-        reflection.enable_server_reflection(
-            (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-        )
+        if api.reflection:
+            reflection.enable_server_reflection(
+                (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+            )
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         address = _address(api.host, api.port)
+        credentials = None if api.tls is None else tls.server_credentials(api.tls)
         try:
-            port = server.add_insecure_port(address)
+            if credentials is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, credentials)
         except RuntimeError:
             port = 0
         if not port:
             raise FailedPreconditionError(f"{address} cannot be listened on; choose another --host or --port")
-        if api.host not in _LOOPBACK:
-            _log.warning(
-                "%s is no loopback address, and calls are neither encrypted nor authenticated", api.host
-            )
+        if not is_loopback(api.host):
+            if credentials is None:
+                _log.warning("%s is no loopback address, and calls are not encrypted", api.host)
+            if api.token_file is None and not certificates:
+                _log.warning("%s is no loopback address, and anyone who reaches it may call", api.host)
         await server.start()
         self._stack.push_async_callback(server.stop, _STOP_GRACE_S)
         return port
@@ -196,12 +205,13 @@ class _Server:
             return None
         try:
             server, thread = prometheus_client.start_http_server(
-                api.metrics_port, addr=api.host, registry=self._metrics.registry
+                api.metrics_port, addr=api.metrics_host, registry=self._metrics.registry
             )
         except OSError as error:
-            address = _address(api.host, api.metrics_port)
+            address = _address(api.metrics_host, api.metrics_port)
             raise FailedPreconditionError(
-                f"metrics cannot listen on {address} ({error.strerror}); choose another --metrics-port"
+                f"metrics cannot listen on {address} ({error.strerror}); choose another --metrics-host or "
+                "--metrics-port"
             ) from error
 
         def close() -> None:
@@ -277,7 +287,9 @@ def _load_tokenizer(model: str) -> Tokenizer:
 
 
 def _channel_options(api: ApiConfig) -> list[tuple[str, Any]]:
+    age = [("grpc.max_connection_age_ms", round(api.max_connection_age_s * 1000))]
     return [
+        *(age if api.max_connection_age_s else []),
         ("grpc.max_receive_message_length", api.max_message_bytes),
         ("grpc.max_send_message_length", api.max_message_bytes),
         # Without this a second server binds the same port and takes half of the calls.

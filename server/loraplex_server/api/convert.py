@@ -21,6 +21,7 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKENS = 64
+MAX_PREFETCH = 1024
 DEFAULT_MAX_TOKENS = 256
 # A status travels in HTTP/2 trailers, which clients limit to 8 KiB.
 _MAX_VIOLATIONS = 16
@@ -92,12 +93,12 @@ def check_generate(message: generation_pb2.GenerateRequest, limits: Limits) -> N
             if not ids:
                 found.add("token_ids.ids", "is empty; give at least one token")
             _check_prompt_length(found, "token_ids.ids", len(ids), limits)
-            _check_token_ids(found, "token_ids.ids", ids, limits)
+            _check_token_ids(found, "token_ids.ids", ids, limits, adapters=bool(message.adapters))
         case _:
             found.add("prompt", "is missing; set text or token_ids")
     _check_adapters(found, message, limits)
     _check_sampling(found, message.sampling)
-    _check_stopping(found, message.stopping, limits)
+    _check_stopping(found, message.stopping, limits, adapters=bool(message.adapters))
     if message.HasField("logprobs") and message.logprobs > MAX_LOGPROBS:
         found.add("logprobs", f"{message.logprobs} is more than {MAX_LOGPROBS}")
     if message.HasField("request_id") and not valid_request_id(message.request_id):
@@ -111,11 +112,13 @@ def to_request(
     limits: Limits,
     *,
     request_id: str,
+    tenant: str,
     deadline_s: float | None,
 ) -> Request:
     """The request that a checked message and its tokenised prompt make.
 
     Args:
+        tenant: who called.
         deadline_s: `time.time()` after which the answer is of no use.
 
     Raises:
@@ -147,8 +150,10 @@ def to_request(
         adapters=tuple(
             AdapterUse(use.adapter, use.weight if use.HasField("weight") else 1.0) for use in message.adapters
         ),
+        tenant=tenant,
         priority=message.priority,
         deadline_s=deadline_s,
+        cache_prefix=message.cache_prefix if message.HasField("cache_prefix") else True,
     )
 
 
@@ -160,6 +165,31 @@ def check_load_adapter(message: adapters_pb2.LoadAdapterRequest) -> None:
         found.add("source", "is empty; name the folder that PEFT wrote")
     elif len(message.source) > _MAX_SOURCE_CHARS or "\0" in message.source:
         found.add("source", f"is no path; it may have {_MAX_SOURCE_CHARS} characters and no NUL")
+    found.raise_any()
+
+
+def unload_grace_s(message: adapters_pb2.UnloadAdapterRequest) -> float | None:
+    """Seconds that running requests have; None is as long as they take.
+
+    Raises:
+        InvalidArgumentError: a bad name, or no such time.
+    """
+    found = _Violations()
+    _check_adapter_name(found, "name", message.name)
+    grace_s = message.grace_seconds if message.HasField("grace_seconds") else None
+    if grace_s is not None and not 0 <= grace_s < math.inf:
+        found.add("grace_seconds", "has to be 0 or more, and finite")
+    found.raise_any()
+    return grace_s
+
+
+def check_prefetch(message: adapters_pb2.PrefetchRequest) -> None:
+    """Raises: InvalidArgumentError for bad names, none, or too many."""
+    found = _Violations()
+    if not 1 <= len(message.names) <= MAX_PREFETCH:
+        found.add("names", f"has {len(message.names)} names; give 1 to {MAX_PREFETCH}")
+    for index, name in enumerate(message.names[:MAX_PREFETCH]):
+        _check_adapter_name(found, f"names[{index}]", name)
     found.raise_any()
 
 
@@ -195,7 +225,11 @@ def to_finish(
     times = finish.times
     return generation_pb2.Finish(
         reason=_FINISH_REASONS[finish.reason],
-        usage=generation_pb2.Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens),
+        usage=generation_pb2.Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            cached_prompt_tokens=times.cached_prompt_tokens if times else 0,
+        ),
         timing=generation_pb2.Timing(
             queue_seconds=times.queue_s if times else 0.0,
             adapter_wait_seconds=times.adapter_wait_s if times else 0.0,
@@ -272,8 +306,16 @@ def _check_prompt_length(found: _Violations, field: str, num_tokens: int, limits
         )
 
 
-def _check_token_ids(found: _Violations, field: str, ids: Sequence[int], limits: Limits) -> None:
-    if ids and max(ids) >= limits.vocab_size:
+def _check_token_ids(
+    found: _Violations,
+    field: str,
+    ids: Sequence[int],
+    limits: Limits,
+    *,
+    adapters: bool,
+) -> None:
+    # Adapters may add tokens; the engine knows which of them do.
+    if ids and not adapters and max(ids) >= limits.vocab_size:
         for index, token_id in enumerate(ids):
             if token_id >= limits.vocab_size:
                 found.add(
@@ -309,7 +351,9 @@ def _check_sampling(found: _Violations, sampling: generation_pb2.SamplingParams)
         found.add("sampling.top_p", "has to be above 0 and at most 1")
 
 
-def _check_stopping(found: _Violations, stopping: generation_pb2.StoppingCriteria, limits: Limits) -> None:
+def _check_stopping(
+    found: _Violations, stopping: generation_pb2.StoppingCriteria, limits: Limits, *, adapters: bool
+) -> None:
     if stopping.HasField("max_tokens"):
         if stopping.max_tokens < 1:
             found.add("stopping.max_tokens", "has to be at least 1")
@@ -326,4 +370,4 @@ def _check_stopping(found: _Violations, stopping: generation_pb2.StoppingCriteri
             f"{len(stopping.stop_token_ids)} tokens are more than {MAX_STOP_TOKENS}",
         )
     else:
-        _check_token_ids(found, "stopping.stop_token_ids", stopping.stop_token_ids, limits)
+        _check_token_ids(found, "stopping.stop_token_ids", stopping.stop_token_ids, limits, adapters=adapters)

@@ -10,7 +10,7 @@ from typing import Any
 
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
 from loraplex_server import log
-from loraplex_server.api import convert
+from loraplex_server.api import authentication, convert
 from loraplex_server.api.answer import Answer, Piece
 from loraplex_server.api.lifecycle import Backend, Lifecycle
 from loraplex_server.api.status import code_of_cancellation
@@ -88,7 +88,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         # A caller may send one id many times; the engine needs each to be another.
         engine_id = f"{log.request_id.get()}#{next(self._serial)}"
         return convert.to_request(
-            message, prompt_token_ids, backend.limits, request_id=engine_id, deadline_s=deadline_s
+            message,
+            prompt_token_ids,
+            backend.limits,
+            request_id=engine_id,
+            tenant=authentication.tenant.get(),
+            deadline_s=deadline_s,
         )
 
     async def _pieces(

@@ -1,4 +1,4 @@
-"""Around every call of every kind: its request id, the mapping of errors, and its metrics."""
+"""Around every call of every kind: who calls, its request id, the mapping of errors, and its metrics."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 import grpc
 
 from loraplex_server import log
+from loraplex_server.api import authentication
+from loraplex_server.api.authentication import Authenticator
 from loraplex_server.api.convert import valid_request_id
 from loraplex_server.api.lifecycle import Lifecycle
 from loraplex_server.api.status import code_of_cancellation, to_status
@@ -22,8 +24,9 @@ from loraplex_server.metrics import Metrics
 _log = logging.getLogger(__name__)
 
 _REQUEST_ID_KEY = "x-request-id"
-# Health and reflection answer whatever the server is doing.
+# Health and reflection answer whatever the server is doing, and probes carry no token.
 _GUARDED = "/loraplex."
+_OPEN_TO_ALL = "/grpc.health."
 
 _Context = Any
 _Behavior = Callable[[Any, _Context], Any]
@@ -35,9 +38,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     A caller may send its own request id as metadata `x-request-id`; it is sent back so, with the status.
     """
 
-    def __init__(self, lifecycle: Lifecycle, metrics: Metrics) -> None:
+    def __init__(self, lifecycle: Lifecycle, metrics: Metrics, authenticator: Authenticator) -> None:
         self._lifecycle = lifecycle
         self._metrics = metrics
+        self._authenticator = authenticator
 
     async def intercept_service(
         self,
@@ -91,6 +95,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         log.request_id.set(_request_id(context))
         code = "OK"
         try:
+            if not method.startswith(_OPEN_TO_ALL):
+                authentication.tenant.set(self._authenticator.tenant_of(context))
             with self._lifecycle.call() if method.startswith(_GUARDED) else contextlib.nullcontext():
                 yield
             context.set_trailing_metadata(((_REQUEST_ID_KEY, log.request_id.get()),))

@@ -56,6 +56,7 @@ class Request(msgspec.Struct, frozen=True):
         tenant: whose request it is; part of every KV block key.
         priority: higher goes first.
         deadline_s: `time.time()` after which the answer is of no use.
+        cache_prefix: whether it may have, and leave, keys and values in the prefix cache.
     """
 
     request_id: str
@@ -65,3 +66,4 @@ class Request(msgspec.Struct, frozen=True):
     tenant: str = "default"
     priority: int = 0
     deadline_s: float | None = None
+    cache_prefix: bool = True

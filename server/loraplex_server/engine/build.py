@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import cast
 
+import torch
+
 from loraplex_kernels import dispatch, parallel
 from loraplex_server.adapters.sites import SiteRegistry
 from loraplex_server.adapters.store import AdapterStore
@@ -18,7 +20,7 @@ from loraplex_server.engine.engine import Emit, Engine
 from loraplex_server.engine.messages import EngineInfo
 from loraplex_server.model import architecture, loader, memory
 from loraplex_server.model.frozen import FrozenProjections
-from loraplex_server.model.loader import BaseModel
+from loraplex_server.model.loader import BaseModel, EmptyModel
 from loraplex_server.model.runner import ModelRunner
 from loraplex_server.model.selfcheck import check_ragged
 
@@ -44,27 +46,38 @@ def build_engine(
     _keep_freed_memory()
     parallel.set_threads(config.model.threads or max(1, (os.cpu_count() or 2) - 1))
     dispatch.set_kernels(cast(dispatch.Kernels, config.model.kernels))
-    base = loader.load(config.model, progress=progress)
-    device, dtype = base.format.device, base.format.dtype
+    empty, checkpoint = loader.prepare(config.model)
+    device, dtype = empty.format.device, empty.format.dtype
     kernels = dispatch.backend(device)
-    check_ragged(base)
-    limit = architecture.longest_context(base.config, config.scheduler.max_model_len)
+    limit = architecture.longest_context(empty.config, config.scheduler.max_model_len)
+    registry = _registry(empty)
+    plan = memory.make_plan(empty, registry, config, limit, triton=kernels == "triton")
+    _log.info("memory, of %s:\n%s", plan.device, plan.table())
+    base = empty.fill(checkpoint, progress=progress)
+    layers = check_ragged(base)
+    if device.type == "cuda":
+        # What quantising took is in the allocator's hands, in pieces.
+        torch.cuda.empty_cache()
     adapters = AdapterStore(
-        registry_of(base), config.adapters, device=device, dtype=dtype, base=frozen_base(base), wake=wake
+        registry, config.adapters, device=device, dtype=dtype, base=_frozen_base(base), wake=wake
     )
     block_size = config.scheduler.kv_block_size
-    per_block = memory.block_bytes(base.kv_shapes, block_size, dtype)
-    num_blocks = memory.num_kv_blocks(config.scheduler, per_block, limit, device)
+    num_blocks = plan.num_blocks
     if limit > num_blocks * block_size:
         limit = num_blocks * block_size
         _log.warning("the KV cache holds %d tokens: no request may be longer", limit)
+    kv_dtype = memory.kv_dtype(config.scheduler, dtype)
+    kv_caches = memory.allocate_kv(base.kv_shapes, num_blocks, block_size, kv_dtype, device)
+    memory.reserve_workspace(plan, device)
     runner = ModelRunner(
         base,
-        memory.allocate_kv(base.kv_shapes, num_blocks, block_size, dtype, device),
+        kv_caches,
         adapters.pool,
         block_size=block_size,
         max_batch_tokens=config.scheduler.max_batch_tokens,
         max_pairs_per_token=config.adapters.max_per_request,
+        max_samples=memory.max_samples(config),
+        layers=layers,
     )
     for folder in config.adapters.folders:
         names = adapters.register_folder(folder)
@@ -79,11 +92,9 @@ def build_engine(
         kernels,
     )
     _log.info(
-        "KV cache: %d blocks of %d tokens, %.1f MiB; adapters on the device: %.1f MiB, %d at most",
+        "KV cache: %d blocks of %d tokens; adapters on the device: %d at most",
         num_blocks,
         block_size,
-        num_blocks * per_block / 2**20,
-        config.adapters.device_bytes / 2**20,
         adapters.num_slots,
     )
     info = EngineInfo(
@@ -105,30 +116,33 @@ def build_engine(
         adapter_device_bytes=config.adapters.device_bytes,
         adapter_host_bytes=config.adapters.host_bytes,
         max_adapters_on_device=config.adapters.max_on_device,
+        adapter_slots=adapters.num_slots,
         eos_token_ids=base.eos_token_ids,
+        memory=tuple((part.name, part.num_bytes) for part in plan.parts),
     )
     return Engine(config, runner, adapters, info, emit)
 
 
-def registry_of(base: BaseModel) -> SiteRegistry:
-    """Where adapters may act on a base model, numbered as its parts are."""
-    ends = base.vocabulary
-    biased = {p.path for p in base.projections if p.has_bias}
-    biased |= {norm.path for norm in base.norms if norm.has_bias}
+def _registry(empty: EmptyModel) -> SiteRegistry:
+    """The places of a model where adapters act, numbered as its parts are once they are loaded."""
+    projections = [projection for group in empty.grouped for projection in group]
+    ends = empty.ends
+    biased = {p.path for p in projections if p.has_bias}
+    biased |= {norm.path for norm in empty.norms if norm.has_bias}
     return SiteRegistry(
-        ((p.path, p.in_features, p.out_features) for p in base.projections),
-        biased=biased | ({ends.head_path} if ends.head_bias is not None else set()),
-        sharing={path for group in base.groups if len(group.paths) > 1 for path in group.paths},
-        hidden_size=ends.table.shape[1],
-        norms=((norm.path, norm.width) for norm in base.norms),
+        ((p.path, p.in_features, p.out_features) for p in projections),
+        biased=biased | ({ends.head_path} if ends.head_has_bias else set()),
+        hidden_size=ends.hidden_size,
+        sharing={p.path for group in empty.grouped if len(group) > 1 for p in group},
+        norms=((norm.path, norm.width) for norm in empty.norms),
         embedding=ends.embedding_path,
         head=ends.head_path,
-        vocabulary=ends.size,
+        vocabulary=ends.tokens,
         tied=ends.tied,
     )
 
 
-def frozen_base(base: BaseModel) -> FrozenProjections:
+def _frozen_base(base: BaseModel) -> FrozenProjections:
     """A base model's weights as the loading of adapters asks for them."""
     ends = base.vocabulary
     return FrozenProjections(

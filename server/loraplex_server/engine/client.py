@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -120,13 +121,22 @@ class EngineClient:
             if not finished and self.alive:
                 self._send(Cancel(request.request_id))
 
-    async def load_adapter(self, name: str, source: str) -> AdapterStatus:
+    async def load_adapter(self, name: str, source: str, *, inplace: bool = False) -> AdapterStatus:
         """Registers a PEFT folder under a name and brings it to host memory."""
-        return (await self._adapters("load", name=name, source=source))[0]
+        return (await self._adapters("load", name=name, source=source, inplace=inplace))[0]
 
-    async def unload_adapter(self, name: str) -> tuple[AdapterStatus, ...]:
-        """Drains and forgets an adapter; answers with those that remain."""
-        return await self._adapters("unload", name=name)
+    async def unload_adapter(self, name: str, grace_s: float | None = None) -> tuple[AdapterStatus, ...]:
+        """Drains and forgets an adapter; answers with those that remain.
+
+        Requests that still hold it after `grace_s` seconds are ended; without it they run to their end.
+        """
+        return await self._adapters("unload", name=name, grace_s=grace_s)
+
+    async def prefetch_adapters(
+        self, names: Sequence[str], *, to_device: bool = True
+    ) -> tuple[AdapterStatus, ...]:
+        """Hints that these will be wanted; answers with what they are now."""
+        return await self._adapters("prefetch", names=tuple(names), to_device=to_device)
 
     async def list_adapters(self) -> tuple[AdapterStatus, ...]:
         return await self._adapters("list")
@@ -157,10 +167,8 @@ class EngineClient:
         await asyncio.gather(self._task, return_exceptions=True)
         self._lose(UnavailableError("the server is shutting down"))
 
-    async def _adapters(
-        self, op: str, *, name: str = "", source: str = "", pinned: bool = True
-    ) -> tuple[AdapterStatus, ...]:
-        reply = await self._call(lambda call_id: AdapterCommand(call_id, op, name, source, pinned))
+    async def _adapters(self, op: str, **fields: Any) -> tuple[AdapterStatus, ...]:
+        reply = await self._call(lambda call_id: AdapterCommand(call_id, op, **fields))
         assert isinstance(reply, AdapterReply)
         if reply.error is not None:
             raise from_info(reply.error)

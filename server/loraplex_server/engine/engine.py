@@ -30,6 +30,7 @@ from loraplex_server.engine.planning import build_plan
 from loraplex_server.engine.scheduler import Scheduled, Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.errors import (
+    CancelledError,
     InvalidArgumentError,
     ResourceExhaustedError,
     ServerError,
@@ -66,6 +67,10 @@ class Engine:
         self._sequences: dict[tuple[str, str], Sequence] = {}
         self._steps: list[StepRecord] = []
         self._hits = self._misses = 0
+        # Names of adapters whose unloading waits no longer than until then.
+        self._drains: dict[object, tuple[str, float]] = {}
+        self._prefix_cache = config.scheduler.prefix_cache
+        self._prefix_queries = self._prefix_hits = 0
         self._audit = Audit(self._problems, runner.weight_checksum, info.weight_checksum)
 
     @property
@@ -91,9 +96,29 @@ class Engine:
             if owner == client:
                 self.cancel(owner, request_id)
 
+    def unload(self, name: str, grace_s: float | None, done: Callable[[], None]) -> None:
+        """As `AdapterStore.unload`; requests that hold the adapter after `grace_s` seconds get CANCELLED.
+
+        None lets them run to their end.
+        """
+        key = object()
+
+        def freed() -> None:
+            self._drains.pop(key, None)
+            done()
+
+        if grace_s is not None:
+            self._drains[key] = name, time.monotonic() + grace_s
+        try:
+            self.adapters.unload(name, freed)
+        except ServerError:
+            self._drains.pop(key, None)
+            raise
+
     def step(self) -> bool:
         """Advances every request that can be. False if nothing could: all wait for adapters."""
         started_s = time.monotonic()
+        self._end_drains(started_s)
         self.adapters.poll()
         schedule = self.scheduler.schedule(started_s)
         for sequence, error in schedule.failed:
@@ -132,6 +157,10 @@ class Engine:
         adapters = self.adapters
         hits, misses = adapters.hits - self._hits, adapters.misses - self._misses
         self._hits, self._misses = adapters.hits, adapters.misses
+        scheduler = self.scheduler
+        prefix_queries = scheduler.prefix_queries - self._prefix_queries
+        prefix_hits = scheduler.prefix_hits - self._prefix_hits
+        self._prefix_queries, self._prefix_hits = scheduler.prefix_queries, scheduler.prefix_hits
         return Stats(
             steps=steps,
             swaps=tuple(adapters.drain_swaps()),
@@ -149,6 +178,11 @@ class Engine:
             integrity_problems=len(self._audit.problems),
             weights_ok=self._audit.weights_ok,
             audits=self._audit.passes,
+            adapters_running=_adapter_names(self.scheduler.running),
+            adapters_waiting=_adapter_names(self.scheduler.waiting),
+            kv_blocks_cached=self._blocks.num_cached,
+            prefix_queries=prefix_queries,
+            prefix_hits=prefix_hits,
         )
 
     def check_integrity(self, call_id: int = 0) -> IntegrityReply:
@@ -209,7 +243,7 @@ class Engine:
         except ServerError:
             self.adapters.release(handles)
             raise
-        sequence = Sequence(request, client, handles)
+        sequence = Sequence(request, client, handles, caches=self._prefix_cache and request.cache_prefix)
         if sequence.num_prompt >= limit:
             self.adapters.release(handles)
             raise InvalidArgumentError.field(
@@ -285,12 +319,28 @@ class Engine:
             times=times,
         )
 
+    def _end_drains(self, now_s: float) -> None:
+        """Ends the requests that hold an adapter whose time to drain is over."""
+        for key, (name, end_s) in list(self._drains.items()):
+            if now_s < end_s:
+                continue
+            self._drains.pop(key, None)
+            error = CancelledError(f"adapter {name!r} was unloaded", resource=("adapter", name))
+            for sequence in list(self._sequences.values()):
+                if any(handle.draining and handle.name == name for handle in sequence.handles):
+                    self._emit(sequence.client, Failed(sequence.request.request_id, error.info))
+                    self._retire(sequence)
+
     def _retire(self, sequence: Sequence) -> None:
         """Frees all that a sequence holds and forgets it; safe to call twice."""
         self.scheduler.finish(sequence)
         if self._sequences.pop((sequence.client, sequence.request.request_id), None) is not None:
             self.adapters.release(sequence.handles)
         assert sequence.status is Status.FINISHED
+
+
+def _adapter_names(sequences: list[Sequence]) -> tuple[str, ...]:
+    return tuple({handle.name for sequence in sequences for handle in sequence.handles})
 
 
 def _times(sequence: Sequence, now_s: float) -> Times:
@@ -302,4 +352,5 @@ def _times(sequence: Sequence, now_s: float) -> Times:
         first_token_s=(sequence.first_token_s or now_s) - arrival_s,
         total_s=now_s - arrival_s,
         preemptions=sequence.preemptions,
+        cached_prompt_tokens=sequence.cached_prompt_tokens,
     )

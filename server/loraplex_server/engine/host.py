@@ -206,9 +206,11 @@ class EngineHost:
                 case "pin":
                     adapters.pin(command.name, command.pinned, reply)
                 case "load":
-                    adapters.load(command.name, command.source, reply)
+                    adapters.load(command.name, command.source, reply, inplace=command.inplace)
                 case "unload":
-                    adapters.unload(command.name, lambda: reply(adapters.list()))
+                    engine.unload(command.name, command.grace_s, lambda: reply(adapters.list()))
+                case "prefetch":
+                    reply(adapters.prefetch(command.names, to_device=command.to_device))
                 case op:
                     reply(InternalError(f"there is no adapter operation {op!r}"))
         except ServerError as error:

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from loraplex_server import log
 from loraplex_server.config import EngineConfig
 from loraplex_server.errors import ErrorInfo, InternalError, ServerError, from_info
 
@@ -109,7 +110,7 @@ def _main(
     """The engine process. Heavy imports happen here, after the spawn."""
     # Ctrl-C reaches the whole process group; the API drains first and then tells the engine.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
+    log.configure(config.log)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     from loraplex_server.engine.build import build_engine
     from loraplex_server.engine.host import EngineHost

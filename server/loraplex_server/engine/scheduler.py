@@ -75,7 +75,12 @@ class Schedule:
 
 
 class Scheduler:
-    """Owns the waiting and the running sequences, and their KV blocks and device references."""
+    """Owns the waiting and the running sequences, and their KV blocks and device references.
+
+    Attributes:
+        prefix_queries: tokens of all prompts that were looked up in the prefix cache.
+        prefix_hits: how many of them were there.
+    """
 
     def __init__(
         self,
@@ -90,6 +95,8 @@ class Scheduler:
         self._order = order
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.prefix_queries = 0
+        self.prefix_hits = 0
 
     @property
     def has_work(self) -> bool:
@@ -200,7 +207,7 @@ class Scheduler:
                     pass
             # The blocks of all its known tokens are taken now: a prompt that is computed in chunks must
             # not lose its later blocks to those admitted after it.
-            if not self._grow(sequence, sequence.num_pending):
+            if not self._take_blocks(sequence):
                 break
             num_tokens = min(sequence.num_pending, budget)
             self.waiting.remove(sequence)
@@ -222,6 +229,24 @@ class Scheduler:
             sequence.reserved = readiness in (Readiness.READY, Readiness.LOADING)
         return readiness
 
+    def _take_blocks(self, sequence: Sequence) -> bool:
+        """Blocks for all known tokens of a sequence without any; False, and none taken, if too few are free.
+
+        What is cached of the tokens' beginning is taken from there, and counts as computed.
+        """
+        sequence.block_table = self._blocks.take_cached(sequence.reusable_keys(self._blocks.block_size))
+        sequence.num_named = len(sequence.block_table)
+        sequence.num_computed = sequence.num_named * self._blocks.block_size
+        if not self._grow(sequence, sequence.num_pending):
+            self._free_blocks(sequence)
+            sequence.num_computed = 0
+            return False
+        if sequence.caches and sequence.first_scheduled_s is None:
+            sequence.cached_prompt_tokens = max(0, sequence.num_computed - sequence.num_virtual)
+            self.prefix_queries += sequence.num_prompt - sequence.num_virtual
+            self.prefix_hits += sequence.cached_prompt_tokens
+        return True
+
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Takes the blocks that `num_tokens` more computed tokens need; False if too few are free."""
         needed = self._blocks.blocks_for(sequence.num_computed + num_tokens) - len(sequence.block_table)
@@ -232,7 +257,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the queue: its blocks are freed, and all its tokens are computed anew later.
+        """Back to the queue: its blocks are given back, and what does not stay cached is computed anew later.
 
         It keeps its adapters: it is among the next to run, and holding them blocks no one for ever,
         since whoever has its blocks runs to the end.
@@ -248,7 +273,7 @@ class Scheduler:
     def _free_blocks(self, sequence: Sequence) -> None:
         self._blocks.release(sequence.block_table)
         sequence.block_table = []
-        sequence.block_keys = []
+        sequence.num_named = 0
 
     def _unreserve(self, sequence: Sequence) -> None:
         if sequence.reserved:

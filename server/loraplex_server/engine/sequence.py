@@ -6,6 +6,7 @@ import bisect
 import dataclasses
 import enum
 import time
+from collections.abc import Iterator
 
 from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.core.request import Request
@@ -34,9 +35,13 @@ class Sequence:
         handles: its adapters, resolved, in the request's order.
         token_ids: prompt and generated tokens known so far.
         num_prompt: those that were not generated, virtual ones included.
+        num_virtual: rows of a soft prompt, which come first.
         num_computed: how many of them have their keys and values in the cache.
         block_table: KV blocks it holds, in the order of positions.
-        block_keys: keys of its full blocks; one shorter than or as long as the full part of the table.
+        block_keys: keys of its full blocks of known tokens, as far as they were asked for.
+        num_named: blocks at the beginning of the table whose keys the pool was told.
+        caches: its blocks may be had by others, and it may have theirs.
+        cached_prompt_tokens: tokens of its prompt that it found in the cache when it was first admitted.
         reserved: it holds device references to its adapters.
     """
 
@@ -46,10 +51,14 @@ class Sequence:
     arrival_s: float = dataclasses.field(default_factory=time.monotonic)
     token_ids: list[int] = dataclasses.field(default_factory=list)
     num_prompt: int = 0
+    num_virtual: int = 0
     num_computed: int = 0
     status: Status = Status.WAITING
     block_table: list[int] = dataclasses.field(default_factory=list)
     block_keys: list[bytes] = dataclasses.field(default_factory=list)
+    num_named: int = 0
+    caches: bool = True
+    cached_prompt_tokens: int = 0
     reserved: bool = False
     preemptions: int = 0
     adapter_wait_start_s: float | None = None
@@ -58,12 +67,13 @@ class Sequence:
     first_token_s: float | None = None
     _changes: tuple[int, ...] = ()
     _compositions: tuple[Composition, ...] = ((),)
+    _namespaces: dict[tuple[int, ...], bytes] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         prompt = self.request.prompt_token_ids
         # A virtual token has no id: row r of a soft prompt is written -1 - r.
-        virtual = sum(handle.num_virtual_tokens for handle in self.handles)
-        self.token_ids = [*(-1 - row for row in range(virtual)), *prompt]
+        self.num_virtual = sum(handle.num_virtual_tokens for handle in self.handles)
+        self.token_ids = [*(-1 - row for row in range(self.num_virtual)), *prompt]
         self.num_prompt = len(self.token_ids)
         uses = zip(self.handles, self.request.adapters, strict=True)
         spans = [(*_span(handle, prompt), handle, use.weight) for handle, use in uses]
@@ -96,29 +106,51 @@ class Sequence:
         """Positions, ascending, at which `adapters_at` begins to answer otherwise than before them."""
         return self._changes
 
-    def _namespace(self, begin: int, end: int) -> bytes:
-        """Whose KV the positions from `begin` to `end` are: the tenant, content and weight of each adapter in
-        order, and where in the block it changes."""
-        parts = [self.request.tenant]
-        for start in (begin, *(change for change in self._changes if begin < change < end)):
-            parts.append(str(start - begin))
-            parts += [
-                f"{handle.content_hash}@{weight!r}@{EFFECT_VERSION}"
-                for handle, weight in self.adapters_at(start)
-            ]
-        return "\0".join(parts).encode()
+    def reusable_keys(self, block_size: int) -> Iterator[bytes]:
+        """Keys, in order, of the full blocks that it need not compute itself if they are cached.
+
+        Its adapters have to be READY: before, their content is not known. The last known token is always
+        computed: its logits are wanted.
+        """
+        if self.caches:
+            for index in range((len(self.token_ids) - 1) // block_size):
+                yield self._key(index, block_size)
 
     def new_block_keys(self, block_size: int) -> list[tuple[int, bytes]]:
         """(block, key) of each block that became full since the last call."""
-        fresh = []
-        while len(self.block_keys) < self.num_computed // block_size:
+        if not self.caches:
+            return []
+        first, self.num_named = self.num_named, self.num_computed // block_size
+        return [
+            (self.block_table[index], self._key(index, block_size)) for index in range(first, self.num_named)
+        ]
+
+    def _key(self, index: int, block_size: int) -> bytes:
+        """Key of the block at `index` of the table, and of those before it, each computed once."""
+        while len(self.block_keys) <= index:
             begin = len(self.block_keys) * block_size
             end = begin + block_size
             parent = self.block_keys[-1] if self.block_keys else b""
-            namespace = self._namespace(begin, end)
-            self.block_keys.append(block_key(parent, self.token_ids[begin:end], namespace))
-            fresh.append((self.block_table[begin // block_size], self.block_keys[-1]))
-        return fresh
+            self.block_keys.append(block_key(parent, self.token_ids[begin:end], self._namespace(begin, end)))
+        return self.block_keys[index]
+
+    def _namespace(self, begin: int, end: int) -> bytes:
+        """Whose KV the positions from `begin` to `end` are: the tenant, content and weight of each adapter in
+        order, and where in the block it changes."""
+        changes = [change for change in self._changes if begin < change < end]
+        place = (bisect.bisect_right(self._changes, begin), *(change - begin for change in changes))
+        if place not in self._namespaces:
+            parts = [
+                (start - begin, [(_content(handle), weight) for handle, weight in self.adapters_at(start)])
+                for start in (begin, *changes)
+            ]
+            self._namespaces[place] = repr((self.request.tenant, EFFECT_VERSION, parts)).encode()
+        return self._namespaces[place]
+
+
+def _content(handle: AdapterHandle) -> str:
+    assert handle.content_hash, f"adapter {handle.name} was not read yet"
+    return handle.content_hash
 
 
 def _span(handle: AdapterHandle, prompt: tuple[int, ...]) -> tuple[int, int]:

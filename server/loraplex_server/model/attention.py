@@ -8,7 +8,7 @@ import torch
 from transformers import AttentionInterface
 
 from loraplex_kernels import parallel
-from loraplex_kernels.attention import paged_attention, write_kv
+from loraplex_kernels.attention import LayerShape, paged_attention, write_kv
 from loraplex_server.model import context
 
 NAME = "loraplex_paged"
@@ -45,6 +45,8 @@ def _attend(
     assert isinstance(layer, int)
     cache = step.kv_caches[layer]
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if step.seen is not None:
+        step.seen[layer] = LayerShape(q.shape[1], k.shape[1], q.shape[2], q.dtype, sliding_window)
     write_kv(k, v, cache, step.attention)
     with parallel.threads_for(step.attended * q.shape[1] * q.shape[2] / _PRODUCTS_PER_US):
         out = paged_attention(

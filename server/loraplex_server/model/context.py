@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from loraplex_kernels.attention import AttentionBatch
+from loraplex_kernels.attention import AttentionBatch, LayerShape
 from loraplex_server.model.effects import Effect, NormEffect
 
 
@@ -28,6 +28,7 @@ class StepContext:
         norms: what they do at each norm; empty where none has one of its own.
         head: what they do at the head, of whose input only the sampled rows are there.
         added_tokens: most that one of them adds to the vocabulary.
+        seen: where given, each layer notes here what it asks of the attention.
     """
 
     attention: AttentionBatch
@@ -37,6 +38,7 @@ class StepContext:
     norms: tuple[NormEffect, ...] = ()
     head: tuple[Effect, ...] = ()
     added_tokens: int = 0
+    seen: dict[int, LayerShape] | None = None
 
 
 _current: StepContext | None = None

@@ -11,8 +11,9 @@ import dataclasses
 import hashlib
 import re
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from tqdm import tqdm
@@ -24,12 +25,26 @@ from loraplex_kernels.lora import LoraSite
 from loraplex_server.config import ModelConfig
 from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError
 from loraplex_server.model import architecture
-from loraplex_server.model.architecture import Projection
+from loraplex_server.model.architecture import Ends, Norm, Projection
 from loraplex_server.model.checkpoint import Checkpoint, locate
 from loraplex_server.model.linear import FrozenHead, SiteGroup, SiteLinear
 from loraplex_server.model.norm import NormSite, attach
 from loraplex_server.model.vocabulary import Vocabulary
-from loraplex_server.model.weights import WeightFormat
+from loraplex_server.model.weights import FrozenWeight, WeightFormat
+
+
+class TensorSource(Protocol):
+    """Where the tensors of a model come from, by their names in the checkpoint."""
+
+    @property
+    def names(self) -> set[str]: ...
+
+    @property
+    def total_bytes(self) -> int: ...
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor; copy what is kept."""
+
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -116,11 +131,114 @@ def resolve_format(config: ModelConfig, device: torch.device) -> WeightFormat:
     )
 
 
-def load(config: ModelConfig, *, progress: bool = True) -> BaseModel:
-    """Loads the base model that `config` names.
+@dataclasses.dataclass(frozen=True, eq=False)
+class EmptyModel:
+    """A base model before its weights are read: what they will take is known, nothing is taken.
 
-    Args:
-        progress: draw a progress bar on stderr.
+    Attributes:
+        model: its parameters are on the meta device.
+        grouped: projections that will be held as one, siblings of one input together, in layer order.
+        norms: over the hidden size.
+        ends: embedding and head.
+        parameters: of the unquantised model.
+    """
+
+    model: PreTrainedModel
+    config: PreTrainedConfig
+    format: WeightFormat
+    grouped: tuple[tuple[Projection, ...], ...]
+    norms: tuple[Norm, ...]
+    ends: Ends
+    kv_shapes: tuple[tuple[int, int], ...]
+    parameters: int
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def of(
+        cls, config: PreTrainedConfig, weight_format: WeightFormat, eos_token_ids: tuple[int, ...] = ()
+    ) -> EmptyModel:
+        """The model of a transformers configuration.
+
+        Raises:
+            FailedPreconditionError: it cannot be served; the text says why.
+        """
+        architecture.check(config)
+        try:
+            model = architecture.build_empty(config, weight_format.dtype)
+        except (ValueError, KeyError) as error:
+            raise FailedPreconditionError(
+                f"the architecture {config.model_type!r} cannot be served: transformers builds no model of "
+                f"it with another attention function ({error})"
+            ) from error
+        return cls(
+            model=model,
+            config=config,
+            format=weight_format,
+            grouped=tuple(architecture.find_groups(model)),
+            norms=tuple(architecture.find_norms(model)),
+            ends=architecture.find_ends(model),
+            kv_shapes=tuple(architecture.kv_shapes(model)),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            eos_token_ids=eos_token_ids,
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that the weights, and the model's own tables, will take.
+
+        Raises:
+            FailedPreconditionError: a weight cannot be held in the format.
+        """
+        dtype = self.format.dtype
+        in_groups = {p.path for group in self.grouped for p in group}
+        head = self.model.get_output_embeddings()
+        tied = bool(getattr(self.config, "tie_word_embeddings", False))
+        total: int = sum(buffer.nbytes for buffer in self.model.buffers())
+        for path, module in self.model.named_modules():
+            if path not in in_groups:
+                own = {id(p): p for p in module.parameters(recurse=False)}.values()
+                shared = module.weight if tied and module is head else None
+                total += sum(p.numel() for p in own if p is not shared) * dtype.itemsize
+        for group in self.grouped:
+            try:
+                total += self.format.planned_bytes([(p.out_features, p.in_features) for p in group])
+            except ValueError as error:
+                raise FailedPreconditionError(f"{group[0].path}.weight: {error}") from error
+            if any(p.has_bias for p in group):
+                total += sum(p.out_features for p in group) * dtype.itemsize
+        return total
+
+    def fill(self, source: TensorSource, *, progress: bool = True) -> BaseModel:
+        """Reads and quantises the weights; this object is used up.
+
+        Raises:
+            FailedPreconditionError: they are not this model's, or cannot be held in the format.
+        """
+        model = self.model
+        expected = set(model.state_dict())
+        groups = _Filler(model, list(self.grouped), self.format).fill(source, expected, progress)
+        model.to(self.format.device)
+        entries = sum(len(group) for group in self.grouped)
+        norms = tuple(
+            attach(model.get_submodule(norm.path), norm, entries + index)
+            for index, norm in enumerate(self.norms)
+        )
+        return BaseModel(
+            model=model,
+            config=self.config,
+            format=self.format,
+            groups=tuple(groups),
+            projections=tuple(projection for group in self.grouped for projection in group),
+            norms=norms,
+            vocabulary=_vocabulary(model, self.ends, entries + len(norms)),
+            kv_shapes=self.kv_shapes,
+            eos_token_ids=self.eos_token_ids,
+            parameters=self.parameters,
+        )
+
+
+def prepare(config: ModelConfig) -> tuple[EmptyModel, Checkpoint]:
+    """The base model that `config` names, without weights, and the files that have them.
 
     Raises:
         NotFoundError: there is no such model.
@@ -133,64 +251,35 @@ def load(config: ModelConfig, *, progress: bool = True) -> BaseModel:
         hf_config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise FailedPreconditionError(f"the model's config.json cannot be used: {error}") from error
-    architecture.check(hf_config)
     checkpoint = Checkpoint(folder)
-    try:
-        model = architecture.build_empty(hf_config, weight_format.dtype)
-    except (ValueError, KeyError) as error:
-        raise FailedPreconditionError(
-            f"the architecture {hf_config.model_type!r} cannot be served: transformers builds no model of it "
-            f"with another attention function ({error})"
-        ) from error
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    grouped = architecture.find_groups(model)
-    kv_shapes = tuple(architecture.kv_shapes(model))
-    expected = set(model.state_dict())
-    groups = _Filler(model, grouped, weight_format).fill(checkpoint, expected, progress)
-    model.to(device)
-    entries = sum(len(group) for group in grouped)
-    norms = [
-        attach(norm, path, entries + index)
-        for index, (path, norm) in enumerate(architecture.find_norms(model))
-    ]
-    vocabulary = _vocabulary(model, entries + len(norms))
-    return BaseModel(
-        model=model,
-        config=hf_config,
-        format=weight_format,
-        groups=tuple(groups),
-        projections=tuple(projection for group in grouped for projection in group),
-        norms=tuple(norms),
-        vocabulary=vocabulary,
-        kv_shapes=kv_shapes,
-        eos_token_ids=_eos_token_ids(folder, hf_config),
-        parameters=parameters,
-    )
+    return EmptyModel.of(hf_config, weight_format, _eos_token_ids(folder, hf_config)), checkpoint
 
 
-def _vocabulary(model: PreTrainedModel, first_entry: int) -> Vocabulary:
-    """The embedding and the head; a linear head is replaced by its stand-in.
+def load(config: ModelConfig, *, progress: bool = True) -> BaseModel:
+    """Loads the base model that `config` names.
+
+    Args:
+        progress: draw a progress bar on stderr.
 
     Raises:
-        FailedPreconditionError: the head is something else, or has other rows than the embedding.
+        NotFoundError: there is no such model.
+        FailedPreconditionError: it cannot be served; the text says why.
     """
+    empty, checkpoint = prepare(config)
+    return empty.fill(checkpoint, progress=progress)
+
+
+def _vocabulary(model: PreTrainedModel, ends: Ends, first_entry: int) -> Vocabulary:
+    """The embedding and the head, which is replaced by its stand-in."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    table = embedding.weight
-    tokens, hidden = table.shape
-    if not isinstance(head, torch.nn.Linear) or head.weight.shape != table.shape:
-        raise FailedPreconditionError(
-            f"the architecture {model.config.model_type!r} cannot be served: its head is no nn.Linear of "
-            f"{hidden} inputs and {tokens} outputs, as its embedding has"
-        )
-    scale = getattr(embedding, "embed_scale", None)
-    head_path = architecture.path_of(model, head)
-    site = LoraSite(first_entry + 1, hidden, ((0, tokens),))
+    site = LoraSite(first_entry + 1, ends.hidden_size, ((0, ends.tokens),))
     model.set_output_embeddings(FrozenHead(head, site))
+    scale, table = getattr(embedding, "embed_scale", None), embedding.weight
     return Vocabulary(
-        embedding=LoraSite(first_entry, tokens, ((0, hidden),)),
-        embedding_path=architecture.path_of(model, embedding),
+        embedding=LoraSite(first_entry, ends.tokens, ((0, ends.hidden_size),)),
+        embedding_path=ends.embedding_path,
         head=site,
-        head_path=head_path,
+        head_path=ends.head_path,
         head_bias=head.bias,
         table=table,
         head_table=head.weight,
@@ -219,7 +308,7 @@ class _Filler:
             first_entries.append(first_entries[-1] + len(group))
         self._first_entry = first_entries
 
-    def fill(self, checkpoint: Checkpoint, expected: set[str], progress: bool) -> list[SiteGroup]:
+    def fill(self, checkpoint: TensorSource, expected: set[str], progress: bool) -> list[SiteGroup]:
         tied = set(getattr(self._model, "_tied_weights_keys", None) or ())
         head_is_tied = bool(getattr(self._model.config, "tie_word_embeddings", False))
         target = {name: self._target(name, expected) for name in checkpoint.names}
@@ -308,17 +397,28 @@ class _Filler:
                     for p in group
                 ]
             ).to(self._format.device)
-        slices = []
-        column = 0
-        for projection in group:
-            slices.append((column, projection.out_features))
-            column += projection.out_features
-        site = LoraSite(self._first_entry[index], group[0].in_features, tuple(slices))
-        found = SiteGroup(tuple(p.path for p in group), site, weights, bias)
-        for position, projection in enumerate(group):
-            parent, _, leaf = projection.path.rpartition(".")
-            setattr(self._model.get_submodule(parent), leaf, SiteLinear(found, position))
-        self._done[index] = found
+        self._done[index] = install(self._model, group, self._first_entry[index], weights, bias)
+
+
+def install(
+    model: PreTrainedModel,
+    group: tuple[Projection, ...],
+    first_entry: int,
+    weights: list[FrozenWeight],
+    bias: torch.Tensor | None,
+) -> SiteGroup:
+    """Puts frozen weights in the place of a group's projections; their entries begin at `first_entry`."""
+    slices = []
+    column = 0
+    for projection in group:
+        slices.append((column, projection.out_features))
+        column += projection.out_features
+    site = LoraSite(first_entry, group[0].in_features, tuple(slices))
+    found = SiteGroup(tuple(p.path for p in group), site, weights, bias)
+    for position, projection in enumerate(group):
+        parent, _, leaf = projection.path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, SiteLinear(found, position))
+    return found
 
 
 def _eos_token_ids(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from loraplex_server.model import context
+from loraplex_server.model.architecture import Norm
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,10 +21,8 @@ class NormSite:
         plain: the norm itself, untouched; its parameters are shared with the model's.
     """
 
-    path: str
     entry: int
     width: int
-    has_bias: bool
     plain: torch.nn.Module
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -33,13 +32,11 @@ class NormSite:
         return found
 
 
-def attach(norm: torch.nn.Module, path: str, entry: int) -> NormSite:
+def attach(norm: torch.nn.Module, described: Norm, entry: int) -> NormSite:
     """Makes `norm` of a model ask the step's adapters, and returns the site that they know it by."""
     plain = copy.copy(norm)
     plain._parameters = dict(norm._parameters)
-    weight = norm.weight
-    assert isinstance(weight, torch.Tensor)
-    site = NormSite(path, entry, len(weight), norm._parameters.get("bias") is not None, plain)
+    site = NormSite(entry, described.width, plain)
     compute = norm.forward
 
     def forward(x: torch.Tensor, *args: Any) -> torch.Tensor:

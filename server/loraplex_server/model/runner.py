@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 
 import numpy as np
 import torch
 
 from loraplex_kernels import parallel, vectors, vocabulary
-from loraplex_kernels.attention import AttentionBatch
+from loraplex_kernels.attention import AttentionBatch, LayerShape
 from loraplex_kernels.lora import LoraBatch, LoraBatchBuffers, LoraPool
 from loraplex_server.core.step import StepOutput, StepPlan
 from loraplex_server.model import context
@@ -30,22 +30,24 @@ class ModelRunner:
         block_size: int,
         max_batch_tokens: int,
         max_pairs_per_token: int,
+        max_samples: int = 0,
+        layers: Iterable[LayerShape] = (),
     ) -> None:
+        """`max_samples`: most rows sampled in a step, 0 for all of its tokens. `layers`: shapes of the
+        attention, as the self-check saw them; their tables travel together.
+        """
         self._base = base
         self._kv_caches = kv_caches
         self._pool = pool
         self._block_size = block_size
+        self._layers = tuple(dict.fromkeys(layers))
         self._device = base.format.device
         self._embed = base.model.get_input_embeddings()
         # An elementwise op on the widest activation: four times the hidden size, eight bytes a nanosecond.
         self._token_us = 4 * self._embed.weight.shape[-1] * 4 / 8_000
         self._segments, self._sampled_segments = (
-            LoraBatchBuffers(
-                max_tokens=max_batch_tokens,
-                max_pairs=max_batch_tokens * max_pairs_per_token,
-                device=self._device,
-            )
-            for _ in range(2)
+            LoraBatchBuffers(max_tokens=tokens, max_pairs=tokens * max_pairs_per_token, device=self._device)
+            for tokens in (max_batch_tokens, max_samples or max_batch_tokens)
         )
 
     def run(self, plan: StepPlan) -> StepOutput:
@@ -70,6 +72,7 @@ class ModelRunner:
                 plan.slot_mapping,
                 block_size=self._block_size,
                 device=self._device,
+                layers=self._layers,
             ),
             kv_caches=self._kv_caches,
             attended=int(np.diff(plan.query_start) @ plan.context_len),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from loraplex_kernels.attention import AttentionBatch
+from loraplex_kernels.attention import AttentionBatch, LayerShape
 from loraplex_server.errors import FailedPreconditionError
 from loraplex_server.model import attention, context
 from loraplex_server.model.context import StepContext
@@ -24,8 +24,10 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
 @torch.inference_mode()
-def check_ragged(base: BaseModel) -> None:
+def check_ragged(base: BaseModel) -> tuple[LayerShape, ...]:
     """Compares a ragged row through the paged path with transformers' own attention, one by one.
+
+    Returns what each layer asked of the attention.
 
     Raises:
         FailedPreconditionError: they differ, or the model does not call the attention function.
@@ -33,8 +35,9 @@ def check_ragged(base: BaseModel) -> None:
     vocabulary = base.model.get_input_embeddings().weight.shape[0]
     generator = np.random.default_rng(0)
     prompts = [generator.integers(0, vocabulary, size=length) for length in _LENGTHS]
+    seen: dict[int, LayerShape] = {}
     try:
-        ragged = _ragged(base, prompts)
+        ragged = _ragged(base, prompts, seen)
         base.model.set_attn_implementation("eager")
         stock = torch.cat([_alone(base, prompt) for prompt in prompts])
     except Exception as error:
@@ -53,9 +56,10 @@ def check_ragged(base: BaseModel) -> None:
             f"the architecture {base.config.model_type!r} cannot be served: sequences in one row answer "
             f"otherwise than alone (logits differ by {difference:.3g} of {scale:.3g})"
         )
+    return tuple(seen[layer] for layer in sorted(seen))
 
 
-def _ragged(base: BaseModel, prompts: list[np.ndarray]) -> torch.Tensor:
+def _ragged(base: BaseModel, prompts: list[np.ndarray], seen: dict[int, LayerShape]) -> torch.Tensor:
     lengths = np.array([len(prompt) for prompt in prompts])
     starts = np.concatenate(([0], np.cumsum(lengths)))
     tables = -(-lengths // _BLOCK)
@@ -69,7 +73,7 @@ def _ragged(base: BaseModel, prompts: list[np.ndarray]) -> torch.Tensor:
         starts, lengths, block_start, blocks, slots, block_size=_BLOCK, device=device
     )
     caches = allocate_kv(base.kv_shapes, len(blocks), _BLOCK, base.format.dtype, device)
-    return _logits(base, np.concatenate(prompts), positions, StepContext(batch, caches))
+    return _logits(base, np.concatenate(prompts), positions, StepContext(batch, caches, seen=seen))
 
 
 def _alone(base: BaseModel, prompt: np.ndarray) -> torch.Tensor:

@@ -35,8 +35,3 @@ class Vocabulary:
     def size(self) -> int:
         """Tokens of the base."""
         return self.table.shape[0]
-
-    @property
-    def tied(self) -> bool:
-        """Whether the two ends are one table."""
-        return self.table.data_ptr() == self.head_table.data_ptr()

@@ -13,6 +13,10 @@ from loraplex_kernels.int4 import Int4Weight, cpu_packed
 from loraplex_kernels.int4.cpu_packed import PackedInt4Weight
 from loraplex_kernels.nf4 import Nf4Weight
 
+_NF4_BLOCK = 64
+_NESTED_BLOCK = 256
+_NESTED_LEVELS_BYTES = 256 * 4
+
 
 class FrozenWeight(Protocol):
     """y = x W^T + bias with W of `shape` (out, in)."""
@@ -169,6 +173,44 @@ class WeightFormat:
         if self.packed_int4 and cpu_packed.supported(joined.shape, joined.group):
             return [PackedInt4(PackedInt4Weight.from_int4(joined))]
         return [Int4(joined)]
+
+    def planned_bytes(self, shapes: list[tuple[int, int]]) -> int:
+        """Bytes that `freeze` will hold sibling weights of these shapes (out, in) in.
+
+        Raises:
+            ValueError: the width cannot be held in this format.
+        """
+        rows, width = sum(out for out, _ in shapes), shapes[0][1]
+        if self.quantization == "none":
+            return rows * width * self.dtype.itemsize
+        blocked = dispatch.backend(self.device) == "triton"
+        if self.quantization == "int4":
+            group = int4.choose_group(width)
+            # A scale and a zero: two bf16 where they are packed, else two float32.
+            if blocked:
+                blocks = -(-width // fourbit.BLOCK)
+                groups = -(-blocks * fourbit.BLOCK // group)
+                return blocks * rows * fourbit.BLOCK // 2 + groups * rows * 4
+            packed = self.packed_int4 and cpu_packed.supported((rows, width), group)
+            return rows * width // 2 + rows * (width // group) * (4 if packed else 8)
+        return self._planned_nf4_bytes(shapes, blocked)
+
+    def _planned_nf4_bytes(self, shapes: list[tuple[int, int]], blocked: bool) -> int:
+        sizes = [out * width for out, width in shapes]
+        blocks = [-(-size // _NF4_BLOCK) for size in sizes]
+        codes = sum(-(-size // 2) for size in sizes)
+        if not self.double_quant:
+            return codes + 4 * sum(blocks)
+        scales = 4 * sum(-(-count // _NESTED_BLOCK) for count in blocks)
+        width = shapes[0][1]
+        if not blocked or width % _NF4_BLOCK:
+            return codes + sum(blocks) + scales + len(shapes) * (_NESTED_LEVELS_BYTES + 4)
+        # A level table for each weight that is arranged alone; an offset for each row.
+        joined = all(count % _NESTED_BLOCK == 0 for count in blocks[:-1])
+        rows = sum(out for out, _ in shapes)
+        words = -(-(width // _NF4_BLOCK) // 4)
+        tables = _NESTED_LEVELS_BYTES * (1 if joined else len(shapes))
+        return codes + 4 * words * rows + scales + tables + 4 * rows
 
     def _nf4(self, weights: list[torch.Tensor]) -> list[FrozenWeight]:
         parts = [nf4.quantize(weight, double_quant=self.double_quant) for weight in weights]

@@ -60,6 +60,11 @@ class AdapterServiceStub(object):
                 request_serializer=loraplex_dot_v1_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_adapters__pb2.PinAdapterResponse.FromString,
                 _registered_method=True)
+        self.Prefetch = channel.unary_unary(
+                '/loraplex.v1.AdapterService/Prefetch',
+                request_serializer=loraplex_dot_v1_dot_adapters__pb2.PrefetchRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapters__pb2.PrefetchResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer(object):
@@ -67,7 +72,8 @@ class AdapterServiceServicer(object):
     """
 
     def LoadAdapter(self, request, context):
-        """Registers an adapter under a name and brings it to host memory. The source is a folder that
+        """Registers an adapter under a name and brings it to host memory, or, with load_inplace, puts a
+        new version in the place of the one that has the name. The source is a folder that
         PEFT wrote, under one of the server's allowed roots, or an address under one of its allowed
         prefixes (hf://, s3://, gs://, az://, https://). Everything is checked before anything is
         admitted; an adapter that would not be applied whole is refused.
@@ -82,8 +88,8 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Takes new requests for the adapter away at once, waits for its running ones, frees its
-        memory on host and device, and answers with what is registered then.
+        """Takes new requests for the adapter away at once, waits for its running ones (or ends them after
+        a time of grace), frees its memory on host and device, and answers with what is registered then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,7 +108,16 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PinAdapter(self, request, context):
-        """A pinned adapter is brought to the device and never evicted.
+        """A pinned adapter is brought to the device and never evicted. FAILED_PRECONDITION if too little
+        would be left for the others: fewer adapters can be pinned than there are slots.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Prefetch(self, request, context):
+        """A hint that adapters will be wanted: brings them in as far as there is room that no request, no
+        pin and no other adapter of the hint needs. Answers at once with where they are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -135,6 +150,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.PinAdapter,
                     request_deserializer=loraplex_dot_v1_dot_adapters__pb2.PinAdapterRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_adapters__pb2.PinAdapterResponse.SerializeToString,
+            ),
+            'Prefetch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prefetch,
+                    request_deserializer=loraplex_dot_v1_dot_adapters__pb2.PrefetchRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapters__pb2.PrefetchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -273,6 +293,33 @@ class AdapterService(object):
             '/loraplex.v1.AdapterService/PinAdapter',
             loraplex_dot_v1_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
             loraplex_dot_v1_dot_adapters__pb2.PinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prefetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/Prefetch',
+            loraplex_dot_v1_dot_adapters__pb2.PrefetchRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapters__pb2.PrefetchResponse.FromString,
             options,
             channel_credentials,
             insecure,

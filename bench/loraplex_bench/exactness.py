@@ -1,9 +1,10 @@
-"""What holding adapters in 8 bits costs in exactness, on the demo model.
+"""What holding adapters, or the KV cache, in 8 bits costs in exactness, on the demo model.
 
-    python -m loraplex_bench.adapter_exactness --lines 200
+    python -m loraplex_bench.exactness adapters --lines 200
+    python -m loraplex_bench.exactness kv-cache
 
-The same engine with `--adapter-device-dtype` auto and int8: the logits of every position of the right answers
-(teacher-forced) side by side, and how many greedy answers are exactly right.
+The same engine without and with `--adapter-device-dtype int8` or `--kv-cache-dtype fp8`: the logits of every
+position of the right answers (teacher-forced) side by side, and how many greedy answers are exactly right.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,6 +34,12 @@ from loraplex_server.model.runner import ModelRunner
 _BLOCK = 16
 _BATCH = 32
 
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "adapters": {"adapters": {"device_dtype": "int8"}},
+    "kv-cache": {"scheduler": {"kv_cache_dtype": "fp8"}},
+}
+"""What is held in 8 bits, and the settings for that."""
+
 
 @dataclass(frozen=True)
 class Exactness:
@@ -46,20 +53,22 @@ class Exactness:
     adapter: str
     logit_error: float
     tokens_differ: float
-    right_auto: float
-    right_int8: float
+    right_plain: float
+    right_narrow: float
 
 
 class _Server:
     """An engine on the demo model, stepped by the caller."""
 
-    def __init__(self, device_dtype: str, quantization: str, dtype: str) -> None:
+    def __init__(self, settings: dict[str, dict[str, Any]], quantization: str, dtype: str) -> None:
         self._tokens: dict[str, list[int]] = {}
         data = data_dir()
         config = EngineConfig(
             model=ModelConfig(str(data / "base"), quantization=quantization, dtype=dtype, threads=1),
-            scheduler=SchedulerConfig(max_batch_tokens=2048, kv_block_size=_BLOCK),
-            adapters=AdapterConfig(folders=(data / "adapters",), device_dtype=device_dtype),
+            scheduler=SchedulerConfig(
+                max_batch_tokens=2048, kv_block_size=_BLOCK, **settings.get("scheduler", {})
+            ),
+            adapters=AdapterConfig(folders=(data / "adapters",), **settings.get("adapters", {})),
         )
         self.engine: Engine = build_engine(config, self._emit, wake=None, progress=False)
 
@@ -111,14 +120,19 @@ class _Server:
 
 
 def measure(
-    num_lines: int, *, quantization: str = "nf4", dtype: str = "float32", names: Sequence[str] = tuple(TASKS)
+    option: str,
+    num_lines: int,
+    *,
+    quantization: str = "nf4",
+    dtype: str = "float32",
+    names: Sequence[str] = tuple(TASKS),
 ) -> list[Exactness]:
-    """One figure for each adapter in `names`, and last the one over all of them."""
+    """One figure for each adapter in `names`, and last the one over all of them; `option` of `OPTIONS`."""
     lines = make_lines(CHECK_SEED, num_lines)
     tokenizer = load_tokenizer(data_dir() / "base")
     end = tokenizer.eos_token_id
     prompts = [tuple(tokenizer(prompt(line))["input_ids"]) for line in lines]
-    servers = [_Server(device_dtype, quantization, dtype) for device_dtype in ("auto", "int8")]
+    servers = [_Server(settings, quantization, dtype) for settings in ({}, OPTIONS[option])]
     found = []
     squares, variances, differing, positions = 0.0, 0.0, 0, 0
     try:
@@ -133,21 +147,21 @@ def measure(
                 [tokenizer.decode([token for token in tokens if token != end]) for tokens in given]
                 for given in (server.answers(name, prompts) for server in servers)
             ]
-            auto, int8 = (
+            plain, narrow = (
                 sum(a == b for a, b in zip(texts, answers, strict=True)) / len(lines) for texts in right
             )
             square = float((ours - truth).square().mean())
             variance = float(truth.var())
             differ = int((ours.argmax(-1) != truth.argmax(-1)).sum())
-            found.append(Exactness(name, (square / variance) ** 0.5, differ / len(truth), auto, int8))
+            found.append(Exactness(name, (square / variance) ** 0.5, differ / len(truth), plain, narrow))
             squares, variances = squares + square * len(truth), variances + variance * len(truth)
             differing, positions = differing + differ, positions + len(truth)
     finally:
         for server in servers:
             server.close()
-    auto = sum(each.right_auto for each in found) / len(found)
-    int8 = sum(each.right_int8 for each in found) / len(found)
-    return [*found, Exactness("all", (squares / variances) ** 0.5, differing / positions, auto, int8)]
+    plain = sum(each.right_plain for each in found) / len(found)
+    narrow = sum(each.right_narrow for each in found) / len(found)
+    return [*found, Exactness("all", (squares / variances) ** 0.5, differing / positions, plain, narrow)]
 
 
 def main() -> None:
@@ -155,15 +169,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("option", choices=OPTIONS, help="what to hold in 8 bits")
     parser.add_argument("--lines", type=int, default=100, help="lines that each adapter is asked about")
     parser.add_argument("--quantization", default="nf4", choices=("nf4", "int4", "none"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     arguments = parser.parse_args()
-    print("adapter         logit error  tokens differ  right, auto  right, int8")
-    for each in measure(arguments.lines, quantization=arguments.quantization, dtype=arguments.dtype):
+    print("adapter         logit error  tokens differ  right, plain  right, 8 bits")
+    for each in measure(
+        arguments.option, arguments.lines, quantization=arguments.quantization, dtype=arguments.dtype
+    ):
         print(
-            f"{each.adapter:15} {each.logit_error:11.2%} {each.tokens_differ:14.3%} {each.right_auto:12.2%} "
-            f"{each.right_int8:12.2%}"
+            f"{each.adapter:15} {each.logit_error:11.2%} {each.tokens_differ:14.3%} {each.right_plain:13.2%} "
+            f"{each.right_narrow:14.2%}"
         )
 
 
