@@ -38,8 +38,8 @@ test-fast: $(STAMP) ## The inner loop: two minutes
 test-kernels: $(STAMP) ## The wide sweep of the Triton kernels, under the interpreter where there is no GPU
 	$(TEST_ENV) $(PY) -m pytest -q -m kernels_wide tests/ops
 
-fuzz: $(STAMP) ## 100,000 spoiled adapter files, each refused with a typed error or whole
-	$(TEST_ENV) LORAPLEX_FUZZ_INPUTS=100000 $(PY) -m pytest -q -s tests/adapters/test_fuzz.py
+fuzz: $(STAMP) ## 100,000 spoiled adapter files and 100,000 random messages: a typed error or a whole answer each
+	$(TEST_ENV) LORAPLEX_FUZZ_INPUTS=100000 $(PY) -m pytest -q -s tests/adapters/test_fuzz.py tests/e2e/test_fuzz_requests.py
 
 bench: $(STAMP) ## The benches that fit this machine, side by side with their peers; results in bench/results
 	$(VENV)/bin/loraplex bench side-by-side --output bench/results

@@ -286,6 +286,25 @@ def judge() -> Callable[..., Oracle]:
     return make
 
 
+@pytest.fixture
+def under_the_interpreter(pytestconfig: pytest.Config) -> Callable[..., None]:
+    """`under_the_interpreter(__file__, marker, only="")`: that file's tests once more, in a process of their
+    own with Triton's interpreter, which has to be chosen before a kernel is imported."""
+
+    def run(file: str, marker: str, only: str = "") -> None:
+        pytest.importorskip("triton")
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", file, "-q", "-p", "no:cacheprovider", "-m", marker]
+        command += ["-k", only] if only else []
+        result = subprocess.run(
+            command, cwd=pytestconfig.rootpath, env=environment, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+        assert re.search(r"^\d+ passed", result.stdout, re.MULTILINE), result.stdout[-2000:]
+
+    return run
+
+
 @dataclasses.dataclass(frozen=True)
 class S3Server:
     """An S3 server on loopback (moto), and what a client needs in its environment."""

@@ -16,6 +16,10 @@ _COMMANDS = {
         "loraplex_bench.soak",
         "minutes of hard use with cancellations and crashes, then look for leaks",
     ),
+    "prefix-cache": (
+        "loraplex_bench.prefix_cache",
+        "time to the first token of prompts that begin alike, with and without the prefix cache",
+    ),
     "side-by-side": (
         "loraplex_bench.side_by_side",
         "compare loraplex with transformers + PEFT on this machine",

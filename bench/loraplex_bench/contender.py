@@ -36,7 +36,7 @@ class Contender:
     """A worker, starting when it is made; call `wait_ready` before anything else.
 
     Args:
-        spec: what `_open` takes: kind ("peft" or "engine"), weights or quantization, dtype.
+        spec: what `_open` takes: kind ("peft" or "engine"), weights or quantization, dtype, device of PEFT.
         threads: of torch; the only ones that compute.
     """
 
@@ -127,7 +127,8 @@ def _open(spec: dict[str, Any]) -> dict[str, Operation]:
     if spec["kind"] == "peft":
         from loraplex_bench.peers import PeftPeer
 
-        peer = PeftPeer(model, spec["weights"])
+        dtype = getattr(torch, spec.get("dtype", "float32"))
+        peer = PeftPeer(model, spec["weights"], spec.get("device", "cpu"), dtype)
         return {
             "one_by_one": measured(peer.one_by_one),
             "padded": measured(peer.padded),

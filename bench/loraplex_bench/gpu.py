@@ -2,22 +2,26 @@
 
     python -m loraplex_bench.gpu --output bench/results
 
-Four sections, `--only` picks some:
+Six sections, `--only` picks some:
 
 - tests      the op tests and the parity tests of the engine, on the GPU (they choose it by themselves)
 - lora       the LoRA op with cold adapters: whole steps of a Llama-3-8B, its share of a prefill, and tokens x
              mixes x ranks beside the peers that are at hand (`lora_peers`)
 - quant      the 4-bit products beside cuBLAS, gemlite and bitsandbytes (`ops_quant_cuda`)
 - attention  paged attention beside torch's (`ops_attention`)
+- step       whole decode steps of a random Llama-3-8B, by batch and number of adapters (`step_table`)
+- server     the server on that model under load, and transformers + PEFT with the same requests
+             (`server_table`)
 
-All timings are of CUDA graphs. One JSON named after the card holds the environment and every section that was
-run, written anew after each row, so that a run cut short leaves what it has and a later one adds to it.
+Timings of kernels are of CUDA graphs. One JSON named after the card holds the environment and every section
+that was run, written anew after each row: a run cut short leaves what it has, and a later one adds to it.
 Installs nothing: it uses the interpreter and the packages it is run with.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -30,17 +34,24 @@ from typing import Any
 
 import torch
 
-from loraplex_bench import lora_table, ops_attention, ops_quant_cuda
+from loraplex import LoraplexError
+from loraplex_bench import lora_table, ops_attention, ops_quant_cuda, server_table, step_table
 from loraplex_bench.environment import environment
+from loraplex_bench.launcher import LaunchError
 from loraplex_bench.lora_table import Row
 from loraplex_bench.report import table, write_json
+from loraplex_bench.server_table import ServerTable
+from loraplex_bench.step_table import StepRow, StepTable
 
-SECTIONS = ("tests", "lora", "quant", "attention")
+SECTIONS = ("tests", "lora", "quant", "attention", "step", "server")
+TINY_SECTIONS = ("step", "server")
 TESTS = (
     "tests/ops",
     "tests/engine/test_parity.py",
     "tests/engine/test_low_precision.py",
     "tests/engine/test_triton_engine.py",
+    "tests/engine/test_memory.py",
+    "tests/engine/test_in_8_bits.py",
 )
 _ROOT = Path(__file__).parents[2]
 
@@ -180,7 +191,43 @@ def time_attention(document: _Document, limit_s: float, device: torch.device) ->
         document.write("attention", {"ceilings": asdict(ceilings), "timings": timings})
 
 
-def main() -> int:
+def time_steps(document: _Document, limit_s: float, wanted: StepTable, device: torch.device) -> None:
+    """The section of whole decode steps, printed and written row by row."""
+    rows: list[StepRow] = []
+    for row in step_table.measure(wanted, device, limit_s):
+        rows.append(row)
+        print(row.line(), flush=True)
+        document.write("step", [each.as_json() for each in rows])
+    for quantization, cost in step_table.cost_of_adapters(rows, 64, 16).items():
+        print(f"{quantization}, batch 64: 16 distinct adapters cost {cost:.1%} over none")
+    expected = [
+        (quantization, batch, adapters)
+        for quantization in wanted.quantizations
+        for batch in wanted.batches
+        for adapters in dict.fromkeys(min(count, batch) for count in wanted.adapters)
+    ]
+    if len(rows) < len(expected):
+        print(f"{len(rows)} of {len(expected)} rows within the time limit")
+
+
+def time_server(document: _Document, limit_s: float, wanted: ServerTable, device: torch.device) -> None:
+    """The section of the server, printed and written row by row."""
+    rows: list[server_table.ServerRow] = []
+
+    def say(row: server_table.ServerRow) -> None:
+        rows.append(row)
+        print(row.line(), flush=True)
+        document.write("server", server_table.as_json(rows, wanted))
+
+    try:
+        server_table.measure(wanted, device, limit_s, say)
+    except (LaunchError, LoraplexError, OSError) as error:
+        say(
+            server_table.ServerRow("loraplex", wanted.quantization, "all at once", not_run=str(error)[-1500:])
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
     """Returns 0 when all tests passed, 1 when one did not, 2 where there is no GPU."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -198,7 +245,17 @@ def main() -> int:
         help="seconds of a section of timings, after which no further row is begun",
     )
     parser.add_argument("--quick", action="store_true", help="twelve rows of the LoRA table")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="of the section step"
+    )
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help=f"try {' and '.join(TINY_SECTIONS)} out on a tiny model, on a CPU if need be",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.tiny:
+        return _try_out(arguments)
     if not torch.cuda.is_available():
         print("torch finds no CUDA device here: `make bench-gpu` needs one", file=sys.stderr)
         return 2
@@ -219,8 +276,28 @@ def main() -> int:
             time_quant(document, arguments.time_limit)
         if "attention" in sections:
             time_attention(document, arguments.time_limit, device)
+    torch.cuda.empty_cache()
+    if "step" in sections:
+        steps = StepTable(kv_cache_dtype=arguments.kv_cache_dtype)
+        time_steps(document, arguments.time_limit, steps, device)
+    if "server" in sections:
+        time_server(document, arguments.time_limit, ServerTable(), device)
     print(f"written to {document.path}")
     return 0 if passed else 1
+
+
+def _try_out(arguments: argparse.Namespace) -> int:
+    """The sections that run anywhere, at their smallest."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    document = _Document(arguments.output, f"tiny on {device.type}")
+    sections = arguments.only or TINY_SECTIONS
+    if "step" in sections:
+        steps = dataclasses.replace(StepTable.tiny(), kv_cache_dtype=arguments.kv_cache_dtype)
+        time_steps(document, arguments.time_limit, steps, device)
+    if "server" in sections:
+        time_server(document, arguments.time_limit, ServerTable.tiny(), device)
+    print(f"written to {document.path}")
+    return 0
 
 
 if __name__ == "__main__":

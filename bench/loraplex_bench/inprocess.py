@@ -24,7 +24,10 @@ class InProcessEngine:
         self._wake = threading.Event()
         config = EngineConfig(
             model=ModelConfig(str(model.base), quantization=quantization, dtype=dtype, threads=threads),
-            scheduler=SchedulerConfig(max_model_len=512, max_batch_tokens=MAX_BATCH_TOKENS),
+            # The same requests are answered again and again, and PEFT computes them every time.
+            scheduler=SchedulerConfig(
+                max_model_len=512, max_batch_tokens=MAX_BATCH_TOKENS, prefix_cache=False
+            ),
             adapters=AdapterConfig(folders=(model.adapters,)),
         )
         self._engine = build_engine(config, self._emit, wake=self._wake.set, progress=False)

@@ -25,21 +25,33 @@ class PeftPeer:
     """A base model with all adapters attached.
 
     Args:
-        weights: "dense" for fp32, "bnb-nf4" for bitsandbytes' NF4 with fp32 activations.
+        weights: "dense", or "bnb-nf4" for bitsandbytes' NF4.
+        dtype: of the activations, and of dense weights.
     """
 
-    def __init__(self, model: BenchModel, weights: str) -> None:
-        kwargs: dict[str, Any] = {"dtype": torch.float32}
+    def __init__(
+        self,
+        model: BenchModel,
+        weights: str,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._device = device
+        kwargs: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
         if weights == "bnb-nf4":
             kwargs["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
             )
-            kwargs["device_map"] = "cpu"
+        if weights == "dense" and device == "cpu":
+            del kwargs["device_map"]
         base = AutoModelForCausalLM.from_pretrained(model.base, **kwargs)
         first, *others = model.names
-        self._model: Any = PeftModel.from_pretrained(base, model.adapters / first, adapter_name=first)
+        # In the base's own dtype: fp32 adapters on a bf16 base would be no faster.
+        self._model: Any = PeftModel.from_pretrained(
+            base, model.adapters / first, adapter_name=first, autocast_adapter_dtype=False
+        )
         for name in others:
-            self._model.load_adapter(model.adapters / name, adapter_name=name)
+            self._model.load_adapter(model.adapters / name, adapter_name=name, autocast_adapter_dtype=False)
         self._model.eval()
 
     @torch.inference_mode()
@@ -80,18 +92,18 @@ class PeftPeer:
         largest logit in absolute value."""
         if job.adapter is not None:
             self._model.set_adapter(job.adapter)
-        logits = self._model(input_ids=torch.tensor([[*job.prompt, *answer]]), logits_to_keep=1).logits[0, -1]
+        logits = self._model(input_ids=self._tensor([[*job.prompt, *answer]]), logits_to_keep=1).logits[0, -1]
         top = logits.topk(2).values
         return float(top[0] - top[1]), float(logits.abs().max())
 
     def _greedy(self, prompts: Sequence[Sequence[int]], max_tokens: int, **kwargs: Any) -> list[list[int]]:
         """Greedy tokens of each prompt, [rows][max_tokens]; end-of-sequence is a token like any other."""
         longest = max(map(len, prompts))
-        input_ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+        input_ids = self._tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
         mask: torch.Tensor | None = None
         if any(len(prompt) < longest for prompt in prompts):
-            padding = torch.tensor([longest - len(prompt) for prompt in prompts])
-            mask = (torch.arange(longest) >= padding[:, None]).long()
+            padding = self._tensor([longest - len(prompt) for prompt in prompts])
+            mask = (torch.arange(longest, device=self._device) >= padding[:, None]).long()
         cache = DynamicCache(config=self._model.config)
         chosen: list[torch.Tensor] = []
         for _ in range(max_tokens):
@@ -111,3 +123,6 @@ class PeftPeer:
                 mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         tokens: list[list[int]] = torch.cat(chosen, dim=1).tolist()
         return tokens
+
+    def _tensor(self, values: list[Any]) -> torch.Tensor:
+        return torch.tensor(values, device=self._device)

@@ -49,7 +49,7 @@ def make_random_llama(folder: Path, *, adapters: int = 16, seed: int = 0, small:
     model = LlamaForCausalLM(config).float()
     base = folder / "base"
     model.save_pretrained(base)
-    _tokenizer(config.vocab_size).save_pretrained(base)
+    word_tokenizer(config.vocab_size).save_pretrained(base)
     names = tuple(f"random-{index:02}" for index in range(adapters))
     for index, name in enumerate(names):
         rank = RANKS[index % len(RANKS)]
@@ -63,7 +63,7 @@ def make_random_llama(folder: Path, *, adapters: int = 16, seed: int = 0, small:
     return BenchModel(label, base, folder / "adapters", names, config.vocab_size)
 
 
-def _tokenizer(size: int) -> PreTrainedTokenizerFast:
+def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
     """Words t2 .. t(size-1), parted by spaces: enough for a server, which wants to give text as well."""
     vocabulary = {"<s>": 0, "</s>": 1} | {f"t{index}": index for index in range(2, size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))

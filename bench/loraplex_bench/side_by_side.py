@@ -464,7 +464,7 @@ class _Server:
         flags = [
             *("--model", str(model.base), "--adapters", str(model.adapters), "--quantization", quantization),
             *("--dtype", _dtype(quantization), "--threads", str(threads), "--max-model-len", "512"),
-            *("--max-batch-tokens", str(MAX_BATCH_TOKENS)),
+            *("--max-batch-tokens", str(MAX_BATCH_TOKENS), "--prefix-cache", "off"),
             *("--port", "0", "--metrics-port", "0"),
         ]
         self._server = LaunchedServer(flags)

@@ -12,6 +12,7 @@ from pathlib import Path
 from loraplex_server import log, settings
 from loraplex_server.config import (
     ADAPTER_DEVICE_DTYPES,
+    CUDA_GRAPHS,
     DEVICES,
     DTYPES,
     KERNELS,
@@ -141,6 +142,20 @@ def build_parser() -> argparse.ArgumentParser:
     _choice(group, "--dtype", DTYPES, model.dtype, "type of the activations")
     _choice(group, "--kernels", KERNELS, model.kernels, "auto is triton on cuda, torch on cpu")
     _count(group, "--threads", model.threads, "CPU threads of the engine; 0 is all cores but one")
+    _choice(
+        group,
+        "--cuda-graphs",
+        CUDA_GRAPHS,
+        model.cuda_graphs,
+        "record decode steps at start and replay them; auto is where the device can, on is that or no start",
+    )
+    group.add_argument(
+        "--cuda-graph-sizes",
+        type=_counts,
+        default=model.cuda_graph_sizes,
+        metavar="N,N,...",
+        help="numbers of requests to record decode steps for (default: up to --max-num-requests)",
+    )
 
     group = parser.add_argument_group("batching")
     _count(group, "--max-batch-tokens", scheduler.max_batch_tokens, "tokens computed in one step")
@@ -185,7 +200,20 @@ def build_parser() -> argparse.ArgumentParser:
         group,
         "--max-adapter-wait",
         scheduler.max_adapter_wait_s,
-        "a request that has waited so long for its adapters is overtaken no more",
+        "for a request that has waited so long for room on the device, adapters in use are freed one by one",
+    )
+    _count(
+        group,
+        "--fair-quantum",
+        scheduler.fair_quantum,
+        "tokens of a tenant, and of an adapter within it, before it is the next one's turn",
+    )
+    _seconds(
+        group,
+        "--fair-aging",
+        scheduler.fair_aging_s,
+        "waiting time that counts as much as a quantum not given: more is fairer, less nearer to first come "
+        "first served",
     )
 
     group = parser.add_argument_group("adapters")
@@ -318,6 +346,8 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 dtype=arguments.dtype,
                 kernels=arguments.kernels,
                 threads=arguments.threads,
+                cuda_graphs=arguments.cuda_graphs,
+                cuda_graph_sizes=arguments.cuda_graph_sizes,
             ),
             scheduler=SchedulerConfig(
                 max_batch_tokens=arguments.max_batch_tokens,
@@ -330,6 +360,8 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 kv_block_size=arguments.kv_block_size,
                 prefix_cache=arguments.prefix_cache == "on",
                 max_adapter_wait_s=arguments.max_adapter_wait,
+                fair_quantum=arguments.fair_quantum,
+                fair_aging_s=arguments.fair_aging,
             ),
             adapters=AdapterConfig(
                 folders=tuple(arguments.adapters),
@@ -421,6 +453,15 @@ def _parse_size(text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of numbers; write for example 1,2,4,8"
+        ) from error
 
 
 def _folder(text: str) -> Path:

@@ -17,6 +17,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 KERNELS = ("auto", "torch", "triton")
+CUDA_GRAPHS = ("auto", "on", "off")
 KV_CACHE_DTYPES = ("auto", "fp8")
 ADAPTER_DEVICE_DTYPES = ("auto", "int8")
 
@@ -66,6 +67,9 @@ class ModelConfig:
         model: a folder with a Hugging Face checkpoint, or a hub id.
         double_quant: quantise the scales of nf4 as well.
         threads: CPU threads of the engine; 0 is all cores but one.
+        cuda_graphs: whether decode steps are recorded at start and replayed: "auto" where the Triton kernels
+            run on CUDA, "on" or not at all, also under Triton's interpreter.
+        cuda_graph_sizes: numbers of requests to record them for; none leaves the choice open.
     """
 
     model: str
@@ -75,6 +79,8 @@ class ModelConfig:
     dtype: str = "auto"
     kernels: str = "auto"
     threads: int = 0
+    cuda_graphs: str = "auto"
+    cuda_graph_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("quantization", self.quantization, QUANTIZATIONS)
@@ -82,6 +88,9 @@ class ModelConfig:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("kernels", self.kernels, KERNELS)
         _at_least("threads", self.threads, 0)
+        _one_of("cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
+        for size in self.cuda_graph_sizes:
+            _at_least("cuda_graph_sizes", size, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +107,10 @@ class SchedulerConfig:
         kv_cache_dtype: "auto" is the type of the activations, "fp8" (e4m3) takes less room and is less exact.
         gpu_memory_utilization: share of the GPU's memory that may be used, whatever else is on it included.
         prefix_cache: keep keys and values of answered requests for others that begin alike.
-        max_adapter_wait_s: a request that has waited this long for its adapters is overtaken no
-            more by younger requests that need adapters too.
+        max_adapter_wait_s: for a request that has waited this long for room on the device, an adapter in use
+            gets no new requests until it can be evicted; the longer the wait, the more adapters.
+        fair_quantum: tokens that a tenant, and an adapter within it, gets before it is the next one's turn.
+        fair_aging_s: waiting time that counts as much as a quantum not given.
     """
 
     max_batch_tokens: int = 512
@@ -112,6 +123,8 @@ class SchedulerConfig:
     kv_block_size: int = 16
     prefix_cache: bool = True
     max_adapter_wait_s: float = 1.0
+    fair_quantum: int = 512
+    fair_aging_s: float = 5.0
 
     def __post_init__(self) -> None:
         _at_least("max_batch_tokens", self.max_batch_tokens, 1)
@@ -125,6 +138,9 @@ class SchedulerConfig:
             raise InvalidArgumentError.field(
                 "gpu_memory_utilization", f"{self.gpu_memory_utilization} is no share above 0 and up to 1"
             )
+        _at_least("fair_quantum", self.fair_quantum, 1)
+        if not 0 < self.fair_aging_s < math.inf:
+            raise InvalidArgumentError.field("fair_aging_s", f"{self.fair_aging_s} is no positive number")
 
 
 @dataclasses.dataclass(frozen=True)

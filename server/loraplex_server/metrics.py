@@ -45,6 +45,14 @@ class Metrics:
         self._plan_seconds = self._histogram(
             "loraplex_step_plan_seconds", "Part of a step spent planning it.", _STEP_BUCKETS
         )
+        self._device_seconds = self._histogram(
+            "loraplex_step_device_seconds", "Time of a step by the GPU's own clock.", _STEP_BUCKETS
+        )
+        self._idle_seconds = self._histogram(
+            "loraplex_step_device_idle_seconds",
+            "Time the GPU waited for a step although there was work.",
+            (0.00005, 0.0001, 0.00025, *_STEP_BUCKETS),
+        )
         self._step_requests = self._histogram(
             "loraplex_step_requests", "Requests in a step (batch size).", _COUNT_BUCKETS
         )
@@ -168,6 +176,10 @@ class Metrics:
         for step in stats.steps:
             self._step_seconds.observe(step.seconds)
             self._plan_seconds.observe(step.plan_seconds)
+            if step.device_seconds is not None:
+                self._device_seconds.observe(step.device_seconds)
+            if step.idle_seconds is not None:
+                self._idle_seconds.observe(step.idle_seconds)
             self._step_requests.observe(step.requests)
             self._step_tokens.observe(step.prefill_tokens + step.decode_tokens)
             self._step_adapters.observe(step.adapters)

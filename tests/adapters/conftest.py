@@ -54,7 +54,8 @@ def registry() -> SiteRegistry:
         for path, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and path != "lm_head"
     ]
-    return SiteRegistry(linears, hidden_size=LLAMA.hidden_size)
+    kv_shapes = [(2, 8)] * LLAMA.num_hidden_layers
+    return SiteRegistry(linears, hidden_size=LLAMA.hidden_size, kv_shapes=kv_shapes)
 
 
 @pytest.fixture(scope="session")

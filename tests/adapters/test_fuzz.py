@@ -118,6 +118,10 @@ def originals(registry: SiteRegistry) -> list[Files]:
             {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "num_transformer_submodules": 1},
             {"prompt_embeddings": draw(4, registry.hidden_size)},
         ),
+        (
+            {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "num_layers": 2, "token_dim": 16},
+            {"prompt_embeddings": draw(3, 2 * 2 * 16)},
+        ),
     ]
     prefix, hidden, vocabulary = "base_model.model", registry.hidden_size, registry.vocabulary
     embedding, head = f"{prefix}.model.embed_tokens", f"{prefix}.lm_head"

@@ -160,6 +160,51 @@ def test_soft_prompts_as_peft_saves_them(
     assert "the base model needs [6, 32]" in refused()
 
 
+@pytest.mark.parametrize("projected", [False, True])
+def test_prefixes_as_peft_saves_them(
+    projected: bool,
+    base_model: Callable[[], Any],
+    tmp_path: Path,
+    registry: SiteRegistry,
+    refused: Callable[..., str],
+) -> None:
+    import peft
+
+    made = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=projected, encoder_hidden_size=7
+    )
+    peft.get_peft_model(base_model(), made).save_pretrained(tmp_path / "a")
+    manifest = read_manifest("a", tmp_path / "a", registry, [tmp_path], 64)
+    assert (manifest.num_virtual_tokens, manifest.num_prefix_tokens) == (5, 5)
+    assert (manifest.linear, manifest.sites) == (False, ())
+    # Keys and values of 2 layers, each of 2 KV heads of 8.
+    assert [(vector.length, vector.rows) for vector in manifest.vectors] == [(16, 5 * 2 * 2)]
+    for settings, named in (
+        ({"num_virtual_tokens": 6}, "the base model needs [6, 64]"),
+        ({"num_attention_heads": 4}, "num_attention_heads is 4, the base model's keys and values need 2"),
+        ({"token_dim": 32}, "token_dim is 32"),
+        ({"num_layers": 1}, "num_layers is 1"),
+        ({"num_transformer_submodules": 2}, "only decoders are served"),
+    ):
+        before = (tmp_path / "a" / "adapter_config.json").read_text()
+        edit(tmp_path / "a", **settings)
+        assert named in refused()
+        (tmp_path / "a" / "adapter_config.json").write_text(before)
+
+
+def test_a_prefix_is_refused_where_layers_differ(
+    base_model: Callable[[], Any], tmp_path: Path, registry: SiteRegistry
+) -> None:
+    import peft
+
+    made = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    peft.get_peft_model(base_model(), made).save_pretrained(tmp_path / "a")
+    sites = [(entry.path, entry.in_features, entry.out_features) for entry in registry]
+    uneven = SiteRegistry(sites, hidden_size=32, kv_shapes=[(2, 8), (1, 16)])
+    with pytest.raises(FailedPreconditionError, match="caches of different shapes"):
+        read_manifest("a", tmp_path / "a", uneven, [tmp_path], 64)
+
+
 def test_a_scale_of_a_shared_input_is_refused(
     base_model: Callable[[], Any], tmp_path: Path, registry: SiteRegistry
 ) -> None:
@@ -212,7 +257,6 @@ def test_other_kinds_of_lora_are_refused_by_name(
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ("PrefixTuningConfig", "keys and values of its own"),
         ("LoHaConfig", "'LOHA'"),
         ("VeraConfig", "'VERA'"),
         ("OFTConfig", "'OFT'"),
@@ -227,11 +271,7 @@ def test_other_methods_are_refused_by_name(
 ) -> None:
     import peft
 
-    settings: dict[str, Any] = {"task_type": "CAUSAL_LM"}
-    if "Pr" in config:
-        settings |= {"num_virtual_tokens": 3}
-    else:
-        settings |= {"target_modules": ["q_proj"]}
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
     if config == "OFTConfig":
         settings |= {"oft_block_size": 8, "r": 0}
     with warnings.catch_warnings():

@@ -152,8 +152,8 @@ def test_an_adapter_larger_than_a_budget_is_refused_and_the_option_named(
 
 def test_the_states_of_an_adapter(make_store: MakeStore, folder: Path, served: Callable[..., bool]) -> None:
     store = make_store(folder)
-    handles = store.resolve(["a"])
     states = [store.get("a").state]
+    handles = store.resolve(["a"])
     assert store.reserve(handles) is LOADING
     states.append(store.get("a").state)
     while store.busy:
@@ -237,21 +237,55 @@ def test_the_host_copy_may_go_while_the_device_copy_stays(
     assert served(store, b[0], folder / "b")
 
 
-def test_the_least_recently_used_leave_first(make_store: MakeStore, folder: Path, bring: Bring) -> None:
+def test_the_least_asked_for_leave_first(make_store: MakeStore, folder: Path, bring: Bring) -> None:
     store = make_store(folder, device_bytes=3 * ROOM)
     for name in "abc":
         store.release(bring(store, name))
     store.release(bring(store, "a"))
     c = bring(store, "c")
     store.release(bring(store, "d"))
-    assert store.on_device == ("a", "c", "d"), "b was the least recently used"
+    assert store.on_device == ("d", "a", "c"), "b was asked for once, and before d"
     store.release(c)
     for name in "ef":
         store.release(bring(store, name))
-    assert store.on_device == ("c", "e", "f")
-    assert [status.evictions for status in store.list()] == [1, 1, 0, 1, 0, 0]
+    assert store.on_device == ("f", "a", "c")
+    assert [status.evictions for status in store.list()] == [0, 1, 0, 1, 1, 0]
     evicted = [swap.adapter for swap in store.drain_swaps() if swap.kind == "evict_device"]
-    assert evicted == ["b", "a", "d"]
+    assert evicted == ["b", "d", "e"]
+
+
+def test_what_a_request_waits_for_leaves_last(make_store: MakeStore, folder: Path, bring: Bring) -> None:
+    store = make_store(folder, device_bytes=2 * ROOM)
+    for name in "abbb":
+        store.release(bring(store, name))
+    waiting = store.resolve(["a"])
+    store.release(bring(store, "c"))
+    assert set(store.on_device) == {"a", "c"}, "b is asked for more often, but nobody waits for it"
+    store.release(waiting)
+
+
+def test_a_request_in_the_queue_has_its_adapter_read_ahead(
+    make_store: MakeStore, folder: Path, settle: Settle
+) -> None:
+    store = make_store(folder)
+    handles = store.resolve(["b"])
+    settle(store)
+    assert (store.on_host, store.on_device) == (("b",), ())
+    store.release(handles)
+
+
+def test_what_is_demanded_is_read_before_what_is_read_ahead(
+    make_store: MakeStore, folder: Path, settle: Settle
+) -> None:
+    store = make_store(folder)
+    queued = [store.resolve([name]) for name in "abcdef"]
+    store.reserve(queued[5])
+    settle(store)
+    loads = [swap.adapter for swap in store.drain_swaps() if swap.kind == "load"]
+    assert sorted(loads) == list("abcdef")
+    assert loads.index("f") == 2, "two were being read already"
+    for handles in queued:
+        store.release(handles)
 
 
 def test_the_number_of_adapters_has_a_cap_of_its_own(
@@ -518,8 +552,8 @@ def test_a_file_that_goes_bad_fails_every_waiter_and_heals_later(
 ) -> None:
     store = make_store(folder, device_bytes=2 * ROOM)
     held = bring(store, "b")
-    alone, together, blocked = store.resolve(["a"]), store.resolve(["a", "b"]), store.resolve(["a", "c"])
     (folder / "a" / "adapter_model.safetensors").write_bytes(b"spoiled")
+    alone, together, blocked = store.resolve(["a"]), store.resolve(["a", "b"]), store.resolve(["a", "c"])
     assert store.reserve(alone) is LOADING
     assert store.reserve(together) is LOADING
     assert store.reserve(blocked) is BLOCKED

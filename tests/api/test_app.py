@@ -313,7 +313,10 @@ def test_metrics_of_engine_and_requests(serving: Any) -> None:
         engine.tokens(core, 43, finish=FinishReason.LENGTH, times=TIMES)
 
     stats = Stats(
-        steps=(StepRecord(0.004, 0.001, 3, 20, 2, 2, 0), StepRecord(0.003, 0.001, 3, 0, 3, 2, 1)),
+        steps=(
+            StepRecord(0.004, 0.001, 3, 20, 2, 2, 0),
+            StepRecord(0.003, 0.001, 3, 0, 3, 2, 1, device_seconds=0.002, idle_seconds=0.0005),
+        ),
         swaps=(
             SwapRecord("load", "sql", 0.02, 1000),
             SwapRecord("copy", "sql", 0.002, 1000),
@@ -353,6 +356,8 @@ def test_metrics_of_engine_and_requests(serving: Any) -> None:
                 "loraplex_requests_waiting_for_adapter": 2,
                 "loraplex_step_seconds_count": 4,
                 "loraplex_step_requests_sum": 12,
+                "loraplex_step_device_seconds_count": 2,
+                "loraplex_step_device_idle_seconds_sum": 0.001,
                 "loraplex_prefill_tokens_total": 40,
                 "loraplex_decode_tokens_total": 10,
                 "loraplex_preemptions_total": 2,

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 MAX_TOKENS = 10
+EXACT_IN_8_BITS = (None, "ia3", "ia3_outputs", "prompt", "p_tuning", "prefix", "projected", "cartridge")
 BLOCK = 4
 INVOCATION = (7, 9)
 LENGTHS = (4, 29)
@@ -39,11 +40,13 @@ class Kind:
         adapters: PEFT's configuration of each adapter that a request of this kind names, made from the module
             `peft` and the names of the attention's and the MLP's projections.
         weights: of the adapters, in their order.
+        added_tokens: that each adapter adds to the vocabulary.
     """
 
     label: str
     adapters: dict[str, Configure]
     weights: tuple[float, ...] = (1.0,)
+    added_tokens: int = 0
 
     @property
     def uses(self) -> list[tuple[str, float]]:
@@ -106,6 +109,30 @@ KINDS = {
             )
         },
     ),
+    "prefix": Kind(
+        "prefix tuning",
+        {
+            "prefix": lambda peft, attention, mlp: peft.PrefixTuningConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=9
+            )
+        },
+    ),
+    "projected": Kind(
+        "prefix tuning, projected",
+        {
+            "projected": lambda peft, attention, mlp: peft.PrefixTuningConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=6, prefix_projection=True, encoder_hidden_size=24
+            )
+        },
+    ),
+    "cartridge": Kind(
+        "cartridge",
+        {
+            "cartridge": lambda peft, attention, mlp: peft.CartridgeConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=5, num_frozen_tokens=2
+            )
+        },
+    ),
     "activated": Kind(
         "aLoRA",
         {
@@ -113,6 +140,35 @@ KINDS = {
                 task_type="CAUSAL_LM", r=8, lora_alpha=32, alora_invocation_tokens=list(INVOCATION)
             )
         },
+    ),
+    "ends": Kind(
+        "LoRA, embedding and head",
+        {
+            "ends": lambda peft, attention, mlp: peft.LoraConfig(
+                r=5, lora_alpha=9, target_modules=["embed_tokens", "lm_head", attention[0]]
+            )
+        },
+    ),
+    "copies": Kind(
+        "modules_to_save",
+        {
+            "copies": lambda peft, attention, mlp: peft.LoraConfig(
+                r=4, target_modules=attention, modules_to_save=["embed_tokens", "lm_head", "norm", mlp[-1]]
+            )
+        },
+    ),
+    "rows": Kind(
+        "trainable tokens",
+        {"rows": _lora(r=4, lora_alpha=8, trainable_token_indices=[*INVOCATION, 60, 100, 150])},
+    ),
+    "added": Kind(
+        "added tokens",
+        {
+            "added": lambda peft, attention, mlp: peft.LoraConfig(
+                r=4, target_modules=mlp, modules_to_save=["embed_tokens", "lm_head"]
+            )
+        },
+        added_tokens=3,
     ),
     "sum": Kind(
         "composition of two",
@@ -129,11 +185,13 @@ class Column:
     Attributes:
         together: requests of all kinds and of the base are one batch; else each has the engine to itself.
         repeated: all are asked twice, after the base alone, and find their prompts cached the second time.
+        preempted: the KV cache is too small for those that run.
     """
 
     quantization: str = "none"
     together: bool = True
     repeated: bool = False
+    preempted: bool = False
     scheduler: dict[str, Any] = dataclasses.field(default_factory=dict)
     adapters: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -149,6 +207,7 @@ COLUMNS = {
     "nf4": Column("nf4", **_TIGHT),
     "int4": Column("int4", **_TIGHT),
     "chunked prefill": Column(**_TIGHT),
+    "preemption": Column(preempted=True, scheduler={"max_num_requests": 6, "kv_cache_bytes": 24 * 2048}),
     "prefix cache": Column(repeated=True, **_TIGHT),
 }
 
@@ -162,12 +221,16 @@ def _randomise(name: str, parameter: torch.Tensor, noise: torch.Tensor) -> None:
         parameter.data.copy_(noise * parameter.shape[1] ** -0.5)
     elif "lora_B" in name:
         parameter.data.copy_(noise * 0.1)
+    elif "lora_embedding" in name:
+        parameter.data.copy_(noise * (1.0 if "_A" in name else 0.1))
+    elif "trainable_tokens" in name or "modules_to_save" in name:
+        parameter.data.add_(noise * (0.3 if parameter.ndim == 1 else 0.5 * parameter.data.std()))
     elif "lora_magnitude_vector" in name:
         parameter.data.mul_(1 + 0.3 * noise)
     elif "ia3_l" in name:
         parameter.data.copy_(1 + 0.5 * noise)
     elif "prompt_encoder" in name:
-        parameter.data.copy_(noise * (1.0 if "embedding" in name else 0.3))
+        parameter.data.copy_(noise * (3.0 if "embedding" in name else 0.5))
 
 
 def _save(architecture: str, base: Path, kind: Kind, folder: Path, generator: torch.Generator) -> None:
@@ -179,6 +242,8 @@ def _save(architecture: str, base: Path, kind: Kind, folder: Path, generator: to
     mlp = ["gate_up_proj", "down_proj"] if fused else ["gate_proj", "up_proj", "down_proj"]
     for name, configure in kind.adapters.items():
         frozen = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        if kind.added_tokens:
+            frozen.resize_token_embeddings(frozen.config.vocab_size + kind.added_tokens, mean_resizing=False)
         model = peft.get_peft_model(frozen, configure(peft, attention, mlp))
         for path, parameter in model.named_parameters():
             _randomise(path, parameter, torch.randn(parameter.shape, generator=generator))
@@ -228,7 +293,8 @@ def truth(tiny: Any, saved: Any, judge: Any, prompts: Prompts) -> Callable[[str,
             return answers
         for name in (*KINDS, None):
             folder = saved(architecture)[name or "plain"]
-            oracle = judge(tiny(architecture).base, folder, quantization)
+            added = KINDS[name].added_tokens if name else 0
+            oracle = judge(tiny(architecture).base, folder, quantization, added)
             for length, prompt in prompts.items():
                 answers[name, length] = oracle.generate(prompt, KINDS[name].uses if name else [], MAX_TOKENS)
         for length in LENGTHS:
@@ -282,6 +348,7 @@ def _ask(
                 served.run()
         served.run()
         passes.append(answers)
+    assert bool(sum(step.preemptions for step in served.engine.stats().steps)) == column.preempted
     return passes
 
 
@@ -387,7 +454,7 @@ def test_a_pairs_bias_is_weighted_in_a_composition(tiny: Any, harness: Any, save
     assert alone.tokens != expected
 
 
-@pytest.mark.parametrize("kind", ["dora", "ia3", "prompt"])
+@pytest.mark.parametrize("kind", ["dora", "ia3", "prompt", "prefix"])
 @pytest.mark.parametrize("uses", [[(None, 0.5)], [(None, 1.0), ("plain", 1.0)]])
 def test_what_scales_the_base_stands_alone_at_weight_1(
     kind: str, uses: list[tuple[str | None, float]], tiny: Any, harness: Any, saved: Any
@@ -426,7 +493,7 @@ def test_in_8_bits_vectors_stay_exact_and_low_rank_pairs_near(
     for kind, length in asked:
         plain, small = (answers[dtype][f"{kind}-{length}"] for dtype in ("auto", "int8"))
         logprob, near = plain.logprobs[0].logprob, small.logprobs[0].logprob
-        if kind in (None, "ia3", "ia3_outputs", "prompt", "p_tuning"):
+        if kind in EXACT_IN_8_BITS:
             assert plain.tokens == small.tokens
             assert near == pytest.approx(logprob, abs=1e-6)
         else:

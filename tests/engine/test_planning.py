@@ -14,6 +14,7 @@ from loraplex_server.engine.sequence import Composition, Sequence
 
 class Handle:
     num_virtual_tokens = 0
+    num_prefix_tokens = 0
     invocation_tokens: tuple[int, ...] = ()
     content_hash = "hash"
 
@@ -112,3 +113,24 @@ def test_block_keys_name_tenant_adapters_and_weights() -> None:
     found = [keys(*owner) for owner in (("x", ()), ("y", ()), ("x", (a,)), ("x", (half,)), ("x", (a, a)))]
     assert len({key for pair in found for key in pair}) == 10
     assert keys("x", (a,)) == found[2]
+
+
+class Prefix(Handle):
+    """An adapter that brings keys and values of five virtual tokens."""
+
+    num_virtual_tokens = num_prefix_tokens = 5
+
+
+def test_a_prefix_is_copied_and_not_computed() -> None:
+    request = Request("r", (100, 101, 102), SamplingParams(), (AdapterUse("b"),))
+    made = Sequence(request, "client", (cast(AdapterHandle, Prefix("b")),))
+    made.block_table, made.num_computed = [6, 3], 5
+    plan = build_plan([Scheduled(sequence(6, 5, [8, 2]), 1), Scheduled(made, 2, 3)], 4, slot_of, ())
+    # Two of the five were found in the cache.
+    assert (plan.prefix_slot.tolist(), plan.prefix_first.tolist()) == ([5], [2])
+    assert plan.prefix_start.tolist() == [0, 3]
+    assert plan.prefix_cells.tolist() == [6 * 4 + 2, 6 * 4 + 3, 3 * 4]
+    assert plan.token_ids.tolist() == [105, 100, 101]
+    assert plan.positions.tolist() == [5, 5, 6]
+    assert plan.context_len.tolist() == [6, 7]
+    assert plan.runs == []

@@ -20,10 +20,12 @@ from loraplex_server.errors import DeadlineExceededError, NotFoundError, ServerE
 
 class Handle:
     num_virtual_tokens = 0
+    num_prefix_tokens = 0
     invocation_tokens: tuple[int, ...] = ()
     """A request's reference to an adapter, as far as the scheduler looks at it."""
 
     content_hash = "hash"
+    resident = False
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -140,6 +142,8 @@ def test_decodes_go_before_a_long_prefill_that_was_admitted_earlier() -> None:
     short.block_table = scheduler._blocks.allocate(1)
     short.token_ids.append(0)
     scheduler.running.append(short)
+    scheduler._ledger.enter(short)
+    scheduler._ledger.admit(short, 0.0)
     schedule = scheduler.schedule()
     assert [(item.sequence is short, item.num_tokens) for item in schedule.scheduled] == [
         (True, 1),
@@ -165,7 +169,7 @@ def test_priority_first_then_arrival() -> None:
 
 def test_the_admission_order_is_replaceable() -> None:
     pool = KvBlockPool(64, 4)
-    shortest_first = lambda waiting, now_s: sorted(waiting, key=lambda s: len(s.token_ids))  # noqa: E731
+    shortest_first = lambda waiting, now_s, passed: sorted(waiting, key=lambda s: len(s.token_ids))  # noqa: E731
     scheduler = Scheduler(SchedulerConfig(max_batch_tokens=64), pool, cast(Any, Cache()), shortest_first)
     long, short = sequence(9), sequence(3)
     scheduler.add(long)
@@ -329,3 +333,34 @@ def test_random_loads_keep_every_invariant(seed: int) -> None:
     assert not scheduler.has_work, "not every request finished"
     assert pool.num_used == 0
     assert not any(cache.references.values())
+
+
+class Prefix(Handle):
+    """An adapter that brings keys and values of six virtual tokens."""
+
+    num_virtual_tokens = num_prefix_tokens = 6
+
+
+def test_a_prefix_costs_blocks_but_no_budget_and_is_copied_anew_after_preemption() -> None:
+    cache = Cache()
+    cache.arrived.add("a")
+    scheduler, pool = make(blocks=6, cache=cache, max_batch_tokens=4)
+    request = Request("prefixed", (7,) * 5, SamplingParams(max_tokens=9), (AdapterUse("a"),))
+    prefixed = Sequence(request, "client", (cast(AdapterHandle, Prefix("a")),), caches=False)
+    scheduler.add(prefixed)
+    schedule = scheduler.schedule()
+    assert [(item.num_tokens, item.num_copied) for item in schedule.scheduled] == [(4, 6)]
+    assert (prefixed.num_computed, pool.num_used) == (6, 3)
+    commit(scheduler, schedule)
+    urgent = sequence(12, priority=1, max_tokens=1)
+    scheduler.add(urgent)
+    copied = []
+    while scheduler.has_work:
+        schedule = scheduler.schedule()
+        copied += [item.num_copied for item in schedule.scheduled if item.sequence is prefixed]
+        commit(scheduler, schedule)
+        assert scheduler.check_integrity() == []
+    assert prefixed.preemptions > 0
+    assert copied.count(6) == prefixed.preemptions
+    assert prefixed.num_generated == 9
+    assert pool.num_used == 0

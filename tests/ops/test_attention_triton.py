@@ -27,6 +27,7 @@ from loraplex_kernels.attention import (
     packed,
     paged_attention,
     tiles,
+    write_cells,
     write_kv,
 )
 from loraplex_kernels.attention import plan as planning
@@ -356,6 +357,24 @@ class TestKernels:
             want[block, 1, :, offset] = problem.v[row].bfloat16()
         write_kv(problem.k, problem.v, problem.cache, problem.build())
         assert torch.equal(problem.cache, want)
+
+    def test_write_of_cells_that_no_step_computed(self) -> None:
+        """Strided rows, as a prefix has them: those of one layer out of all."""
+        problem = Problem([(1, 12), (5, 5), (3, 20)], (3, 3), 24, poison=7.0, cache_dtype=torch.bfloat16)
+        slots, heads = torch.tensor([3, 40, 17], device=DEVICE), problem.cache.shape[2]
+        rows = torch.randn(3, 2, 2, heads, 24, device=DEVICE).bfloat16().float()
+        want = problem.cache.clone()
+        for row, slot in enumerate(slots.tolist()):
+            block, offset = divmod(slot, problem.block_size)
+            want[block, :, :, offset] = rows[row, 1].bfloat16()
+        found = problem.cache.clone()
+        write_cells(rows[:, 1, 0], rows[:, 1, 1], found, slots)
+        assert torch.equal(found, want)
+        with dispatch.using("torch"):
+            write_cells(rows[:, 1, 0], rows[:, 1, 1], problem.cache, slots)
+        assert torch.equal(problem.cache, want)
+        with pytest.raises(ValueError, match="as the cells and the cache say"):
+            write_cells(rows[:2, 1, 0], rows[:, 1, 1], found, slots)
 
     @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_cache_of_another_dtype(self, cache_dtype: torch.dtype) -> None:

@@ -119,3 +119,28 @@ def test_misfits_are_named() -> None:
         vectors.scale_input(torch.zeros(4, IN), pool, SITE, batch)
     with pytest.raises(ValueError, match="must not repeat"):
         lora.adapter_layout([], vectors=[SHAPES[1][0], SHAPES[1][0]])
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_prefix_lies_as_its_file_does(scaled: bool) -> None:
+    layers, heads, width, tokens = 3, 2, 4, 5
+    rows = tokens * layers * 2
+    values = torch.randn(rows, heads * width)
+    shape = lora.VectorShape(0, VectorKind.PREFIX, heads * width, rows)
+    layout = lora.adapter_layout([], vectors=[shape], scaled=scaled)
+    pool = lora.LoraPool.allocate(
+        num_elements=4096, num_slots=2, num_entries=1, dtype=torch.float32, device="cpu", scaled=scaled
+    )
+    start = 2 * layout.alignment
+    pool.bind(1, start, layout)
+    begin = start + layout.vector_offset[0]
+    size = values.numel() * (4 if scaled else 1)
+    pool.arena[begin : begin + size].view(torch.float32)[:] = values.view(-1)
+    found = vectors.prefix(pool, 1, range(1, 4), layers, heads, width)
+    assert found.shape == (layers, 2, 3, heads, width)
+    expected = values.view(tokens, layers, 2, heads, width)
+    for layer in range(layers):
+        assert torch.equal(found[layer, 0], expected[1:4, layer, 0])
+        assert torch.equal(found[layer, 1], expected[1:4, layer, 1])
+    with pytest.raises(ValueError, match="slot 0 has no prefix"):
+        vectors.prefix(pool, 0, range(1), layers, heads, width)

@@ -15,7 +15,7 @@ import torch
 from loraplex_kernels import dispatch
 from loraplex_kernels.attention import reference
 from loraplex_kernels.attention.buffers import AttentionBuffers
-from loraplex_kernels.attention.layouts import AttentionBatch, kv_cache_shape
+from loraplex_kernels.attention.layouts import AttentionBatch, head_cells, kv_cache_shape
 from loraplex_kernels.attention.tiles import MAX_HEAD_DIM, LayerShape, narrow_floats
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "LayerShape",
     "kv_cache_shape",
     "paged_attention",
+    "write_cells",
     "write_kv",
 ]
 
@@ -50,6 +51,27 @@ def write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, batch: At
         launch_write(k, v, kv_cache, batch.slots)
     else:
         reference.write_kv(k, v, kv_cache, batch)
+
+
+def write_cells(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
+    """Write keys and values [N, Hkv, D] that no step computed to cells of the cache, in place.
+
+    slots [N] int64, on the cache's device: block * block_size + offset, none of them negative. Strides of k
+    and v may be any. Raises ValueError if a shape does not fit.
+    """
+    num_kv_heads, block_size, head_dim = kv_cache.shape[2:]
+    expected = (slots.numel(), num_kv_heads, head_dim)
+    if k.shape != expected or v.shape != expected:
+        raise ValueError(
+            f"k {tuple(k.shape)} and v {tuple(v.shape)} must be {expected}, as the cells and the cache say"
+        )
+    if _backend(k, kv_cache) == "triton":
+        from loraplex_kernels.attention.kernel import write_kv as launch_write
+
+        launch_write(k, v, kv_cache, slots)
+    else:
+        cells = head_cells(slots.unsqueeze(1), block_size, num_kv_heads).view(-1)
+        reference.write_rows(k, v, kv_cache, cells)
 
 
 def paged_attention(

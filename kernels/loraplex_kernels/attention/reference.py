@@ -13,10 +13,14 @@ MAX_SCORES = 1 << 22
 
 def write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch) -> None:
     """Copy the step's keys and values [T, Hkv, D] to their cells."""
+    write_rows(k, v, kv_cache, batch.cells(kv_cache.shape[2]))
+
+
+def write_rows(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, cells: torch.Tensor) -> None:
+    """Copy keys and values [T, Hkv, D] to `cells` [T * Hkv], as `AttentionBatch.cells` numbers them."""
     num_kv_heads, block_size, head_dim = kv_cache.shape[2:]
     keys = kv_cache.view(-1, head_dim)
     values = keys[num_kv_heads * block_size :]
-    cells = batch.cells(num_kv_heads)
     for table, rows in ((keys, k), (values, v)):
         new = rows.reshape(-1, head_dim)
         if table.dtype.itemsize > 1:

@@ -104,14 +104,16 @@ class VectorKind(enum.IntEnum):
     OUTPUT_SCALE = 1
     BIAS = 2
     SOFT_PROMPT = 3
-    WEIGHT = 4
-    WEIGHT_BIAS = 5
-    TOKEN_ROWS = 6
+    PREFIX = 4
+    WEIGHT = 5
+    WEIGHT_BIAS = 6
+    TOKEN_ROWS = 7
 
 
 @dataclass(frozen=True)
 class VectorShape:
-    """One vector of an adapter at one entry; a soft prompt is `rows` of them, at entry 0.
+    """One vector of an adapter at one entry; a soft prompt is `rows` of them, at entry 0. In a prefix a row
+    is a layer's keys or values of one virtual token: keys, values, then layers, then tokens.
 
     `tokens`: whose rows they are, ascending, for `TOKEN_ROWS`.
     """
@@ -241,6 +243,8 @@ class SlotTables:
     """int64 ``[num_slots, kinds, num_entries]``: first element of a vector, -1 where there is none."""
     has_vectors: np.ndarray
     """bool ``[num_slots]``: whether any kind has one at any entry."""
+    outside: np.ndarray
+    """bool ``[num_slots]``: whether its adapter acts beyond the first entries, those of projections."""
     tokens: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
     """int64 by (slot, entry): whose `TOKEN_ROWS` the slot's adapter has there, ascending."""
     version: int = 0
@@ -254,12 +258,14 @@ class SlotTables:
             rank=np.zeros(shape, np.int32),
             vector_offset=np.full((num_slots, len(VectorKind), num_entries), -1, np.int64),
             has_vectors=np.zeros(num_slots, np.bool_),
+            outside=np.zeros(num_slots, np.bool_),
         )
 
     def clear(self, slot: int) -> None:
         self.rank[slot] = 0
         self.vector_offset[slot] = -1
         self.has_vectors[slot] = False
+        self.outside[slot] = False
         for key in [key for key in self.tokens if key[0] == slot]:
             del self.tokens[key]
 
@@ -275,6 +281,7 @@ class LoraPool:
     - `host`      the tables on the host, those of vectors there alone; on a CPU pool they share memory
     - `dtype`     the compute dtype, which x and y have
     - `max_rank`  the largest rank that may be bound: the pitch of the intermediate result
+    - `num_projections`  entries of layers' projections; those of norms and of the vocabulary follow
     """
 
     arena: Tensor
@@ -284,6 +291,7 @@ class LoraPool:
     host: SlotTables = field(repr=False)
     dtype: torch.dtype
     max_rank: int = MAX_RANK
+    num_projections: int = 0
 
     @classmethod
     def allocate(
@@ -296,6 +304,7 @@ class LoraPool:
         device: torch.device | str,
         max_rank: int = MAX_RANK,
         scaled: bool = False,
+        num_projections: int | None = None,
     ) -> LoraPool:
         """An arena of `num_elements`, zeroed, and `num_slots` slots in which no adapter is bound.
 
@@ -312,6 +321,7 @@ class LoraPool:
             host=host,
             dtype=dtype,
             max_rank=padded_rank(max_rank),
+            num_projections=num_entries if num_projections is None else num_projections,
         )
 
     @property
@@ -360,6 +370,7 @@ class LoraPool:
             if vector.kind is VectorKind.TOKEN_ROWS:
                 host.tokens[slot, vector.entry] = np.asarray(vector.tokens, np.int64)
         host.has_vectors[slot] = bool(layout.vectors)
+        host.outside[slot] = any(entry >= self.num_projections for entry in named)
         self._publish(slot)
 
     def clear(self, slot: int) -> None:
@@ -402,6 +413,15 @@ class LoraPool:
             flat = self.arena[start : start + rows * length * SCALE_BYTES].view(torch.float32)
             return flat.view(rows, length)
         return self._rows(start, rows, length)
+
+    def block(self, slot: int, kind: VectorKind, entry: int, length: int, first: int, rows: int) -> Tensor:
+        """Rows `first` to `first + rows` of a block of vectors, in the compute dtype: ``[rows, length]``."""
+        start, size = int(self.host.vector_offset[slot, kind, entry]), rows * length
+        if self.scaled:
+            start += first * length * SCALE_BYTES
+            block = self.arena[start : start + size * SCALE_BYTES].view(torch.float32).to(self.dtype)
+            return block.view(rows, length)
+        return self._rows(start + first * length, rows, length)
 
     def _rows(self, offset: int, rank: int, length: int) -> Tensor:
         return self.arena.as_strided((rank, length), (length, 1), offset)

@@ -21,7 +21,7 @@ from loraplex_kernels.lora.layouts import LoraPool, LoraSite, VectorKind
 from loraplex_kernels.lora.segments import LoraBatch
 from loraplex_kernels.vectors import reference
 
-__all__ = ["add_bias", "any_vectors", "place_soft_prompts", "scale_input", "scale_output"]
+__all__ = ["add_bias", "any_vectors", "place_soft_prompts", "prefix", "scale_input", "scale_output"]
 
 
 def any_vectors(pool: LoraPool, batch: LoraBatch) -> bool:
@@ -69,6 +69,20 @@ def place_soft_prompts(x: Tensor, virtual: Tensor, pool: LoraPool, batch: LoraBa
     anything from 0 on for other tokens. Raises `ValueError` where a virtual token has no such adapter.
     """
     reference.place_soft_prompts(x, virtual.numpy(), pool, batch)
+
+
+def prefix(
+    pool: LoraPool, slot: int, tokens: range, num_layers: int, num_kv_heads: int, head_dim: int
+) -> Tensor:
+    """Keys and values of virtual tokens of a prefix, ``[layers, 2, tokens, Hkv, D]``: a view if possible.
+
+    Raises `ValueError` where the slot's adapter has none.
+    """
+    if pool.host.vector_offset[slot, VectorKind.PREFIX, 0] < 0:
+        raise ValueError(f"the adapter in slot {slot} has no prefix")
+    width, each = num_kv_heads * head_dim, 2 * num_layers
+    rows = pool.block(slot, VectorKind.PREFIX, 0, width, tokens.start * each, len(tokens) * each)
+    return rows.view(len(tokens), num_layers, 2, num_kv_heads, head_dim).permute(1, 2, 0, 3, 4)
 
 
 def _check(rows: Tensor, name: str, columns: int, batch: LoraBatch) -> None:

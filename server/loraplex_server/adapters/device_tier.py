@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
@@ -20,7 +19,8 @@ _STAGING_ELEMENTS = 1 << 22
 
 
 class DeviceTier:
-    """The pool, and which adapter has which part of it. Least recently used adapters leave first.
+    """The pool, and which adapter has which part of it. Those leave first that nobody waits for, the least
+    asked for before others.
 
     A record that has a slot has an extent too; it is `resident` once a worker has filled it. Methods run on
     the thread that launches the steps, between steps: moves and table writes go to its current stream.
@@ -68,10 +68,10 @@ class DeviceTier:
             device=device,
             max_rank=max_rank,
             scaled=scaled,
+            num_projections=len(projections),
         )
         self._free_slots = list(range(self.num_slots - 1, -1, -1))
-        # All records with a slot, least recently used first.
-        self._order: collections.OrderedDict[Record, None] = collections.OrderedDict()
+        self._placed: dict[Record, None] = {}
 
     @property
     def alignment(self) -> int:
@@ -88,8 +88,8 @@ class DeviceTier:
 
     @property
     def records(self) -> Collection[Record]:
-        """Every record with a slot, least recently used first."""
-        return self._order.keys()
+        """Every record with a slot, the least asked for first."""
+        return sorted(self._placed, key=lambda record: record.heat)
 
     def padded(self, num_elements: int) -> int:
         """The units that an adapter of `num_elements` takes."""
@@ -111,13 +111,13 @@ class DeviceTier:
         being filled is in the way.
         """
         kept = set(keep)
-        idle = [r for r in self._order if r.resident and not r.wanted_on_device and r not in kept]
-        idle.sort(key=lambda record: record.irreplaceable and record.blob is None)
+        idle = [r for r in self._placed if r.resident and not r.wanted_on_device and r not in kept]
         units = sum(record.units for record in missing)
         if self._arena.free_units + sum(record.units for record in idle) < units:
             return False
         if len(self._free_slots) + len(idle) < len(missing):
             return False
+        idle.sort(key=_worth)
         while self._arena.free_units < units or len(self._free_slots) < len(missing):
             victim = idle.pop(0)
             victim.evictions += 1
@@ -131,18 +131,13 @@ class DeviceTier:
             return False
         for record, start in zip(missing, starts, strict=True):
             record.slot, record.start = self._free_slots.pop(), start
-            self._order[record] = None
+            self._placed[record] = None
         return True
 
     def arrived(self, record: Record) -> None:
         """The extent of `record` is filled: from the next step on its slot serves it."""
         record.resident = True
         self._bind(record)
-
-    def touch(self, record: Record) -> None:
-        """Makes `record` the most recently used, if it has a slot."""
-        if record in self._order:
-            self._order.move_to_end(record)
 
     def vacate(self, record: Record) -> None:
         """Takes slot and extent back. No step and no worker may still use them."""
@@ -154,7 +149,7 @@ class DeviceTier:
         self._arena.free(record.start)
         self._free_slots.append(record.slot)
         record.slot = None
-        del self._order[record]
+        del self._placed[record]
 
     def check_integrity(self, records: Iterable[Record]) -> list[str]:
         """One line for each broken invariant of slots, extents and tables, given all records there are."""
@@ -165,8 +160,8 @@ class DeviceTier:
             problems.append(f"slots: free and used ones are {slots}")
         if self._arena.extents != {record.start: record.units for record in placed}:
             problems.append("arena: its extents are not those of the adapters with a slot")
-        if set(self._order) != set(placed):
-            problems.append("device: the eviction order does not list the adapters with a slot")
+        if set(self._placed) != set(placed):
+            problems.append("device: it does not list the adapters with a slot")
         for record in placed:
             if record.resident and not self._points_at(record):
                 problems.append(f"adapter {record.name!r}: slot {record.slot} does not point at its extent")
@@ -193,7 +188,7 @@ class DeviceTier:
         return starts
 
     def _compact(self) -> None:
-        placed = {record.start: record for record in self._order}
+        placed = {record.start: record for record in self._placed}
         for move in self._arena.compact([start for start, record in placed.items() if record.copying]):
             record = placed[move.source]
             record.start = move.target
@@ -215,6 +210,11 @@ class DeviceTier:
             [record.start + offset for offset in layout.b_offset],
         ]
         return found == expected and int((host.rank[record.slot] > 0).sum()) == len(entries)
+
+
+def _worth(record: Record) -> tuple[bool, bool, float]:
+    """Evicted first is what has the least: what nothing could bring back, or somebody waits for, stays."""
+    return record.irreplaceable and record.blob is None, record.references > 0, record.heat
 
 
 def _carry_out(move: Move, arena: torch.Tensor) -> None:

@@ -86,6 +86,19 @@ class SoftPrompt:
     embeddings: TensorInfo
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of virtual tokens before every prompt, in every layer: no effect at a site.
+
+    Attributes:
+        keys_values: `[tokens, layers * 2 * KV heads * head_dim]`, a layer's keys before its values.
+        row_length: KV heads * head_dim.
+    """
+
+    keys_values: TensorInfo
+    row_length: int
+
+
 Effect = InputScale | OutputScale | Magnitude | LowRankAdd | BiasAdd | OwnWeight | TokenRows
 
 LINEAR: tuple[type[Effect], ...] = (LowRankAdd, BiasAdd)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
+from loraplex_server.adapters.popularity import ColdestFirst
 from loraplex_server.adapters.record import Record
 from loraplex_server.adapters.weights import HostBlob
 
+_MAX_SPARED = 64
+"""Copies that may not leave, after which no further ones are looked at."""
+
 
 class HostTier:
-    """Which adapters have a host copy or are about to. Least recently used copies leave first.
+    """Which adapters have a host copy or are about to. The copies that are least asked for leave first.
 
     Args:
         capacity_bytes: for copies and for what is being read; one tensor at a time comes on top.
@@ -21,13 +24,12 @@ class HostTier:
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
         self._evicted = evicted
-        # All records with a host copy, least recently used first.
-        self._order: collections.OrderedDict[Record, None] = collections.OrderedDict()
+        self._copies = ColdestFirst()
 
     @property
-    def records(self) -> Collection[Record]:
-        """Every record with a host copy, least recently used first."""
-        return self._order.keys()
+    def records(self) -> Iterator[Record]:
+        """Every record with a host copy."""
+        return iter(self._copies)
 
     def begin(self, record: Record, *, demanded: bool) -> bool:
         """Sets the bytes of `record` aside for a worker to read it; False if there is no room for it now.
@@ -38,13 +40,25 @@ class HostTier:
         """
         room = self.capacity_bytes - self.used_bytes
         victims: list[Record] = []
-        for candidate in sorted(self._order, key=lambda other: other.irreplaceable and not other.resident):
-            if room >= record.host_bytes:
+        spared: list[Record] = []
+        last: list[Record] = []
+        while room < record.host_bytes and len(spared) < _MAX_SPARED:
+            candidate = self._copies.pop()
+            if candidate is None:
                 break
-            spared = candidate.references or (candidate.hint and candidate.hint == record.hint)
-            if not candidate.copying and (demanded or not spared):
+            kept = candidate.references or (candidate.hint and candidate.hint == record.hint)
+            if candidate.copying or (kept and not demanded):
+                spared.append(candidate)
+            elif candidate.irreplaceable and not candidate.resident:
+                last.append(candidate)
+            else:
                 victims.append(candidate)
                 room += candidate.host_bytes
+        while room < record.host_bytes and last:
+            victims.append(last.pop(0))
+            room += victims[-1].host_bytes
+        for candidate in (*spared, *last, *victims):
+            self._copies.add(candidate)
         if room < record.host_bytes:
             return False
         for victim in victims:
@@ -63,25 +77,21 @@ class HostTier:
         """It was read."""
         record.reading = False
         record.blob = blob
-        self._order[record] = None
-
-    def touch(self, record: Record) -> None:
-        """Makes `record`, which has a copy, the most recently used."""
-        self._order.move_to_end(record)
+        self._copies.add(record)
 
     def drop(self, record: Record) -> None:
         """Lets go of a copy that no worker uses."""
         assert not record.copying
         record.blob = None
         self.used_bytes -= record.host_bytes
-        del self._order[record]
+        self._copies.discard(record)
 
     def check_integrity(self, records: Iterable[Record]) -> list[str]:
         """One line for each broken invariant, given all records there are."""
         problems = []
         held = [record for record in records if record.blob is not None or record.reading]
-        if set(self._order) != {record for record in held if record.blob is not None}:
-            problems.append("host: the eviction order does not list the adapters with a host copy")
+        if set(self._copies) != {record for record in held if record.blob is not None}:
+            problems.append("host: it does not list the adapters with a host copy")
         used = sum(record.host_bytes for record in held)
         if used != self.used_bytes or used > self.capacity_bytes:
             problems.append(f"host: {self.used_bytes} of {self.capacity_bytes} bytes counted, {used} in use")

@@ -27,6 +27,7 @@ from loraplex_server.adapters.effects import (
     Magnitude,
     OutputScale,
     OwnWeight,
+    Prefix,
     SiteEffects,
     SoftPrompt,
     TokenRows,
@@ -37,6 +38,7 @@ from loraplex_server.adapters.peft_config import (
     Ia3Settings,
     LoraSettings,
     NormSettings,
+    PrefixSettings,
     PromptSettings,
     TokenSettings,
     UnsupportedError,
@@ -78,14 +80,22 @@ class AdapterManifest:
     config: str
     header: TensorFileHeader
     sites: tuple[SiteEffects, ...]
-    prompt: SoftPrompt | None = None
+    prompt: SoftPrompt | Prefix | None = None
     invocation_tokens: tuple[int, ...] = ()
     added_tokens: int = 0
     base_tables: tuple[tuple[Entry, TensorInfo], ...] = ()
 
     @property
     def num_virtual_tokens(self) -> int:
-        return 0 if self.prompt is None else self.prompt.embeddings.shape[0]
+        match self.prompt:
+            case SoftPrompt(tensor) | Prefix(tensor):
+                return tensor.shape[0]
+        return 0
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Virtual tokens whose keys and values it brings itself."""
+        return self.num_virtual_tokens if isinstance(self.prompt, Prefix) else 0
 
     @property
     def pairs(self) -> tuple[tuple[Entry, LowRankAdd], ...]:
@@ -124,10 +134,12 @@ class AdapterManifest:
     @property
     def vectors(self) -> tuple[VectorShape, ...]:
         """Its vectors as the pool lays them out."""
-        prompt = self.prompt
-        if prompt is not None:
-            rows, hidden = prompt.embeddings.shape
-            return (VectorShape(0, VectorKind.SOFT_PROMPT, hidden, rows),)
+        match self.prompt:
+            case SoftPrompt(tensor):
+                return (VectorShape(0, VectorKind.SOFT_PROMPT, tensor.shape[1], tensor.shape[0]),)
+            case Prefix(tensor, length):
+                rows = tensor.shape[0] * (tensor.shape[1] // length)
+                return (VectorShape(0, VectorKind.PREFIX, length, rows),)
         return tuple(
             vector
             for site in self.sites
@@ -183,11 +195,13 @@ def read_manifest(
         settings = _read_settings(folder, roots)
         header = _read_weights_header(folder, roots)
         method = settings.method
-        prompt: SoftPrompt | None = None
+        prompt: SoftPrompt | Prefix | None = None
         sites: tuple[SiteEffects, ...] = ()
         rows: dict[Entry, TokenRows] = {}
         if isinstance(method, PromptSettings):
             prompt = _soft_prompt(method, header, registry)
+        elif isinstance(method, PrefixSettings):
+            prompt = _prefix(method, header, registry)
         else:
             found = _located(header, registry)
             tables = functools.partial(changed_tokens, folder, roots, base)
@@ -241,14 +255,37 @@ _SOFT_PROMPT = "prompt_embeddings"
 
 
 def _soft_prompt(settings: PromptSettings, header: TensorFileHeader, registry: SiteRegistry) -> SoftPrompt:
+    embeddings = _prompt_tensor(header)
+    _check_shape(embeddings, (settings.num_virtual_tokens, registry.hidden_size))
+    return SoftPrompt(embeddings)
+
+
+def _prefix(settings: PrefixSettings, header: TensorFileHeader, registry: SiteRegistry) -> Prefix:
+    """PEFT saves the keys and values themselves, whatever made them in training."""
+    keys_values = _prompt_tensor(header)
+    if len(set(registry.kv_shapes)) != 1:
+        raise UnsupportedError("prefix tuning is not served where layers have caches of different shapes")
+    (heads, head_dim), num_layers = registry.kv_shapes[0], len(registry.kv_shapes)
+    row_length = heads * head_dim
+    for key, given, expected in (
+        ("num_layers", settings.num_layers, num_layers),
+        ("num_attention_heads", settings.num_heads, heads),
+        ("token_dim", settings.width, row_length),
+    ):
+        if given not in (None, expected):
+            raise UnsupportedError(f"{key} is {given}, the base model's keys and values need {expected}")
+    _check_shape(keys_values, (settings.num_virtual_tokens, num_layers * 2 * row_length))
+    return Prefix(keys_values, row_length)
+
+
+def _prompt_tensor(header: TensorFileHeader) -> TensorInfo:
     for tensor in header.tensors:
         if tensor.name != _SOFT_PROMPT:
             raise UnsupportedError(f"tensor {quoted(tensor.name)} would not be applied: it is no soft prompt")
     if not header.tensors:
         raise UnsupportedError(f"the weight file holds no {_SOFT_PROMPT}")
-    (embeddings,) = header.tensors
-    _check_shape(embeddings, (settings.num_virtual_tokens, registry.hidden_size))
-    return SoftPrompt(embeddings)
+    (tensor,) = header.tensors
+    return tensor
 
 
 def _located(header: TensorFileHeader, registry: SiteRegistry) -> dict[Entry, dict[Part, TensorInfo]]:

@@ -39,7 +39,6 @@ _WITHOUT_REPEATS = re.compile(r"[\w.\\\[\]-]{0,4096}")
 
 _KINDS: dict[str, str] = {
     "MULTITASK_PROMPT_TUNING": "its prompt depends on a task id",
-    "PREFIX_TUNING": "prefix tuning needs keys and values of its own",
     "CPT": "CPT needs soft prompts of known tokens",
 }
 
@@ -73,9 +72,9 @@ _WITHOUT_EFFECT = frozenset(
         "lora_dropout",
         "lora_ga_config",
         "megatron_core",
-        "num_attention_heads",
-        "num_layers",
+        "num_frozen_tokens",
         "peft_version",
+        "prefix_projection",
         "prompt_tuning_init",
         "prompt_tuning_init_state_dict_path",
         "prompt_tuning_init_text",
@@ -83,7 +82,6 @@ _WITHOUT_EFFECT = frozenset(
         "revision",
         "runtime_config",
         "task_type",
-        "token_dim",
         "tokenizer_kwargs",
         "tokenizer_name_or_path",
     }
@@ -106,10 +104,13 @@ _READ = frozenset(
         "r",
         "lora_bias",
         "modules_to_save",
+        "num_attention_heads",
+        "num_layers",
         "num_transformer_submodules",
         "num_virtual_tokens",
         "rank_pattern",
         "target_modules",
+        "token_dim",
         "token_indices",
         "trainable_token_indices",
         "use_dora",
@@ -287,6 +288,21 @@ class PromptSettings:
 
 
 @dataclass(frozen=True)
+class PrefixSettings:
+    """What a prefix-tuning configuration says: virtual tokens, and the cache that they were made for.
+
+    Attributes:
+        num_layers, num_heads, width: layers, KV heads, and KV heads times head_dim; None where PEFT takes it
+            from the model.
+    """
+
+    num_virtual_tokens: int
+    num_layers: int | None
+    num_heads: int | None
+    width: int | None
+
+
+@dataclass(frozen=True)
 class NormSettings:
     """LN_TUNING: norms of the adapter's own."""
 
@@ -296,7 +312,7 @@ class TokenSettings:
     """TRAINABLE_TOKENS: rows of the embedding."""
 
 
-Method = LoraSettings | Ia3Settings | PromptSettings | NormSettings | TokenSettings
+Method = LoraSettings | Ia3Settings | PromptSettings | PrefixSettings | NormSettings | TokenSettings
 
 
 @dataclass(frozen=True)
@@ -331,8 +347,7 @@ class AdapterSettings:
     """A configuration that will be applied whole.
 
     Attributes:
-        peft_type: PEFT's name of the method: "LORA", "IA3", "PROMPT_TUNING", "P_TUNING", "LN_TUNING" or
-            "TRAINABLE_TOKENS".
+        peft_type: PEFT's name of the method, "LORA", "IA3", "PROMPT_TUNING" …
         canonical: the whole configuration as sorted compact JSON, part of the adapter's identity.
     """
 
@@ -359,6 +374,8 @@ def parse_config(text: bytes) -> AdapterSettings:
         "IA3": _ia3,
         "PROMPT_TUNING": _prompt,
         "P_TUNING": _prompt,
+        "PREFIX_TUNING": _prefix,
+        "CARTRIDGE": _prefix,
         "LN_TUNING": lambda config, patterns: NormSettings(),
         "TRAINABLE_TOKENS": lambda config, patterns: TokenSettings(),
     }
@@ -445,6 +462,17 @@ def _prompt(config: Mapping[str, Any], patterns: Patterns) -> PromptSettings:
     if config.get("num_transformer_submodules") not in (None, 1):
         raise UnsupportedError("num_transformer_submodules is not 1: only decoders are served")
     return PromptSettings(_rank("num_virtual_tokens", config.get("num_virtual_tokens")))
+
+
+def _prefix(config: Mapping[str, Any], patterns: Patterns) -> PrefixSettings:
+    prompt = _prompt(config, patterns)
+
+    def size(key: str) -> int | None:
+        return None if config.get(key) is None else _rank(key, config[key])
+
+    return PrefixSettings(
+        prompt.num_virtual_tokens, size("num_layers"), size("num_attention_heads"), size("token_dim")
+    )
 
 
 def _check_setting(key: str, value: object) -> None:

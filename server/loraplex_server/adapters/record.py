@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,7 @@ class Record:
         retired: no longer registered; freed when nobody holds it.
         hint: number of the prefetch hint that named it last, 0 once a request has used it.
         error: why this version will never be served.
+        heat: how much it is asked for; see `popularity`.
         references: of requests, from admission to their end.
         device_references: of requests that run, or wait with room set aside.
     """
@@ -84,6 +86,7 @@ class Record:
     retired: bool = False
     hint: int = 0
     error: ServerError | None = None
+    heat: float = -math.inf
     references: int = 0
     device_references: int = 0
     hits: int = 0
@@ -166,6 +169,11 @@ class AdapterHandle:
         return self.record.name
 
     @property
+    def resident(self) -> bool:
+        """Whether it is on the device, held there or not."""
+        return self.record.resident
+
+    @property
     def content_hash(self) -> str:
         """Identity of weights and configuration; "" until they were first read, always set once READY."""
         return self.record.content_hash
@@ -177,13 +185,18 @@ class AdapterHandle:
 
     @property
     def num_virtual_tokens(self) -> int:
-        """Tokens of a soft prompt, which stand before the prompt."""
+        """Tokens of a soft prompt or a prefix, which stand before the prompt."""
         return self.record.manifest.num_virtual_tokens
 
     @property
     def added_tokens(self) -> int:
         """How many token ids it adds to the base's vocabulary."""
         return self.record.manifest.added_tokens
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """How many of them need no computing: their keys and values come with the adapter."""
+        return self.record.manifest.num_prefix_tokens
 
     @property
     def invocation_tokens(self) -> tuple[int, ...]:

@@ -118,6 +118,7 @@ class SiteRegistry:
         head: path of the output embeddings, whose entry is the last, if there is one.
         vocabulary: rows of either.
         tied: the two are one table.
+        kv_shapes: (KV heads, head_dim) of each layer's cache.
 
     Raises:
         ValueError: a path comes twice or a width is not positive.
@@ -135,8 +136,10 @@ class SiteRegistry:
         head: str | None = None,
         vocabulary: int = 0,
         tied: bool = False,
+        kv_shapes: Iterable[tuple[int, int]] = (),
     ) -> None:
         self.hidden_size = hidden_size
+        self.kv_shapes = tuple(kv_shapes)
         self.vocabulary = vocabulary
         self.tied = tied
         places = [(*site, SiteKind.PROJECTION) for site in sites]

@@ -11,8 +11,8 @@ request from admission to its end: the adapter is not forgotten. A *device* refe
 `unreserve`) belongs to a request that runs or waits with its room set aside: the adapter is not evicted. A
 request reserves all its adapters or none, so requests cannot hold each other up.
 
-Both tiers evict the least recently used first, by bytes. A host copy may go while the device copy stays. Two
-names with the same content are two adapters, each with a slot of its own.
+Both tiers evict by bytes, the least asked for first, where recent requests count most. A host copy may go
+while the device copy stays. Two names with the same content are two adapters, each with a slot of its own.
 
 A version of an adapter never changes. Reading weights again that differ from those first read is an error,
 since what was computed with the old ones may still be in use. A new version takes the place of the old one in
@@ -37,6 +37,7 @@ from loraplex_server.adapters.base import FrozenBase
 from loraplex_server.adapters.device_tier import DeviceTier
 from loraplex_server.adapters.host_tier import HostTier
 from loraplex_server.adapters.manifest import AdapterManifest, read_manifest, refusal
+from loraplex_server.adapters.popularity import Popularity
 from loraplex_server.adapters.record import (
     AdapterHandle,
     AdapterState,
@@ -74,6 +75,10 @@ _READS_IN_FLIGHT = 2
 """One that runs and one that waits, so that the reader never idles and the order stays ours to choose."""
 
 _MAX_SWAP_RECORDS = 4096
+
+_HALF_LIFE = 16
+"""Requests a slot after which one counts half for what stays: near the best for Zipf traffic, whether its
+favourites stay the same or change."""
 
 _MAX_FETCHES = 64
 """Loads from elsewhere under way at once, those included that wait for one of the downloads allowed."""
@@ -158,6 +163,7 @@ class AdapterStore:
         self._dtype = self._device.pool.arena.dtype
         self._sources: Resolver = sources or AdapterSources(config)
         self._host = HostTier(config.host_bytes, lambda record: self._note("evict_host", record))
+        self._popularity = Popularity(_HALF_LIFE * self._device.num_slots)
 
         self._records: dict[str, Record] = {}
         self._retired: set[Record] = set()
@@ -217,12 +223,12 @@ class AdapterStore:
 
     @property
     def on_device(self) -> tuple[str, ...]:
-        """Names of the adapters that can run now, least recently used first."""
+        """Names of the adapters that can run now, the least asked for first."""
         return tuple(record.name for record in self._device.records if record.resident)
 
     @property
     def on_host(self) -> tuple[str, ...]:
-        """Names of the adapters with a host copy, least recently used first."""
+        """Names of the adapters with a host copy."""
         return tuple(record.name for record in self._host.records)
 
     @property
@@ -435,6 +441,7 @@ class AdapterStore:
             if record.slot is None and (to_device or record.blob is None):
                 record.hint = self._hints
                 self._hinted[record] = to_device
+                self._popularity.used(record)
         self._follow_hints()
         return [record.status() for record in records]
 
@@ -443,7 +450,7 @@ class AdapterStore:
     def resolve(
         self, names: Sequence[str], weights: Sequence[float] | None = None
     ) -> tuple[AdapterHandle, ...]:
-        """A registry reference to each adapter, for one request; nothing is loaded yet.
+        """A registry reference to each adapter, for one request; what is on disk is read ahead from now on.
 
         Args:
             weights: one for each name; 1 where left out.
@@ -464,6 +471,8 @@ class AdapterStore:
         for handle in handles:
             handle.record.references += 1
             self._handles.add(handle)
+            self._popularity.used(handle.record)
+        self._prefetch(record for record in records if record.slot is None)
         return handles
 
     def release(self, handles: Iterable[AdapterHandle]) -> None:
@@ -501,7 +510,6 @@ class AdapterStore:
             handle.record.device_references += 1
         for record in records:
             record.hint = 0
-            self._device.touch(record)
         for record in missing:
             self._fetch(record)
         return self.is_ready(handles)
@@ -520,7 +528,6 @@ class AdapterStore:
             if handle.reserved:
                 handle.reserved = False
                 handle.record.device_references -= 1
-                self._device.touch(handle.record)
                 self._settle(handle.record)
 
     def failure(self, handles: Iterable[AdapterHandle]) -> ServerError | None:
@@ -712,6 +719,7 @@ class AdapterStore:
         if old is None:
             return
         wanted, pinned = old.slot is not None, old.pinned
+        new.heat = max(new.heat, old.heat)
         new.on_pinned, old.on_pinned = old.on_pinned, []
         old.draining = True
         self._set_pinned(old, False)
@@ -944,6 +952,7 @@ class AdapterStore:
         if self._candidates.get(record.name) is record and not self._replace(record):
             return
         if record.on_loaded is not None:
+            self._popularity.used(record)
             callback, record.on_loaded = record.on_loaded, None
             callback(record.status())
         if record.slot is not None and not record.copying:
@@ -962,7 +971,6 @@ class AdapterStore:
 
     def _copy(self, record: Record, blob: HostBlob) -> None:
         record.copying = True
-        self._host.touch(record)
         job = self._copies.prepare(record.start, blob.data)
         self._copier.submit(job, lambda outcome: self._was_copied(record, outcome))
 
@@ -1005,9 +1013,9 @@ def _check_composition(records: Sequence[Record], weights: Sequence[float]) -> N
     for record in records:
         if not alone and not record.manifest.linear:
             raise FailedPreconditionError(
-                f"adapter {record.name!r} does more than add to the base (IA3, DoRA, soft prompts, "
-                "weights or tokens of its own): neither a weight nor a sum with others is defined for "
-                "it; name it alone, at weight 1",
+                f"adapter {record.name!r} does more than add to what the base computes "
+                f"({record.manifest.peft_type}): neither a weight nor a sum with others is defined for it; "
+                "name it alone, at weight 1",
                 resource=("adapter", record.name),
             )
 

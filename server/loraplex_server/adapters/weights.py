@@ -28,7 +28,9 @@ from loraplex_server.adapters.effects import (
     Magnitude,
     OutputScale,
     OwnWeight,
+    Prefix,
     SiteEffects,
+    SoftPrompt,
     TokenRows,
 )
 from loraplex_server.adapters.manifest import AdapterManifest, refusal
@@ -101,8 +103,9 @@ def read_weights(
                 takers.setdefault(name, []).append(taker)
     for entry, table in manifest.base_tables:
         takers.setdefault(table.name, []).append(_BaseTable(entry, base))
-    if manifest.prompt is not None:
-        takers[manifest.prompt.embeddings.name] = [_Prompt(elements, layout)]
+    match manifest.prompt:
+        case SoftPrompt(tensor) | Prefix(tensor):
+            takers[tensor.name] = [_Prompt(elements, layout)]
     content = hashlib.sha256(manifest.config.encode() + b"\0")
     file, size = open_file(manifest.folder, WEIGHTS_FILE, roots)
     try:
@@ -259,7 +262,7 @@ class _Unused:
 
 
 class _Prompt:
-    """A soft prompt's rows."""
+    """A soft prompt's rows, or a prefix's."""
 
     def __init__(self, target: np.ndarray[Any, Any], layout: AdapterLayout) -> None:
         self._target = target[layout.vector_offset[0] :]

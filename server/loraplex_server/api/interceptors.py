@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from loraplex_server import log
 from loraplex_server.api import authentication
@@ -18,7 +19,7 @@ from loraplex_server.api.authentication import Authenticator
 from loraplex_server.api.convert import valid_request_id
 from loraplex_server.api.lifecycle import Lifecycle
 from loraplex_server.api.status import code_of_cancellation, to_status
-from loraplex_server.errors import ErrorInfo, InternalError, ServerError
+from loraplex_server.errors import ErrorInfo, InternalError, InvalidArgumentError, ServerError
 from loraplex_server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -27,6 +28,9 @@ _REQUEST_ID_KEY = "x-request-id"
 # Health and reflection answer whatever the server is doing, and probes carry no token.
 _GUARDED = "/loraplex."
 _OPEN_TO_ALL = "/grpc.health."
+
+# How gRPC passes a message that cannot be decoded on to a handler of ours.
+_NO_MESSAGE = object()
 
 _Context = Any
 _Behavior = Callable[[Any, _Context], Any]
@@ -53,7 +57,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return None
         method = handler_call_details.method
         codec = {
-            "request_deserializer": handler.request_deserializer,
+            "request_deserializer": _tolerant(handler.request_deserializer),
             "response_serializer": handler.response_serializer,
         }
         if handler.response_streaming:
@@ -70,7 +74,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _unary(self, method: str, behavior: _Behavior) -> _Behavior:
         async def answer(request: Any, context: _Context) -> Any:
             async with self._call(method, context):
-                return await behavior(request, context)
+                return await behavior(_checked(request), context)
 
         return answer
 
@@ -79,7 +83,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # and what the handler holds is released at once, not when its generator is collected.
         async def answer(request: Any, context: _Context) -> None:
             async with self._call(method, context):
-                responses = behavior(request, context)
+                responses = behavior(_checked(request), context)
                 if not hasattr(responses, "__aiter__"):
                     await responses
                     return
@@ -121,6 +125,38 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._metrics.observe_call(method, code, time.perf_counter() - started)
 
 
+def _tolerant(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """gRPC would answer INTERNAL, and log a stack trace, for what a caller got wrong."""
+    if decode is None:
+        return None
+
+    def tolerant(body: bytes) -> Any:
+        try:
+            return decode(body)
+        except DecodeError:
+            return _NO_MESSAGE
+
+    return tolerant
+
+
+def _checked(request: Any) -> Any:
+    """The request, or the requests of a stream, each of which has to be a message."""
+    if request is _NO_MESSAGE:
+        raise _undecodable()
+    return _checked_stream(request) if hasattr(request, "__aiter__") else request
+
+
+async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        if request is _NO_MESSAGE:
+            raise _undecodable()
+        yield request
+
+
+def _undecodable() -> InvalidArgumentError:
+    return InvalidArgumentError.field("request", "its bytes are no message of this method")
+
+
 def _request_id(context: _Context) -> str:
     for key, value in context.invocation_metadata() or ():
         if key == _REQUEST_ID_KEY and isinstance(value, str) and valid_request_id(value):
@@ -131,6 +167,9 @@ def _request_id(context: _Context) -> str:
 async def _abort(context: _Context, error: ErrorInfo) -> None:
     request_id = log.request_id.get()
     status = to_status(error, request_id)
-    await context.abort(
-        status.code, status.details, (*status.trailing_metadata, (_REQUEST_ID_KEY, request_id))
-    )
+    metadata = (*status.trailing_metadata, (_REQUEST_ID_KEY, request_id))
+    try:
+        await context.abort(status.code, status.details, metadata)
+    except (grpc.aio.UsageError, grpc.aio.InternalError) as gone:
+        # The call ended meanwhile; gRPC would log a stack trace for what it raised here.
+        raise asyncio.CancelledError from gone

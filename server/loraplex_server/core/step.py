@@ -13,6 +13,10 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
+def _nothing() -> Ints:
+    return np.zeros(0, np.int64)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepPlan:
     """What the runner computes in one pass. Filled by `engine/planning.py`, read by `model/runner.py`.
@@ -59,6 +63,12 @@ class StepPlan:
     # Tokens that must not be sampled, [S + 1] and [sum].
     banned_start: Ints
     banned_ids: Ints
+    # Prefixes: virtual tokens `prefix_first` and those after it of the adapter in a slot, copied before the
+    # pass to cells of the KV cache. [C], [C], [C + 1], [sum]; few steps have any.
+    prefix_slot: Ints = dataclasses.field(default_factory=_nothing)
+    prefix_first: Ints = dataclasses.field(default_factory=_nothing)
+    prefix_start: Ints = dataclasses.field(default_factory=_nothing)
+    prefix_cells: Ints = dataclasses.field(default_factory=_nothing)
 
     @property
     def num_tokens(self) -> int:
@@ -114,6 +124,13 @@ class SampledToken:
 
 @dataclasses.dataclass(frozen=True)
 class StepOutput:
-    """What the runner gives back: one token for each of the plan's `sample_row`."""
+    """What the runner gives back: one token for each of the plan's `sample_row`.
+
+    Attributes:
+        device_s: from the step's first kernel to its last result, by the device's clock; None without one.
+        waited_s: how long the device had nothing to do since the step before; None without one.
+    """
 
     sampled: tuple[SampledToken, ...]
+    device_s: float | None = None
+    waited_s: float | None = None

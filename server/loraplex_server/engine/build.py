@@ -18,8 +18,10 @@ from loraplex_server.config import EngineConfig
 from loraplex_server.engine.audit import finish
 from loraplex_server.engine.engine import Emit, Engine
 from loraplex_server.engine.messages import EngineInfo
+from loraplex_server.errors import FailedPreconditionError
 from loraplex_server.model import architecture, loader, memory
 from loraplex_server.model.frozen import FrozenProjections
+from loraplex_server.model.graphs import ladder
 from loraplex_server.model.loader import BaseModel, EmptyModel
 from loraplex_server.model.runner import ModelRunner
 from loraplex_server.model.selfcheck import check_ragged
@@ -79,6 +81,7 @@ def build_engine(
         max_samples=memory.max_samples(config),
         layers=layers,
     )
+    _ready_device(runner, config, limit, recordable=kernels == "triton" and device.type == "cuda")
     for folder in config.adapters.folders:
         names = adapters.register_folder(folder)
         _log.info("registered %d adapters from %s", len(names), folder)
@@ -123,6 +126,29 @@ def build_engine(
     return Engine(config, runner, adapters, info, emit)
 
 
+def _ready_device(runner: ModelRunner, config: EngineConfig, max_model_len: int, *, recordable: bool) -> None:
+    """Compiles the kernels and records the decode graphs, as far as the device has either.
+
+    Raises:
+        FailedPreconditionError: graphs were insisted on and there can be none.
+    """
+    if runner.asynchronous:
+        runner.warm_up(max_model_len)
+    wanted = config.model.cuda_graphs
+    if wanted == "off" or (wanted == "auto" and not recordable):
+        return
+    most = config.scheduler.max_num_requests
+    sizes = tuple(size for size in config.model.cuda_graph_sizes if size <= most) or ladder(most)
+    try:
+        runner.record_graphs(sizes, max_model_len)
+    except (RuntimeError, ValueError) as error:
+        if wanted == "on":
+            raise FailedPreconditionError(
+                f"--cuda-graphs on: the decode steps cannot be recorded ({error})"
+            ) from error
+        _log.warning("no CUDA graphs, decode steps are launched kernel by kernel: %s", error)
+
+
 def _registry(empty: EmptyModel) -> SiteRegistry:
     """The places of a model where adapters act, numbered as its parts are once they are loaded."""
     projections = [projection for group in empty.grouped for projection in group]
@@ -139,6 +165,7 @@ def _registry(empty: EmptyModel) -> SiteRegistry:
         head=ends.head_path,
         vocabulary=ends.tokens,
         tied=ends.tied,
+        kv_shapes=empty.kv_shapes,
     )
 
 

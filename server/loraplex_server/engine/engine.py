@@ -40,11 +40,22 @@ Emit = Callable[[str, Tokens | Failed], None]
 """Sends a message to the client of that id."""
 
 
+class Launched(Protocol):
+    """A step that may still be running."""
+
+    def result(self) -> StepOutput:
+        """One token for each of the plan's `sample_row`, once they are there."""
+
+
 class Runner(Protocol):
     """What the engine needs of the model side."""
 
-    def run(self, plan: StepPlan) -> StepOutput:
-        """Computes the plan and samples one token for each of its `sample_row`."""
+    @property
+    def asynchronous(self) -> bool:
+        """Whether `launch` returns before the step is computed."""
+
+    def launch(self, plan: StepPlan) -> Launched:
+        """Computes the plan and samples, in the order of the calls."""
 
     def weight_checksum(self) -> Generator[None, None, str]:
         """SHA-256 over the resident base weights, in pieces: yields between them, returns it at the end."""
@@ -67,6 +78,10 @@ class Engine:
         self._sequences: dict[tuple[str, str], Sequence] = {}
         self._steps: list[StepRecord] = []
         self._hits = self._misses = 0
+        # Tokens that wait to be sent until the device has its next step.
+        self._unsent: list[tuple[str, Tokens]] = []
+        # Whether the last step left work, so that the device's wait since then was the host's doing.
+        self._in_stride = False
         # Names of adapters whose unloading waits no longer than until then.
         self._drains: dict[object, tuple[str, float]] = {}
         self._prefix_cache = config.scheduler.prefix_cache
@@ -85,7 +100,8 @@ class Engine:
             self._emit(client, Failed(request.request_id, error.info))
 
     def cancel(self, client: str, request_id: str) -> None:
-        """Forgets a request and frees what it holds; nothing is emitted."""
+        """Forgets a request and frees what it holds; nothing more is emitted."""
+        self._send()
         sequence = self._sequences.get((client, request_id))
         if sequence is not None:
             self._retire(sequence)
@@ -121,10 +137,13 @@ class Engine:
         self._end_drains(started_s)
         self.adapters.poll()
         schedule = self.scheduler.schedule(started_s)
+        if schedule.failed or not schedule.scheduled:
+            self._send()
         for sequence, error in schedule.failed:
             self._emit(sequence.client, Failed(sequence.request.request_id, error.info))
             self._retire(sequence)
         if not schedule.scheduled:
+            self._in_stride = False
             return False
         self._audit.worked()
         scheduled = sorted(schedule.scheduled, key=self._batch_position)
@@ -132,8 +151,16 @@ class Engine:
         planned_s = time.monotonic()
         # Taken before the commit: it moves `num_computed`, and with it what counts as prefill.
         prefill_tokens = sum(item.num_tokens for item in scheduled if item.sequence.num_pending > 1)
-        output = self._runner.run(plan)
+        launched = self._runner.launch(plan)
+        # While the device computes.
+        self._send()
+        if self._runner.asynchronous:
+            self.adapters.poll()
+        output = launched.result()
         self._commit(scheduled, output)
+        in_stride, self._in_stride = self._in_stride, self.scheduler.has_work
+        if not (self._runner.asynchronous and self._in_stride):
+            self._send()
         self._steps.append(
             StepRecord(
                 seconds=time.monotonic() - started_s,
@@ -143,6 +170,8 @@ class Engine:
                 decode_tokens=plan.num_tokens - prefill_tokens,
                 adapters=len(set(plan.pair_slot.tolist())),
                 preemptions=schedule.preemptions,
+                device_seconds=output.device_s,
+                idle_seconds=output.waited_s if in_stride else None,
             )
         )
         return True
@@ -273,7 +302,7 @@ class Engine:
         return item.num_tokens > 1, [self.adapters.slot(handle) for handle in item.sequence.handles]
 
     def _commit(self, scheduled: list[Scheduled], output: StepOutput) -> None:
-        """Writes the step's results into the sequences, ends those that are complete, and emits."""
+        """Writes the step's results into the sequences, and ends those that are complete."""
         deltas: defaultdict[str, list[TokenDelta]] = defaultdict(list)
         sampled = iter(output.sampled)
         now_s = time.monotonic()
@@ -284,8 +313,13 @@ class Engine:
                 self._blocks.set_key(block, key)
             if samples:
                 deltas[sequence.client].append(self._append(sequence, next(sampled), now_s))
-        for client, found in deltas.items():
-            self._emit(client, Tokens(tuple(found)))
+        self._unsent += [(client, Tokens(tuple(found))) for client, found in deltas.items()]
+
+    def _send(self) -> None:
+        """Emits the tokens that wait for it."""
+        unsent, self._unsent = self._unsent, []
+        for client, tokens in unsent:
+            self._emit(client, tokens)
 
     def _append(self, sequence: Sequence, token: SampledToken, now_s: float) -> TokenDelta:
         sequence.token_ids.append(token.token_id)

@@ -219,7 +219,11 @@ class IntegrityReply(_Message, frozen=True):
 
 
 class StepRecord(msgspec.Struct, frozen=True, array_like=True):
-    """One step, for metrics. Counts are of tokens unless named otherwise."""
+    """One step, for metrics. Counts are of tokens unless named otherwise.
+
+    `device_seconds` is the step's time by the device's clock, `idle_seconds` how long the device waited for
+    it although there was work; None without such a clock, or where there was none.
+    """
 
     seconds: float
     plan_seconds: float
@@ -228,6 +232,8 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
     decode_tokens: int
     adapters: int
     preemptions: int
+    device_seconds: float | None = None
+    idle_seconds: float | None = None
 
 
 class SwapRecord(msgspec.Struct, frozen=True, array_like=True):

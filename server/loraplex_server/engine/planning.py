@@ -33,6 +33,7 @@ def build_plan(
     runs: list[tuple[int, int, list[tuple[int, float]]]] = []
     sampled: list[Sequence] = []
     sample_row: list[int] = []
+    prefixes: list[tuple[int, int, list[int]]] = []
     for item in scheduled:
         sequence, length = item.sequence, item.num_tokens
         first = sequence.num_computed
@@ -46,6 +47,8 @@ def build_plan(
         num_blocks.append(len(table))
         if sequence.handles:
             runs += _runs(item, row, slot_of)
+        if item.num_copied:
+            prefixes.append(_prefix(item, block_size, slot_of))
         if item.samples:
             sampled.append(sequence)
             sample_row.append(row + length - 1)
@@ -77,6 +80,10 @@ def build_plan(
         num_logprobs=_ints([-1 if sampling.logprobs is None else sampling.logprobs for sampling in params]),
         banned_start=_starts([len(ids) for ids in banned]),
         banned_ids=_ints([token for ids in banned for token in ids]),
+        prefix_slot=_ints([slot for slot, _, _ in prefixes]),
+        prefix_first=_ints([first for _, first, _ in prefixes]),
+        prefix_start=_starts([len(cells) for _, _, cells in prefixes]),
+        prefix_cells=_ints([cell for _, _, cells in prefixes for cell in cells]),
     )
 
 
@@ -92,6 +99,15 @@ def _runs(item: Scheduled, row: int, slot_of: SlotOf) -> list[tuple[int, int, li
             slots = [(slot_of(handle), weight) for handle, weight in composition]
             runs.append((row + start - first, row + stop - first, slots))
     return runs
+
+
+def _prefix(item: Scheduled, block_size: int, slot_of: SlotOf) -> tuple[int, int, list[int]]:
+    """(slot, first virtual token, cell of it and of each after it) of what is copied from an adapter."""
+    sequence, end = item.sequence, item.sequence.num_computed
+    ((handle, _),) = sequence.adapters_at(0)
+    table, first = sequence.block_table, end - item.num_copied
+    cells = [table[at // block_size] * block_size + at % block_size for at in range(first, end)]
+    return slot_of(handle), first, cells
 
 
 def _draw(sequence: Sequence) -> float:

@@ -10,25 +10,37 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection, Container, Iterable
 from typing import Protocol
 
 from loraplex_server.adapters.record import AdapterHandle, Readiness
 from loraplex_server.config import SchedulerConfig
+from loraplex_server.engine.fairness import Account, DeficitRoundRobin, Ledger
 from loraplex_server.engine.kv_blocks import KvBlockPool
 from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.errors import DeadlineExceededError, InternalError, ServerError
 
-AdmissionOrder = Callable[[list[Sequence], float], list[Sequence]]
-"""The waiting sequences (in order of arrival) and the time, to the order in which they are admitted.
+AdmissionOrder = Callable[[list[Sequence], float, Container[Account]], Iterable[Sequence]]
+"""The waiting sequences (in order of arrival), the time, and the flows that are passed over, to the order in
+which they are admitted.
 
-A pure function: it moves nothing and keeps nothing.
+A pure function: it moves nothing and keeps nothing. Flows may come to those passed over while the result is
+iterated; it need not offer their requests any more.
 """
 
+_MAX_BLOCKED = 8
+"""Requests without room for their adapters in one step; behind so many, nobody gets an adapter swapped in."""
 
-def fifo_within_priority(waiting: list[Sequence], now_s: float) -> list[Sequence]:
+_ALL_TURNS = 16
+"""So many times its patience later, a request that needs room has all adapters freed."""
+
+
+def fifo_within_priority(
+    waiting: list[Sequence], now_s: float, passed: Container[Account] = ()
+) -> list[Sequence]:
     """Higher priority first; within one, first come first served."""
-    del now_s
+    del now_s, passed
     return sorted(waiting, key=lambda sequence: -sequence.request.priority)
 
 
@@ -50,10 +62,15 @@ class AdapterReadiness(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled:
-    """`num_tokens` of `sequence` are computed, from `sequence.num_computed` on."""
+    """`num_tokens` of `sequence` are computed, from `sequence.num_computed` on.
+
+    Attributes:
+        num_copied: virtual tokens before these whose keys and values are first copied from the adapter.
+    """
 
     sequence: Sequence
     num_tokens: int
+    num_copied: int = 0
 
     @property
     def samples(self) -> bool:
@@ -87,12 +104,14 @@ class Scheduler:
         config: SchedulerConfig,
         blocks: KvBlockPool,
         adapters: AdapterReadiness,
-        order: AdmissionOrder = fifo_within_priority,
+        order: AdmissionOrder | None = None,
     ) -> None:
         self._config = config
         self._blocks = blocks
         self._adapters = adapters
-        self._order = order
+        rounds = DeficitRoundRobin(config.fair_quantum, config.fair_aging_s)
+        self._order = order or rounds
+        self._ledger = Ledger(rounds)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.prefix_queries = 0
@@ -104,17 +123,20 @@ class Scheduler:
 
     @property
     def num_waiting_for_adapter(self) -> int:
-        return sum(sequence.adapter_wait_start_s is not None for sequence in self.waiting)
+        return sum(sequence.flow is not None and sequence.flow.awaits_adapters for sequence in self.waiting)
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence in the queue."""
         self.waiting.append(sequence)
+        self._ledger.enter(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is, and frees all that it holds. Harmless if it is out."""
         if sequence.status is Status.FINISHED:
             return
-        (self.running if sequence.status is Status.RUNNING else self.waiting).remove(sequence)
+        running = sequence.status is Status.RUNNING
+        (self.running if running else self.waiting).remove(sequence)
+        self._ledger.leave(sequence, waiting=not running)
         self._free_blocks(sequence)
         self._unreserve(sequence)
         sequence.status = Status.FINISHED
@@ -132,6 +154,8 @@ class Scheduler:
         if not preempted:
             used = sum(item.num_tokens for item in scheduled)
             self._admit(scheduled, failed, self._config.max_batch_tokens - used, now_s)
+        for item in scheduled:
+            self._ledger.charge(item.sequence, item.num_tokens)
         return Schedule(tuple(scheduled), tuple(failed), preempted)
 
     def _expire(self) -> list[tuple[Sequence, ServerError]]:
@@ -159,7 +183,7 @@ class Scheduler:
                 continue
             num_tokens = min(sequence.num_pending, budget)
             while num_tokens and not self._grow(sequence, num_tokens):
-                victim = self._order(list(self.running), 0.0)[-1]
+                victim = min(self.running, key=lambda one: (one.request.priority, -one.arrival_s))
                 budget += scheduled.pop(victim, 0)
                 self._preempt(victim)
                 preempted += 1
@@ -177,31 +201,40 @@ class Scheduler:
         budget: int,
         now_s: float,
     ) -> None:
-        # Handles are a request's own; what is blocked for one request is so for all that name the same.
-        blocked: set[tuple[str, ...]] = set()
-        urgent = False
-        for sequence in self._order(self.waiting, now_s):
-            if budget <= 0 or len(self.running) >= self._config.max_num_requests:
+        admission = _Admission(scheduled, failed, budget, now_s)
+        if not self._full(admission) and not self._offer(self.waiting, admission):
+            self._offer([one for one in self.waiting if admission.may_join(one)], admission)
+
+    def _full(self, admission: _Admission) -> bool:
+        return admission.budget <= 0 or len(self.running) >= self._config.max_num_requests
+
+    def _offer(self, candidates: list[Sequence], admission: _Admission) -> bool:
+        """Admits those of the candidates that can run; False if for want of room on the device the rest can
+        only be those who need none that is not theirs already."""
+        passed, now_s = admission.passed, admission.now_s
+        for sequence in self._order(candidates, now_s, passed):
+            if self._full(admission):
                 break
-            names = tuple(handle.name for handle in sequence.handles)
-            if names and not sequence.reserved and (urgent or names in blocked):
-                self._note_wait(sequence, now_s)
+            flow = sequence.flow
+            assert flow is not None
+            if flow in passed:
                 continue
             match self._readiness(sequence):
                 case Readiness.FAILED:
                     error = self._adapters.failure(sequence.handles) or InternalError("no reason was given")
                     self.finish(sequence)
-                    failed.append((sequence, error))
+                    admission.failed.append((sequence, error))
                     continue
                 case Readiness.LOADING:
                     self._note_wait(sequence, now_s)
+                    passed.add(flow)
                     continue
                 case Readiness.BLOCKED:
                     self._note_wait(sequence, now_s)
-                    blocked.add(names)
-                    started_s = sequence.adapter_wait_start_s
-                    assert started_s is not None
-                    urgent = urgent or now_s - started_s > self._config.max_adapter_wait_s
+                    passed.add(flow)
+                    admission.num_blocked += 1
+                    if self._make_room(sequence, admission) or admission.num_blocked >= _MAX_BLOCKED:
+                        return False
                     continue
                 case Readiness.READY:
                     pass
@@ -209,15 +242,39 @@ class Scheduler:
             # not lose its later blocks to those admitted after it.
             if not self._take_blocks(sequence):
                 break
-            num_tokens = min(sequence.num_pending, budget)
+            num_copied = max(0, sequence.num_prefix - sequence.num_computed)
+            sequence.num_computed += num_copied
+            num_tokens = min(sequence.num_pending, admission.budget)
             self.waiting.remove(sequence)
             self.running.append(sequence)
             sequence.status = Status.RUNNING
+            self._ledger.admit(sequence, now_s)
             self._end_wait(sequence, now_s)
             if sequence.first_scheduled_s is None:
                 sequence.first_scheduled_s = now_s
-            scheduled.append(Scheduled(sequence, num_tokens))
-            budget -= num_tokens
+            admission.scheduled.append(Scheduled(sequence, num_tokens, num_copied))
+            admission.budget -= num_tokens
+        return True
+
+    def _make_room(self, sequence: Sequence, admission: _Admission) -> bool:
+        """Sees to it that a sequence without room on the device gets some; whether that takes more than time.
+
+        At first it waits for an adapter that falls idle by itself. Once it has waited for long, adapters in
+        use get no new requests from those behind it, one first, and the longer the more, until one that can
+        be evicted leaves room enough; and room that is idle is left to it.
+        """
+        patience_s, started_s = self._config.max_adapter_wait_s, sequence.adapter_wait_start_s
+        assert started_s is not None
+        waited_s = admission.now_s - started_s
+        if waited_s <= patience_s:
+            return False
+        turns = min(_ALL_TURNS, int(waited_s / patience_s)) if patience_s > 0 else _ALL_TURNS
+        holders = (one for one in (*self.running, *self.waiting) if one.reserved)
+        held = Counter(handle.name for one in holders for handle in one.handles)
+        # Those that the fewest requests hold are idle soonest.
+        drained = sorted(held, key=lambda name: (held[name], name))[: (1 << turns) - 1]
+        admission.open_adapters = held.keys() - set(drained)
+        return True
 
     def _readiness(self, sequence: Sequence) -> Readiness:
         if not sequence.handles:
@@ -267,6 +324,7 @@ class Scheduler:
         sequence.num_computed = 0
         sequence.preemptions += 1
         sequence.status = Status.WAITING
+        self._ledger.wait(sequence)
         self.waiting.append(sequence)
         self.waiting.sort(key=lambda sequence: sequence.arrival_s)
 
@@ -282,13 +340,25 @@ class Scheduler:
 
     @staticmethod
     def _note_wait(sequence: Sequence, now_s: float) -> None:
+        flow = sequence.flow
+        assert flow is not None
         if sequence.adapter_wait_start_s is None:
             sequence.adapter_wait_start_s = now_s
+        if not flow.awaits_adapters:
+            flow.wait_from_s, flow.wait_until_s = now_s, None
 
     @staticmethod
     def _end_wait(sequence: Sequence, now_s: float) -> None:
-        if sequence.adapter_wait_start_s is not None:
-            sequence.adapter_wait_s += now_s - sequence.adapter_wait_start_s
+        flow = sequence.flow
+        assert flow is not None
+        if flow.awaits_adapters:
+            flow.wait_until_s = now_s
+        from_s, until_s = sequence.adapter_wait_start_s, now_s
+        if from_s is None and sequence.first_scheduled_s is None and flow.wait_from_s is not None:
+            # It stood behind the one that the wait was noted for.
+            from_s, until_s = max(flow.wait_from_s, sequence.arrival_s), flow.wait_until_s or now_s
+        if from_s is not None:
+            sequence.adapter_wait_s += max(0.0, until_s - from_s)
             sequence.adapter_wait_start_s = None
 
     def check_integrity(self) -> list[str]:
@@ -305,9 +375,43 @@ class Scheduler:
             for sequence in queue
             if sequence.status is not status
         ]
+        problems += self._ledger.check_integrity(self.waiting, self.running)
         problems += [
             f"request {sequence.request.request_id} runs without its adapters"
             for sequence in self.running
             if sequence.handles and not sequence.reserved
         ]
         return problems
+
+
+class _Admission:
+    """One step's admission so far.
+
+    Attributes:
+        passed: flows whose next request has to wait.
+        num_blocked: how many there was no room on the device for.
+        open_adapters: those that may get more requests; None for all that are on the device.
+    """
+
+    def __init__(
+        self,
+        scheduled: list[Scheduled],
+        failed: list[tuple[Sequence, ServerError]],
+        budget: int,
+        now_s: float,
+    ) -> None:
+        self.scheduled = scheduled
+        self.failed = failed
+        self.budget = budget
+        self.now_s = now_s
+        self.passed: set[Account] = set()
+        self.num_blocked = 0
+        self.open_adapters: Collection[str] | None = None
+
+    def may_join(self, sequence: Sequence) -> bool:
+        """Whether a sequence takes no room from those that wait for some."""
+        if sequence.reserved:
+            return True
+        if self.open_adapters is None:
+            return all(handle.resident for handle in sequence.handles)
+        return all(handle.resident and handle.name in self.open_adapters for handle in sequence.handles)

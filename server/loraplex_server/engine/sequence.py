@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.core.request import Request
+from loraplex_server.engine.fairness import Account
 from loraplex_server.engine.kv_blocks import block_key
 
 EFFECT_VERSION = 1
@@ -35,7 +36,8 @@ class Sequence:
         handles: its adapters, resolved, in the request's order.
         token_ids: prompt and generated tokens known so far.
         num_prompt: those that were not generated, virtual ones included.
-        num_virtual: rows of a soft prompt, which come first.
+        num_virtual: rows of a soft prompt or a prefix, which come first.
+        num_prefix: how many of these are a prefix's: copied to the cache when it is admitted, not computed.
         num_computed: how many of them have their keys and values in the cache.
         block_table: KV blocks it holds, in the order of positions.
         block_keys: keys of its full blocks of known tokens, as far as they were asked for.
@@ -43,6 +45,7 @@ class Sequence:
         caches: its blocks may be had by others, and it may have theirs.
         cached_prompt_tokens: tokens of its prompt that it found in the cache when it was first admitted.
         reserved: it holds device references to its adapters.
+        flow: the account of what it is given; the scheduler's ledger sets it.
     """
 
     request: Request
@@ -52,6 +55,7 @@ class Sequence:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     num_prompt: int = 0
     num_virtual: int = 0
+    num_prefix: int = 0
     num_computed: int = 0
     status: Status = Status.WAITING
     block_table: list[int] = dataclasses.field(default_factory=list)
@@ -60,6 +64,7 @@ class Sequence:
     caches: bool = True
     cached_prompt_tokens: int = 0
     reserved: bool = False
+    flow: Account | None = None
     preemptions: int = 0
     adapter_wait_start_s: float | None = None
     adapter_wait_s: float = 0.0
@@ -73,6 +78,7 @@ class Sequence:
         prompt = self.request.prompt_token_ids
         # A virtual token has no id: row r of a soft prompt is written -1 - r.
         self.num_virtual = sum(handle.num_virtual_tokens for handle in self.handles)
+        self.num_prefix = sum(handle.num_prefix_tokens for handle in self.handles)
         self.token_ids = [*(-1 - row for row in range(self.num_virtual)), *prompt]
         self.num_prompt = len(self.token_ids)
         uses = zip(self.handles, self.request.adapters, strict=True)
@@ -118,12 +124,11 @@ class Sequence:
 
     def new_block_keys(self, block_size: int) -> list[tuple[int, bytes]]:
         """(block, key) of each block that became full since the last call."""
-        if not self.caches:
+        first, full = self.num_named, self.num_computed // block_size
+        if first == full or not self.caches:
             return []
-        first, self.num_named = self.num_named, self.num_computed // block_size
-        return [
-            (self.block_table[index], self._key(index, block_size)) for index in range(first, self.num_named)
-        ]
+        self.num_named = full
+        return [(self.block_table[index], self._key(index, block_size)) for index in range(first, full)]
 
     def _key(self, index: int, block_size: int) -> bytes:
         """Key of the block at `index` of the table, and of those before it, each computed once."""

@@ -106,7 +106,22 @@ def build_empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     with _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
     model.requires_grad_(False)
+    _settle_rope(model)
     return model.eval()
+
+
+def _settle_rope(model: PreTrainedModel) -> None:
+    """Keeps position embeddings as they were built.
+
+    Kinds that depend on the longest position read it back from the device in every step; within
+    `longest_context` they would find nothing to change.
+    """
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, str):
+            module.rope_type = "default"
+        elif isinstance(kind, dict):
+            module.rope_type = dict.fromkeys(kind, "default")
 
 
 def find_groups(model: PreTrainedModel) -> list[tuple[Projection, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -42,6 +43,16 @@ class NormEffect(Protocol):
 
     def norm(self, site: NormSite, x: torch.Tensor, y: torch.Tensor) -> None:
         """Changes the output y [T, width] in place; x is the input."""
+
+
+Kinds = tuple[type[Effect], ...]
+
+
+def kinds(effects: Iterable[Effect]) -> Kinds:
+    """What a recorded step (`graphs`) is known by: a step with effects of the same kinds, over the same pool
+    and buffers, can be replayed from it. A kind that is to be recorded reads its batch on the device alone.
+    """
+    return tuple(type(effect) for effect in effects)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +133,11 @@ def effects_of(pool: LoraPool, batch: LoraBatch) -> tuple[Effect, ...]:
     # The magnitude of DoRA scales the base's output alone: its pair, scaled at load, comes after.
     scaled = (InputScale(pool, batch), OutputScale(pool, batch), pairs, BiasAdd(pool, batch))
     return (OwnWeights(pool, batch), *scaled) if replacement.any_weights(pool, batch) else scaled
+
+
+def acts_outside(pool: LoraPool, batch: LoraBatch) -> bool:
+    """Whether an adapter of the batch acts at a norm, the embedding or the head."""
+    return bool(pool.host.outside[batch.host.segment[:, 0]].any())
 
 
 def norm_effects(pool: LoraPool, batch: LoraBatch) -> tuple[NormEffect, ...]:

@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+import logging
+import time
+from collections.abc import Callable, Generator, Iterable
 
 import numpy as np
 import torch
 
-from loraplex_kernels import parallel, vectors, vocabulary
+from loraplex_kernels import parallel, vectors
+from loraplex_kernels import vocabulary as ends
 from loraplex_kernels.attention import AttentionBatch, LayerShape
 from loraplex_kernels.lora import LoraBatch, LoraBatchBuffers, LoraPool
-from loraplex_server.core.step import StepOutput, StepPlan
-from loraplex_server.model import context
+from loraplex_server.core.step import Ints, StepOutput, StepPlan
+from loraplex_server.model import context, sampler, warmup
+from loraplex_server.model.clock import DeviceClock, Span
 from loraplex_server.model.context import StepContext
-from loraplex_server.model.effects import effects_of, embedding_effects, head_effects, norm_effects
+from loraplex_server.model.effects import (
+    acts_outside,
+    effects_of,
+    embedding_effects,
+    head_effects,
+    norm_effects,
+)
+from loraplex_server.model.graphs import DecodeGraphs, GraphLimits
 from loraplex_server.model.loader import BaseModel
-from loraplex_server.model.sampler import sample
+from loraplex_server.model.prefix import place_prefixes
+from loraplex_server.model.sampler import Sampling
+from loraplex_server.model.transfer import send
+
+_log = logging.getLogger(__name__)
+
+
+class Pending:
+    """A step that was launched, and that the device may still be computing."""
+
+    def __init__(self, sampling: Sampling | None, span: Span | None) -> None:
+        self._sampling = sampling
+        self._span = span
+
+    def result(self) -> StepOutput:
+        """What the step sampled, once it is there."""
+        sampled = () if self._sampling is None else self._sampling.result()
+        device_s, waited_s = (None, None) if self._span is None else self._span.seconds()
+        return StepOutput(sampled, device_s, waited_s)
 
 
 class ModelRunner:
@@ -40,6 +69,8 @@ class ModelRunner:
         self._kv_caches = kv_caches
         self._pool = pool
         self._block_size = block_size
+        self._max_batch_tokens = max_batch_tokens
+        self._max_pairs_per_token = max_pairs_per_token
         self._layers = tuple(dict.fromkeys(layers))
         self._device = base.format.device
         self._embed = base.model.get_input_embeddings()
@@ -49,20 +80,95 @@ class ModelRunner:
             LoraBatchBuffers(max_tokens=tokens, max_pairs=tokens * max_pairs_per_token, device=self._device)
             for tokens in (max_batch_tokens, max_samples or max_batch_tokens)
         )
+        self._clock = DeviceClock(self._device)
+        self._graphs: DecodeGraphs | None = None
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether `launch` returns before the step is computed."""
+        return self._device.type == "cuda"
+
+    def warm_up(self, max_context: int) -> None:
+        """Runs steps of every kind, so that none has to wait for a kernel to be compiled or loaded.
+
+        What they write lies in block 0, before any request has it.
+
+        Args:
+            max_context: tokens of the longest request.
+        """
+        started_s = time.monotonic()
+        plans = list(
+            warmup.plans(self._max_batch_tokens, max_context, self._pool.num_slots, self._block_size)
+        )
+        for done, plan in enumerate(plans, 1):
+            self.run(plan)
+            if done == len(plans) or not done % 16:
+                _log.info("warm-up: %d of %d steps, %.1f s", done, len(plans), time.monotonic() - started_s)
+
+    def record_graphs(self, sizes: tuple[int, ...], max_context: int) -> None:
+        """Records decode steps of these numbers of sequences; from here on they are replayed.
+
+        Args:
+            max_context: tokens of the longest request.
+
+        Raises:
+            RuntimeError: the device refuses; steps are launched kernel by kernel, as before.
+            ValueError: the device's kernels are torch.
+        """
+        limits = GraphLimits(
+            sizes=sizes,
+            block_size=self._block_size,
+            num_blocks=self._kv_caches[0].shape[0],
+            max_blocks_per_sequence=-(-max_context // self._block_size),
+            max_pairs_per_token=self._max_pairs_per_token,
+        )
+        graphs = DecodeGraphs(self._decode, self._pool, self._layers, limits, self._device)
+        graphs.record(self._kv_caches)
+        self._graphs = graphs
 
     def run(self, plan: StepPlan) -> StepOutput:
-        """Computes every token of the plan, writes its keys and values, and samples."""
-        if not len(plan.sample_row):
-            self.logits(plan)
-            return StepOutput(())
-        return StepOutput(sample(self.logits(plan), plan))
+        """`launch`, and the result waited for."""
+        return self.launch(plan).result()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Pending:
+        """Computes every token of the plan, writes its keys and values, and samples.
+
+        On a GPU all of it is queued, in order, and nothing waits; elsewhere it is done on return.
+        """
+        forward = self._prepare(plan)
+        self._clock.begin()
+        logits = forward()
+        sampling = sampler.launch(logits, plan) if len(plan.sample_row) else None
+        return Pending(sampling, self._clock.end())
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
-        """Next-token logits [S, vocabulary] of the plan's `sample_row`."""
+        """Next-token logits [S, vocabulary] of the plan's `sample_row`, valid until the next step."""
+        return self._prepare(plan)()
+
+    def weight_checksum(self) -> Generator[None, None, str]:
+        """SHA-256 over the resident base weights, in pieces: yields between them, returns it at the end."""
+        return self._base.checksum_steps()
+
+    def _prepare(self, plan: StepPlan) -> Callable[[], torch.Tensor]:
+        """Sends a step's inputs on their way; what is returned computes its logits."""
+        place_prefixes(plan, self._pool, self._kv_caches)
+        replay = None if self._graphs is None else self._graphs.prepare(plan)
+        return self._eager(plan) if replay is None else replay
+
+    def _eager(self, plan: StepPlan) -> Callable[[], torch.Tensor]:
+        """The step kernel by kernel."""
         batch = self._segments.fill(plan.runs) if len(plan.run_start) else None
-        sampled = None if batch is None else self._sampled(plan, batch)
-        added = np.zeros(0, np.int64) if sampled is None else self._added_tokens(plan, sampled)
+        # Most steps have adapters of the layers' projections alone, or none, and pay for nothing else.
+        outside = batch if batch is not None and acts_outside(self._pool, batch) else None
+        sampled = None if outside is None else self._sampled(plan, outside)
+        added = self._added_tokens(plan, sampled)
+        ids, vocabulary = plan.token_ids, self._base.vocabulary
+        known = np.where((ids < 0) | (ids >= vocabulary.size), 0, ids)
+        token_ids, positions, rows, missing_from = send(
+            [known, plan.positions, plan.sample_row, added], self._device
+        )
         step = StepContext(
             attention=AttentionBatch.build(
                 plan.query_start,
@@ -78,45 +184,60 @@ class ModelRunner:
             attended=int(np.diff(plan.query_start) @ plan.context_len),
             # Nothing is launched for a step without adapters.
             effects=() if batch is None else effects_of(self._pool, batch),
-            norms=() if batch is None else norm_effects(self._pool, batch),
-            head=() if sampled is None else head_effects(self._pool, sampled, self._base.vocabulary),
+            norms=() if outside is None else norm_effects(self._pool, outside),
+            head=() if sampled is None else head_effects(self._pool, sampled, vocabulary),
             added_tokens=int(added.max(initial=0)),
         )
-        with context.running(step), parallel.threads_for(plan.num_tokens * self._token_us):
+
+        def forward() -> torch.Tensor:
+            with parallel.threads_for(plan.num_tokens * self._token_us):
+                embeddings = self._embeddings(plan, token_ids, batch, outside)
+                logits = self._forward(step, embeddings, positions, rows)
+                if step.added_tokens:
+                    columns = torch.arange(step.added_tokens, device=self._device)
+                    missing = columns >= missing_from[:, None]
+                    logits[:, vocabulary.size :].masked_fill_(missing, -torch.inf)
+                return logits
+
+        return forward
+
+    def _decode(self, step: StepContext, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits of every row, for the recordings."""
+        return self._forward(step, self._embed(token_ids), positions, 0)
+
+    def _forward(
+        self,
+        step: StepContext,
+        embeddings: torch.Tensor,
+        positions: torch.Tensor,
+        logits_to_keep: torch.Tensor | int,
+    ) -> torch.Tensor:
+        """Logits [S, vocabulary] of the rows `logits_to_keep`, of all where that is 0."""
+        with context.running(step):
             output = self._base.model(
-                inputs_embeds=self._embeddings(plan, batch).unsqueeze(0),
-                position_ids=self._tensor(plan.positions).unsqueeze(0),
+                inputs_embeds=embeddings.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
                 use_cache=False,
-                logits_to_keep=self._tensor(plan.sample_row),
+                logits_to_keep=logits_to_keep,
             )
         logits: torch.Tensor = output.logits[0]
-        if step.added_tokens:
-            columns = torch.arange(step.added_tokens, device=self._device)
-            absent = columns >= self._tensor(added)[:, None]
-            logits[:, self._base.vocabulary.size :].masked_fill_(absent, -torch.inf)
         return logits
 
-    def weight_checksum(self) -> Generator[None, None, str]:
-        """SHA-256 over the resident base weights, in pieces: yields between them, returns it at the end."""
-        return self._base.checksum_steps()
-
-    def _embeddings(self, plan: StepPlan, batch: LoraBatch | None) -> torch.Tensor:
+    def _embeddings(
+        self, plan: StepPlan, token_ids: torch.Tensor, batch: LoraBatch | None, outside: LoraBatch | None
+    ) -> torch.Tensor:
         """[T, hidden]; a negative token id is a row of a soft prompt, one past the base's an adapter's."""
+        found: torch.Tensor = self._embed(token_ids)
         ids, site = plan.token_ids, self._base.vocabulary
-        own = (ids < 0) | (ids >= site.size)
-        found: torch.Tensor = self._embed(self._tensor(np.where(own, 0, ids) if own.any() else ids))
-        if batch is None:
-            return found
-        for effect in embedding_effects(self._pool, batch, site):
-            effect.embed(site, ids, found)
-        if (ids < 0).any():
+        if outside is not None:
+            for effect in embedding_effects(self._pool, outside, site):
+                effect.embed(site, ids, found)
+        if batch is not None and (ids < 0).any():
             vectors.place_soft_prompts(found, torch.from_numpy(ids), self._pool, batch)
         return found
 
     def _sampled(self, plan: StepPlan, batch: LoraBatch) -> LoraBatch | None:
         """The batch of the sampled rows alone, None where no adapter does anything at the head."""
-        if not vocabulary.acts_at(self._pool, batch, self._base.vocabulary.head.first_entry):
-            return None
         runs = plan.runs
         owner = np.searchsorted(plan.run_start, plan.sample_row, "right") - 1
         inside = (owner >= 0) & (plan.sample_row < plan.run_end[owner])
@@ -127,12 +248,11 @@ class ModelRunner:
         ]
         return self._sampled_segments.fill(found) if found else None
 
-    def _added_tokens(self, plan: StepPlan, sampled: LoraBatch) -> np.ndarray:
+    def _added_tokens(self, plan: StepPlan, sampled: LoraBatch | None) -> Ints:
         """[S]: how many tokens each sampled row's adapter adds to the vocabulary."""
-        site, added = self._base.vocabulary, np.zeros(len(plan.sample_row), np.int64)
-        found = vocabulary.added_tokens(self._pool, sampled, site.head.first_entry, site.size)
-        added[: len(found)] = found
+        added: Ints = np.zeros(len(plan.sample_row), np.int64)
+        if sampled is not None:
+            site = self._base.vocabulary
+            found = ends.added_tokens(self._pool, sampled, site.head.first_entry, site.size)
+            added[: len(found)] = found
         return added
-
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device)

@@ -1,4 +1,7 @@
-"""From logits to tokens: greedy, or the inverse of the cumulative distribution at one given draw."""
+"""From logits to tokens: greedy, or the inverse of the cumulative distribution at one given draw.
+
+All of it runs on the device: the parameters travel there in one copy, the results back in one.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,16 @@ import numpy as np
 import torch
 
 from loraplex_server.core.step import SampledToken, StepPlan
+from loraplex_server.model.transfer import Fetch, Words, send
 
 
 def sample(logits: torch.Tensor, plan: StepPlan) -> tuple[SampledToken, ...]:
-    """One token a row.
+    """`launch`, and the tokens waited for."""
+    return launch(logits, plan).result()
+
+
+def launch(logits: torch.Tensor, plan: StepPlan) -> Sampling:
+    """Samples one token a row; nothing waits for the device.
 
     A drawn token is the first, in descending order of probability, at which the cumulative mass of
     those kept by top-k and top-p exceeds the row's draw: no random generator, so a row's token depends
@@ -19,59 +28,104 @@ def sample(logits: torch.Tensor, plan: StepPlan) -> tuple[SampledToken, ...]:
         logits: [S, vocabulary], any floating dtype; row i belongs to `plan.sample_row[i]`.
     """
     scores = logits.float()
-    if len(plan.banned_ids):
-        scores = _ban(scores, plan)
-    chosen = scores.argmax(dim=-1)
     drawn = np.flatnonzero(plan.temperature > 0)
+    banned, draws = _inputs(plan, drawn, logits)
+    if banned is not None:
+        scores = scores.index_put(banned, scores.new_full((), -torch.inf))
+    chosen = scores.argmax(dim=-1)
+    if draws is not None:
+        rows, *parameters = draws
+        # Without this, where every row is drawn, all the scores would be copied.
+        part = scores if len(drawn) == len(scores) else scores.index_select(0, rows)
+        chosen = chosen.index_copy(0, rows, _draw(part, *parameters))
+    most = int(plan.num_logprobs.max(initial=-1))
+    if most < 0:
+        return Sampling(chosen, Fetch(chosen), plan.num_logprobs)
+    return Sampling(chosen, Fetch(_with_logprobs(logits, chosen, most)), plan.num_logprobs)
+
+
+class Sampling:
+    """One token a row, on the device, and on the way to the host.
+
+    Attributes:
+        tokens: int64 [S], on the device.
+    """
+
+    def __init__(self, tokens: torch.Tensor, fetch: Fetch, num_logprobs: np.ndarray) -> None:
+        self.tokens = tokens
+        self._fetch = fetch
+        self._num_logprobs = num_logprobs
+
+    def result(self) -> tuple[SampledToken, ...]:
+        """The tokens, once they are there."""
+        values = self._fetch.wait()
+        if values.ndim == 1:
+            return tuple(SampledToken(token) for token in values.tolist())
+        found = []
+        floats = values.view(np.float32)
+        most = (values.shape[1] - 2) // 2
+        for row, (count, token) in enumerate(
+            zip(self._num_logprobs.tolist(), values[:, 0].tolist(), strict=True)
+        ):
+            if count < 0:
+                found.append(SampledToken(token))
+                continue
+            top = min(count, most)
+            ids, logprobs = values[row, 2 : 2 + top], floats[row, 2 + most : 2 + most + top]
+            best = tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
+            found.append(SampledToken(token, floats[row, 1].item(), best))
+        return tuple(found)
+
+
+def _inputs(
+    plan: StepPlan, drawn: np.ndarray, logits: torch.Tensor
+) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, list[torch.Tensor] | None]:
+    """What greedy rows do not need: (row, token) of every ban; rows, temperature, top-k, top-p and draw."""
+    arrays: list[Words] = []
+    if len(plan.banned_ids):
+        rows = np.repeat(np.arange(len(plan.banned_start) - 1), np.diff(plan.banned_start))
+        arrays += [rows, plan.banned_ids]
     if len(drawn):
-        rows = torch.from_numpy(drawn).to(logits.device)
-        chosen[rows] = _draw(scores[rows], plan, drawn)
-    tokens = chosen.tolist()
-    if plan.num_logprobs.max(initial=-1) < 0:
-        return tuple(SampledToken(token) for token in tokens)
-    return _with_logprobs(logits, tokens, plan)
+        top_k = np.where(plan.top_k > 0, plan.top_k, logits.shape[-1])
+        arrays.append(drawn)
+        arrays += [column[drawn] for column in (plan.temperature, top_k, plan.top_p, plan.uniform)]
+    if not arrays:
+        return None, None
+    sent = send(arrays, logits.device)
+    banned = (sent[0], sent[1]) if len(plan.banned_ids) else None
+    return banned, sent[-5:] if len(drawn) else None
 
 
-def _ban(scores: torch.Tensor, plan: StepPlan) -> torch.Tensor:
-    rows = np.repeat(np.arange(len(plan.banned_start) - 1), np.diff(plan.banned_start))
-    index = torch.from_numpy(rows).to(scores.device), torch.from_numpy(plan.banned_ids).to(scores.device)
-    return scores.index_put(index, torch.tensor(-torch.inf, device=scores.device))
-
-
-def _draw(scores: torch.Tensor, plan: StepPlan, drawn: np.ndarray) -> torch.Tensor:
-    device, width = scores.device, scores.shape[-1]
-    temperature, top_p, uniform = (
-        torch.from_numpy(values[drawn]).to(device)[:, None]
-        for values in (plan.temperature, plan.top_p, plan.uniform)
-    )
-    top_k = torch.from_numpy(np.where(plan.top_k[drawn] > 0, plan.top_k[drawn], width)).to(device)[:, None]
+def _draw(
+    scores: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
+    """Tokens [R] of scores [R, vocabulary], at one parameter a row."""
+    width = scores.shape[-1]
     ordered, tokens = scores.sort(dim=-1, descending=True, stable=True)
     # Double precision: with a large vocabulary the tail's mass would be lost in a float sum.
-    mass = (ordered.double() / temperature).softmax(dim=-1)
-    kept = torch.arange(width, device=device) < top_k
+    mass = (ordered.double() / temperature[:, None]).softmax(dim=-1)
+    kept = torch.arange(width, device=scores.device) < top_k[:, None]
     mass = mass * kept
     mass = mass / mass.sum(dim=-1, keepdim=True)
     before = mass.cumsum(dim=-1) - mass
     # The most probable token stays whatever top_p is.
-    mass = mass * ((before < top_p) & kept)
+    mass = mass * ((before < top_p[:, None]) & kept)
     reached = mass.cumsum(dim=-1)
-    pick = (reached <= uniform * reached[:, -1:]).sum(dim=-1, keepdim=True)
+    pick = (reached <= uniform[:, None] * reached[:, -1:]).sum(dim=-1, keepdim=True)
     last = (mass > 0).sum(dim=-1, keepdim=True) - 1
     return tokens.gather(-1, torch.minimum(pick, last)).squeeze(-1)
 
 
-def _with_logprobs(logits: torch.Tensor, tokens: list[int], plan: StepPlan) -> tuple[SampledToken, ...]:
+def _with_logprobs(logits: torch.Tensor, tokens: torch.Tensor, most: int) -> torch.Tensor:
+    """int32 [S, 2 + 2 * most]: token, its log-probability's bits, ids of the best, their log-probabilities'
+    bits. `most` is the vocabulary at most.
+    """
     logprobs = logits.float().log_softmax(dim=-1)
-    most = int(plan.num_logprobs.max())
-    chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None]).squeeze(-1).tolist()
+    chosen = logprobs.gather(-1, tokens[:, None])
     values, ids = logprobs.topk(min(most, logits.shape[-1]), dim=-1)
-    found = []
-    for token, logprob, count, row_ids, row_values in zip(
-        tokens, chosen, plan.num_logprobs.tolist(), ids.tolist(), values.tolist(), strict=True
-    ):
-        if count < 0:
-            found.append(SampledToken(token))
-        else:
-            top = tuple(zip(row_ids[:count], row_values[:count], strict=True))
-            found.append(SampledToken(token, logprob, top))
-    return tuple(found)
+    columns = (tokens[:, None].int(), chosen.view(torch.int32), ids.int(), values.view(torch.int32))
+    return torch.cat(columns, dim=1)

@@ -1,0 +1,301 @@
+"""Who is next: deficit round robin over tenants, and within each over its adapters, with aging.
+
+Every tenant, and every combination of adapters that a tenant asks for (a *flow*), has an account of the
+tokens computed for it. Turns come in rounds: in each, an account gets a quantum of tokens, so whoever was
+given less is in an earlier round and goes first. A second of waiting counts like tokens not given (aging),
+so nobody is overtaken for ever, whatever the others ask for. Priorities are strict and stand above all this.
+
+Within a round, requests whose adapter is on the device go before those that need a swap: one swap then serves
+a quantum's worth of requests.
+
+Accounts that had nothing waiting begin again, at most, a quantum behind the others (start-time fair
+queueing): time in which nobody else wanted anything is neither held against a tenant nor saved up by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import math
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loraplex_server.engine.sequence import Sequence
+
+_MAX_IDLE_ACCOUNTS = 1024
+
+
+class Account:
+    """Tokens computed for a tenant, or for a flow within it. Only the ledger changes it.
+
+    Attributes:
+        parent: the tenant of a flow; the root of a tenant.
+        served: tokens; only differences between accounts of one parent mean anything.
+        round: of a parent: the latest round in which one of its parts had a turn.
+        waiting: sequences in the queue.
+        live: sequences in the engine.
+        wait_from_s, wait_until_s: since and until when its adapters were last waited for.
+    """
+
+    __slots__ = (
+        "live",
+        "name",
+        "parent",
+        "parts",
+        "round",
+        "served",
+        "wait_from_s",
+        "wait_until_s",
+        "waiting",
+    )
+
+    def __init__(self, name: object, parent: Account | None) -> None:
+        self.name = name
+        self.parent = parent
+        self.parts: dict[object, Account] = {}
+        self.served = 0.0
+        self.round = 0
+        self.waiting = 0
+        self.live = 0
+        self.wait_from_s: float | None = None
+        self.wait_until_s: float | None = None
+
+    @property
+    def awaits_adapters(self) -> bool:
+        return self.wait_from_s is not None and self.wait_until_s is None
+
+    def part(self, name: object) -> Account:
+        """The account of that name below this one, made if there is none."""
+        found = self.parts.get(name)
+        if found is None:
+            found = self.parts[name] = Account(name, self)
+        return found
+
+    def lineage(self) -> Iterator[tuple[Account, Account]]:
+        """(account, its parent) from this one up."""
+        account = self
+        while account.parent is not None:
+            yield account, account.parent
+            account = account.parent
+
+
+class Ledger:
+    """The accounts of all sequences in the engine, and of a bounded number that were there before."""
+
+    def __init__(self, rounds: DeficitRoundRobin) -> None:
+        self._rounds = rounds
+        self._root = Account("", None)
+
+    def enter(self, sequence: Sequence) -> None:
+        """A new sequence waits: it gets its flow."""
+        names = tuple(handle.name for handle in sequence.handles)
+        sequence.flow = self._root.part(sequence.request.tenant).part(names)
+        for account, _ in sequence.flow.lineage():
+            account.live += 1
+        self.wait(sequence)
+
+    def wait(self, sequence: Sequence) -> None:
+        """A sequence is put into the queue."""
+        for account, parent in _flow(sequence).lineage():
+            if not account.waiting:
+                account.served = max(account.served, self._floor(parent))
+            account.waiting += 1
+
+    def admit(self, sequence: Sequence, now_s: float) -> None:
+        """A sequence leaves the queue and runs."""
+        for account, parent in _flow(sequence).lineage():
+            account.waiting -= 1
+            parent.round = max(parent.round, self._rounds.turn(account.served, sequence, now_s)[0])
+
+    def charge(self, sequence: Sequence, num_tokens: int) -> None:
+        """Tokens are computed for a sequence."""
+        flow = _flow(sequence)
+        assert flow.parent is not None
+        flow.served += num_tokens
+        flow.parent.served += num_tokens
+
+    def leave(self, sequence: Sequence, *, waiting: bool) -> None:
+        """A sequence is gone; `waiting` if it was in the queue."""
+        for account, parent in _flow(sequence).lineage():
+            account.waiting -= waiting
+            account.live -= 1
+            if len(parent.parts) > _MAX_IDLE_ACCOUNTS + parent.live:
+                self._forget(parent)
+
+    def _floor(self, parent: Account) -> float:
+        """The least that a part that comes back counts as given: that before the round before this one.
+
+        A round's quantum so stays open to those who ask for little at a time.
+        """
+        return float((parent.round - 1) * self._rounds.quantum)
+
+    def _forget(self, parent: Account) -> None:
+        """Drops accounts that are not in use; those first that would begin at the floor anyway."""
+        floor = self._floor(parent)
+        kept = {name: part for name, part in parent.parts.items() if part.live or part.served > floor}
+        if len(kept) > _MAX_IDLE_ACCOUNTS // 2 + parent.live:
+            kept = {name: part for name, part in kept.items() if part.live}
+        parent.parts = kept
+
+    def check_integrity(self, waiting: Iterable[Sequence], running: Iterable[Sequence]) -> list[str]:
+        """A line for each account whose counts are not those of the queues."""
+        queued, everyone = list(waiting), [*waiting, *running]
+        problems = []
+        for tenant in self._root.parts.values():
+            for account in (tenant, *tenant.parts.values()):
+                counted = (account.waiting, account.live)
+                held = tuple(
+                    sum(account in (_flow(one), _flow(one).parent) for one in group)
+                    for group in (queued, everyone)
+                )
+                if counted != held:
+                    problems.append(f"account {account.name!r} counts {counted} sequences, there are {held}")
+        return problems
+
+
+@dataclasses.dataclass(frozen=True)
+class DeficitRoundRobin:
+    """An admission order; see the module. It reads accounts and changes nothing.
+
+    A tenant's first request is offered before those of a tenant that was given no fewer tokens less r quanta,
+    if these arrived (r + 1) times `aging_s` after it; and so for the flows of one tenant.
+
+    Attributes:
+        quantum: tokens that an account gets in a round.
+        aging_s: waiting time that counts as much as a quantum not given.
+    """
+
+    quantum: int
+    aging_s: float
+
+    def __call__(
+        self, waiting: list[Sequence], now_s: float, passed: Container[Account] = ()
+    ) -> Iterator[Sequence]:
+        flows: defaultdict[Account | None, list[Sequence]] = defaultdict(list)
+        for sequence in waiting:
+            flows[sequence.flow].append(sequence)
+        queues: defaultdict[int, defaultdict[Account, list[_Queue]]] = defaultdict(lambda: defaultdict(list))
+        for flow, sequences in flows.items():
+            assert flow is not None
+            assert flow.parent is not None
+            for priority, same in _by_priority(sequences):
+                queues[priority][flow.parent].append(_Queue(flow, same))
+        for priority in sorted(queues, reverse=True):
+            tenants = [_Tenant(tenant, found, self, now_s) for tenant, found in queues[priority].items()]
+            yield from _take_turns(tenants, passed)
+
+    def turn(self, served: float, sequence: Sequence, now_s: float) -> _Turn:
+        """Where an account of `served` tokens stands whose next request is `sequence`; the least is first."""
+        arrival_s = sequence.arrival_s
+        quanta = served / self.quantum - (now_s - arrival_s) / self.aging_s
+        resident = sequence.reserved
+        if not resident:
+            handles = sequence.handles
+            resident = handles[0].resident if len(handles) == 1 else all(one.resident for one in handles)
+        return math.floor(quanta), not resident, arrival_s
+
+    def cost(self, sequence: Sequence) -> int:
+        """Tokens that a sequence will probably take: an answer as long as it may be, up to a quantum."""
+        left = sequence.request.sampling.max_tokens - sequence.num_generated
+        return sequence.num_pending + min(left, self.quantum)
+
+
+_Turn = tuple[int, bool, float]
+
+
+class _Queue:
+    """A flow's requests, first come first served, as far as they were not offered yet; at least one."""
+
+    __slots__ = ("flow", "next", "sequences", "served")
+
+    def __init__(self, flow: Account, sequences: list[Sequence]) -> None:
+        self.flow = flow
+        self.served = flow.served
+        self.sequences = sequences
+        self.next = 0
+
+    @property
+    def head(self) -> Sequence:
+        return self.sequences[self.next]
+
+
+class _Tenant:
+    """A tenant's flows, the one that is next on top of a heap."""
+
+    __slots__ = ("_flows", "_now_s", "_order", "_served")
+
+    def __init__(
+        self, account: Account, queues: list[_Queue], order: DeficitRoundRobin, now_s: float
+    ) -> None:
+        self._served = account.served
+        self._order = order
+        self._now_s = now_s
+        self._flows = [
+            (order.turn(queue.served, queue.head, now_s), number, queue)
+            for number, queue in enumerate(queues)
+        ]
+        heapq.heapify(self._flows)
+
+    def head(self, passed: Container[Account]) -> Sequence | None:
+        """The tenant's next request; None once it has nothing to offer."""
+        flows = self._flows
+        while flows and flows[0][2].flow in passed:
+            heapq.heappop(flows)
+        return flows[0][2].head if flows else None
+
+    def turn(self, passed: Container[Account]) -> _Turn | None:
+        """Where the tenant stands; None once it has nothing to offer."""
+        head = self.head(passed)
+        return None if head is None else self._order.turn(self._served, head, self._now_s)
+
+    def advance(self) -> None:
+        """The next request was offered."""
+        _, number, queue = self._flows[0]
+        tokens = self._order.cost(queue.head)
+        self._served += tokens
+        queue.served += tokens
+        queue.next += 1
+        if queue.next < len(queue.sequences):
+            turn = self._order.turn(queue.served, queue.head, self._now_s)
+            heapq.heapreplace(self._flows, (turn, number, queue))
+        else:
+            heapq.heappop(self._flows)
+
+
+def _take_turns(tenants: list[_Tenant], passed: Container[Account]) -> Iterator[Sequence]:
+    if len(tenants) == 1:
+        while (head := tenants[0].head(passed)) is not None:
+            tenants[0].advance()
+            yield head
+        return
+    turns = [(turn, number) for number, tenant in enumerate(tenants) if (turn := tenant.turn(passed))]
+    heapq.heapify(turns)
+    while turns:
+        offered, number = turns[0]
+        # What was passed over meanwhile may have been this tenant's best.
+        turn = tenants[number].turn(passed)
+        if turn == offered and (head := tenants[number].head(passed)) is not None:
+            tenants[number].advance()
+            yield head
+            turn = tenants[number].turn(passed)
+        if turn is None:
+            heapq.heappop(turns)
+        else:
+            heapq.heapreplace(turns, (turn, number))
+
+
+def _by_priority(sequences: list[Sequence]) -> Iterable[tuple[int, list[Sequence]]]:
+    first = sequences[0].request.priority
+    if all(sequence.request.priority == first for sequence in sequences):
+        return ((first, sequences),)
+    found: defaultdict[int, list[Sequence]] = defaultdict(list)
+    for sequence in sequences:
+        found[sequence.request.priority].append(sequence)
+    return found.items()
+
+
+def _flow(sequence: Sequence) -> Account:
+    assert sequence.flow is not None
+    return sequence.flow
