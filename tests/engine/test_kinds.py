@@ -328,7 +328,13 @@ def _ask(
     served = harness(
         model,
         column.quantization,
-        scheduler={"kv_block_size": BLOCK, "prefix_cache": column.repeated, **column.scheduler},
+        scheduler={
+            "kv_block_size": BLOCK,
+            "prefix_cache": column.repeated,
+            # Room for what every kind leaves in the cache.
+            "kv_cache_bytes": 4 << 20,
+            **column.scheduler,
+        },
         adapters={"folders": tuple(folders.values()), **column.adapters},
     )
     wanted = [(kind, length) for length in LENGTHS for kind in (*KINDS, None)]
