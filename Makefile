@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TRITON_DEFAULT_FP_FUSION ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-kernels fuzz lint bench bench-gpu tune-gpu soak protos train clean
+.PHONY: help install demo test test-fast test-kernels fuzz lint bench bench-gpu bench-peers tune-gpu soak protos train clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,9 @@ bench: $(STAMP) ## The benches that fit this machine, side by side with their pe
 
 bench-gpu: ## Correctness, then timings of the kernels and the engine on the GPU at hand (uses $(PYTHON) as it is)
 	PYTHONPATH=server:kernels:clients/python:bench $(PYTHON) -m loraplex_bench.gpu --output bench/results
+
+bench-peers: ## Fetch the 4-bit products that `bench-gpu` compares with into bench/.peers (uses $(PYTHON)'s pip)
+	PYTHONPATH=server:kernels:clients/python:bench $(PYTHON) -m loraplex_bench.fetch_peers
 
 tune-gpu: ## Measure which variants of the LoRA kernels are fastest on the GPU at hand, and keep them (uses $(PYTHON) as it is)
 	PYTHONPATH=server:kernels:clients/python:bench $(PYTHON) -m loraplex_bench.tune_lora

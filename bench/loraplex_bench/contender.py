@@ -125,6 +125,10 @@ def _open(spec: dict[str, Any]) -> dict[str, Operation]:
         return lambda command: dataclasses.asdict(method(_jobs(command), command["max_tokens"]))
 
     if spec["kind"] == "peft":
+        carried = Path(__file__).parents[1] / ".peers" / "bnb"
+        if spec["weights"] == "bnb-nf4" and carried.is_dir():
+            # Before transformers looks for it. What is installed comes first.
+            sys.path.append(str(carried))
         from loraplex_bench.peers import PeftPeer
 
         dtype = getattr(torch, spec.get("dtype", "float32"))

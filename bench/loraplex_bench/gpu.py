@@ -34,14 +34,10 @@ from typing import Any
 
 import torch
 
-from loraplex import LoraplexError
-from loraplex_bench import lora_table, ops_attention, ops_quant_cuda, server_table, step_table
+from loraplex_bench import lora_table, ops_attention, ops_quant_cuda
 from loraplex_bench.environment import environment
-from loraplex_bench.launcher import LaunchError
 from loraplex_bench.lora_table import Row
 from loraplex_bench.report import table, write_json
-from loraplex_bench.server_table import ServerTable
-from loraplex_bench.step_table import StepRow, StepTable
 
 SECTIONS = ("tests", "lora", "quant", "attention", "step", "server")
 TINY_SECTIONS = ("step", "server")
@@ -50,6 +46,8 @@ TESTS = (
     "tests/engine/test_parity.py",
     "tests/engine/test_low_precision.py",
     "tests/engine/test_triton_engine.py",
+    "tests/engine/test_graphs.py",
+    "tests/engine/test_overlap.py",
     "tests/engine/test_memory.py",
     "tests/engine/test_in_8_bits.py",
 )
@@ -191,13 +189,26 @@ def time_attention(document: _Document, limit_s: float, device: torch.device) ->
         document.write("attention", {"ceilings": asdict(ceilings), "timings": timings})
 
 
-def time_steps(document: _Document, limit_s: float, wanted: StepTable, device: torch.device) -> None:
+def time_steps(
+    document: _Document,
+    limit_s: float,
+    device: torch.device,
+    *,
+    kv_cache_dtype: str = "auto",
+    tiny: bool = False,
+) -> None:
     """The section of whole decode steps, printed and written row by row."""
-    rows: list[StepRow] = []
+    # Here, not above: the kernels' sections run without the server's packages.
+    from loraplex_bench import step_table
+
+    wanted = step_table.StepTable.tiny() if tiny else step_table.StepTable()
+    wanted = dataclasses.replace(wanted, kv_cache_dtype=kv_cache_dtype)
+    section = "step" if kv_cache_dtype == "auto" else f"step-{kv_cache_dtype}"
+    rows: list[step_table.StepRow] = []
     for row in step_table.measure(wanted, device, limit_s):
         rows.append(row)
         print(row.line(), flush=True)
-        document.write("step", [each.as_json() for each in rows])
+        document.write(section, [each.as_json() for each in rows])
     for quantization, cost in step_table.cost_of_adapters(rows, 64, 16).items():
         print(f"{quantization}, batch 64: 16 distinct adapters cost {cost:.1%} over none")
     expected = [
@@ -210,8 +221,13 @@ def time_steps(document: _Document, limit_s: float, wanted: StepTable, device: t
         print(f"{len(rows)} of {len(expected)} rows within the time limit")
 
 
-def time_server(document: _Document, limit_s: float, wanted: ServerTable, device: torch.device) -> None:
+def time_server(document: _Document, limit_s: float, device: torch.device, *, tiny: bool = False) -> None:
     """The section of the server, printed and written row by row."""
+    from loraplex import LoraplexError
+    from loraplex_bench import server_table
+    from loraplex_bench.launcher import LaunchError
+
+    wanted = server_table.ServerTable.tiny() if tiny else server_table.ServerTable()
     rows: list[server_table.ServerRow] = []
 
     def say(row: server_table.ServerRow) -> None:
@@ -278,10 +294,9 @@ def main(argv: list[str] | None = None) -> int:
             time_attention(document, arguments.time_limit, device)
     torch.cuda.empty_cache()
     if "step" in sections:
-        steps = StepTable(kv_cache_dtype=arguments.kv_cache_dtype)
-        time_steps(document, arguments.time_limit, steps, device)
+        time_steps(document, arguments.time_limit, device, kv_cache_dtype=arguments.kv_cache_dtype)
     if "server" in sections:
-        time_server(document, arguments.time_limit, ServerTable(), device)
+        time_server(document, arguments.time_limit, device)
     print(f"written to {document.path}")
     return 0 if passed else 1
 
@@ -292,10 +307,9 @@ def _try_out(arguments: argparse.Namespace) -> int:
     document = _Document(arguments.output, f"tiny on {device.type}")
     sections = arguments.only or TINY_SECTIONS
     if "step" in sections:
-        steps = dataclasses.replace(StepTable.tiny(), kv_cache_dtype=arguments.kv_cache_dtype)
-        time_steps(document, arguments.time_limit, steps, device)
+        time_steps(document, arguments.time_limit, device, kv_cache_dtype=arguments.kv_cache_dtype, tiny=True)
     if "server" in sections:
-        time_server(document, arguments.time_limit, ServerTable.tiny(), device)
+        time_server(document, arguments.time_limit, device, tiny=True)
     print(f"written to {document.path}")
     return 0
 

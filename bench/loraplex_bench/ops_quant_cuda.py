@@ -58,7 +58,7 @@ class QuantTiming:
         roofline: share of the time that its bytes, or its FLOP, need at the measured ceilings.
         speedup: how many times as fast as cuBLAS in bf16.
         error: of the result, as a share of the dense product's norm.
-        plan: what the kernels chose.
+        plan: what the kernels chose; of a peer, its version.
     """
 
     product: str
@@ -266,17 +266,21 @@ def _measure_site(
             yield QuantTiming("gemlite-int4", site, shape, 0, not_run=reason)
             return
         num_bytes = shape[0] * shape[1] // 2 + 4 * affine.scale.numel()
-        yield from run("gemlite-int4", _layer, layers, num_bytes, int4.dequantize(affine))
+        version = f"gemlite {sys.modules['gemlite'].__version__}"
+        for timing in run("gemlite-int4", _layer, layers, num_bytes, int4.dequantize(affine)):
+            yield dataclasses.replace(timing, plan=version)
 
 
 def _gemlite_layers(w: int4.Int4Weight) -> list[Any]:
-    """Copies of the weight as gemlite holds it, tuned as its authors advise."""
+    """Copies of the weight as gemlite holds it, by its authors' table for the card or as they advise."""
     if PEERS.is_dir() and str(PEERS) not in sys.path:
         sys.path.append(str(PEERS))
     import gemlite
+    from gemlite import core
     from gemlite.core import DType, GemLiteLinear
 
-    gemlite.set_autotune("max")
+    if not core.GEMLITE_TRITON_CONFIG_CACHE:
+        gemlite.set_autotune("max")
     n, k = w.shape
     codes = torch.stack((w.packed >> 4, w.packed & 15), dim=2).view(n, k)
     scale = w.scale.clamp(min=1e-8)
@@ -338,7 +342,8 @@ def _measure_bitsandbytes(shapes: dict[str, Shape], rows: Sequence[int]) -> Iter
             half = _copies(dense)
             for count in rows:
                 x = torch.randn(count, shape[1], device=device).bfloat16()
-                timing = QuantTiming("bitsandbytes-nf4", site, (shape[0], shape[1]), count)
+                version = f"bitsandbytes {bitsandbytes.__version__}"
+                timing = QuantTiming("bitsandbytes-nf4", site, (shape[0], shape[1]), count, plan=version)
                 error = _error(multiply(quantised[0], x), x, truth)
                 if not error <= _TOLERANCE:
                     yield dataclasses.replace(timing, error=error, not_run="the result is wrong")

@@ -23,7 +23,7 @@ import torch
 
 from loraplex_bench.ops_quant_cuda import measure_ceilings
 from loraplex_bench.random_weights import RandomWeights, config_of
-from loraplex_kernels import lora
+from loraplex_kernels import dispatch, lora
 from loraplex_server.core.step import StepPlan
 from loraplex_server.model import memory
 from loraplex_server.model.loader import BaseModel, EmptyModel
@@ -160,7 +160,10 @@ class StepBench:
             max_pairs_per_token=1,
             layers=layers,
         )
-        self.recorded = _record_graphs(self.runner, wanted, device)
+        # As the server does: every kernel of these steps is compiled, and then recorded where it can be.
+        self.recorded = device.type == "cuda" and dispatch.backend(device) == "triton"
+        if self.recorded:
+            self.runner.record_graphs(tuple(sorted(wanted.batches)), wanted.context + 1)
 
     def plan(self, batch: int, adapters: int) -> StepPlan:
         """One token of each of `batch` sequences, which have the adapters in turn."""
@@ -204,9 +207,8 @@ class StepBench:
             started_s = time.perf_counter()
             output = self.runner.run(plan)
             wall.append(time.perf_counter() - started_s)
-            device_s = getattr(output, "device_s", None)
-            if device_s is not None:
-                on_device.append(device_s)
+            if output.device_s is not None:
+                on_device.append(output.device_s)
         kernel_s = kernel_seconds(lambda: self.runner.run(plan), _PROFILED_STEPS, self._device)
         embeddings = self.base.model.get_input_embeddings().weight
         weights = self.base.weight_bytes - embeddings.nbytes + batch * embeddings[0].nbytes
@@ -251,10 +253,6 @@ def cost_of_adapters(rows: Sequence[StepRow], batch: int, adapters: int) -> dict
         for quantization in dict.fromkeys(row.quantization for row in rows)
         if (quantization, batch, adapters) in found and (quantization, batch, 0) in found
     }
-
-
-def _record_graphs(runner: ModelRunner, wanted: StepTable, device: torch.device) -> bool:
-    return False
 
 
 def _fill(cache: torch.Tensor) -> None:

@@ -291,6 +291,14 @@ def build_parser() -> argparse.ArgumentParser:
         "a small text file that is downloaded along with an adapter that has it: chat_template.jinja",
     )
 
+    group = parser.add_argument_group("adapters that clients send")
+    group.add_argument(
+        "--allow-uploads", action="store_true", help="clients may send adapters, which the cache keeps"
+    )
+    _size(group, "--upload-max-bytes", adapters.upload_max_bytes, "most that one of them may have")
+    _count(group, "--max-uploads", adapters.max_uploads, "how many are received at once")
+    _count(group, "--max-uploaded-adapters", adapters.max_uploaded, "how many may be registered")
+
     group = parser.add_argument_group("serving")
     group.add_argument("--host", default=api.host, help=f"address to listen on (default: {api.host})")
     _count(group, "--port", api.port, "gRPC port; 0 picks a free one")
@@ -381,6 +389,10 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 require_commit=arguments.require_adapter_commit,
                 extra_files=tuple(arguments.adapter_extra_file),
                 watch_s=arguments.watch_adapters,
+                allow_uploads=arguments.allow_uploads,
+                upload_max_bytes=arguments.upload_max_bytes,
+                max_uploads=arguments.max_uploads,
+                max_uploaded=arguments.max_uploaded_adapters,
             ),
             log=LogConfig(arguments.log_level, arguments.log_format),
         ),

@@ -166,6 +166,10 @@ class AdapterConfig:
         require_commit: adapters from the Hugging Face hub must name a commit.
         extra_files: names of text files that come along with an adapter if it has them.
         watch_s: seconds between looks for changes in `folders`; 0 is never.
+        allow_uploads: clients may send adapters.
+        upload_max_bytes: most that one of those may have.
+        max_uploads: how many are received at once.
+        max_uploaded: how many may be registered.
     """
 
     folders: tuple[Path, ...] = ()
@@ -185,6 +189,10 @@ class AdapterConfig:
     require_commit: bool = False
     extra_files: tuple[str, ...] = ()
     watch_s: float = 0.0
+    allow_uploads: bool = False
+    upload_max_bytes: int = 1 << 30
+    max_uploads: int = 4
+    max_uploaded: int = 256
 
     def __post_init__(self) -> None:
         _one_of("device_dtype", self.device_dtype, ADAPTER_DEVICE_DTYPES)
@@ -197,6 +205,9 @@ class AdapterConfig:
         _at_least("max_bytes", self.max_bytes, 0)
         _at_least("download_max_bytes", self.download_max_bytes, 1)
         _at_least("max_downloads", self.max_downloads, 1)
+        _at_least("upload_max_bytes", self.upload_max_bytes, 1)
+        _at_least("max_uploads", self.max_uploads, 1)
+        _at_least("max_uploaded", self.max_uploaded, 1)
         if not 0 <= self.watch_s < math.inf:
             raise InvalidArgumentError.field("watch_s", f"{self.watch_s} is no number of seconds")
         AllowedSources(self.sources)

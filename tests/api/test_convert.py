@@ -8,6 +8,7 @@ import pytest
 
 from loraplex.v1 import adapters_pb2, generation_pb2
 from loraplex_server.api import convert
+from loraplex_server.core.composition import COMBINATION_TYPES, Composition, prunes
 from loraplex_server.core.request import AdapterUse
 from loraplex_server.errors import InvalidArgumentError
 
@@ -164,4 +165,84 @@ def test_top_k_of_the_whole_vocabulary_is_none() -> None:
 def test_loading_wants_a_name_and_a_source(name: str, source: str, fields: list[str]) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         convert.check_load_adapter(adapters_pb2.LoadAdapterRequest(name=name, source=source))
+    assert [violation.field for violation in caught.value.info.violations] == fields
+
+
+def composition_request(**changed: Any) -> adapters_pb2.RegisterCompositionRequest:
+    fields: dict[str, Any] = {
+        "name": "both",
+        "combination_type": adapters_pb2.COMBINATION_TYPE_DARE_TIES,
+        "members": [
+            adapters_pb2.CompositionMember(adapter="a"),
+            adapters_pb2.CompositionMember(adapter="b", weight=-0.3),
+        ],
+        "density": 0.5,
+    }
+    return adapters_pb2.RegisterCompositionRequest(**{**fields, **changed})
+
+
+def test_a_composition_comes_across() -> None:
+    assert convert.to_composition(composition_request()) == Composition(
+        "dare_ties", (AdapterUse("a", 1.0), AdapterUse("b", -0.3)), density=0.5
+    )
+    whole = composition_request(
+        combination_type=adapters_pb2.COMBINATION_TYPE_DARE_TIES_SVD,
+        majority_sign=adapters_pb2.MAJORITY_SIGN_FREQUENCY,
+        svd_rank=3,
+        seed=9,
+    )
+    assert convert.to_composition(whole) == Composition(
+        "dare_ties_svd",
+        (AdapterUse("a", 1.0), AdapterUse("b", -0.3)),
+        density=0.5,
+        majority_sign="frequency",
+        svd_rank=3,
+        seed=9,
+    )
+    kinds = {
+        convert.to_composition(
+            adapters_pb2.RegisterCompositionRequest(
+                name="x",
+                combination_type=number,
+                members=[adapters_pb2.CompositionMember(adapter="a")],
+                **({"density": 0.5} if prunes(name.removeprefix("COMBINATION_TYPE_").lower()) else {}),
+            )
+        ).combination_type
+        for name, number in adapters_pb2.CombinationType.items()
+        if number
+    }
+    assert kinds == set(COMBINATION_TYPES)
+
+
+@pytest.mark.parametrize(
+    ("changed", "fields"),
+    [
+        ({"name": ""}, ["name"]),
+        ({"combination_type": 0, "density": None}, ["combination_type"]),
+        ({"combination_type": 99, "density": None}, ["combination_type"]),
+        ({"members": []}, ["members"]),
+        ({"members": [adapters_pb2.CompositionMember(adapter="a")] * 2}, ["members[1].adapter"]),
+        (
+            {"members": [adapters_pb2.CompositionMember(adapter="a/b", weight=float("nan"))]},
+            ["members[0].adapter", "members[0].weight"],
+        ),
+        ({"density": None}, ["density"]),
+        ({"density": 0}, ["density"]),
+        ({"density": 1.5}, ["density"]),
+        ({"svd_rank": 3}, ["svd_rank"]),
+        ({"seed": 1 << 63}, ["seed"]),
+        ({"majority_sign": 7}, ["majority_sign"]),
+        (
+            {
+                "combination_type": adapters_pb2.COMBINATION_TYPE_CAT,
+                "seed": 1,
+                "majority_sign": adapters_pb2.MAJORITY_SIGN_TOTAL,
+            },
+            ["density", "seed", "majority_sign"],
+        ),
+    ],
+)
+def test_every_fault_of_a_composition_is_named(changed: dict[str, Any], fields: list[str]) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        convert.to_composition(composition_request(**changed))
     assert [violation.field for violation in caught.value.info.violations] == fields

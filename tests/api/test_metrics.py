@@ -6,6 +6,7 @@ import re
 import time
 from typing import Any
 
+import msgspec
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -32,6 +33,14 @@ def test_names_carry_the_project_and_their_units() -> None:
         assert family.documentation.endswith(".")
         if family.type == "histogram":
             assert family.name.endswith(units), family.name
+
+
+def test_the_memory_plan_is_shown_part_by_part(engine_info: EngineInfo) -> None:
+    metrics = Metrics()
+    plan = (("base weights (nf4)", 900_000), ("KV cache (fp8)", 4096))
+    metrics.set_info(msgspec.structs.replace(engine_info, memory=plan), "1.0")
+    for part, size in plan:
+        assert metrics.registry.get_sample_value("loraplex_memory_planned_bytes", {"part": part}) == size
 
 
 def test_each_server_has_a_registry_of_its_own() -> None:

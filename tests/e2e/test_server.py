@@ -277,6 +277,60 @@ def test_an_adapter_comes_from_s3_and_a_watched_folder(
     assert not any("Traceback" in text for text in started.log), "".join(started.log)
 
 
+def test_adapters_are_sent_and_combined(tmp_path: Path, client: Client) -> None:
+    folder = data_dir() / "adapters"
+    with pytest.raises(errors.PermissionDeniedError, match="--allow-uploads"):
+        client.adapters.upload("mine", folder / "atbash")
+    started = Server(
+        *("--allow-uploads", "--upload-max-bytes", "1MiB", "--adapter-cache-dir", str(tmp_path / "cache")),
+    )
+    lines = make_lines(108, 4)
+    sent: list[tuple[int, int]] = []
+    try:
+        with Client(started.address) as other:
+            mine = other.adapters.upload("mine", folder / "atbash", progress=lambda *now: sent.append(now))
+            assert mine.content_hash == other.adapters.load("plain", folder / "atbash").content_hash
+            assert sent[-1] == ((folder / "atbash" / "adapter_model.safetensors").stat().st_size,) * 2
+            answers = [other.generate(prompt(line), adapter="mine", max_tokens=40).text for line in lines]
+            assert answers == [expected("atbash", line) for line in lines]
+            with pytest.raises(errors.AlreadyExistsError, match="load_inplace"):
+                other.adapters.upload("mine", folder / "rot13")
+            other.adapters.upload("mine", folder / "rot13", load_inplace=True)
+            answers = [other.generate(prompt(line), adapter="mine", max_tokens=40).text for line in lines]
+            assert answers == [expected("rot13", line) for line in lines]
+            large = tmp_path / "large"
+            shutil.copytree(folder / "atbash", large)
+            with (large / "adapter_model.safetensors").open("ab") as file:
+                file.truncate(2 << 20)
+            with pytest.raises(errors.InvalidRequestError, match="--upload-max-bytes"):
+                other.adapters.upload("large", large)
+            with (large / "adapter_model.safetensors").open("ab") as file:
+                file.truncate(1000)
+            with pytest.raises(errors.FailedPreconditionError, match="'large'"):
+                other.adapters.upload("large", large)
+
+            mix = [("upper", 0.8), ("vowelmask", 0.7)]
+            both = other.adapters.register_composition("both", "cat", mix)
+            assert (both.source, both.state) == ("cat(upper*0.8, vowelmask*0.7)", "host")
+            for line in lines:
+                alone = other.generate(prompt(line), adapter="both", max_tokens=40)
+                assert alone.text == other.generate(prompt(line), adapters=mix, max_tokens=40).text
+            with pytest.raises(errors.NotFoundError, match="'nobody'"):
+                other.adapters.register_composition("worse", "cat", ["upper", "nobody"])
+            with pytest.raises(errors.InvalidRequestError, match="density"):
+                other.adapters.register_composition("worse", "ties", ["upper", "vowelmask"])
+            assert {"mine", "both"} <= {adapter.name for adapter in other.adapters.list()}
+            before = started.metrics()['loraplex_adapter_used_bytes{tier="host"}']
+            for name in ("mine", "both"):
+                remaining = other.adapters.unload(name)
+                assert name not in {adapter.name for adapter in remaining}
+            until(lambda: started.metrics()['loraplex_adapter_used_bytes{tier="host"}'] < before)
+            assert list((tmp_path / "cache" / "staging").iterdir()) == []
+    finally:
+        assert started.stop() == 0, "".join(started.log)
+    assert not any("Traceback" in text for text in started.log), "".join(started.log)
+
+
 def until(condition: Callable[[], bool]) -> None:
     end_s = time.monotonic() + 30
     while not condition():

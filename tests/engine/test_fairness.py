@@ -31,6 +31,7 @@ class Handle:
     name: str
     device: Device | None = None
     num_virtual_tokens = 0
+    num_prefix_tokens = 0
     invocation_tokens: tuple[int, ...] = ()
     content_hash = "hash"
 

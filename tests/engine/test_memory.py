@@ -15,11 +15,14 @@ import torch
 
 from loraplex_bench.demo.tasks import data_dir
 from loraplex_kernels import dispatch
+from loraplex_kernels.attention import LayerShape
+from loraplex_kernels.lora import LoraPool
 from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig, SchedulerConfig
 from loraplex_server.core.step import StepPlan
 from loraplex_server.engine.build import build_engine
 from loraplex_server.errors import FailedPreconditionError
 from loraplex_server.model import loader, memory, workspace
+from loraplex_server.model.graphs import DecodeGraphs, GraphLimits
 from loraplex_server.model.live_bytes import LiveBytes
 from loraplex_server.model.sampler import sample
 from loraplex_server.model.weights import WeightFormat
@@ -141,6 +144,28 @@ def test_where_the_model_cannot_run_without_values_the_step_is_estimated(
 
     monkeypatch.setattr(type(empty.model.model.rotary_emb), "forward", looks_at_its_input)
     assert traced / 2 <= workspace.step_bytes(empty, size) <= traced * 4
+
+
+def test_the_inputs_of_recorded_decode_steps_take_no_more_than_was_planned(
+    tiny: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    sizes, max_rank, slots = (1, 4, 16), 16, 3
+    limits = GraphLimits(sizes, 16, num_blocks=32, max_blocks_per_sequence=8, max_pairs_per_token=2)
+    with dispatch.using("triton"):
+        empty, _ = loader.prepare(ModelConfig(str(tiny("Llama").base), quantization="none", dtype="float32"))
+        step = workspace.StepSize(16, 1, limits.pairs(16), max_rank)
+        planned = workspace.graph_bytes(empty, limits, max_rank, slots) - workspace.step_bytes(empty, step)
+        pool = LoraPool.allocate(
+            num_elements=16, num_slots=slots, num_entries=14, dtype=torch.float32, device="cpu"
+        )
+        shape = LayerShape(4, 2, 16, torch.float32)
+        with LiveBytes() as found:
+            graphs = DecodeGraphs(lambda *_: torch.empty(0), pool, [shape], limits, torch.device("cpu"))
+    assert graphs is not None
+    logits = 16 * 211 * 4
+    assert 0 < found.live + logits <= planned - len(sizes) * 2 * workspace._GRAPH_BYTES
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}, {"temperature": 0.7, "logprobs": 3}])

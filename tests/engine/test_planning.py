@@ -102,7 +102,7 @@ def test_block_keys_name_tenant_adapters_and_weights() -> None:
     def keys(tenant: str, adapters: tuple[AdapterUse, ...]) -> list[bytes]:
         made = sequence(9, 8, [3, 4, 5], adapters)
         request = Request("r", made.request.prompt_token_ids, adapters=adapters, tenant=tenant)
-        owner = Sequence(request, "client", made.handles)
+        owner = Sequence(request, "client", made.handles, caches=True)
         owner.num_computed, owner.block_table = 8, [3, 4, 5]
         fresh = owner.new_block_keys(4)
         assert [block for block, _ in fresh] == [3, 4]

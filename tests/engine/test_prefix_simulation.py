@@ -29,6 +29,7 @@ class Handle:
     name: str
     version: int
     ready: bool = False
+    resident = True
 
     @property
     def content_hash(self) -> str:
@@ -36,7 +37,11 @@ class Handle:
 
     @property
     def num_virtual_tokens(self) -> int:
-        return 3 if self.name == "soft" else 0
+        return {"soft": 3, "prefix": 5}.get(self.name, 0)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return 5 if self.name == "prefix" else 0
 
     @property
     def invocation_tokens(self) -> tuple[int, ...]:
@@ -68,7 +73,7 @@ class World:
         self.pool = KvBlockPool(num_blocks, block_size)
         config = SchedulerConfig(max_batch_tokens=budget, max_num_requests=4)
         self.scheduler = Scheduler(config, self.pool, cast(Any, Adapters()))
-        self.versions = {"a": 0, "b": 0, "soft": 0, "activated": 0}
+        self.versions = dict.fromkeys(("a", "b", "soft", "prefix", "activated"), 0)
         self.sequences: list[Sequence] = []
         self.hits = 0
         self._caches = caches
@@ -92,20 +97,22 @@ class World:
             self.scheduler.add(sequence)
 
     def step(self) -> None:
-        before = {sequence: sequence.preemptions for sequence in self.scheduler.waiting}
+        before = set(self.scheduler.waiting)
         schedule = self.scheduler.schedule()
         size = self.pool.block_size
         for item in schedule.scheduled:
             sequence = item.sequence
+            first = sequence.num_computed - item.num_copied
             if sequence in before:
-                self._check_hit(sequence)
-            for position in range(sequence.num_computed, sequence.num_computed + item.num_tokens):
+                self._check_hit(sequence, first)
+            for position in range(first, sequence.num_computed + item.num_tokens):
                 block = sequence.block_table[position // size]
                 self._memory[block][position % size] = _truth(sequence, position)
         for item in schedule.scheduled:
             for position in range(item.sequence.num_computed + item.num_tokens):
                 block = item.sequence.block_table[position // size]
                 assert self._memory[block][position % size] == _truth(item.sequence, position)
+        self._check_shares(schedule)
         self._commit(schedule)
         assert self.scheduler.check_integrity() == []
 
@@ -116,14 +123,26 @@ class World:
             self.step()
         raise AssertionError("not every request finished")
 
-    def _check_hit(self, sequence: Sequence) -> None:
+    def _check_shares(self, schedule: Schedule) -> None:
+        """No two prompts have the same block computed beside each other, but for that of their last token."""
+        size = self.pool.block_size
+        filled = [
+            _truth(item.sequence, end)
+            for item in schedule.scheduled
+            for end in range(size - 1, len(item.sequence.token_ids) - 1, size)
+            if item.sequence.caches
+            and item.sequence.num_computed <= end < item.sequence.num_computed + item.num_tokens
+        ]
+        assert len(set(filled)) == len(filled)
+
+    def _check_hit(self, sequence: Sequence, found_tokens: int) -> None:
         """It found no more than was ever written, and no less where nothing had to be evicted."""
         size = self.pool.block_size
         ends = range(size - 1, len(sequence.token_ids) - 1, size)
         known = next(
             (n for n, end in enumerate(ends) if _truth(sequence, end) not in self._written), len(ends)
         )
-        found = sequence.num_computed // size
+        found = found_tokens // size
         self.hits += found
         assert sequence.num_computed < len(sequence.token_ids)
         assert found <= known
@@ -161,7 +180,8 @@ def _truth(sequence: Sequence, position: int) -> int:
         active = [
             (handle.name, handle.version)
             for handle in handles
-            if (handle.name != "soft" or at < 3) and (handle.name != "activated" or at >= invoked)
+            if (not handle.num_virtual_tokens or at < handle.num_virtual_tokens)
+            and (handle.name != "activated" or at >= invoked)
         ]
         value = hash((value, token, tuple(active)))
     return value
@@ -173,7 +193,7 @@ _PROMPTS = st.tuples(st.sampled_from(["", "0", "1", "01"]), st.integers(1, 13), 
 _SUBMIT = st.tuples(
     st.just("submit"),
     st.sampled_from(["x", "x", "y"]),
-    st.sampled_from([(), (), ("a",), ("b",), ("a", "b"), ("b", "a"), ("soft",), ("activated",)]),
+    st.sampled_from([(), (), ("a",), ("b",), ("a", "b"), ("b", "a"), ("soft",), ("prefix",), ("activated",)]),
     _PROMPTS,
     st.sampled_from([True, True, True, False]),
 )
@@ -182,7 +202,7 @@ _ACTIONS = st.one_of(
     _SUBMIT,
     st.tuples(st.just("step"), st.integers(1, 6)),
     st.tuples(st.just("cancel"), st.integers(0, 99)),
-    st.tuples(st.just("reload"), st.sampled_from(["a", "b", "soft", "activated"])),
+    st.tuples(st.just("reload"), st.sampled_from(["a", "b", "soft", "prefix", "activated"])),
 )
 
 
@@ -229,6 +249,6 @@ def test_where_in_a_block_an_adapter_begins_is_part_of_its_key() -> None:
     for tail in ((0, 0), (1, 0)):
         handle = Handle("activated", 0, ready=True)
         request = Request("r", (0, 0, *INVOCATION, *tail), adapters=(AdapterUse("activated"),))
-        sequence = Sequence(request, "client", (cast(AdapterHandle, handle),))
+        sequence = Sequence(request, "client", (cast(AdapterHandle, handle),), caches=True)
         keys += list(sequence.reusable_keys(4))
     assert len(set(keys)) == 2

@@ -80,6 +80,10 @@ class ScriptedServer(
         self.requests.append(request)
         self.metadata.append(dict(context.invocation_metadata()))
 
+    def UploadAdapter(self, requests: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        self._record("UploadAdapter", list(requests), context)
+        return self.answers["UploadAdapter"](self.requests[-1], context)
+
     def Generate(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
         self._record("Generate", request, context)
         yield from self.answers["Generate"](request, context)
@@ -107,7 +111,7 @@ def _scripted(method: str) -> Answer:
 
 for _method in (
     *("LoadAdapter", "UnloadAdapter", "ListAdapters", "GetAdapter", "PinAdapter", "Prefetch"),
-    "GetModel",
+    *("RegisterComposition", "GetModel"),
 ):
     setattr(ScriptedServer, _method, _scripted(_method))
 

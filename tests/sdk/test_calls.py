@@ -270,7 +270,9 @@ class TestRetries:
         named = {f"{service}/{method}" for service, methods in REPEATABLE.items() for method in methods}
         assert contract - named == {
             "loraplex.v1.AdapterService/LoadAdapter",
+            "loraplex.v1.AdapterService/RegisterComposition",
             "loraplex.v1.AdapterService/UnloadAdapter",
+            "loraplex.v1.AdapterService/UploadAdapter",
         }
         assert named <= contract
 

@@ -44,6 +44,8 @@ def command(server: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         GetAdapter=lambda request, context: adapters_pb2.GetAdapterResponse(adapter=SQL),
         PinAdapter=lambda request, context: adapters_pb2.PinAdapterResponse(adapter=SQL),
         Prefetch=lambda request, context: adapters_pb2.PrefetchResponse(adapters=[SQL]),
+        RegisterComposition=lambda request, context: adapters_pb2.RegisterCompositionResponse(adapter=SQL),
+        UploadAdapter=lambda request, context: adapters_pb2.UploadAdapterResponse(adapter=SQL),
         GetModel=lambda request, context: model_pb2.GetModelResponse(
             model=model_pb2.Model(name="tiny", parameters=1_600_000)
         ),
@@ -116,6 +118,18 @@ def test_options_beat_the_environment(command: Command, server: Any, monkeypatch
             "load sql /srv/sql --load-inplace",
             adapters_pb2.LoadAdapterRequest(name="sql", source="/srv/sql", load_inplace=True),
         ),
+        (
+            "compose both --type ties --member sql --member polite=0.5 --density 0.25",
+            adapters_pb2.RegisterCompositionRequest(
+                name="both",
+                combination_type=adapters_pb2.COMBINATION_TYPE_TIES,
+                members=[
+                    adapters_pb2.CompositionMember(adapter="sql", weight=1),
+                    adapters_pb2.CompositionMember(adapter="polite", weight=0.5),
+                ],
+                density=0.25,
+            ),
+        ),
         ("unload other", adapters_pb2.UnloadAdapterRequest(name="other")),
         ("unload other --grace 0.5", adapters_pb2.UnloadAdapterRequest(name="other", grace_seconds=0.5)),
         ("prefetch sql", adapters_pb2.PrefetchRequest(names=["sql"])),
@@ -136,6 +150,16 @@ def test_adapters(command: Command, server: Any, line: str, request_: Any) -> No
     answer = json.loads(out)
     adapter = answer[0] if line.split()[0] in ("list", "unload", "prefetch") else answer
     assert (code, adapter["name"], adapter["state"]) == (0, "sql", "device")
+
+
+def test_upload(command: Command, server: Any, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    code, out, err = command("adapters", "upload", "sql", str(tmp_path))
+    assert (code, err) == (0, "")
+    assert "sql" in out
+    assert b"".join(part.chunk for part in server.requests[-1]) == b"weights"
+    assert command("adapters", "upload", "sql", str(tmp_path / "nothing"))[0] == 2
 
 
 def test_model(command: Command) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,75 @@ def test_adapters(drive: Any, server: Any, client: Any) -> None:
             drive(lambda wrong=wrong: client.adapters.prefetch(wrong))
     with pytest.raises(InvalidRequestError, match="name"):
         drive(lambda: client.adapters.get(3))
+
+
+def test_compositions(drive: Any, server: Any, client: Any) -> None:
+    adapter = filled(adapters_pb2.Adapter())
+    server.answers["RegisterComposition"] = lambda request, context: adapters_pb2.RegisterCompositionResponse(
+        adapter=adapter
+    )
+    compose = client.adapters.register_composition
+    plain = drive(lambda: compose("both", "cat", ["sql", ("polite", 0.3)]))
+    assert same(plain, adapter)
+    settings = {"density": 0.25, "majority_sign": "frequency", "svd_rank": 4, "seed": 7, "load_inplace": True}
+    drive(lambda: compose("both", "dare_ties_svd", {"sql": 2}, **settings))
+    member = adapters_pb2.CompositionMember
+    assert server.requests == [
+        adapters_pb2.RegisterCompositionRequest(
+            name="both",
+            combination_type=adapters_pb2.COMBINATION_TYPE_CAT,
+            members=[member(adapter="sql"), member(adapter="polite", weight=0.3)],
+        ),
+        adapters_pb2.RegisterCompositionRequest(
+            name="both",
+            combination_type=adapters_pb2.COMBINATION_TYPE_DARE_TIES_SVD,
+            members=[member(adapter="sql", weight=2)],
+            density=0.25,
+            majority_sign=adapters_pb2.MAJORITY_SIGN_FREQUENCY,
+            svd_rank=4,
+            seed=7,
+            load_inplace=True,
+        ),
+    ]
+    for wrong, field in (
+        (lambda: compose("both", "sum", ["a"]), "combination_type: must be one of linear, cat"),
+        (lambda: compose("both", "ties", ["a"], majority_sign="most"), "majority_sign"),
+        (lambda: compose("both", "ties", "a"), "members"),
+        (lambda: compose("both", "ties", [("a", 1, 2)]), "members"),
+        (lambda: compose("both", "ties", ["a"], seed=-1), "seed"),
+    ):
+        with pytest.raises(InvalidRequestError, match=field):
+            drive(wrong)
+
+
+def test_uploads(drive: Any, server: Any, client: Any, tmp_path: Path) -> None:
+    adapter = filled(adapters_pb2.Adapter())
+    server.answers["UploadAdapter"] = lambda requests, context: adapters_pb2.UploadAdapterResponse(
+        adapter=adapter
+    )
+    body = bytes(range(256)) * 10000
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "ü": 1}', encoding="utf-8")
+    (tmp_path / "adapter_model.safetensors").write_bytes(body)
+    seen: list[tuple[int, int]] = []
+    sent = drive(
+        lambda: client.adapters.upload(
+            "sql", tmp_path, load_inplace=True, progress=lambda *progress: seen.append(progress)
+        )
+    )
+    assert same(sent, adapter)
+    [[first, *rest]] = server.requests
+    assert first.header == adapters_pb2.UploadHeader(
+        name="sql",
+        config='{"peft_type": "LORA", "ü": 1}',
+        sha256=hashlib.sha256(body).hexdigest(),
+        size=len(body),
+        load_inplace=True,
+    )
+    assert b"".join(part.chunk for part in rest) == body
+    assert max(len(part.chunk) for part in rest) == 1 << 20
+    assert seen == [(1 << 20, len(body)), (2 << 20, len(body)), (len(body), len(body))]
+    with pytest.raises(InvalidRequestError, match="folder"):
+        drive(lambda: client.adapters.upload("sql", tmp_path / "nothing"))
 
 
 def test_model(drive: Any, server: Any, client: Any) -> None:

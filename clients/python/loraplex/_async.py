@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -14,9 +14,10 @@ import grpc.aio
 
 from loraplex import _convert as convert
 from loraplex._base import BaseClient, Stubs, Wait, stubs_on
-from loraplex._convert import GenerateOptions, Prompt
+from loraplex._convert import AdapterMix, GenerateOptions, Prompt
 from loraplex._status import TranslatedErrors
 from loraplex._types import AdapterInfo, Generation, GenerationChunk, ModelInfo
+from loraplex._upload import Progress, upload_parts
 from loraplex.errors import DeadlineExceededError, UnavailableError
 from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
 
@@ -207,6 +208,54 @@ class AsyncAdapters:
         response = await self._call(self._stub.LoadAdapter, request, timeout)
         return convert.adapter_info(response.adapter)
 
+    async def register_composition(
+        self,
+        name: str,
+        combination_type: str,
+        members: AdapterMix,
+        *,
+        density: float | None = None,
+        majority_sign: str | None = None,
+        svd_rank: int | None = None,
+        seed: int | None = None,
+        load_inplace: bool = False,
+        timeout: float | None = None,
+    ) -> AdapterInfo:
+        """Registers what PEFT's `add_weighted_adapter` makes of several adapters as an adapter of its own.
+
+        Args:
+            combination_type: "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties",
+                "dare_linear_svd", "dare_ties_svd", "magnitude_prune" or "magnitude_prune_svd".
+            members: `[("sql", 1.0), ("polite", 0.5)]`, or a mapping of names to weights.
+            density: part of the values to keep, for ties, dare and magnitude_prune.
+            majority_sign: "total" or "frequency", for ties.
+            svd_rank: rank of the result, for svd; None is the largest of the members'.
+            seed: of what dare drops.
+        """
+        request = convert.composition_request(
+            name, combination_type, members, density, majority_sign, svd_rank, seed, load_inplace
+        )
+        response = await self._call(self._stub.RegisterComposition, request, timeout)
+        return convert.adapter_info(response.adapter)
+
+    async def upload(
+        self,
+        name: str,
+        folder: str | os.PathLike[str],
+        *,
+        load_inplace: bool = False,
+        progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> AdapterInfo:
+        """Sends the adapter that PEFT saved in `folder`, on this machine, and registers it.
+
+        Args:
+            progress: called with the bytes sent so far, and all there are; perhaps on another thread.
+        """
+        parts = upload_parts(name, folder, load_inplace, progress)
+        response = await self._call(self._stub.UploadAdapter, _threaded(parts), timeout)
+        return convert.adapter_info(response.adapter)
+
     async def unload(
         self, name: str, *, grace_seconds: float | None = None, timeout: float | None = None
     ) -> list[AdapterInfo]:
@@ -243,3 +292,9 @@ class AsyncAdapters:
         """Brings the adapter to the device and keeps it there; `pinned=False` lets it be evicted again."""
         response = await self._call(self._stub.PinAdapter, convert.pin_request(name, pinned), timeout)
         return convert.adapter_info(response.adapter)
+
+
+async def _threaded(parts: Iterator[Any]) -> AsyncIterator[Any]:
+    """What reads files and hashes them, on threads."""
+    while (part := await asyncio.to_thread(next, parts, None)) is not None:
+        yield part

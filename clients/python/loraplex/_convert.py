@@ -135,7 +135,9 @@ def generate_request(
     return request
 
 
-def adapter_weights(adapter: str | None, adapters: AdapterMix | None) -> list[tuple[str, float | None]]:
+def adapter_weights(
+    adapter: str | None, adapters: AdapterMix | None, *, argument: str = "adapters"
+) -> list[tuple[str, float | None]]:
     """Names and weights in order; a weight of None is the server's default, 1."""
     if adapter is not None:
         if adapters is not None:
@@ -147,18 +149,18 @@ def adapter_weights(adapter: str | None, adapters: AdapterMix | None) -> list[tu
         return []
     if isinstance(adapters, (str, bytes)) or not isinstance(adapters, Iterable):
         raise InvalidRequestError.for_field(
-            "adapters", "must be a list of names or (name, weight) pairs; for one adapter use adapter='name'"
+            argument, "must be a list of names or (name, weight) pairs; for one adapter use adapter='name'"
         )
     if isinstance(adapters, Mapping):
         return list(adapters.items())
-    return [(entry, None) if isinstance(entry, str) else _pair(entry) for entry in adapters]
+    return [(entry, None) if isinstance(entry, str) else _pair(entry, argument) for entry in adapters]
 
 
-def _pair(entry: Any) -> tuple[str, float]:
+def _pair(entry: Any, argument: str) -> tuple[str, float]:
     if isinstance(entry, (tuple, list)) and len(entry) == 2:
         return entry[0], entry[1]
     raise InvalidRequestError.for_field(
-        "adapters", f"each entry must be a name or a (name, weight) pair, not {entry!r}"
+        argument, f"each entry must be a name or a (name, weight) pair, not {entry!r}"
     )
 
 
@@ -169,6 +171,43 @@ def load_request(
     assign(request, "source", os.fspath(source) if isinstance(source, os.PathLike) else source)
     assign(request, "load_inplace", load_inplace)
     return request
+
+
+def composition_request(
+    name: str,
+    combination_type: str,
+    members: AdapterMix,
+    density: float | None,
+    majority_sign: str | None,
+    svd_rank: int | None,
+    seed: int | None,
+    load_inplace: bool,
+) -> adapters_pb2.RegisterCompositionRequest:
+    request = named(adapters_pb2.RegisterCompositionRequest, name)
+    request.combination_type = _enum_value(
+        adapters_pb2.CombinationType, "combination_type", "COMBINATION_TYPE_", combination_type
+    )
+    for adapter, weight in adapter_weights(None, members, argument="members"):
+        member = request.members.add()
+        assign(member, "adapter", adapter, argument="members")
+        assign(member, "weight", weight, argument="members")
+    assign(request, "density", density)
+    if majority_sign is not None:
+        request.majority_sign = _enum_value(
+            adapters_pb2.MajoritySign, "majority_sign", "MAJORITY_SIGN_", majority_sign
+        )
+    assign(request, "svd_rank", svd_rank)
+    assign(request, "seed", seed)
+    assign(request, "load_inplace", load_inplace)
+    return request
+
+
+def _enum_value(kind: Any, field: str, prefix: str, text: str) -> Any:
+    """The number of the enum value that `text` names."""
+    names = {name.removeprefix(prefix).lower(): number for name, number in kind.items() if number}
+    if text not in names:
+        raise InvalidRequestError.for_field(field, f"must be one of {', '.join(names)}, not {text!r}")
+    return names[text]
 
 
 def unload_request(name: str, grace_seconds: float | None) -> adapters_pb2.UnloadAdapterRequest:

@@ -45,7 +45,7 @@ on the machine that has the model (pip install 'loraplex[server]'):
 
 against a running server:
   generate              continue a prompt
-  adapters              list, load, unload, pin, prefetch adapters
+  adapters              list, load, upload, compose, unload, pin, prefetch adapters
   top                   watch queue, batch, tokens a second, and where the adapters are
   model                 show the base model and the server's limits
 
@@ -79,6 +79,8 @@ examples:
   loraplex adapters pin polite                          (keep it on the device)
   loraplex adapters pin polite --off
   loraplex adapters load polite /srv/adapters/polite-2 --load-inplace
+  loraplex adapters upload polite ./polite-lora         (a folder on this machine)
+  loraplex adapters compose both --type ties --member sql --member polite=0.5 --density 0.4
   loraplex adapters prefetch polite sql                 (there is about to be work for them)
   loraplex adapters unload polite
   loraplex adapters unload polite --grace 10            (cancel what runs longer)
@@ -216,7 +218,7 @@ def _add_generate(commands: Any) -> None:
 def _add_adapters(commands: Any) -> None:
     command: argparse.ArgumentParser = commands.add_parser(
         "adapters",
-        help="list, load, unload, pin, prefetch adapters",
+        help="list, load, upload, compose, unload, pin, prefetch adapters",
         description="Manages the adapters of a running server.",
         epilog=ADAPTERS_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -247,6 +249,58 @@ def _add_adapters(commands: Any) -> None:
         help="replace an adapter of that name; its running requests finish on the old one",
     )
     load.add_argument("source", metavar="FOLDER", help="where PEFT saved it, on the server's machine")
+    compose = add(
+        "compose",
+        lambda client, args: [
+            client.adapters.register_composition(
+                args.name,
+                args.type,
+                args.member,
+                density=args.density,
+                majority_sign=args.majority_sign,
+                svd_rank=args.svd_rank,
+                seed=args.seed,
+                load_inplace=args.load_inplace,
+            )
+        ],
+        "register what PEFT makes of several adapters as an adapter of its own",
+    )
+    compose.add_argument(
+        "--type",
+        required=True,
+        metavar="TYPE",
+        help="linear, cat, svd, ties, ties_svd, dare_linear, dare_ties, dare_linear_svd, dare_ties_svd, "
+        "magnitude_prune, magnitude_prune_svd",
+    )
+    compose.add_argument(
+        "--member",
+        action="append",
+        required=True,
+        type=_adapter,
+        metavar="NAME[=WEIGHT]",
+        help="an adapter to combine; may be repeated",
+    )
+    compose.add_argument(
+        "--density", type=float, metavar="D", help="part to keep: ties, dare, magnitude_prune"
+    )
+    compose.add_argument("--majority-sign", metavar="HOW", help="total or frequency: ties")
+    compose.add_argument("--svd-rank", type=int, metavar="N", help="rank of the result: svd")
+    compose.add_argument("--seed", type=int, metavar="N", help="of what is dropped: dare")
+    compose.add_argument("--load-inplace", action="store_true", help="replace an adapter of that name")
+    upload = add(
+        "upload",
+        lambda client, args: [
+            client.adapters.upload(
+                args.name,
+                args.folder,
+                load_inplace=args.load_inplace,
+                progress=_show_progress if sys.stderr.isatty() else None,
+            )
+        ],
+        "send an adapter from this machine to the server and register it",
+    )
+    upload.add_argument("folder", metavar="FOLDER", help="where PEFT saved it, on this machine")
+    upload.add_argument("--load-inplace", action="store_true", help="replace an adapter of that name")
     unload = add(
         "unload",
         lambda client, args: client.adapters.unload(args.name, grace_seconds=args.grace),
@@ -267,6 +321,10 @@ def _add_adapters(commands: Any) -> None:
         "hint that adapters will be wanted, and show where they are",
     )
     prefetch.add_argument("--host-only", action="store_true", help="bring them to host memory at most")
+
+
+def _show_progress(sent: int, total: int) -> None:
+    print(f"\r{sent:,} of {total:,} bytes", end="\n" if sent == total else "", file=sys.stderr, flush=True)
 
 
 def _adapter(text: str) -> tuple[str, float]:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import secrets
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -40,6 +41,7 @@ from loraplex_server.adapters.tensor_file import quoted
 from loraplex_server.config import AdapterConfig
 from loraplex_server.errors import (
     FailedPreconditionError,
+    InternalError,
     InvalidArgumentError,
     NotFoundError,
     PermissionDeniedError,
@@ -75,8 +77,17 @@ class Resolver(Protocol):
     def find(self, folder: str | Path) -> Path:
         """The real folder of what is on disk already; never blocks for long."""
 
+    def landed(self, key: str) -> Path | None:
+        """What was landed under `key` before, if it is still there and whole; it stays until `release`."""
+
+    def stage(self) -> Path:
+        """A new empty folder in which to prepare what `land` takes."""
+
+    def land(self, key: str, staged: Path, source: str) -> Path:
+        """Keeps the files of a staged folder under `key`; the result stays until `release`. Blocks."""
+
     def retain(self, folder: Path) -> None:
-        """Keeps a folder that `resolve` or `find` gave for one more `release`."""
+        """Keeps a folder that was given for one more `release`."""
 
     def release(self, folder: Path) -> None:
         """Lets go of a folder."""
@@ -102,8 +113,9 @@ class AdapterSources:
             scheme: make_backend(scheme, self._allowed) for scheme in sorted(self._allowed.schemes)
         }
         self._cache: DownloadCache | None = None
-        if self._allowed:
-            self._cache = DownloadCache(config.cache_dir or default_cache_dir(), config.cache_bytes)
+        self._cache_lock = threading.Lock()
+        if self._allowed or config.allow_uploads:
+            self._open_cache()
         self._stop = threading.Event()
         self._downloader = Downloader(self._stop)
         self._slots = threading.BoundedSemaphore(config.max_downloads)
@@ -167,6 +179,38 @@ class AdapterSources:
                 raise UnavailableError("the server stops") from error
             raise
 
+    def landed(self, key: str) -> Path | None:
+        """Raises: FailedPreconditionError: it is in use, but was changed on disk."""
+        self._open_cache()
+        return self._intact(key, "what is kept")
+
+    def stage(self) -> Path:
+        """Raises: FailedPreconditionError: the cache's folder cannot be used."""
+        return Path(tempfile.mkdtemp(dir=self._open_cache().staging_folder))
+
+    def land(self, key: str, staged: Path, source: str) -> Path:
+        """Raises: FailedPreconditionError, ResourceExhaustedError: there is no room for it in the cache."""
+        cache = self._open_cache()
+        if staged.parent != cache.staging_folder:
+            raise InternalError(f"{staged} was not staged")
+        with self._entry_lock(key):
+            folder = self._intact(key, source)
+            if folder is not None:
+                return folder
+            files = sorted(staged.iterdir())
+            digests = {file.name: sha256_of(file) for file in files}
+            partial = cache.begin(key, sum(file.stat().st_size for file in files))
+            committed = False
+            try:
+                for file in files:
+                    file.replace(partial / file.name)
+                folder = cache.commit(key, {"source": source, "sha256": digests})
+                committed = True
+            finally:
+                if not committed:
+                    cache.end(key)
+        return folder
+
     def retain(self, folder: Path) -> None:
         """Raises: NotFoundError if `folder` was downloaded and is gone."""
         if self._cache is not None:
@@ -184,6 +228,14 @@ class AdapterSources:
             backend.close()
         if self._cache is not None:
             self._cache.close()
+
+    def _open_cache(self) -> DownloadCache:
+        """The cache; made when it is first needed, since a server without it leaves its folder to others."""
+        with self._cache_lock:
+            if self._cache is None:
+                config = self._config
+                self._cache = DownloadCache(config.cache_dir or default_cache_dir(), config.cache_bytes)
+            return self._cache
 
     def _check_allowed(self, uri: SourceUri) -> None:
         if not self._allowed:
@@ -297,22 +349,31 @@ class AdapterSources:
             FailedPreconditionError: it is not what `uri` pins, or was changed on disk while in use.
         """
         assert self._cache is not None
-        folder = self._cache.lookup(key)
+        folder = self._intact(key, str(uri))
         if folder is None:
             return None
         digests: dict[str, str] = self._cache.record(folder)["sha256"]
-        if any(sha256_of(folder / name) != digest for name, digest in digests.items()):
-            _log.warning("the downloaded copy of %s was changed on disk", uri)
-            if self._cache.discard(folder):
-                return None
-            raise FailedPreconditionError(
-                "its downloaded copy was changed on disk; unload what was loaded from it, then load it anew"
-            )
         for name, pin in _pins(uri).items():
             if pin and digests[name] != pin:
                 self._cache.release(folder)
                 raise FailedPreconditionError(f"{name} has SHA-256 {digests[name]}, and {pin} was asked for")
         return folder
+
+    def _intact(self, key: str, source: str) -> Path | None:
+        """A complete entry whose files are still what they were, held; None if there is none."""
+        assert self._cache is not None
+        folder = self._cache.lookup(key)
+        if folder is None:
+            return None
+        digests: dict[str, str] = self._cache.record(folder)["sha256"]
+        if all(sha256_of(folder / name) == digest for name, digest in digests.items()):
+            return folder
+        _log.warning("the downloaded copy of %s was changed on disk", source)
+        if self._cache.discard(folder):
+            return None
+        raise FailedPreconditionError(
+            "its downloaded copy was changed on disk; unload what was loaded from it, then load it anew"
+        )
 
     def _download(self, uri: SourceUri, remote: RemoteFolder, files: list[RemoteFile], key: str) -> Path:
         assert self._cache is not None

@@ -27,13 +27,14 @@ import collections
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from loraplex_kernels.lora.layouts import MAX_RANK, LoraPool
 from loraplex_server.adapters.base import FrozenBase
+from loraplex_server.adapters.composition import Composer, Member, check_member
 from loraplex_server.adapters.device_tier import DeviceTier
 from loraplex_server.adapters.host_tier import HostTier
 from loraplex_server.adapters.manifest import AdapterManifest, read_manifest, refusal
@@ -46,14 +47,16 @@ from loraplex_server.adapters.record import (
     StatusCallback,
     unread_status,
 )
+from loraplex_server.adapters.remote.cache import entry_key
 from loraplex_server.adapters.remote.uri import redact
 from loraplex_server.adapters.resolver import AdapterSources, Resolver
 from loraplex_server.adapters.sites import SiteRegistry
-from loraplex_server.adapters.sources import CONFIG_FILE, Stamp, check_name, stamp
+from loraplex_server.adapters.sources import CONFIG_FILE, WEIGHTS_FILE, Stamp, check_name, stamp
 from loraplex_server.adapters.watch import Change, ChangeKind, FolderWatch
 from loraplex_server.adapters.weights import HostBlob, lay_out, read_weights
 from loraplex_server.adapters.workers import DeviceCopier, Outcome, Worker, WorkerPool
 from loraplex_server.config import AdapterConfig
+from loraplex_server.core.composition import Composition
 from loraplex_server.engine.messages import AdapterStatus, SwapRecord
 from loraplex_server.errors import (
     AlreadyExistsError,
@@ -63,6 +66,7 @@ from loraplex_server.errors import (
     InvalidArgumentError,
     NotFoundError,
     PermissionDeniedError,
+    ResourceExhaustedError,
     ServerError,
     UnavailableError,
 )
@@ -84,6 +88,9 @@ _MAX_FETCHES = 64
 """Loads from elsewhere under way at once, those included that wait for one of the downloads allowed."""
 
 _STOP_FETCHES_S = 2.0
+
+_UPLOAD = "upload#sha256="
+"""How the source of an adapter begins that a client has sent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +169,7 @@ class AdapterStore:
         )
         self._dtype = self._device.pool.arena.dtype
         self._sources: Resolver = sources or AdapterSources(config)
+        self._composer = Composer(registry, self._sources)
         self._host = HostTier(config.host_bytes, lambda record: self._note("evict_host", record))
         self._popularity = Popularity(_HALF_LIFE * self._device.num_slots)
 
@@ -352,7 +360,89 @@ class AdapterStore:
         inplace = inplace and name in self._records
         if not inplace:
             self._check_free(name, shown)
-        self._look_at(name, source, _Inspection(shown, done, inplace=inplace))
+        inspection = _Inspection(shown, done, inplace=inplace)
+        self._look_at(
+            name, inspection, lambda: self._sources.resolve(source), slow=self._sources.is_remote(source)
+        )
+
+    def compose(
+        self, name: str, composition: Composition, done: StatusCallback, *, inplace: bool = False
+    ) -> None:
+        """Registers what PEFT makes of several adapters as an adapter of its own; `done` as for `load`.
+
+        The result is made of its members as they are now. It does not follow them.
+
+        Raises:
+            InvalidArgumentError, AlreadyExistsError, ResourceExhaustedError: as `load`.
+            NotFoundError: a member is not there.
+            FailedPreconditionError: PEFT defines no combination of a member with others.
+        """
+        check_name(name)
+        inplace = inplace and name in self._records
+        if not inplace:
+            self._check_free(name, str(composition))
+        records = [self._find(use.name) for use in composition.members]
+        for record in records:
+            check_member(record.manifest)
+        members = [Member(record.manifest, record.content_hash) for record in records]
+
+        def release() -> None:
+            for member in members:
+                self._sources.release(member.manifest.folder)
+
+        def make() -> Path:
+            try:
+                return self._composer.make(composition, members)
+            finally:
+                release()
+
+        for member in members:
+            self._sources.retain(member.manifest.folder)
+        try:
+            self._look_at(name, _Inspection(str(composition), done, inplace=inplace), make, slow=True)
+        except ServerError:
+            release()
+            raise
+
+    def adopt(
+        self,
+        name: str,
+        staged: Path,
+        sha256: Mapping[str, str],
+        done: StatusCallback,
+        *,
+        inplace: bool = False,
+    ) -> None:
+        """Registers an adapter whose files a client has sent; `done` as for `load`.
+
+        Args:
+            staged: the folder with its files, in the cache's staging folder; they are taken out of it.
+            sha256: of each file, by name.
+
+        Raises:
+            InvalidArgumentError, AlreadyExistsError: as `load`.
+            ResourceExhaustedError: so many are registered or under way that no more are taken.
+        """
+        check_name(name)
+        source = f"{_UPLOAD}{sha256[WEIGHTS_FILE]}"
+        inplace = inplace and name in self._records
+        if not inplace:
+            self._check_free(name, source)
+        sources = [record.source for record in self._records.values()]
+        sources += [inspection.source for inspection in self._inspecting.values()]
+        uploaded = sum(known.startswith(_UPLOAD) for known in sources)
+        if uploaded >= self._config.max_uploaded and not inplace:
+            raise ResourceExhaustedError(
+                f"{uploaded} adapters are registered that clients sent, which is the most "
+                "(--max-uploaded-adapters); unload one first"
+            )
+        key = entry_key("upload", *(f"{file} {digest}" for file, digest in sorted(sha256.items())))
+        self._look_at(
+            name,
+            _Inspection(source, done, inplace=inplace),
+            lambda: self._sources.land(key, staged, source),
+            slow=True,
+        )
 
     def unload(self, name: str, done: Callable[[], None]) -> None:
         """Forgets an adapter: requests no longer find it, those that hold it finish.
@@ -573,6 +663,7 @@ class AdapterStore:
         self._reader.close()
         self._copier.close()
         self._sources.close()
+        self._composer.close()
         self._fetchers.close(_STOP_FETCHES_S)
         error = UnavailableError("the engine stops")
         for inspection in [*self._inspecting.values(), *self._replacing.values()]:
@@ -624,29 +715,32 @@ class AdapterStore:
         elif known is not None and ours:
             # One that is not in memory cannot be served from its old files any more: its next read tells.
             read = known.blob is not None or known.slot is not None or known.reading
-            self._look_at(name, source, _Inspection(source, _log_outcome, read=read, inplace=True))
+            self._look_at_folder(name, source, _Inspection(source, _log_outcome, read=read, inplace=True))
         elif change.kind is ChangeKind.ADDED or broken is not None:
             try:
                 check_name(name)
                 self._check_free(name, source)
-                self._look_at(name, source, _Inspection(source, _log_outcome, read=False))
+                self._look_at_folder(name, source, _Inspection(source, _log_outcome, read=False))
             except ServerError as error:
                 _log.warning("%s is not registered: %s", source, error)
 
     # Making and ending versions
 
-    def _look_at(self, name: str, source: str, inspection: _Inspection) -> None:
-        """Has a source resolved and inspected: what is on disk by the reader, the rest on other threads."""
+    def _look_at_folder(self, name: str, source: str, inspection: _Inspection) -> None:
+        self._look_at(name, inspection, lambda: self._sources.resolve(source), slow=False)
+
+    def _look_at(self, name: str, inspection: _Inspection, find: Callable[[], Path], *, slow: bool) -> None:
+        """Has a folder found and inspected, by the reader, or on a thread of its own if that may be slow."""
 
         def inspect() -> AdapterManifest:
-            folder = self._sources.resolve(source)
+            folder = find()
             try:
                 return self._inspect(name, folder)
             except BaseException:
                 self._sources.release(folder)
                 raise
 
-        worker = self._fetchers if self._sources.is_remote(source) else self._reader
+        worker = self._fetchers if slow else self._reader
         worker.submit(inspect, lambda outcome: self._was_inspected(name, inspection, outcome))
         self._abandon(name, _superseded(name))
         (self._replacing if inspection.inplace else self._inspecting)[name] = inspection

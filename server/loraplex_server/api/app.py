@@ -33,6 +33,7 @@ from loraplex_server.api.interceptors import CallInterceptor
 from loraplex_server.api.lifecycle import Backend, Lifecycle
 from loraplex_server.api.model_service import ModelService
 from loraplex_server.api.tokenizer import Tokenizer
+from loraplex_server.api.uploads import UploadDesk
 from loraplex_server.config import ApiConfig, EngineConfig, ServerConfig, is_loopback
 from loraplex_server.engine.client import EngineClient
 from loraplex_server.errors import FailedPreconditionError, ServerError
@@ -165,7 +166,10 @@ class _Server:
                 generation_pb2_grpc.add_GenerationServiceServicer_to_server,
                 GenerationService(self._lifecycle, self._metrics),
             ),
-            (adapters_pb2_grpc.add_AdapterServiceServicer_to_server, AdapterService(self._lifecycle)),
+            (
+                adapters_pb2_grpc.add_AdapterServiceServicer_to_server,
+                AdapterService(self._lifecycle, UploadDesk(self._config.engine.adapters)),
+            ),
             (
                 model_pb2_grpc.add_ModelServiceServicer_to_server,
                 ModelService(self._lifecycle, self._version),

@@ -10,9 +10,12 @@ import math
 import re
 import secrets
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
+from loraplex_server.adapters.peft_config import MAX_CONFIG_BYTES
 from loraplex_server.api.answer import Finish, Piece
+from loraplex_server.core.composition import COMBINATION_TYPES, MAJORITY_SIGNS, Composition, prunes
 from loraplex_server.core.request import AdapterUse, FinishReason, Request, SamplingParams
 from loraplex_server.engine.messages import AdapterStatus, EngineInfo, TokenLogprobs
 from loraplex_server.errors import FieldViolation, InvalidArgumentError
@@ -22,12 +25,14 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKENS = 64
 MAX_PREFETCH = 1024
+MAX_MEMBERS = 64
 DEFAULT_MAX_TOKENS = 256
 # A status travels in HTTP/2 trailers, which clients limit to 8 KiB.
 _MAX_VIOLATIONS = 16
 _MAX_SOURCE_CHARS = 4096
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 _FINISH_REASONS = {
@@ -165,6 +170,76 @@ def check_load_adapter(message: adapters_pb2.LoadAdapterRequest) -> None:
         found.add("source", "is empty; name the folder that PEFT wrote")
     elif len(message.source) > _MAX_SOURCE_CHARS or "\0" in message.source:
         found.add("source", f"is no path; it may have {_MAX_SOURCE_CHARS} characters and no NUL")
+    found.raise_any()
+
+
+def to_composition(message: adapters_pb2.RegisterCompositionRequest) -> Composition:
+    """The composition that a request describes.
+
+    Raises:
+        InvalidArgumentError: with one violation for each bad field; a parameter that the type does not have
+            is one.
+    """
+    found = _Violations()
+    _check_adapter_name(found, "name", message.name)
+    kind = _enum_text(adapters_pb2.CombinationType, message.combination_type)
+    if kind not in COMBINATION_TYPES:
+        found.add("combination_type", f"is none of {', '.join(COMBINATION_TYPES)}")
+    if not 1 <= len(message.members) <= MAX_MEMBERS:
+        found.add("members", f"has {len(message.members)} adapters; give 1 to {MAX_MEMBERS}")
+    names = [member.adapter for member in message.members]
+    for index, member in enumerate(message.members[:MAX_MEMBERS]):
+        _check_adapter_name(found, f"members[{index}].adapter", member.adapter)
+        if member.HasField("weight") and not math.isfinite(member.weight):
+            found.add(f"members[{index}].weight", "has to be finite")
+        if member.adapter in names[:index]:
+            found.add(f"members[{index}].adapter", f"{member.adapter!r} is named twice; add its weights up")
+    if prunes(kind) and not message.HasField("density"):
+        found.add("density", f"is missing; {kind} keeps that part of the values")
+    for field, fits, type_names in (
+        ("density", prunes(kind), "ties, dare and magnitude_prune types"),
+        ("svd_rank", kind.endswith("svd"), "svd types"),
+        ("seed", kind.startswith("dare"), "dare types"),
+    ):
+        if message.HasField(field) and not fits:
+            found.add(field, f"is for {type_names}, not for {kind or 'none'}")
+    if message.HasField("density") and not 0 < message.density <= 1:
+        found.add("density", "has to be above 0 and at most 1")
+    if message.HasField("svd_rank") and message.svd_rank < 1:
+        found.add("svd_rank", "has to be at least 1")
+    if message.HasField("seed") and message.seed >= 1 << 63:
+        found.add("seed", "has to be below 2 to the 63rd")
+    sign = _enum_text(adapters_pb2.MajoritySign, message.majority_sign)
+    if sign not in ("unspecified", *MAJORITY_SIGNS):
+        found.add("majority_sign", f"is none of {', '.join(MAJORITY_SIGNS)}")
+    elif sign != "unspecified" and "ties" not in kind:
+        found.add("majority_sign", f"is for ties types, not for {kind}")
+    found.raise_any()
+    return Composition(
+        combination_type=kind,
+        members=tuple(
+            AdapterUse(member.adapter, member.weight if member.HasField("weight") else 1.0)
+            for member in message.members
+        ),
+        density=message.density if message.HasField("density") else None,
+        majority_sign="total" if sign == "unspecified" else sign,
+        svd_rank=message.svd_rank if message.HasField("svd_rank") else None,
+        seed=message.seed,
+    )
+
+
+def check_upload_header(header: adapters_pb2.UploadHeader, max_bytes: int) -> None:
+    """Raises: InvalidArgumentError with one violation for each bad field."""
+    found = _Violations()
+    _check_adapter_name(found, "header.name", header.name)
+    if not 1 <= len(header.config.encode()) <= MAX_CONFIG_BYTES:
+        found.add("header.config", f"has to have 1 to {MAX_CONFIG_BYTES} bytes")
+    if _SHA256.fullmatch(header.sha256) is None:
+        found.add("header.sha256", "has to be 64 hex digits")
+    if not 1 <= header.size <= max_bytes:
+        found.add(
+            "header.size", f"is {header.size}; this server takes 1 to {max_bytes} bytes (--upload-max-bytes)"
+        )
     found.raise_any()
 
 
@@ -371,3 +446,11 @@ def _check_stopping(
         )
     else:
         _check_token_ids(found, "stopping.stop_token_ids", stopping.stop_token_ids, limits, adapters=adapters)
+
+
+def _enum_text(kind: Any, number: int) -> str:
+    """The last part of an enum value's name in lower case; "" for one that this server does not know."""
+    if number not in kind.values():
+        return ""
+    prefix = "".join(f"_{char}" if char.isupper() else char for char in kind.DESCRIPTOR.name)
+    return str(kind.Name(number)).removeprefix(f"{prefix.removeprefix('_').upper()}_").lower()

@@ -28,6 +28,13 @@ class SamplingParams(msgspec.Struct, frozen=True):
         temperature: 0 is greedy.
         top_k: 0 keeps all tokens.
         top_p: in (0, 1].
+        min_p: tokens less probable than this share of the most probable one are dropped; 0 keeps all.
+        repetition_penalty: logits of tokens that prompt or answer have are divided by it (multiplied, where
+            negative); 1 is none (Keskar et al., 2019).
+        presence_penalty: taken from the logits of tokens that the answer has.
+        frequency_penalty: the same, for each time it has them.
+        logit_bias: (token, what is added to its logit) pairs, each token once.
+        bad_words: sequences of tokens that the answer may not contain.
         seed: always set; the API draws one where the caller gave none.
         max_tokens: at least 1.
         min_tokens: end tokens are masked until this many exist.
@@ -38,12 +45,23 @@ class SamplingParams(msgspec.Struct, frozen=True):
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
     seed: int = 0
     max_tokens: int = 256
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+
+    @property
+    def penalised(self) -> bool:
+        """Whether tokens so far have a say in the next."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
 class Request(msgspec.Struct, frozen=True):

@@ -17,6 +17,10 @@ def _nothing() -> Ints:
     return np.zeros(0, np.int64)
 
 
+def _no_floats() -> Floats:
+    return np.zeros(0, np.float64)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepPlan:
     """What the runner computes in one pass. Filled by `engine/planning.py`, read by `model/runner.py`.
@@ -63,6 +67,21 @@ class StepPlan:
     # Tokens that must not be sampled, [S + 1] and [sum].
     banned_start: Ints
     banned_ids: Ints
+    # What few requests ask for; each group is empty where no row of the step does.
+    min_p: Floats = dataclasses.field(default_factory=_no_floats)
+    """[S]"""
+    # Added to logits: [S + 1], [sum], [sum]; no token twice in a row.
+    bias_start: Ints = dataclasses.field(default_factory=_nothing)
+    bias_ids: Ints = dataclasses.field(default_factory=_nothing)
+    bias_value: Floats = dataclasses.field(default_factory=_no_floats)
+    # Penalties: three columns [S], and the tokens that each row has with the times it generated them,
+    # [S + 1], [sum], [sum]; rows without penalties have none.
+    repetition_penalty: Floats = dataclasses.field(default_factory=_no_floats)
+    presence_penalty: Floats = dataclasses.field(default_factory=_no_floats)
+    frequency_penalty: Floats = dataclasses.field(default_factory=_no_floats)
+    seen_start: Ints = dataclasses.field(default_factory=_nothing)
+    seen_ids: Ints = dataclasses.field(default_factory=_nothing)
+    seen_count: Ints = dataclasses.field(default_factory=_nothing)
     # Prefixes: virtual tokens `prefix_first` and those after it of the adapter in a slot, copied before the
     # pass to cells of the KV cache. [C], [C], [C + 1], [sum]; few steps have any.
     prefix_slot: Ints = dataclasses.field(default_factory=_nothing)
@@ -105,9 +124,8 @@ class StepPlan:
         if len(lengths) < len(fields) or lengths.min() < 0 or lengths.sum() != len(words):
             raise ValueError(f"no step plan: {len(buffer)} bytes do not fit the header")
         sections = np.split(words, np.cumsum(lengths)[:-1])
-        floats = {"pair_weight", "temperature", "top_p", "uniform"}
         arrays: dict[str, Any] = {
-            field.name: section.view(np.float64) if field.name in floats else section
+            field.name: section.view(np.float64) if field.type == "Floats" else section
             for field, section in zip(fields, sections, strict=True)
         }
         return cls(**arrays)

@@ -53,7 +53,8 @@ def build_engine(
     kernels = dispatch.backend(device)
     limit = architecture.longest_context(empty.config, config.scheduler.max_model_len)
     registry = _registry(empty)
-    plan = memory.make_plan(empty, registry, config, limit, triton=kernels == "triton")
+    sizes = _graph_sizes(config, recordable=kernels == "triton" and device.type == "cuda")
+    plan = memory.make_plan(empty, registry, config, limit, triton=kernels == "triton", graph_sizes=sizes)
     _log.info("memory, of %s:\n%s", plan.device, plan.table())
     base = empty.fill(checkpoint, progress=progress)
     layers = check_ragged(base)
@@ -70,7 +71,6 @@ def build_engine(
         _log.warning("the KV cache holds %d tokens: no request may be longer", limit)
     kv_dtype = memory.kv_dtype(config.scheduler, dtype)
     kv_caches = memory.allocate_kv(base.kv_shapes, num_blocks, block_size, kv_dtype, device)
-    memory.reserve_workspace(plan, device)
     runner = ModelRunner(
         base,
         kv_caches,
@@ -81,7 +81,8 @@ def build_engine(
         max_samples=memory.max_samples(config),
         layers=layers,
     )
-    _ready_device(runner, config, limit, recordable=kernels == "triton" and device.type == "cuda")
+    _ready_device(runner, sizes, limit, insisted=config.model.cuda_graphs == "on")
+    memory.reserve_workspace(plan, device)
     for folder in config.adapters.folders:
         names = adapters.register_folder(folder)
         _log.info("registered %d adapters from %s", len(names), folder)
@@ -126,7 +127,16 @@ def build_engine(
     return Engine(config, runner, adapters, info, emit)
 
 
-def _ready_device(runner: ModelRunner, config: EngineConfig, max_model_len: int, *, recordable: bool) -> None:
+def _graph_sizes(config: EngineConfig, *, recordable: bool) -> tuple[int, ...]:
+    """Numbers of sequences for which decode steps are recorded; none where they are not."""
+    wanted = config.model.cuda_graphs
+    if wanted == "off" or (wanted == "auto" and not recordable):
+        return ()
+    most = config.scheduler.max_num_requests
+    return tuple(size for size in config.model.cuda_graph_sizes if size <= most) or ladder(most)
+
+
+def _ready_device(runner: ModelRunner, sizes: tuple[int, ...], max_model_len: int, *, insisted: bool) -> None:
     """Compiles the kernels and records the decode graphs, as far as the device has either.
 
     Raises:
@@ -134,15 +144,12 @@ def _ready_device(runner: ModelRunner, config: EngineConfig, max_model_len: int,
     """
     if runner.asynchronous:
         runner.warm_up(max_model_len)
-    wanted = config.model.cuda_graphs
-    if wanted == "off" or (wanted == "auto" and not recordable):
+    if not sizes:
         return
-    most = config.scheduler.max_num_requests
-    sizes = tuple(size for size in config.model.cuda_graph_sizes if size <= most) or ladder(most)
     try:
         runner.record_graphs(sizes, max_model_len)
     except (RuntimeError, ValueError) as error:
-        if wanted == "on":
+        if insisted:
             raise FailedPreconditionError(
                 f"--cuda-graphs on: the decode steps cannot be recorded ({error})"
             ) from error

@@ -6,10 +6,12 @@ import asyncio
 import itertools
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from loraplex_server.core.composition import Composition
 from loraplex_server.core.request import Request
 from loraplex_server.engine.messages import (
     PROTOCOL_VERSION,
@@ -124,6 +126,19 @@ class EngineClient:
     async def load_adapter(self, name: str, source: str, *, inplace: bool = False) -> AdapterStatus:
         """Registers a PEFT folder under a name and brings it to host memory."""
         return (await self._adapters("load", name=name, source=source, inplace=inplace))[0]
+
+    async def compose_adapter(
+        self, name: str, composition: Composition, *, inplace: bool = False
+    ) -> AdapterStatus:
+        """Registers what PEFT makes of several adapters under a name of its own."""
+        return (await self._adapters("compose", name=name, composition=composition, inplace=inplace))[0]
+
+    async def adopt_adapter(
+        self, name: str, staged: Path, sha256: dict[str, str], *, inplace: bool = False
+    ) -> AdapterStatus:
+        """Registers an adapter whose files were received into a folder of the cache's staging folder."""
+        found = await self._adapters("adopt", name=name, source=str(staged), sha256=sha256, inplace=inplace)
+        return found[0]
 
     async def unload_adapter(self, name: str, grace_s: float | None = None) -> tuple[AdapterStatus, ...]:
         """Drains and forgets an adapter; answers with those that remain.

@@ -207,6 +207,12 @@ class EngineHost:
                     adapters.pin(command.name, command.pinned, reply)
                 case "load":
                     adapters.load(command.name, command.source, reply, inplace=command.inplace)
+                case "compose":
+                    assert command.composition is not None
+                    adapters.compose(command.name, command.composition, reply, inplace=command.inplace)
+                case "adopt":
+                    staged = Path(command.source)
+                    adapters.adopt(command.name, staged, command.sha256, reply, inplace=command.inplace)
                 case "unload":
                     engine.unload(command.name, command.grace_s, lambda: reply(adapters.list()))
                 case "prefetch":

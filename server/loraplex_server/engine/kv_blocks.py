@@ -93,6 +93,10 @@ class KvBlockPool:
                 else:
                     self._free.append(block)
 
+    def has(self, key: bytes) -> bool:
+        """Whether `take_cached` would find that block, after those before it."""
+        return key in self._by_key
+
     def take_cached(self, keys: Iterable[bytes]) -> list[int]:
         """The blocks of the longest beginning of `keys` that is there, held or cached; retains them."""
         found = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import msgspec
 
+from loraplex_server.core.composition import Composition
 from loraplex_server.core.request import FinishReason, Request
 from loraplex_server.errors import ErrorInfo
 
@@ -82,9 +83,12 @@ class AdapterCommand(_Message, frozen=True):
     """An adapter operation, answered by an `AdapterReply` with the same `call_id`.
 
     Attributes:
-        op: "load", "unload", "list", "get", "pin" or "prefetch".
+        op: "load", "compose", "adopt", "unload", "list", "get", "pin" or "prefetch".
+        source: for "load"; for "adopt", the folder with the files that a client sent.
         pinned: for "pin", whether to pin or to unpin.
-        inplace: for "load", whether to replace what is registered under the name.
+        inplace: for "load", "compose" and "adopt", whether to replace what is registered under the name.
+        composition: for "compose".
+        sha256: for "adopt", of each file by name.
         grace_s: for "unload", seconds after which requests that still hold the adapter are ended.
         names: for "prefetch".
         to_device: for "prefetch", whether host memory is not enough.
@@ -99,6 +103,8 @@ class AdapterCommand(_Message, frozen=True):
     grace_s: float | None = None
     names: tuple[str, ...] = ()
     to_device: bool = True
+    composition: Composition | None = None
+    sha256: dict[str, str] = {}
 
 
 class CheckIntegrity(_Message, frozen=True):

@@ -80,6 +80,7 @@ def build_plan(
         num_logprobs=_ints([-1 if sampling.logprobs is None else sampling.logprobs for sampling in params]),
         banned_start=_starts([len(ids) for ids in banned]),
         banned_ids=_ints([token for ids in banned for token in ids]),
+        **_rare(sampled),
         prefix_slot=_ints([slot for slot, _, _ in prefixes]),
         prefix_first=_ints([first for _, first, _ in prefixes]),
         prefix_start=_starts([len(cells) for _, _, cells in prefixes]),
@@ -110,6 +111,31 @@ def _prefix(item: Scheduled, block_size: int, slot_of: SlotOf) -> tuple[int, int
     return slot_of(handle), first, cells
 
 
+def _rare(sampled: list[Sequence]) -> dict[str, np.ndarray]:
+    """The sections of what few requests ask for; left out where none does."""
+    params = [sequence.request.sampling for sequence in sampled]
+    sections: dict[str, np.ndarray] = {}
+    if any(sampling.min_p for sampling in params):
+        sections["min_p"] = _floats([sampling.min_p for sampling in params])
+    if any(sampling.logit_bias for sampling in params):
+        sections["bias_start"] = _starts([len(sampling.logit_bias) for sampling in params])
+        sections["bias_ids"] = _ints([token for sampling in params for token, _ in sampling.logit_bias])
+        sections["bias_value"] = _floats([value for sampling in params for _, value in sampling.logit_bias])
+    if any(sampling.penalised for sampling in params):
+        seen = [
+            sequence.token_counts.update(sequence.token_ids, sequence.num_prompt)
+            for sequence in sampled
+            if sequence.request.sampling.penalised
+        ]
+        lengths = iter([len(ids) for ids, _ in seen])
+        sections["seen_start"] = _starts([next(lengths) if sampling.penalised else 0 for sampling in params])
+        sections["seen_ids"] = np.concatenate([ids for ids, _ in seen])
+        sections["seen_count"] = np.concatenate([counts for _, counts in seen])
+        for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+            sections[name] = _floats([getattr(sampling, name) for sampling in params])
+    return sections
+
+
 def _draw(sequence: Sequence) -> float:
     """The draw of the sequence's next token; greedy decoding needs none."""
     sampling = sequence.request.sampling
@@ -118,9 +144,14 @@ def _draw(sequence: Sequence) -> float:
 
 def _banned(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
     sampling = sequence.request.sampling
-    if not sampling.min_tokens or sequence.num_generated >= sampling.min_tokens:
-        return ()
-    return tuple(dict.fromkeys((*eos_token_ids, *sampling.stop_token_ids)))
+    banned = [word[-1] for word in sampling.bad_words if _ends_with(sequence.token_ids, word[:-1])]
+    if sequence.num_generated < sampling.min_tokens:
+        banned += [*eos_token_ids, *sampling.stop_token_ids]
+    return tuple(dict.fromkeys(banned))
+
+
+def _ends_with(token_ids: list[int], end: tuple[int, ...]) -> bool:
+    return not end or tuple(token_ids[-len(end) :]) == end
 
 
 def _ints(values: list[int]) -> np.ndarray:

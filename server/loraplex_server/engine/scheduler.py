@@ -240,6 +240,8 @@ class Scheduler:
                     pass
             # The blocks of all its known tokens are taken now: a prompt that is computed in chunks must
             # not lose its later blocks to those admitted after it.
+            if self._is_coming(sequence):
+                continue
             if not self._take_blocks(sequence):
                 break
             num_copied = max(0, sequence.num_prefix - sequence.num_computed)
@@ -285,6 +287,21 @@ class Scheduler:
             readiness = self._adapters.reserve(sequence.handles)
             sequence.reserved = readiness in (Readiness.READY, Readiness.LOADING)
         return readiness
+
+    def _is_coming(self, sequence: Sequence) -> bool:
+        """Whether one of those who run is about to compute the first block that a sequence would miss.
+
+        It then waits for that instead of computing the same beside it. Whoever runs goes on or gives its
+        place up, so nobody waits for ever.
+        """
+        filling = [one for one in self.running if one.caches and one.num_pending > 1]
+        if not filling:
+            return False
+        size = self._blocks.block_size
+        for index, key in enumerate(sequence.reusable_keys(size)):
+            if not self._blocks.has(key):
+                return any(one.will_fill(index, key, size) for one in filling)
+        return False
 
     def _take_blocks(self, sequence: Sequence) -> bool:
         """Blocks for all known tokens of a sequence without any; False, and none taken, if too few are free.

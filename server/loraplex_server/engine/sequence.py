@@ -12,6 +12,7 @@ from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.core.request import Request
 from loraplex_server.engine.fairness import Account
 from loraplex_server.engine.kv_blocks import block_key
+from loraplex_server.engine.token_counts import TokenCounts
 
 EFFECT_VERSION = 1
 """Grows when what an adapter's bytes mean for keys and values changes."""
@@ -61,7 +62,7 @@ class Sequence:
     block_table: list[int] = dataclasses.field(default_factory=list)
     block_keys: list[bytes] = dataclasses.field(default_factory=list)
     num_named: int = 0
-    caches: bool = True
+    caches: bool = False
     cached_prompt_tokens: int = 0
     reserved: bool = False
     flow: Account | None = None
@@ -70,6 +71,7 @@ class Sequence:
     adapter_wait_s: float = 0.0
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
+    token_counts: TokenCounts = dataclasses.field(default_factory=TokenCounts)
     _changes: tuple[int, ...] = ()
     _compositions: tuple[Composition, ...] = ((),)
     _namespaces: dict[tuple[int, ...], bytes] = dataclasses.field(default_factory=dict)
@@ -121,6 +123,11 @@ class Sequence:
         if self.caches:
             for index in range((len(self.token_ids) - 1) // block_size):
                 yield self._key(index, block_size)
+
+    def will_fill(self, index: int, key: bytes, block_size: int) -> bool:
+        """Whether computing its known tokens will fill the block at `index` of the table as `key` says."""
+        ahead = self.num_named <= index < len(self.token_ids) // block_size
+        return ahead and self._key(index, block_size) == key
 
     def new_block_keys(self, block_size: int) -> list[tuple[int, bytes]]:
         """(block, key) of each block that became full since the last call."""

@@ -5,6 +5,7 @@
     ├── base weights       from the checkpoint's header and the format
     ├── adapters           arena, tables, and the segments of a step
     ├── workspace          activations, logits and the kernels' own room of the largest step
+    ├── CUDA graphs        inputs and activations of recorded decode steps
     ├── reserve            what libraries and the allocator keep
     └── KV cache           whole blocks of what remains, or what --kv-cache-bytes says
 
@@ -28,6 +29,7 @@ from loraplex_server.adapters.sites import SiteRegistry
 from loraplex_server.config import EngineConfig, SchedulerConfig
 from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError
 from loraplex_server.model import workspace
+from loraplex_server.model.graphs import GraphLimits
 from loraplex_server.model.loader import EmptyModel
 from loraplex_server.model.workspace import StepSize
 
@@ -89,13 +91,20 @@ def block_bytes(kv_shapes: Sequence[tuple[int, int]], block_size: int, dtype: to
 
 
 def make_plan(
-    empty: EmptyModel, registry: SiteRegistry, config: EngineConfig, max_model_len: int, *, triton: bool
+    empty: EmptyModel,
+    registry: SiteRegistry,
+    config: EngineConfig,
+    max_model_len: int,
+    *,
+    triton: bool,
+    graph_sizes: tuple[int, ...] = (),
 ) -> MemoryPlan:
     """The plan for a model that is not loaded yet. Nothing is allocated on the device.
 
     Args:
         max_model_len: longest request.
         triton: whether Triton's kernels will run.
+        graph_sizes: numbers of sequences for which decode steps will be recorded.
 
     Raises:
         FailedPreconditionError: it does not fit; the text has all figures and says what to change.
@@ -123,6 +132,23 @@ def make_plan(
             ("--max-batch-tokens", "--max-num-requests"),
         ),
     ]
+    per_block = block_bytes(empty.kv_shapes, scheduler.kv_block_size, kv_dtype(scheduler, dtype))
+    if graph_sizes:
+        limits = GraphLimits(
+            sizes=graph_sizes,
+            block_size=scheduler.kv_block_size,
+            # As many as the whole device would hold: there cannot be more.
+            num_blocks=_total_bytes(device) // per_block,
+            max_blocks_per_sequence=-(-max_model_len // scheduler.kv_block_size),
+            max_pairs_per_token=config.adapters.max_per_request,
+        )
+        fixed.append(
+            Part(
+                "CUDA graphs",
+                workspace.graph_bytes(empty, limits, adapters.max_rank, adapters.num_slots),
+                ("--cuda-graphs", "--cuda-graph-sizes"),
+            )
+        )
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         fixed = [
@@ -135,7 +161,6 @@ def make_plan(
     else:
         budget = available_bytes()
         share = f"what is available on {device}"
-    per_block = block_bytes(empty.kv_shapes, scheduler.kv_block_size, kv_dtype(scheduler, dtype))
     blocks = _num_blocks(
         scheduler, per_block, max_model_len, budget - sum(part.num_bytes for part in fixed), device
     )
@@ -187,8 +212,12 @@ def allocate_kv(
 
 
 def reserve_workspace(plan: MemoryPlan, device: torch.device) -> None:
-    """Has CUDA's allocator take a step's workspace now, so that no step makes it ask the driver for more."""
+    """Has CUDA's allocator take a step's workspace now, so that no step makes it ask the driver for more.
+
+    What it holds in pieces goes back before.
+    """
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         size = sum(part.num_bytes for part in plan.parts if part.name == WORKSPACE)
         taken = torch.empty(size, dtype=torch.uint8, device=device)
         del taken
@@ -200,6 +229,7 @@ class _AdapterBytes:
     tables: int
     segments: int
     max_rank: int
+    num_slots: int
 
 
 def _adapter_bytes(registry: SiteRegistry, config: EngineConfig, dtype: torch.dtype) -> _AdapterBytes:
@@ -223,16 +253,21 @@ def _adapter_bytes(registry: SiteRegistry, config: EngineConfig, dtype: torch.dt
         device=meta,
     )
     return _AdapterBytes(
-        pool.arena.nbytes,
-        pool.nbytes - pool.arena.nbytes,
-        segments.nbytes + sampled.nbytes,
-        pool.max_rank,
+        arena=pool.arena.nbytes,
+        tables=pool.nbytes - pool.arena.nbytes,
+        segments=segments.nbytes + sampled.nbytes,
+        max_rank=pool.max_rank,
+        num_slots=pool.num_slots,
     )
 
 
 def max_samples(config: EngineConfig) -> int:
     """Most rows of a step whose next token is sampled."""
     return min(config.scheduler.max_num_requests, config.scheduler.max_batch_tokens)
+
+
+def _total_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else available_bytes()
 
 
 def _max_pairs(config: EngineConfig) -> int:

@@ -5,6 +5,8 @@ All of it runs on the device: the parameters travel there in one copy, the resul
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -20,18 +22,18 @@ def sample(logits: torch.Tensor, plan: StepPlan) -> tuple[SampledToken, ...]:
 def launch(logits: torch.Tensor, plan: StepPlan) -> Sampling:
     """Samples one token a row; nothing waits for the device.
 
-    A drawn token is the first, in descending order of probability, at which the cumulative mass of
-    those kept by top-k and top-p exceeds the row's draw: no random generator, so a row's token depends
-    on its logits and its draw alone.
+    Logits are changed in the order of transformers' processors: bias, penalties, bans; then temperature,
+    top-k, top-p and min-p say what may be drawn. A drawn token is the first, in descending order of
+    probability, at which the cumulative mass of what is left exceeds the row's draw: no random generator, so
+    a row's token depends on its logits, its parameters and its draw alone.
 
     Args:
         logits: [S, vocabulary], any floating dtype; row i belongs to `plan.sample_row[i]`.
     """
     scores = logits.float()
     drawn = np.flatnonzero(plan.temperature > 0)
-    banned, draws = _inputs(plan, drawn, logits)
-    if banned is not None:
-        scores = scores.index_put(banned, scores.new_full((), -torch.inf))
+    changes, draws = _inputs(plan, drawn, logits)
+    scores = _changed(scores, changes)
     chosen = scores.argmax(dim=-1)
     if draws is not None:
         rows, *parameters = draws
@@ -77,23 +79,66 @@ class Sampling:
         return tuple(found)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Changes:
+    """Changes of the logits, each with the (row, token) pairs that it is about; None where no row has any."""
+
+    bias: list[torch.Tensor] | None
+    """Rows, tokens, values."""
+    penalties: list[torch.Tensor] | None
+    """Rows, tokens, times generated, and three penalties for each pair."""
+    bans: list[torch.Tensor] | None
+    """Rows, tokens."""
+
+
 def _inputs(
     plan: StepPlan, drawn: np.ndarray, logits: torch.Tensor
-) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, list[torch.Tensor] | None]:
-    """What greedy rows do not need: (row, token) of every ban; rows, temperature, top-k, top-p and draw."""
-    arrays: list[Words] = []
+) -> tuple[_Changes, list[torch.Tensor] | None]:
+    """What greedy rows do not need: the changes; and rows, temperature, top-k, top-p, min-p and draw."""
+    groups: list[list[Words]] = [[], [], [], []]
+    if len(plan.bias_ids):
+        groups[0] = [_rows(plan.bias_start), plan.bias_ids, plan.bias_value]
+    if len(plan.seen_ids):
+        rows = _rows(plan.seen_start)
+        groups[1] = [rows, plan.seen_ids, plan.seen_count.astype(np.float64)]
+        groups[1] += [
+            plan.repetition_penalty[rows],
+            plan.presence_penalty[rows],
+            plan.frequency_penalty[rows],
+        ]
     if len(plan.banned_ids):
-        rows = np.repeat(np.arange(len(plan.banned_start) - 1), np.diff(plan.banned_start))
-        arrays += [rows, plan.banned_ids]
+        groups[2] = [_rows(plan.banned_start), plan.banned_ids]
     if len(drawn):
         top_k = np.where(plan.top_k > 0, plan.top_k, logits.shape[-1])
-        arrays.append(drawn)
-        arrays += [column[drawn] for column in (plan.temperature, top_k, plan.top_p, plan.uniform)]
-    if not arrays:
-        return None, None
-    sent = send(arrays, logits.device)
-    banned = (sent[0], sent[1]) if len(plan.banned_ids) else None
-    return banned, sent[-5:] if len(drawn) else None
+        min_p = plan.min_p if len(plan.min_p) else np.zeros(len(top_k))
+        columns = (plan.temperature, top_k, plan.top_p, min_p, plan.uniform)
+        groups[3] = [drawn, *(column[drawn] for column in columns)]
+    arrays = [array for group in groups for array in group]
+    sent = iter(send(arrays, logits.device) if arrays else [])
+    bias, penalties, bans, draws = ([next(sent) for _ in group] or None for group in groups)
+    return _Changes(bias, penalties, bans), draws
+
+
+def _rows(starts: np.ndarray) -> np.ndarray:
+    """Row of each element of a section that `starts` divides."""
+    return np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+
+
+def _changed(scores: torch.Tensor, changes: _Changes) -> torch.Tensor:
+    """Scores [S, vocabulary] with every change; `scores` itself stays as it is."""
+    if changes.bias is not None:
+        rows, tokens, value = changes.bias
+        scores = scores.index_put((rows, tokens), scores[rows, tokens] + value.float())
+    if changes.penalties is not None:
+        rows, tokens, times, repetition, presence, frequency = changes.penalties
+        found, penalty = scores[rows, tokens], repetition.float()
+        found = torch.where(found < 0, found * penalty, found / penalty)
+        found = found - (presence * (times > 0) + frequency * times).float()
+        scores = scores.index_put((rows, tokens), found)
+    if changes.bans is not None:
+        rows, tokens = changes.bans
+        scores = scores.index_put((rows, tokens), scores.new_full((), -torch.inf))
+    return scores
 
 
 def _draw(
@@ -101,6 +146,7 @@ def _draw(
     temperature: torch.Tensor,
     top_k: torch.Tensor,
     top_p: torch.Tensor,
+    min_p: torch.Tensor,
     uniform: torch.Tensor,
 ) -> torch.Tensor:
     """Tokens [R] of scores [R, vocabulary], at one parameter a row."""
@@ -112,8 +158,8 @@ def _draw(
     mass = mass * kept
     mass = mass / mass.sum(dim=-1, keepdim=True)
     before = mass.cumsum(dim=-1) - mass
-    # The most probable token stays whatever top_p is.
-    mass = mass * ((before < top_p[:, None]) & kept)
+    # The most probable token stays whatever top_p is; min_p asks for a share of its mass.
+    mass = mass * ((before < top_p[:, None]) & (mass >= min_p[:, None] * mass[:, :1]) & kept)
     reached = mass.cumsum(dim=-1)
     pick = (reached <= uniform[:, None] * reached[:, -1:]).sum(dim=-1, keepdim=True)
     last = (mass > 0).sum(dim=-1, keepdim=True) - 1

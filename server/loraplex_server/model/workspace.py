@@ -21,10 +21,11 @@ from loraplex_kernels.attention import AttentionBatch, LayerShape, plan
 from loraplex_kernels.attention import tiles as attention_tiles
 from loraplex_kernels.fourbit import BLOCK
 from loraplex_kernels.fourbit import tiles as fourbit_tiles
-from loraplex_kernels.lora import LoraSite
+from loraplex_kernels.lora import LoraBatchBuffers, LoraSite
 from loraplex_kernels.lora import tiles as lora_tiles
 from loraplex_server.model import context
 from loraplex_server.model.context import StepContext
+from loraplex_server.model.graphs import GraphLimits
 from loraplex_server.model.linear import FrozenHead
 from loraplex_server.model.live_bytes import LiveBytes
 from loraplex_server.model.loader import EmptyModel, install
@@ -38,6 +39,8 @@ SAMPLER_BYTES = 72
 """Most bytes of the sampler for one logit: float32 scores, their order, a few masses in double precision."""
 # Where a model cannot run on the meta device: rows of its widest projection, and of its hidden state.
 _WIDE_ROWS, _HIDDEN_ROWS = 3, 8
+# Of a recording, an estimate: the attention's tiles, a thousand nodes in the driver.
+_TABLE_BYTES, _TOKEN_TABLE_BYTES, _GRAPH_BYTES = 1 << 16, 512, 2 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,25 @@ def step_bytes(empty: EmptyModel, size: StepSize) -> int:
         _log.debug("the step's memory is estimated: %s", error)
         forward = _estimate(empty, size, vocabulary)
     return max(forward, sampling)
+
+
+def graph_bytes(empty: EmptyModel, limits: GraphLimits, max_rank: int, num_slots: int) -> int:
+    """What recordings of decode steps take: inputs, logits, tables, one memory for all their activations, and
+    what the driver keeps of each."""
+    largest = max(limits.sizes)
+    vocabulary: int = empty.model.get_input_embeddings().weight.shape[0]
+    total = largest * (2 * torch.int64.itemsize + vocabulary * empty.format.dtype.itemsize)
+    for size in limits.sizes:
+        total += LoraBatchBuffers(
+            max_tokens=size,
+            max_pairs=limits.pairs(size),
+            max_segments=num_slots,
+            device=_META,
+            fixed_grid=True,
+        ).nbytes
+        total += torch.int32.itemsize * limits.blocks(size) + _TABLE_BYTES + size * _TOKEN_TABLE_BYTES
+        total += 2 * _GRAPH_BYTES
+    return total + step_bytes(empty, StepSize(largest, 1, limits.pairs(largest), max_rank))
 
 
 @torch.no_grad()
@@ -110,7 +132,8 @@ def _estimate(empty: EmptyModel, size: StepSize, vocabulary: int) -> int:
 
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 16
+        # What the kernels plan for where there is no device to ask.
+        return 132
     found: int = torch.cuda.get_device_properties(device).multi_processor_count
     return found
 

@@ -15,12 +15,48 @@ class AdapterState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ADAPTER_STATE_HOST: _ClassVar[AdapterState]
     ADAPTER_STATE_COPYING: _ClassVar[AdapterState]
     ADAPTER_STATE_DEVICE: _ClassVar[AdapterState]
+
+class CombinationType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    COMBINATION_TYPE_UNSPECIFIED: _ClassVar[CombinationType]
+    COMBINATION_TYPE_LINEAR: _ClassVar[CombinationType]
+    COMBINATION_TYPE_CAT: _ClassVar[CombinationType]
+    COMBINATION_TYPE_SVD: _ClassVar[CombinationType]
+    COMBINATION_TYPE_TIES: _ClassVar[CombinationType]
+    COMBINATION_TYPE_TIES_SVD: _ClassVar[CombinationType]
+    COMBINATION_TYPE_DARE_LINEAR: _ClassVar[CombinationType]
+    COMBINATION_TYPE_DARE_TIES: _ClassVar[CombinationType]
+    COMBINATION_TYPE_DARE_LINEAR_SVD: _ClassVar[CombinationType]
+    COMBINATION_TYPE_DARE_TIES_SVD: _ClassVar[CombinationType]
+    COMBINATION_TYPE_MAGNITUDE_PRUNE: _ClassVar[CombinationType]
+    COMBINATION_TYPE_MAGNITUDE_PRUNE_SVD: _ClassVar[CombinationType]
+
+class MajoritySign(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MAJORITY_SIGN_UNSPECIFIED: _ClassVar[MajoritySign]
+    MAJORITY_SIGN_TOTAL: _ClassVar[MajoritySign]
+    MAJORITY_SIGN_FREQUENCY: _ClassVar[MajoritySign]
 ADAPTER_STATE_UNSPECIFIED: AdapterState
 ADAPTER_STATE_UNLOADED: AdapterState
 ADAPTER_STATE_LOADING: AdapterState
 ADAPTER_STATE_HOST: AdapterState
 ADAPTER_STATE_COPYING: AdapterState
 ADAPTER_STATE_DEVICE: AdapterState
+COMBINATION_TYPE_UNSPECIFIED: CombinationType
+COMBINATION_TYPE_LINEAR: CombinationType
+COMBINATION_TYPE_CAT: CombinationType
+COMBINATION_TYPE_SVD: CombinationType
+COMBINATION_TYPE_TIES: CombinationType
+COMBINATION_TYPE_TIES_SVD: CombinationType
+COMBINATION_TYPE_DARE_LINEAR: CombinationType
+COMBINATION_TYPE_DARE_TIES: CombinationType
+COMBINATION_TYPE_DARE_LINEAR_SVD: CombinationType
+COMBINATION_TYPE_DARE_TIES_SVD: CombinationType
+COMBINATION_TYPE_MAGNITUDE_PRUNE: CombinationType
+COMBINATION_TYPE_MAGNITUDE_PRUNE_SVD: CombinationType
+MAJORITY_SIGN_UNSPECIFIED: MajoritySign
+MAJORITY_SIGN_TOTAL: MajoritySign
+MAJORITY_SIGN_FREQUENCY: MajoritySign
 
 class Adapter(_message.Message):
     __slots__ = ("name", "source", "state", "pinned", "peft_type", "rank", "target_modules", "bytes", "content_hash", "references", "draining", "hits", "misses", "evictions")
@@ -65,6 +101,68 @@ class LoadAdapterRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., load_inplace: bool = ...) -> None: ...
 
 class LoadAdapterResponse(_message.Message):
+    __slots__ = ("adapter",)
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    adapter: Adapter
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
+
+class CompositionMember(_message.Message):
+    __slots__ = ("adapter", "weight")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    weight: float
+    def __init__(self, adapter: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
+
+class RegisterCompositionRequest(_message.Message):
+    __slots__ = ("name", "combination_type", "members", "density", "majority_sign", "svd_rank", "seed", "load_inplace")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    COMBINATION_TYPE_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    DENSITY_FIELD_NUMBER: _ClassVar[int]
+    MAJORITY_SIGN_FIELD_NUMBER: _ClassVar[int]
+    SVD_RANK_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    LOAD_INPLACE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    combination_type: CombinationType
+    members: _containers.RepeatedCompositeFieldContainer[CompositionMember]
+    density: float
+    majority_sign: MajoritySign
+    svd_rank: int
+    seed: int
+    load_inplace: bool
+    def __init__(self, name: _Optional[str] = ..., combination_type: _Optional[_Union[CombinationType, str]] = ..., members: _Optional[_Iterable[_Union[CompositionMember, _Mapping]]] = ..., density: _Optional[float] = ..., majority_sign: _Optional[_Union[MajoritySign, str]] = ..., svd_rank: _Optional[int] = ..., seed: _Optional[int] = ..., load_inplace: bool = ...) -> None: ...
+
+class RegisterCompositionResponse(_message.Message):
+    __slots__ = ("adapter",)
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    adapter: Adapter
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
+
+class UploadHeader(_message.Message):
+    __slots__ = ("name", "config", "sha256", "size", "load_inplace")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    LOAD_INPLACE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    config: str
+    sha256: str
+    size: int
+    load_inplace: bool
+    def __init__(self, name: _Optional[str] = ..., config: _Optional[str] = ..., sha256: _Optional[str] = ..., size: _Optional[int] = ..., load_inplace: bool = ...) -> None: ...
+
+class UploadAdapterRequest(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: UploadHeader
+    chunk: bytes
+    def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class UploadAdapterResponse(_message.Message):
     __slots__ = ("adapter",)
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     adapter: Adapter

@@ -40,6 +40,16 @@ class AdapterServiceStub(object):
                 request_serializer=loraplex_dot_v1_dot_adapters__pb2.LoadAdapterRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_adapters__pb2.LoadAdapterResponse.FromString,
                 _registered_method=True)
+        self.RegisterComposition = channel.unary_unary(
+                '/loraplex.v1.AdapterService/RegisterComposition',
+                request_serializer=loraplex_dot_v1_dot_adapters__pb2.RegisterCompositionRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapters__pb2.RegisterCompositionResponse.FromString,
+                _registered_method=True)
+        self.UploadAdapter = channel.stream_unary(
+                '/loraplex.v1.AdapterService/UploadAdapter',
+                request_serializer=loraplex_dot_v1_dot_adapters__pb2.UploadAdapterRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapters__pb2.UploadAdapterResponse.FromString,
+                _registered_method=True)
         self.UnloadAdapter = channel.unary_unary(
                 '/loraplex.v1.AdapterService/UnloadAdapter',
                 request_serializer=loraplex_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.SerializeToString,
@@ -82,6 +92,30 @@ class AdapterServiceServicer(object):
         PERMISSION_DENIED (not allowed), FAILED_PRECONDITION (does not fit the base model or this
         server; the text names the tensor; or not the content that was asked for), UNAVAILABLE (the
         source does not answer), RESOURCE_EXHAUSTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RegisterComposition(self, request, context):
+        """Registers what PEFT's add_weighted_adapter makes of several LoRA adapters as an adapter of its
+        own. It is computed once, beside the running requests, from the members as they are now. The
+        weighted sum that a request may name is another thing: it is always the exact sum of deltas.
+
+        Errors: as LoadAdapter's; FAILED_PRECONDITION also for what PEFT does not combine, NOT_FOUND for
+        a member that is not registered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadAdapter(self, request_iterator, context):
+        """Sends an adapter: a header, then the weight file in chunks of at most 1 MiB. It is kept in the
+        server's cache, and checked and registered as LoadAdapter does it. Off unless the operator
+        allows it.
+
+        Errors: as LoadAdapter's; PERMISSION_DENIED (not allowed), INVALID_ARGUMENT (what came is not
+        what the header announced), RESOURCE_EXHAUSTED (too many, or no room).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -130,6 +164,16 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.LoadAdapter,
                     request_deserializer=loraplex_dot_v1_dot_adapters__pb2.LoadAdapterRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_adapters__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'RegisterComposition': grpc.unary_unary_rpc_method_handler(
+                    servicer.RegisterComposition,
+                    request_deserializer=loraplex_dot_v1_dot_adapters__pb2.RegisterCompositionRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapters__pb2.RegisterCompositionResponse.SerializeToString,
+            ),
+            'UploadAdapter': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadAdapter,
+                    request_deserializer=loraplex_dot_v1_dot_adapters__pb2.UploadAdapterRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapters__pb2.UploadAdapterResponse.SerializeToString,
             ),
             'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.UnloadAdapter,
@@ -185,6 +229,60 @@ class AdapterService(object):
             '/loraplex.v1.AdapterService/LoadAdapter',
             loraplex_dot_v1_dot_adapters__pb2.LoadAdapterRequest.SerializeToString,
             loraplex_dot_v1_dot_adapters__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RegisterComposition(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/RegisterComposition',
+            loraplex_dot_v1_dot_adapters__pb2.RegisterCompositionRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapters__pb2.RegisterCompositionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadAdapter(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/loraplex.v1.AdapterService/UploadAdapter',
+            loraplex_dot_v1_dot_adapters__pb2.UploadAdapterRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapters__pb2.UploadAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

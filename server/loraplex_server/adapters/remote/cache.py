@@ -2,6 +2,7 @@
 
     entries/<key>/   complete: appears by one rename, and never changes afterwards
     partial/<key>/   what a download has so far, kept when it breaks off
+    staging/<any>/   prepared here to become an entry: uploads, compositions; nothing of it outlives a server
     removed/         on its way out
 
 The key stands for the source and the versions of its files, so another version is another entry. What a
@@ -29,6 +30,9 @@ from loraplex_server.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+
+STAGING = "staging"
+"""Folder in the cache's in which entries may be prepared."""
 
 _RECORD = "source.json"
 _RETRY_S = 5.0
@@ -64,8 +68,9 @@ class DownloadCache:
             self._folder = folder = folder.resolve()
             self._lock_file = (folder / "lock").open("w")
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder / "removed", ignore_errors=True)
-            for name in ("entries", "partial", "removed"):
+            for name in ("removed", STAGING):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            for name in ("entries", "partial", "removed", STAGING):
                 (folder / name).mkdir(exist_ok=True)
             self._entries = self._scan(self.entries_folder)
             self._partial = self._scan(folder / "partial")
@@ -84,6 +89,11 @@ class DownloadCache:
     def entries_folder(self) -> Path:
         """Real path of the folder in which each complete entry is a folder."""
         return self._folder / "entries"
+
+    @property
+    def staging_folder(self) -> Path:
+        """On the same file system as the entries; does not count as used."""
+        return self._folder / STAGING
 
     @property
     def used_bytes(self) -> int:

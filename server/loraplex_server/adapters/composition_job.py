@@ -1,0 +1,132 @@
+"""Combines adapters with PEFT: a JSON object on stdin says which, two files in `output` are the result.
+
+Runs as `python -m`, so that neither PEFT's memory nor its threads are the engine's. PEFT is given the base
+model's modules without their weights, which no way of combining looks at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load, save_file
+
+from loraplex_server.adapters.sources import CONFIG_FILE, WEIGHTS_FILE
+
+_RESULT = "result"
+_NICENESS = 10
+
+
+def main() -> int:
+    # What a library prints must not mix with the answer.
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    os.nice(_NICENESS)
+    torch.set_num_threads(1)
+    spec = json.load(sys.stdin)
+    refused = ""
+    try:
+        combine(spec)
+    except (ValueError, TypeError, RuntimeError, LookupError, NotImplementedError) as error:
+        traceback.print_exc()
+        refused = " ".join(str(error).split())[:500] or error.__class__.__name__
+    with answer:
+        json.dump({"refused": refused}, answer)
+    return 0
+
+
+def combine(spec: dict[str, Any]) -> None:
+    """Writes the combination that `spec` describes.
+
+    Raises:
+        ValueError: it would not be what its members are, or PEFT refuses; so do other errors of PEFT's.
+    """
+    names = [f"member{index}" for index in range(len(spec["members"]))]
+    model: PeftModel | None = None
+    for name, member in zip(names, spec["members"], strict=True):
+        config, tensors = _read(member)
+        if model is None:
+            model = PeftModel(_shell(spec["sites"]), config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+        loaded = set_peft_model_state_dict(model, tensors, adapter_name=name)
+        if loaded.unexpected_keys:
+            raise ValueError(f"tensor {loaded.unexpected_keys[0]} was not taken")
+    assert model is not None
+    torch.manual_seed(spec["seed"])
+    model.base_model.add_weighted_adapter(
+        names,
+        spec["weights"],
+        _RESULT,
+        combination_type=spec["combination_type"],
+        svd_rank=spec["svd_rank"],
+        # The rows beyond the rank are cut off in any case.
+        svd_full_matrices=False,
+        density=spec["density"],
+        majority_sign_method=spec["majority_sign"],
+    )
+    _check_whole(model, names)
+    tensors = get_peft_model_state_dict(model, adapter_name=_RESULT, save_embedding_layers=False)
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"tensor {key} of the result holds NaN or infinity")
+    folder = Path(spec["output"])
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+    config = model.peft_config[_RESULT]
+    settings = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=1, sort_keys=True))
+
+
+def _read(member: dict[str, str]) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    contents = {name: (Path(member["folder"]) / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    for name, content in contents.items():
+        if hashlib.sha256(content).hexdigest() != member[name]:
+            raise ValueError(f"{name} of a member was changed while it was read; try again")
+    config = PeftConfig.from_peft_type(**json.loads(contents[CONFIG_FILE]))
+    config.inference_mode = True
+    config.task_type = None
+    return config, load(contents[WEIGHTS_FILE])
+
+
+def _shell(sites: Iterable[tuple[str, int, int]]) -> torch.nn.Module:
+    """The base model's projections by path, all of their weights one zero."""
+    root = torch.nn.Module()
+    for path, in_features, out_features in sites:
+        parent, _, leaf = path.rpartition(".")
+        node = root
+        for part in parent.split("."):
+            if part not in dict(node.named_children()):
+                node.add_module(part, torch.nn.Module())
+            node = node.get_submodule(part)
+        linear = torch.nn.Linear(in_features, out_features, bias=False, device="meta")
+        weight = torch.zeros(1, 1).expand(out_features, in_features)
+        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+        node.add_module(leaf, linear)
+    return root
+
+
+def _check_whole(model: PeftModel, names: Iterable[str]) -> None:
+    """Every module that a member acts on has its part of the result."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and _RESULT not in module.lora_A:
+            acting = [name for name in names if name in module.lora_A]
+            if acting:
+                raise ValueError(
+                    f"the result would leave out {path.removeprefix('base_model.model.')}, on which a member "
+                    "acts: it gets layers_to_transform and exclude_modules from the first member"
+                )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

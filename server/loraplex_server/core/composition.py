@@ -1,0 +1,51 @@
+"""Several adapters combined into one, as plain data: crosses from the API to the engine unchanged."""
+
+from __future__ import annotations
+
+import msgspec
+
+from loraplex_server.core.request import AdapterUse
+
+COMBINATION_TYPES = (
+    "linear",
+    "cat",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_ties",
+    "dare_linear_svd",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+)
+"""PEFT's names of the ways to combine."""
+
+MAJORITY_SIGNS = ("total", "frequency")
+
+
+class Composition(msgspec.Struct, frozen=True):
+    """What `add_weighted_adapter` of PEFT is given. The API has validated every field.
+
+    Attributes:
+        density: part of the values that is kept, in (0, 1]; for types that prune.
+        majority_sign: how the sign is elected; for types with "ties".
+        svd_rank: rank of the result, None is the largest of the members'; for types with "svd".
+        seed: of what is dropped at random; for types with "dare".
+    """
+
+    combination_type: str
+    members: tuple[AdapterUse, ...]
+    density: float | None = None
+    majority_sign: str = "total"
+    svd_rank: int | None = None
+    seed: int = 0
+
+    def __str__(self) -> str:
+        """What to show as the source of the result: `ties(a*1, b*0.5)`."""
+        return f"{self.combination_type}({', '.join(f'{use.name}*{use.weight:g}' for use in self.members)})"
+
+
+def prunes(combination_type: str) -> bool:
+    """Whether a type takes a density."""
+    return combination_type.startswith(("ties", "dare", "magnitude_prune"))
