@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,7 @@ from loraplex_bench.compare import Answered, BenchModel, Job
 from loraplex_bench.contender import Contender, ContenderError
 from loraplex_bench.launcher import LaunchedServer
 from loraplex_bench.load import LoadRun
+from loraplex_bench.metrics import Metrics, scrape
 from loraplex_bench.report import Summary, summarize
 from loraplex_bench.workload import (
     LengthRange,
@@ -81,6 +82,9 @@ class ServerRow:
         system: "loraplex" or "transformers + PEFT".
         load: "all at once", "stream at N/s" or "one padded batch".
         speedup: the server's tokens a second, all at once, over this row's.
+        batch: requests in a step, on average, by the server's own account.
+        step_device_s: time of a step on the device, on average; None where there is no such clock.
+        idle_share: of the device's time, what it waited between one step and the next.
         not_run: why there are no figures.
     """
 
@@ -95,6 +99,9 @@ class ServerRow:
     failed: int = 0
     start_s: float | None = None
     speedup: float | None = None
+    batch: float | None = None
+    step_device_s: float | None = None
+    idle_share: float | None = None
     not_run: str | None = None
 
     def line(self) -> str:
@@ -109,11 +116,26 @@ class ServerRow:
             parts.append(
                 f"between tokens p50 {self.gap_p50_s * 1e3:.1f} ms, p99 {self.gap_p99_s * 1e3:.1f} ms"
             )
+        if self.batch is not None:
+            parts.append(f"{self.batch:.1f} requests a step")
+        if self.step_device_s is not None and self.idle_share is not None:
+            parts.append(
+                f"{self.step_device_s * 1e3:.2f} ms a step on the device, "
+                f"which waits {self.idle_share:.1%} of the time"
+            )
         if self.failed:
             parts.append(f"{self.failed} FAILED")
         if self.speedup is not None and self.system != "loraplex":
             parts.append(f"the server is {self.speedup:.1f}x as fast")
         return head + ", ".join(parts)
+
+
+class StepAccount(NamedTuple):
+    """The server's own account of its steps; see `ServerRow`."""
+
+    batch: float | None
+    step_device_s: float | None
+    idle_share: float | None
 
 
 def measure(
@@ -162,27 +184,54 @@ def _measure_server(
         *("--quantization", wanted.quantization, "--device", device.type),
         *("--max-num-requests", str(wanted.requests), "--max-queue", str(4 * wanted.requests)),
         *("--max-model-len", str(wanted.prompt_tokens + wanted.max_tokens + 1)),
-        *("--port", "0", "--metrics-port", "-1", *wanted.server_flags),
+        *("--port", "0", "--metrics-port", "0", *wanted.server_flags),
     ]
     with LaunchedServer(flags, timeout_s=timeout_s) as server:
-        summaries = asyncio.run(_load(wanted, model, server.grpc))
-        for load, summary in summaries:
-            add(_row(wanted, load, summary, server.start_s))
+        assert server.metrics is not None
+        found = asyncio.run(_load(wanted, model, server.grpc, server.metrics))
+        for load, summary, steps in found:
+            row = _row(wanted, load, summary, server.start_s)
+            add(dataclasses.replace(row, **steps._asdict()))
 
 
-async def _load(wanted: ServerTable, model: BenchModel, address: str) -> list[tuple[str, Summary]]:
+async def _load(
+    wanted: ServerTable, model: BenchModel, address: str, metrics: str
+) -> list[tuple[str, Summary, StepAccount]]:
     async with AsyncClient(address, retry=None) as client:
         await client.wait_until_ready(60.0)
 
-        async def run(seed: int, rate: float) -> Summary:
-            return summarize(await LoadRun(client, requests(wanted, model, seed, rate)).run())
+        async def run(seed: int, rate: float) -> tuple[Summary, StepAccount]:
+            before = await asyncio.to_thread(scrape, metrics)
+            result = await LoadRun(client, requests(wanted, model, seed, rate)).run()
+            # The engine reports its steps some ten times a second.
+            await asyncio.sleep(0.5)
+            return summarize(result), steps_between(before, await asyncio.to_thread(scrape, metrics))
 
         # Adapters are brought in, and every size of step was seen.
         await run(1, math.inf)
         at_once = await run(0, math.inf)
-        rate = max(at_once.request_throughput * wanted.rate_share, 0.1)
+        rate = max(at_once[0].request_throughput * wanted.rate_share, 0.1)
         stream = await run(2, rate)
-    return [("all at once", at_once), (f"stream at {rate:.1f}/s", stream)]
+    return [("all at once", *at_once), (f"stream at {rate:.1f}/s", *stream)]
+
+
+def steps_between(before: Metrics, after: Metrics) -> StepAccount:
+    """Of the steps between two scrapes."""
+
+    def grown(name: str) -> float:
+        return after.value(name) - before.value(name)
+
+    def mean(name: str) -> float | None:
+        count = grown(f"{name}_count")
+        return grown(f"{name}_sum") / count if count else None
+
+    device = grown("loraplex_step_device_seconds_sum")
+    idle = grown("loraplex_step_device_idle_seconds_sum")
+    return StepAccount(
+        batch=mean("loraplex_step_requests"),
+        step_device_s=mean("loraplex_step_device_seconds"),
+        idle_share=idle / (device + idle) if device else None,
+    )
 
 
 def requests(wanted: ServerTable, model: BenchModel, seed: int, rate: float) -> list[PlannedRequest]:

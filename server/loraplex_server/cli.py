@@ -35,9 +35,9 @@ from loraplex_server.errors import InvalidArgumentError, ServerError
 EXIT_USAGE = 2
 
 _DESCRIPTION = """\
-Serves one base model and many PEFT adapters over gRPC. Each request names its own adapters, or none,
-and all of them share every batch. Prints one line on stdout when it is ready; ends in good order on
-SIGTERM or Ctrl-C, at once on the second."""
+Serves one base model and many PEFT adapters over gRPC, and over HTTP for OpenAI's clients. Each request
+names its own adapters, or none, and all of them share every batch. Prints one line on stdout when it is
+ready; ends in good order on SIGTERM or Ctrl-C, at once on the second."""
 
 _EPILOG = """\
 SIZE is bytes, or a number with a unit: 512MiB, 2GB, 1.5g.
@@ -302,13 +302,25 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("serving")
     group.add_argument("--host", default=api.host, help=f"address to listen on (default: {api.host})")
     _count(group, "--port", api.port, "gRPC port; 0 picks a free one")
+    _count(
+        group,
+        "--http-port",
+        api.http_port,
+        "port of the OpenAI-compatible API; 0 picks a free one, -1 is none",
+    )
+    group.add_argument(
+        "--model-name",
+        default=api.model_name,
+        metavar="NAME",
+        help="what HTTP callers name the base model (default: the last part of its folder, or its hub id)",
+    )
     group.add_argument(
         "--metrics-host",
         default=api.metrics_host,
         help=f"address of the metrics (default: {api.metrics_host})",
     )
     _count(group, "--metrics-port", api.metrics_port, "Prometheus port; 0 picks a free one, -1 is none")
-    _size(group, "--max-message-bytes", api.max_message_bytes, "longest gRPC message")
+    _size(group, "--max-message-bytes", api.max_message_bytes, "longest gRPC message or HTTP body")
     _seconds(group, "--drain-seconds", api.drain_s, "time that running calls have after SIGTERM")
     _seconds(
         group,
@@ -399,6 +411,8 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
         api=ApiConfig(
             host=arguments.host,
             port=arguments.port,
+            http_port=arguments.http_port,
+            model_name=arguments.model_name,
             metrics_host=arguments.metrics_host,
             metrics_port=arguments.metrics_port,
             drain_s=arguments.drain_seconds,

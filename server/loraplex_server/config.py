@@ -225,7 +225,7 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TlsFiles:
-    """PEM files of the gRPC port. With `client_ca`, clients need a certificate that one of it signed."""
+    """PEM files of both ports. With `client_ca`, clients need a certificate that one of it signed."""
 
     certificate: Path
     key: Path
@@ -237,7 +237,9 @@ class ApiConfig:
     """Where the server listens, and for whom.
 
     Attributes:
-        port: 0 picks a free one.
+        port: of gRPC; 0 picks a free one.
+        http_port: of the OpenAI-compatible API; 0 picks a free one, -1 is none.
+        model_name: what HTTP callers name the base model; "" is the last part of its folder, or its hub id.
         metrics_host: the metrics are plain HTTP and ask no one who they are.
         metrics_port: 0 picks a free one, -1 is no metrics.
         tls: None is plain text, which only loopback addresses may have, or who sets `allow_insecure`.
@@ -249,6 +251,8 @@ class ApiConfig:
 
     host: str = "127.0.0.1"
     port: int = 50051
+    http_port: int = -1
+    model_name: str = ""
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 9400
     drain_s: float = 30.0
@@ -261,6 +265,7 @@ class ApiConfig:
 
     def __post_init__(self) -> None:
         _at_least("port", self.port, 0)
+        _at_least("http_port", self.http_port, -1)
         _at_least("metrics_port", self.metrics_port, -1)
         if not 0 <= self.max_connection_age_s < math.inf:
             raise InvalidArgumentError.field(

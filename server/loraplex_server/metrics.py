@@ -151,6 +151,16 @@ class Metrics:
             "loraplex_grpc_call_seconds", "Time of a call on the server.", _REQUEST_BUCKETS, "method"
         )
 
+        self._http_requests = self._counter(
+            "loraplex_http_requests", "HTTP requests that ended.", "route", "status"
+        )
+        self._http_seconds = self._histogram(
+            "loraplex_http_request_seconds",
+            "Time of an HTTP request on the server.",
+            _REQUEST_BUCKETS,
+            "route",
+        )
+
     def set_info(self, info: EngineInfo, version: str) -> None:
         """What is served, once it is known."""
         self._build.info(
@@ -247,6 +257,11 @@ class Metrics:
         """A call of any service has ended with the gRPC status `code`."""
         self._calls.labels(method, code).inc()
         self._call_seconds.labels(method).observe(seconds)
+
+    def observe_http(self, route: str, status: int, seconds: float) -> None:
+        """An HTTP request has ended; 499 is one whose client had gone."""
+        self._http_requests.labels(route, str(status)).inc()
+        self._http_seconds.labels(route).observe(seconds)
 
     def _labels_of(self, request: Request) -> list[str]:
         if not request.adapters:

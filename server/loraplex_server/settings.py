@@ -90,7 +90,7 @@ def to_toml(arguments: argparse.Namespace, origins: Mapping[str, Origin], *, all
         origin = origins[dest]
         if dest == "config" or (origin is Origin.DEFAULT and not all_values):
             continue
-        shown = f"{dest} = {_toml(value)}" if value is not None else f"# {dest} ="
+        shown = f"# {dest} =" if value in (None, ()) else f"{dest} = {_toml(value)}"
         lines.append(f"{shown:<48} # {origin}")
     return "\n".join(lines)
 
@@ -175,8 +175,11 @@ def _nearest(key: str, known: Iterable[str]) -> str:
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, tuple):
+        # One flag with commas in it.
+        return json.dumps(",".join(map(str, value)))
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):

@@ -308,6 +308,9 @@ def test_a_pin_waits_where_it_would_shut_a_request_out(
     store.load("a", str(newer), answer(), inplace=True)
     settle(store)
     assert not store.get("a").pinned
+    store.load("a", str(folder / "c"), answer(), inplace=True)
+    settle(store)
+    assert not store.get("a").pinned, "nor does a yet newer one shut it out"
     assert store.reserve(both) is Readiness.LOADING
     settle(store)
     assert store.is_ready(both) is Readiness.READY

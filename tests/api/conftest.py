@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import tempfile
 import threading
@@ -187,6 +188,22 @@ def checkpoint(byte_level_tokenizer: Any, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
+CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}
+{% if message.role not in ("system", "user", "assistant") %}
+{{ raise_exception("who is " + message.role + "?") }}
+{% endif %}<{{ message.role }}>{{ message.content | trim }}</s>
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+@pytest.fixture(scope="session")
+def chat_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "parrot"
+    shutil.copytree(checkpoint, folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
+
+
 Script = Callable[["ScriptedEngine", Request], Awaitable[None]]
 
 
@@ -309,12 +326,18 @@ class Serving:
     """A server that runs in this event loop, and a channel to it."""
 
     def __init__(
-        self, engine: ScriptedEngine, task: asyncio.Task[int], grpc_at: str, metrics_at: str
+        self,
+        engine: ScriptedEngine,
+        task: asyncio.Task[int],
+        grpc_at: str,
+        metrics_at: str,
+        http_at: str | None,
     ) -> None:
         self.engine = engine
         self.task = task
         self.grpc_at = grpc_at
         self.metrics_at = metrics_at
+        self.http_at = http_at
         self.channel = grpc.aio.insecure_channel(grpc_at)
         self.generation = generation_pb2_grpc.GenerationServiceStub(self.channel)
         self.adapters = adapters_pb2_grpc.AdapterServiceStub(self.channel)
@@ -386,9 +409,9 @@ def start_server(
 ) -> Callable[..., tuple[asyncio.Task[int], Callable[[], Awaitable[re.Match[str]]]]]:
     """Starts `serve` on free ports with a given engine; gives its task, and a wait for its ready line."""
 
-    def start(engine: ScriptedEngine, **api: Any) -> Any:
+    def start(engine: ScriptedEngine, model: Path = checkpoint, **api: Any) -> Any:
         config = ServerConfig(
-            EngineConfig(ModelConfig(model=str(checkpoint))),
+            EngineConfig(ModelConfig(model=str(model))),
             ApiConfig(**{"port": 0, "metrics_port": -1, **api}),
         )
         task = asyncio.create_task(serve(config, engine.launch))
@@ -400,7 +423,9 @@ def start_server(
                 await asyncio.sleep(0.01)
                 out += capsys.readouterr().out
             match = re.fullmatch(
-                r"loraplex ready grpc=(127\.0\.0\.1:\d+) metrics=(127\.0\.0\.1:\d+|off)\n", out
+                r"loraplex ready grpc=(127\.0\.0\.1:\d+) metrics=(127\.0\.0\.1:\d+|off)"
+                r"(?: http=(127\.0\.0\.1:\d+))?\n",
+                out,
             )
             assert match is not None, out
             return match
@@ -422,7 +447,7 @@ def serving(
             engine.script = script
             task, ready = start_server(engine, **api)
             match = await ready()
-            server = Serving(engine, task, match[1], match[2])
+            server = Serving(engine, task, match[1], match[2], match[3])
             try:
                 yield server
             finally:

@@ -111,6 +111,7 @@ def test_a_model_is_needed_from_somewhere(capsys: pytest.CaptureFixture[str]) ->
 
 def test_what_is_shown_can_be_read_again(write: Any, tmp_path: Path) -> None:
     flags = ["--model", 'a "b"', "--adapters", str(tmp_path), "--kv-cache-bytes", "1GiB", "--double-quant"]
+    flags += ["--cuda-graph-sizes", "1,2,8"]
     arguments, origins = settings.resolve(build_parser(), flags, {})
     text = settings.to_toml(arguments, origins)
     assert set(tomllib.loads(text)) >= {"model", "adapters", "port", "log_level"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraplex_bench import gpu, server_table
+from loraplex_bench import gpu, metrics, server_table
 from loraplex_bench.random_weights import RandomWeights, config_of, write
 from loraplex_bench.server_table import ServerTable
 from loraplex_bench.step_table import StepBench, StepTable, cost_of_adapters, measure
@@ -84,8 +84,24 @@ def test_the_server_is_measured_beside_transformers_and_peft(tmp_path: Path) -> 
         assert row["not_run"] is None
         assert row["tokens_per_s"] > 0
         assert row["failed"] == 0
+    assert 1 <= at_once["batch"] <= ServerTable.tiny().requests
+    assert at_once["idle_share"] is None, "no device, no clock of its own"
     assert at_once["ttft_p99_s"] >= at_once["ttft_p50_s"] > 0
     assert peft["speedup"] == pytest.approx(at_once["tokens_per_s"] / peft["tokens_per_s"])
+
+
+def test_the_devices_idle_time_is_a_share_of_what_passed_between_two_scrapes() -> None:
+    def scraped(factor: int) -> metrics.Metrics:
+        names = (
+            "loraplex_step_requests",
+            "loraplex_step_device_seconds",
+            "loraplex_step_device_idle_seconds",
+        )
+        lines = [f"{name}_sum {factor * value}" for name, value in zip(names, (30, 3.0, 1.0), strict=True)]
+        return metrics.parse("\n".join([*lines, *(f"{name}_count {factor * 10}" for name in names)]))
+
+    found = server_table.steps_between(scraped(1), scraped(3))
+    assert found == (3, pytest.approx(0.3), pytest.approx(0.25))
 
 
 def test_both_systems_are_asked_the_same() -> None:

@@ -20,7 +20,7 @@ from loraplex_kernels.lora import LoraPool
 from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig, SchedulerConfig
 from loraplex_server.core.step import StepPlan
 from loraplex_server.engine.build import build_engine
-from loraplex_server.errors import FailedPreconditionError
+from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError
 from loraplex_server.model import loader, memory, workspace
 from loraplex_server.model.graphs import DecodeGraphs, GraphLimits
 from loraplex_server.model.live_bytes import LiveBytes
@@ -228,6 +228,14 @@ def test_the_command_line_refuses_what_does_not_fit_with_all_figures() -> None:
         assert line in done.stderr
     assert f"{4096 << 30} B" in done.stderr
     assert "--kv-cache-bytes" in done.stderr
+
+
+def test_8_bit_floats_are_refused_where_the_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    with pytest.raises(InvalidArgumentError, match=r"kv_cache_dtype: .* use auto, or --kernels torch"):
+        memory._check_narrow_floats(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    memory._check_narrow_floats(torch.device("cuda"))
 
 
 def test_available_bytes_are_no_more_than_the_machine_has() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from loraplex_kernels.lora.layouts import EntryShape, VectorKind, VectorShape
 from loraplex_server.adapters.base import FrozenBase
+from loraplex_server.adapters.chat_template import read_chat_template
 from loraplex_server.adapters.effects import (
     LINEAR,
     BiasAdd,
@@ -72,6 +73,7 @@ class AdapterManifest:
         invocation_tokens: where an activated LoRA begins to apply; empty for everywhere.
         added_tokens: how many token ids it adds to the base's vocabulary.
         base_tables: tables of the vocabulary in its file that are the base's own, with their places.
+        chat_template: jinja source that the adapter was trained with; "" where it brings none.
     """
 
     name: str
@@ -84,6 +86,7 @@ class AdapterManifest:
     invocation_tokens: tuple[int, ...] = ()
     added_tokens: int = 0
     base_tables: tuple[tuple[Entry, TensorInfo], ...] = ()
+    chat_template: str = ""
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -194,6 +197,7 @@ def read_manifest(
     try:
         settings = _read_settings(folder, roots)
         header = _read_weights_header(folder, roots)
+        chat_template = read_chat_template(folder, roots)
         method = settings.method
         prompt: SoftPrompt | Prefix | None = None
         sites: tuple[SiteEffects, ...] = ()
@@ -224,6 +228,7 @@ def read_manifest(
         base_tables=tuple(
             (entry, own.table) for entry, own in rows.items() if not own.tokens and own.table is not None
         ),
+        chat_template=chat_template,
     )
 
 

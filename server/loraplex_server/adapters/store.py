@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import builtins
 import collections
-import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,7 +36,9 @@ from loraplex_server.adapters.base import FrozenBase
 from loraplex_server.adapters.composition import Composer, Member, check_member
 from loraplex_server.adapters.device_tier import DeviceTier
 from loraplex_server.adapters.host_tier import HostTier
+from loraplex_server.adapters.loading import Loading
 from loraplex_server.adapters.manifest import AdapterManifest, read_manifest, refusal
+from loraplex_server.adapters.pins import Pins
 from loraplex_server.adapters.popularity import Popularity
 from loraplex_server.adapters.record import (
     AdapterHandle,
@@ -47,14 +48,23 @@ from loraplex_server.adapters.record import (
     StatusCallback,
     unread_status,
 )
+from loraplex_server.adapters.registration import (
+    Broken,
+    Inspection,
+    log_outcome,
+    not_found,
+    superseded,
+    taken,
+    unloaded,
+)
 from loraplex_server.adapters.remote.cache import entry_key
 from loraplex_server.adapters.remote.uri import redact
 from loraplex_server.adapters.resolver import AdapterSources, Resolver
 from loraplex_server.adapters.sites import SiteRegistry
-from loraplex_server.adapters.sources import CONFIG_FILE, WEIGHTS_FILE, Stamp, check_name, stamp
+from loraplex_server.adapters.sources import CONFIG_FILE, WEIGHTS_FILE, check_name, stamp
 from loraplex_server.adapters.watch import Change, ChangeKind, FolderWatch
 from loraplex_server.adapters.weights import HostBlob, lay_out, read_weights
-from loraplex_server.adapters.workers import DeviceCopier, Outcome, Worker, WorkerPool
+from loraplex_server.adapters.workers import Outcome, WorkerPool
 from loraplex_server.config import AdapterConfig
 from loraplex_server.core.composition import Composition
 from loraplex_server.engine.messages import AdapterStatus, SwapRecord
@@ -65,7 +75,6 @@ from loraplex_server.errors import (
     InternalError,
     InvalidArgumentError,
     NotFoundError,
-    PermissionDeniedError,
     ResourceExhaustedError,
     ServerError,
     UnavailableError,
@@ -74,9 +83,6 @@ from loraplex_server.errors import (
 __all__ = ["AdapterHandle", "AdapterState", "AdapterStore", "Readiness", "StatusCallback"]
 
 _log = logging.getLogger(__name__)
-
-_READS_IN_FLIGHT = 2
-"""One that runs and one that waits, so that the reader never idles and the order stays ours to choose."""
 
 _MAX_SWAP_RECORDS = 4096
 
@@ -91,34 +97,6 @@ _STOP_FETCHES_S = 2.0
 
 _UPLOAD = "upload#sha256="
 """How the source of an adapter begins that a client has sent."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Inspection:
-    """An adapter whose files are being looked at, or fetched before.
-
-    Attributes:
-        read: its weights are wanted in host memory next; if not, it is registered even if it is broken.
-        inplace: it is to replace the adapter that is registered under its name.
-    """
-
-    source: str
-    done: StatusCallback
-    read: bool = True
-    inplace: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class _Broken:
-    """A registered adapter that cannot be served, and what its files looked like then."""
-
-    source: str
-    error: ServerError
-    stamp: Stamp
-
-    def may_have_healed(self) -> bool:
-        lasting = FailedPreconditionError | PermissionDeniedError | NotFoundError | InvalidArgumentError
-        return not isinstance(self.error, lasting) or stamp(Path(self.source)) != self.stamp
 
 
 class AdapterStore:
@@ -175,23 +153,12 @@ class AdapterStore:
 
         self._records: dict[str, Record] = {}
         self._retired: set[Record] = set()
-        self._inspecting: dict[str, _Inspection] = {}
+        self._inspecting: dict[str, Inspection] = {}
         # What is to replace a registered adapter: its files are looked at, then it is read.
-        self._replacing: dict[str, _Inspection] = {}
+        self._replacing: dict[str, Inspection] = {}
         self._candidates: dict[str, Record] = {}
-        self._broken: dict[str, _Broken] = {}
+        self._broken: dict[str, Broken] = {}
         self._handles: set[AdapterHandle] = set()
-        # Waiting to be read, first come first served; demand before prefetch.
-        self._demanded: dict[Record, None] = {}
-        self._prefetched: dict[Record, None] = {}
-        # Hints, after all others: whether they are wanted on the device as well.
-        self._hinted: dict[Record, bool] = {}
-        self._hints = 0
-        self._pinned: set[Record] = set()
-        self._waiting_pins: dict[Record, None] = {}
-        # New versions of pinned adapters, while the old ones leave too little room.
-        self._owed_pins: dict[Record, None] = {}
-        self._reads = 0
         self._hits = 0
         self._misses = 0
         self._swaps: collections.deque[SwapRecord] = collections.deque(maxlen=_MAX_SWAP_RECORDS)
@@ -199,9 +166,15 @@ class AdapterStore:
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
         self._event = threading.Event()
         self._closed = False
-        self._reader = Worker("adapter-reader", self._post)
-        self._copier = Worker("adapter-copier", self._post)
-        self._copies = DeviceCopier(self._device.pool.arena)
+        self._pins = Pins(self._device, config.max_pinned, self._dtype.itemsize)
+        self._loading = Loading(
+            self._host,
+            self._device,
+            read=self._read,
+            was_read=self._was_read,
+            was_copied=self._was_copied,
+            post=self._post,
+        )
         self._fetchers = WorkerPool("adapter-fetcher", _MAX_FETCHES, self._post)
         self._watch: FolderWatch | None = None
         if config.watch_s:
@@ -252,8 +225,7 @@ class AdapterStore:
     @property
     def busy(self) -> bool:
         """Whether a worker is at something, so that a `poll` will be due."""
-        looking = self._inspecting or self._replacing
-        return bool(looking or self._reads or any(record.copying for record in self._device.records))
+        return bool(self._inspecting or self._replacing or self._loading.busy)
 
     def references(self) -> int:
         """Registry references of all requests together."""
@@ -284,7 +256,16 @@ class AdapterStore:
         for status in self.list():
             if status.name == name:
                 return status
-        raise _not_found(name)
+        raise not_found(name)
+
+    def chat_template(self, name: str) -> str:
+        """The adapter's own chat template; "" where it brings none.
+
+        Raises:
+            NotFoundError: there is no such adapter.
+            ServerError: it was registered but cannot be served; the reason.
+        """
+        return self._find(name).manifest.chat_template
 
     def broken(self) -> dict[str, ServerError]:
         """Why each registered adapter that cannot be served cannot."""
@@ -311,14 +292,14 @@ class AdapterStore:
             name, source = path.parent.name, path.parent
             broken = self._broken.get(name)
             if broken is not None and broken.source != str(source):
-                raise _taken(name, broken.source, str(source))
+                raise taken(name, broken.source, str(source))
             try:
                 self.register(name, source)
             except AlreadyExistsError:
                 raise
             except ServerError as error:
                 _log.warning("%s", error)
-                self._broken[name] = _Broken(str(source), error, stamp(source))
+                self._broken[name] = Broken(str(source), error, stamp(source))
                 continue
             names.append(name)
         return names
@@ -335,9 +316,9 @@ class AdapterStore:
         """
         check_name(name)
         folder = self._sources.find(source)
-        taken = self._records.get(name)
-        if taken is not None and taken.manifest.folder == folder:
-            return taken.status()
+        known = self._records.get(name)
+        if known is not None and known.manifest.folder == folder:
+            return known.status()
         self._check_free(name, str(source))
         return self._admit(name, str(source), self._inspect(name, folder)).status()
 
@@ -360,7 +341,7 @@ class AdapterStore:
         inplace = inplace and name in self._records
         if not inplace:
             self._check_free(name, shown)
-        inspection = _Inspection(shown, done, inplace=inplace)
+        inspection = Inspection(shown, done, inplace=inplace)
         self._look_at(
             name, inspection, lambda: self._sources.resolve(source), slow=self._sources.is_remote(source)
         )
@@ -399,7 +380,7 @@ class AdapterStore:
         for member in members:
             self._sources.retain(member.manifest.folder)
         try:
-            self._look_at(name, _Inspection(str(composition), done, inplace=inplace), make, slow=True)
+            self._look_at(name, Inspection(str(composition), done, inplace=inplace), make, slow=True)
         except ServerError:
             release()
             raise
@@ -439,7 +420,7 @@ class AdapterStore:
         key = entry_key("upload", *(f"{file} {digest}" for file, digest in sorted(sha256.items())))
         self._look_at(
             name,
-            _Inspection(source, done, inplace=inplace),
+            Inspection(source, done, inplace=inplace),
             lambda: self._sources.land(key, staged, source),
             slow=True,
         )
@@ -459,9 +440,9 @@ class AdapterStore:
         if record is not None:
             draining.append(record)
         elif inspection is not None:
-            inspection.done(_unloaded(name))
+            inspection.done(unloaded(name))
         elif self._broken.pop(name, None) is None and not draining:
-            raise _not_found(name)
+            raise not_found(name)
         left = len(draining)
 
         def freed() -> None:
@@ -472,11 +453,11 @@ class AdapterStore:
 
         for version in draining:
             version.on_drained.append(freed)
-        self._abandon(name, _unloaded(name))
+        self._abandon(name, unloaded(name))
         if record is not None:
             record.draining = True
-            self._set_pinned(record, False)
-            self._answer(record, _unloaded(name))
+            self._pins.unpin(record)
+            self._answer(record, unloaded(name))
             self._retire(record)
         elif not draining:
             done()
@@ -493,8 +474,7 @@ class AdapterStore:
         """
         record = self._find(name)
         if not pinned:
-            self._set_pinned(record, False)
-            self._owed_pins.pop(record, None)
+            self._pins.unpin(record)
             callbacks, record.on_pinned = record.on_pinned, []
             self._settle(record)
             for callback in callbacks:
@@ -503,14 +483,12 @@ class AdapterStore:
             return
         if not record.pinned:
             self._check_pin(record)
-            self._set_pinned(record, True)
+            self._pins.pin(record)
         if record.resident:
             done(record.status())
             return
         record.on_pinned.append(done)
-        if record.slot is None:
-            self._waiting_pins[record] = None
-            self._place_pins()
+        self._bring_pinned()
 
     def prefetch(self, names: Iterable[str], *, to_device: bool = True) -> builtins.list[AdapterStatus]:
         """A hint that these adapters will be wanted: they are brought in as far as there is room.
@@ -526,13 +504,11 @@ class AdapterStore:
             ServerError: it was registered but cannot be served; the reason.
         """
         records = [self._find(name) for name in dict.fromkeys(names)]
-        self._hints += 1
         for record in records:
-            if record.slot is None and (to_device or record.blob is None):
-                record.hint = self._hints
-                self._hinted[record] = to_device
+            if not record.resident:
                 self._popularity.used(record)
-        self._follow_hints()
+        self._loading.hint(records, to_device=to_device)
+        self._loading.run(may_place=not self._pins.waiting)
         return [record.status() for record in records]
 
     # Requests
@@ -556,13 +532,13 @@ class AdapterStore:
             raise InvalidArgumentError.field("adapters", f"{len(names)} are named; at most {limit} may be")
         records = tuple(self._find(name) for name in names)
         _check_composition(records, weights or [1.0] * len(names))
-        self._check_fits(records, "the adapters of this request", "the request")
+        self._pins.check_fits(records, "the adapters of this request", "the request")
         handles = tuple(AdapterHandle(record, records) for record in records)
         for handle in handles:
             handle.record.references += 1
             self._handles.add(handle)
             self._popularity.used(handle.record)
-        self._prefetch(record for record in records if record.slot is None)
+        self._loading.prefetch(record for record in records if record.slot is None)
         return handles
 
     def release(self, handles: Iterable[AdapterHandle]) -> None:
@@ -576,7 +552,7 @@ class AdapterStore:
             record = handle.record
             record.references -= 1
             if not record.references:
-                self._prefetched.pop(record, None)
+                self._loading.not_expected(record)
             self._settle(record)
 
     def reserve(self, handles: Sequence[AdapterHandle]) -> Readiness:
@@ -592,8 +568,8 @@ class AdapterStore:
         if any(record.error for record in records):
             return Readiness.FAILED
         missing = [record for record in records if record.slot is None]
-        if missing and (self._waiting_pins or not self._device.place(missing, keep=records)):
-            self._prefetch(missing)
+        if missing and (self._pins.waiting or not self._device.place(missing, keep=records)):
+            self._loading.prefetch(missing)
             return Readiness.BLOCKED
         for handle in handles:
             handle.reserved = True
@@ -601,7 +577,7 @@ class AdapterStore:
         for record in records:
             record.hint = 0
         for record in missing:
-            self._fetch(record)
+            self._loading.fetch(record)
         return self.is_ready(handles)
 
     def is_ready(self, handles: Sequence[AdapterHandle]) -> Readiness:
@@ -643,10 +619,8 @@ class AdapterStore:
         finished = len(self._posted)
         for _ in range(finished):
             self._posted.popleft()()
-        self._inherit_pins()
-        self._place_pins()
-        self._dispatch()
-        self._follow_hints()
+        self._bring_pinned()
+        self._loading.run(may_place=not self._pins.waiting)
         return finished > 0
 
     def wait_event(self, timeout_s: float | None = None) -> bool:
@@ -660,8 +634,7 @@ class AdapterStore:
         self._closed = True
         if self._watch is not None:
             self._watch.close()
-        self._reader.close()
-        self._copier.close()
+        self._loading.close()
         self._sources.close()
         self._composer.close()
         self._fetchers.close(_STOP_FETCHES_S)
@@ -687,7 +660,7 @@ class AdapterStore:
             )
             if counted != held:
                 problems.append(f"{label}: counts {counted} references, {held} are held")
-            if record.pinned != (record in self._pinned):
+            if record.pinned != (record in self._pins.records):
                 problems.append(f"{label}: its pin is not listed")
             if record.copying and (record.slot is None or record.blob is None or record.resident):
                 problems.append(f"{label}: copied without a slot or a host copy")
@@ -715,21 +688,21 @@ class AdapterStore:
         elif known is not None and ours:
             # One that is not in memory cannot be served from its old files any more: its next read tells.
             read = known.blob is not None or known.slot is not None or known.reading
-            self._look_at_folder(name, source, _Inspection(source, _log_outcome, read=read, inplace=True))
+            self._look_at_folder(name, source, Inspection(source, log_outcome, read=read, inplace=True))
         elif change.kind is ChangeKind.ADDED or broken is not None:
             try:
                 check_name(name)
                 self._check_free(name, source)
-                self._look_at_folder(name, source, _Inspection(source, _log_outcome, read=False))
+                self._look_at_folder(name, source, Inspection(source, log_outcome, read=False))
             except ServerError as error:
                 _log.warning("%s is not registered: %s", source, error)
 
     # Making and ending versions
 
-    def _look_at_folder(self, name: str, source: str, inspection: _Inspection) -> None:
+    def _look_at_folder(self, name: str, source: str, inspection: Inspection) -> None:
         self._look_at(name, inspection, lambda: self._sources.resolve(source), slow=False)
 
-    def _look_at(self, name: str, inspection: _Inspection, find: Callable[[], Path], *, slow: bool) -> None:
+    def _look_at(self, name: str, inspection: Inspection, find: Callable[[], Path], *, slow: bool) -> None:
         """Has a folder found and inspected, by the reader, or on a thread of its own if that may be slow."""
 
         def inspect() -> AdapterManifest:
@@ -740,15 +713,15 @@ class AdapterStore:
                 self._sources.release(folder)
                 raise
 
-        worker = self._fetchers if slow else self._reader
+        worker = self._fetchers if slow else self._loading.reader
         worker.submit(inspect, lambda outcome: self._was_inspected(name, inspection, outcome))
-        self._abandon(name, _superseded(name))
+        self._abandon(name, superseded(name))
         (self._replacing if inspection.inplace else self._inspecting)[name] = inspection
 
     def _inspect(self, name: str, folder: Path) -> AdapterManifest:
         return read_manifest(name, folder, self._registry, self._sources.roots, self._max_rank, self._base)
 
-    def _was_inspected(self, name: str, inspection: _Inspection, outcome: Outcome[AdapterManifest]) -> None:
+    def _was_inspected(self, name: str, inspection: Inspection, outcome: Outcome[AdapterManifest]) -> None:
         manifest = outcome.result
         waiting = self._replacing if inspection.inplace else self._inspecting
         try:
@@ -762,12 +735,12 @@ class AdapterStore:
             record = self._admit(name, inspection.source, manifest, candidate=candidate)
         except ServerError as error:
             if not inspection.read and not inspection.inplace:
-                self._broken[name] = _Broken(inspection.source, error, stamp(Path(inspection.source)))
+                self._broken[name] = Broken(inspection.source, error, stamp(Path(inspection.source)))
             inspection.done(error)
         else:
             if inspection.read:
                 record.on_loaded = inspection.done
-                self._demanded[record] = None
+                self._loading.demand(record)
             else:
                 if candidate:
                     self._swap(record)
@@ -812,34 +785,17 @@ class AdapterStore:
         self._records[name] = new
         if old is None:
             return
-        wanted, pinned = old.slot is not None, old.pinned
+        wanted = old.slot is not None
         new.heat = max(new.heat, old.heat)
         new.on_pinned, old.on_pinned = old.on_pinned, []
         old.draining = True
-        self._set_pinned(old, False)
-        self._answer(old, _superseded(name))
+        self._pins.pass_on(old, new)
+        self._answer(old, superseded(name))
         self._retire(old)
-        if pinned:
-            self._owed_pins[new] = None
-            self._inherit_pins()
-            self._place_pins()
-        if wanted and new.slot is None:
-            new.hint = self._hints = self._hints + 1
-            self._hinted[new] = True
+        self._bring_pinned()
+        if wanted:
+            self._loading.hint([new], to_device=True)
         _log.info("adapter %r is served in a new version from %s", name, new.source)
-
-    def _inherit_pins(self) -> None:
-        """Pins new versions of pinned adapters, once that shuts out no request that is under way."""
-        for record in list(self._owed_pins):
-            if self._records.get(record.name) is record and not record.pinned:
-                try:
-                    self._check_pin(record)
-                except ServerError:
-                    continue
-                self._set_pinned(record, True)
-                if record.slot is None:
-                    self._waiting_pins[record] = None
-            del self._owed_pins[record]
 
     def _abandon(self, name: str, error: ServerError) -> None:
         """Gives up what was to replace the adapter of this name."""
@@ -857,9 +813,9 @@ class AdapterStore:
 
     def _check_free(self, name: str, source: str) -> None:
         if name in self._records:
-            raise _taken(name, self._records[name].source, source)
+            raise taken(name, self._records[name].source, source)
         if name in self._inspecting:
-            raise _taken(name, self._inspecting[name].source, source)
+            raise taken(name, self._inspecting[name].source, source)
 
     def _find(self, name: str) -> Record:
         record = self._records.get(name)
@@ -867,13 +823,13 @@ class AdapterStore:
             return record
         broken = self._broken.get(name)
         if broken is None:
-            raise _not_found(name)
+            raise not_found(name)
         if not broken.may_have_healed():
             raise broken.error
         try:
             self.register(name, broken.source)
         except ServerError as error:
-            self._broken[name] = _Broken(broken.source, error, stamp(Path(broken.source)))
+            self._broken[name] = Broken(broken.source, error, stamp(Path(broken.source)))
             raise
         return self._records[name]
 
@@ -884,9 +840,7 @@ class AdapterStore:
                 del registered[record.name]
         self._retired.add(record)
         record.retired = True
-        self._hinted.pop(record, None)
-        if not record.device_references:
-            self._demanded.pop(record, None)
+        self._loading.retired(record)
         self._settle(record)
 
     def _fail(self, record: Record, error: ServerError) -> None:
@@ -898,10 +852,10 @@ class AdapterStore:
                 resource=("adapter", record.name),
             )
         record.error = error
-        self._set_pinned(record, False)
+        self._pins.unpin(record)
         if record.on_loaded is None and not record.retired:
             folder = record.manifest.folder
-            self._broken[record.name] = _Broken(str(folder), error, stamp(folder))
+            self._broken[record.name] = Broken(str(folder), error, stamp(folder))
         self._answer(record, error)
         self._retire(record)
 
@@ -910,10 +864,7 @@ class AdapterStore:
         unfilled = record.slot is not None and not record.resident and not record.copying
         if unfilled and not record.wanted_on_device:
             self._device.vacate(record)
-            if record in self._demanded and record.on_loaded is None:
-                del self._demanded[record]
-                if record.references:
-                    self._prefetched[record] = None
+            self._loading.not_demanded(record)
         if record.retired and not record.references and not record.busy:
             if record.slot is not None:
                 self._device.vacate(record)
@@ -934,105 +885,28 @@ class AdapterStore:
 
     # Room
 
-    def _place_pins(self) -> None:
-        for record in list(self._waiting_pins):
-            if not self._device.place([record]):
-                return
-            del self._waiting_pins[record]
-            self._fetch(record)
-
     def _check_pin(self, record: Record) -> None:
-        pinned = {record, *self._pinned}
-        most = min(self._config.max_pinned or self.num_slots, self.num_slots - 1)
-        if len(pinned) > most:
-            raise FailedPreconditionError(
-                f"{len(self._pinned)} adapters are pinned, and at most {most} may be: fewer than the slots, "
-                f"{self.num_slots}, and no more than --max-pinned-adapters; unpin one first",
-                resource=("adapter", record.name),
-            )
-        others = [other for other in self._records.values() if other not in pinned]
-        groups = {handle.group for handle in self._handles}
-        groups.add((max(others, key=lambda other: other.units),) if others else ())
-        for group in groups:
-            beside = ", ".join(sorted({member.name for member in group} - {record.name})) or "nothing"
-            self._check_fits([*group, *pinned], f"{record.name!r} pinned and {beside} beside it", "the pin")
+        self._pins.check(record, self._records.values(), {handle.group for handle in self._handles})
 
-    def _check_fits(self, records: Iterable[Record], what: str, whose: str) -> None:
-        together = {*records, *self._pinned}
-        if self._device.could_fit(together):
-            return
-        itemsize = self._dtype.itemsize
-        needed, capacity = sum(record.units for record in together), self._device.capacity_units
-        raise FailedPreconditionError(
-            f"{what} need {len(together)} slots and {needed * itemsize} bytes on the device, pinned ones "
-            f"included; it has {self.num_slots} slots and {capacity * itemsize} bytes, so {whose} is refused"
-        )
-
-    def _set_pinned(self, record: Record, pinned: bool) -> None:
-        record.pinned = pinned
-        if pinned:
-            self._pinned.add(record)
-        else:
-            self._pinned.discard(record)
-            self._waiting_pins.pop(record, None)
+    def _bring_pinned(self) -> None:
+        """Pins what may be pinned by now, and brings in those pinned that there is room for."""
+        self._pins.settle(lambda record: self._records.get(record.name) is record, self._check_pin)
+        self._pins.place(self._loading.fetch)
 
     # Disk to host, host to device
 
-    def _prefetch(self, records: Iterable[Record]) -> None:
-        for record in records:
-            if record.blob is None and not record.reading and record not in self._demanded:
-                self._prefetched[record] = None
-        self._dispatch()
-
-    def _fetch(self, record: Record) -> None:
-        """Goes on with bringing in a record that has just got room on the device."""
-        if record.blob is not None:
-            self._copy(record, record.blob)
-        elif not record.reading:
-            self._prefetched.pop(record, None)
-            self._demanded[record] = None
-            self._dispatch()
-
-    def _dispatch(self) -> None:
-        """Starts reads while the reader has little to do and there is host memory for them."""
-        while self._reads < _READS_IN_FLIGHT and not self._closed and (self._demanded or self._prefetched):
-            demanded = bool(self._demanded)
-            waiting = self._demanded if demanded else self._prefetched
-            record = next(iter(waiting))
-            if not self._host.begin(record, demanded=demanded):
-                return
-            del waiting[record]
-            self._read(record)
-
-    def _follow_hints(self) -> None:
-        """Brings in what was hinted at, while nobody waits for anything and there is room."""
-        for record, to_device in list(self._hinted.items()):
-            if record.slot is not None:
-                del self._hinted[record]
-            elif record.blob is not None:
-                del self._hinted[record]
-                kept = [r for r in self._device.records if r.references or r.hint == record.hint]
-                if to_device and not self._waiting_pins and self._device.place([record], keep=kept):
-                    self._copy(record, record.blob)
-            elif not record.reading:
-                if self._reads >= _READS_IN_FLIGHT or self._demanded or self._prefetched or self._closed:
-                    return
-                if self._host.begin(record, demanded=False):
-                    self._read(record)
-                else:
-                    del self._hinted[record]
-
-    def _read(self, record: Record) -> None:
-        self._reads += 1
-        manifest, layout, roots = record.manifest, record.layout, self._sources.roots
-
-        def read() -> HostBlob:
-            return read_weights(manifest, layout, self._dtype, roots, self._base, pin_memory=self._pin_memory)
-
-        self._reader.submit(read, lambda outcome: self._was_read(record, outcome))
+    def _read(self, record: Record) -> HostBlob:
+        """On the reader's thread."""
+        return read_weights(
+            record.manifest,
+            record.layout,
+            self._dtype,
+            self._sources.roots,
+            self._base,
+            pin_memory=self._pin_memory,
+        )
 
     def _was_read(self, record: Record, outcome: Outcome[HostBlob]) -> None:
-        self._reads -= 1
         blob, error = outcome.result, outcome.error
         if blob is not None and record.content_hash not in ("", blob.content_hash):
             error = refusal(record.name, "its weights were changed on disk; unload it and load it anew")
@@ -1050,7 +924,7 @@ class AdapterStore:
             callback, record.on_loaded = record.on_loaded, None
             callback(record.status())
         if record.slot is not None and not record.copying:
-            self._copy(record, blob)
+            self._loading.copy(record, blob)
         self._settle(record)
 
     def _replace(self, candidate: Record) -> bool:
@@ -1062,11 +936,6 @@ class AdapterStore:
         self._answer(candidate, old.status())
         self._retire(candidate)
         return False
-
-    def _copy(self, record: Record, blob: HostBlob) -> None:
-        record.copying = True
-        job = self._copies.prepare(record.start, blob.data)
-        self._copier.submit(job, lambda outcome: self._was_copied(record, outcome))
 
     def _was_copied(self, record: Record, outcome: Outcome[None]) -> None:
         record.copying = False
@@ -1112,31 +981,3 @@ def _check_composition(records: Sequence[Record], weights: Sequence[float]) -> N
                 "name it alone, at weight 1",
                 resource=("adapter", record.name),
             )
-
-
-def _not_found(name: str) -> NotFoundError:
-    return NotFoundError(f"there is no adapter {name!r}", resource=("adapter", name))
-
-
-def _unloaded(name: str) -> CancelledError:
-    return CancelledError(f"adapter {name!r} was unloaded", resource=("adapter", name))
-
-
-def _superseded(name: str) -> CancelledError:
-    return CancelledError(
-        f"a later load of adapter {name!r} took this one's place", resource=("adapter", name)
-    )
-
-
-def _log_outcome(outcome: AdapterStatus | ServerError) -> None:
-    if isinstance(outcome, ServerError):
-        _log.warning("%s", outcome)
-    else:
-        _log.info("adapter %r is registered from %s", outcome.name, outcome.source)
-
-
-def _taken(name: str, source: str, other: str) -> AlreadyExistsError:
-    return AlreadyExistsError(
-        f"adapter {name!r} is registered from {source!r} and cannot come from {other!r} too",
-        resource=("adapter", name),
-    )

@@ -26,16 +26,36 @@ class Finish:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Text and tokens that became certain; `logprobs` is empty or has one entry a token."""
+    """Text and tokens that became certain; `logprobs` is empty or has one entry a token.
+
+    Attributes:
+        offsets: for each token, the characters of the answer before its text.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
     finish: Finish | None
+    offsets: tuple[int, ...] = ()
 
     @property
     def empty(self) -> bool:
         return not self.text and not self.token_ids and self.finish is None
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+    """How an answer ended.
+
+    Attributes:
+        first_token_s, total_s: seconds since the arrival.
+    """
+
+    finish: Finish
+    prompt_tokens: int
+    completion_tokens: int
+    first_token_s: float
+    total_s: float
 
 
 class Answer:
@@ -99,4 +119,5 @@ class Answer:
             token_ids=tuple(token_id for _, token_id, _ in ready),
             logprobs=tuple(logprobs for _, _, logprobs in ready if logprobs is not None),
             finish=finish,
+            offsets=tuple(offset for offset, _, _ in ready),
         )

@@ -8,7 +8,9 @@ import gc
 import importlib.metadata
 import logging
 import signal
+import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
@@ -27,8 +29,10 @@ from loraplex.v1 import (
 from loraplex_server.api import tls
 from loraplex_server.api.adapter_service import AdapterService
 from loraplex_server.api.authentication import Authenticator
+from loraplex_server.api.chat.prompts import ChatPrompts
 from loraplex_server.api.convert import Limits
 from loraplex_server.api.generation_service import GenerationService
+from loraplex_server.api.generator import Generator
 from loraplex_server.api.interceptors import CallInterceptor
 from loraplex_server.api.lifecycle import Backend, Lifecycle
 from loraplex_server.api.model_service import ModelService
@@ -115,10 +119,15 @@ class _Server:
         self._metrics = Metrics()
         self._health = health.aio.HealthServicer()
         self._version = _version()
+        api = config.api
+        self._certificates = api.tls is not None and api.tls.client_ca is not None
+        self._authenticator = Authenticator(api.token_file, certificates=self._certificates)
+        self._generator = Generator(self._lifecycle, self._metrics)
 
     async def run(self, launch: LaunchEngine, signals: asyncio.Queue[int]) -> int:
         # Ports first: a taken one is found before a model is loaded, and probes can see it load.
         grpc_port = await self._listen()
+        http_port = await self._listen_http()
         metrics_port = self._expose_metrics()
         stop = asyncio.create_task(signals.get())
         start = asyncio.create_task(self._start_engine(launch))
@@ -138,7 +147,8 @@ class _Server:
         self._stack.callback(gc.unfreeze)
         api = self._config.api
         metrics = "off" if metrics_port is None else _address(api.metrics_host, metrics_port)
-        print(f"loraplex ready grpc={_address(api.host, grpc_port)} metrics={metrics}", flush=True)
+        http = "" if http_port is None else f" http={_address(api.host, http_port)}"
+        print(f"loraplex ready grpc={_address(api.host, grpc_port)} metrics={metrics}{http}", flush=True)
 
         lost = asyncio.create_task(engine.wait_closed())
         await asyncio.wait({stop, lost}, return_when=asyncio.FIRST_COMPLETED)
@@ -153,18 +163,16 @@ class _Server:
 
     async def _listen(self) -> int:
         """Starts the gRPC server, which refuses all calls but health and reflection for now."""
-        api, scheduler = self._config.api, self._config.engine.scheduler
-        certificates = api.tls is not None and api.tls.client_ca is not None
-        authenticator = Authenticator(api.token_file, certificates=certificates)
+        api = self._config.api
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(self._lifecycle, self._metrics, authenticator)],
+            interceptors=[CallInterceptor(self._lifecycle, self._metrics, self._authenticator)],
             options=_channel_options(api),
-            maximum_concurrent_rpcs=scheduler.max_queue + scheduler.max_num_requests + _SPARE_CALLS,
+            maximum_concurrent_rpcs=self._max_calls,
         )
         register: list[tuple[Callable[[Any, Any], Any], object]] = [
             (
                 generation_pb2_grpc.add_GenerationServiceServicer_to_server,
-                GenerationService(self._lifecycle, self._metrics),
+                GenerationService(self._generator),
             ),
             (
                 adapters_pb2_grpc.add_AdapterServiceServicer_to_server,
@@ -197,11 +205,54 @@ class _Server:
         if not is_loopback(api.host):
             if credentials is None:
                 _log.warning("%s is no loopback address, and calls are not encrypted", api.host)
-            if api.token_file is None and not certificates:
+            if api.token_file is None and not self._certificates:
                 _log.warning("%s is no loopback address, and anyone who reaches it may call", api.host)
         await server.start()
         self._stack.push_async_callback(server.stop, _STOP_GRACE_S)
         return port
+
+    async def _listen_http(self) -> int | None:
+        """Starts the HTTP server, whose API answers 503 for now. None: it is not wanted."""
+        api = self._config.api
+        if api.http_port < 0:
+            return None
+        try:
+            from loraplex_server.api.http.application import application
+            from loraplex_server.api.http.generation import HttpSettings
+            from loraplex_server.api.http.listener import HttpListener
+        except ImportError as error:
+            raise FailedPreconditionError(
+                f"--http-port needs {error.name}, which is not installed; pip install 'loraplex[server]'"
+            ) from error
+        name = api.model_name or _model_name(self._config.engine.model.model)
+        app = application(
+            self._lifecycle,
+            self._metrics,
+            self._authenticator,
+            self._generator,
+            HttpSettings(name, api.max_message_bytes),
+            self._version,
+        )
+        context = None if api.tls is None else tls.http_context(api.tls)
+        family = socket.AF_INET6 if ":" in api.host else socket.AF_INET
+        try:
+            listening = socket.create_server((api.host, api.http_port), family=family, backlog=1024)
+        except OSError as error:
+            raise FailedPreconditionError(
+                f"{_address(api.host, api.http_port)} cannot be listened on ({error.strerror}); choose "
+                "another --host or --http-port"
+            ) from error
+        self._stack.callback(listening.close)
+        listener = HttpListener(
+            app, listening, context, max_connections=self._max_calls, stop_grace_s=_STOP_GRACE_S
+        )
+        self._stack.push_async_callback(listener.close)
+        return await listener.start()
+
+    @property
+    def _max_calls(self) -> int:
+        scheduler = self._config.engine.scheduler
+        return scheduler.max_queue + scheduler.max_num_requests + _SPARE_CALLS
 
     def _expose_metrics(self) -> int | None:
         api = self._config.api
@@ -251,7 +302,9 @@ class _Server:
             max_prompt_chars=engine.info.max_model_len * tokenizer.max_chars_per_token,
             max_adapters=config.adapters.max_per_request,
         )
-        self._lifecycle.serve(Backend(engine, tokenizer, limits))
+        chat = ChatPrompts(engine, tokenizer, limits.max_prompt_chars)
+        self._stack.push_async_callback(chat.close)
+        self._lifecycle.serve(Backend(engine, tokenizer, limits, chat))
         return engine
 
     async def _drain(self, again: asyncio.Task[int], lost: asyncio.Task[None]) -> int:
@@ -281,6 +334,12 @@ async def _end_engine(handle: EngineHandle) -> None:
     """Waits for an engine that was told to end, and ends it if it does not."""
     if not await asyncio.to_thread(handle.join, _ENGINE_EXIT_S):
         await asyncio.to_thread(handle.terminate)
+
+
+def _model_name(model: str) -> str:
+    """A hub id as it is; of a folder its name, since the rest says where it lies."""
+    folder = Path(model)
+    return folder.resolve().name if folder.is_dir() else model
 
 
 def _load_tokenizer(model: str) -> Tokenizer:

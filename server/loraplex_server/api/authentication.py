@@ -6,8 +6,8 @@ import contextvars
 import hashlib
 import hmac
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from loraplex_server.api.reloaded import Reloaded
 from loraplex_server.errors import FailedPreconditionError, UnauthenticatedError
@@ -47,24 +47,27 @@ class Authenticator:
             except (OSError, ValueError) as error:
                 raise FailedPreconditionError(f"the token file cannot be used: {error}") from error
 
-    def tenant_of(self, context: Any) -> str:
-        """The tenant whose call `context` is.
+    def tenant_of(self, authorization: str | None, names: Callable[[], Iterable[str]]) -> str:
+        """The tenant whose call it is.
+
+        Args:
+            authorization: what the caller sent under that name, `Bearer TOKEN`.
+            names: those in the certificate that the connection has shown, the common name first.
 
         Raises:
             UnauthenticatedError: no token, an unknown one, or a certificate without a usable name.
         """
         if self._tokens is not None:
-            return self._by_token(context)
+            return self._by_token(authorization)
         if self._certificates:
-            return _by_certificate(context)
+            return _by_certificate(names())
         return ANYONE
 
-    def _by_token(self, context: Any) -> str:
+    def _by_token(self, authorization: str | None) -> str:
         assert self._tokens is not None
-        value = next((v for k, v in context.invocation_metadata() or () if k == "authorization"), None)
-        if value is None:
-            raise UnauthenticatedError("no token; send metadata `authorization: Bearer TOKEN`")
-        scheme, _, token = str(value).partition(" ")
+        if authorization is None:
+            raise UnauthenticatedError("no token; send `authorization: Bearer TOKEN`")
+        scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise UnauthenticatedError("the authorization is no bearer token; send `Bearer TOKEN`")
         digest = hashlib.sha256(token.encode()).digest()
@@ -78,13 +81,10 @@ class Authenticator:
         return found
 
 
-def _by_certificate(context: Any) -> str:
-    presented = context.auth_context()
-    for key in ("x509_common_name", "x509_subject_alternative_name"):
-        for name in presented.get(key, ()):
-            text = name.decode(errors="replace")
-            if _TENANT.fullmatch(text):
-                return str(text)
+def _by_certificate(names: Iterable[str]) -> str:
+    for name in names:
+        if _TENANT.fullmatch(name):
+            return name
     raise UnauthenticatedError("the client certificate has no common or alternative name that can be used")
 
 

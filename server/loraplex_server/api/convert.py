@@ -14,7 +14,7 @@ from typing import Any
 
 from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
 from loraplex_server.adapters.peft_config import MAX_CONFIG_BYTES
-from loraplex_server.api.answer import Finish, Piece
+from loraplex_server.api.answer import End, Piece
 from loraplex_server.core.composition import COMBINATION_TYPES, MAJORITY_SIGNS, Composition, prunes
 from loraplex_server.core.request import AdapterUse, FinishReason, Request, SamplingParams
 from loraplex_server.engine.messages import AdapterStatus, EngineInfo, TokenLogprobs
@@ -24,6 +24,7 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKENS = 64
+MAX_CHAT_MESSAGES = 1024
 MAX_PREFETCH = 1024
 MAX_MEMBERS = 64
 DEFAULT_MAX_TOKENS = 256
@@ -33,6 +34,7 @@ _MAX_SOURCE_CHARS = 4096
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+_ROLE = re.compile(r"[a-z0-9_]{1,32}")
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 _FINISH_REASONS = {
@@ -76,6 +78,11 @@ def valid_request_id(text: str) -> bool:
     return _REQUEST_ID.fullmatch(text) is not None
 
 
+def valid_adapter_name(name: str) -> bool:
+    """Whether an adapter may have this name."""
+    return _ADAPTER_NAME.fullmatch(name) is not None
+
+
 def check_generate(message: generation_pb2.GenerateRequest, limits: Limits) -> None:
     """Checks all that can be checked before the prompt is tokenised.
 
@@ -99,8 +106,10 @@ def check_generate(message: generation_pb2.GenerateRequest, limits: Limits) -> N
                 found.add("token_ids.ids", "is empty; give at least one token")
             _check_prompt_length(found, "token_ids.ids", len(ids), limits)
             _check_token_ids(found, "token_ids.ids", ids, limits, adapters=bool(message.adapters))
+        case "chat":
+            _check_chat(found, message.chat.messages, limits)
         case _:
-            found.add("prompt", "is missing; set text or token_ids")
+            found.add("prompt", "is missing; set text, token_ids or chat")
     _check_adapters(found, message, limits)
     _check_sampling(found, message.sampling)
     _check_stopping(found, message.stopping, limits, adapters=bool(message.adapters))
@@ -130,9 +139,10 @@ def to_request(
         InvalidArgumentError: the tokenised prompt is empty or leaves no room for an answer.
     """
     found = _Violations()
+    field = message.WhichOneof("prompt") or "prompt"
     if not prompt_token_ids:
-        found.add("text", "has no tokens; give at least one character the tokenizer knows")
-    _check_prompt_length(found, "text", len(prompt_token_ids), limits)
+        found.add(field, "has no tokens; give at least one character the tokenizer knows")
+    _check_prompt_length(found, field, len(prompt_token_ids), limits)
     found.raise_any()
     sampling, stopping = message.sampling, message.stopping
     room = limits.max_model_len - len(prompt_token_ids)
@@ -288,31 +298,24 @@ def to_generate_response(
     )
 
 
-def to_finish(
-    finish: Finish,
-    *,
-    prompt_tokens: int,
-    completion_tokens: int,
-    first_token_s: float,
-    total_s: float,
-) -> generation_pb2.Finish:
-    """The end of an answer; seconds since arrival, as the API saw them."""
-    times = finish.times
+def to_finish(end: End) -> generation_pb2.Finish:
+    """The end of an answer."""
+    times = end.finish.times
     return generation_pb2.Finish(
-        reason=_FINISH_REASONS[finish.reason],
+        reason=_FINISH_REASONS[end.finish.reason],
         usage=generation_pb2.Usage(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
+            prompt_tokens=end.prompt_tokens,
+            completion_tokens=end.completion_tokens,
             cached_prompt_tokens=times.cached_prompt_tokens if times else 0,
         ),
         timing=generation_pb2.Timing(
             queue_seconds=times.queue_s if times else 0.0,
             adapter_wait_seconds=times.adapter_wait_s if times else 0.0,
-            time_to_first_token_seconds=first_token_s,
-            total_seconds=total_s,
+            time_to_first_token_seconds=end.first_token_s,
+            total_seconds=end.total_s,
             preemptions=times.preemptions if times else 0,
         ),
-        stop_match=finish.stop_match,
+        stop_match=end.finish.stop_match,
     )
 
 
@@ -372,6 +375,24 @@ def to_model(info: EngineInfo, server_version: str) -> model_pb2.Model:
     )
 
 
+def _check_chat(found: _Violations, messages: Sequence[generation_pb2.ChatMessage], limits: Limits) -> None:
+    if not messages:
+        found.add("chat.messages", "is empty; give at least one message")
+    elif len(messages) > MAX_CHAT_MESSAGES:
+        found.add("chat.messages", f"{len(messages)} messages are more than {MAX_CHAT_MESSAGES}")
+        return
+    for index, message in enumerate(messages):
+        if not _ROLE.fullmatch(message.role):
+            found.add(f"chat.messages[{index}].role", "has to be 1 to 32 lower-case letters, digits or '_'")
+    characters = sum(len(message.content) + len(message.name) for message in messages)
+    if characters > limits.max_prompt_chars:
+        found.add(
+            "chat.messages",
+            f"have {characters} characters; the model takes {limits.max_model_len} tokens, "
+            f"which is {limits.max_prompt_chars} characters at most",
+        )
+
+
 def _check_prompt_length(found: _Violations, field: str, num_tokens: int, limits: Limits) -> None:
     if num_tokens >= limits.max_model_len:
         found.add(
@@ -399,7 +420,7 @@ def _check_token_ids(
 
 
 def _check_adapter_name(found: _Violations, field: str, name: str) -> None:
-    if not _ADAPTER_NAME.fullmatch(name):
+    if not valid_adapter_name(name):
         found.add(field, "has to be 1 to 128 letters, digits, '.', '_' or '-'")
 
 

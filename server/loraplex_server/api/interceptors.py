@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -100,7 +100,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         code = "OK"
         try:
             if not method.startswith(_OPEN_TO_ALL):
-                authentication.tenant.set(self._authenticator.tenant_of(context))
+                tenant = self._authenticator.tenant_of(_authorization(context), lambda: _names(context))
+                authentication.tenant.set(tenant)
             with self._lifecycle.call() if method.startswith(_GUARDED) else contextlib.nullcontext():
                 yield
             context.set_trailing_metadata(((_REQUEST_ID_KEY, log.request_id.get()),))
@@ -123,6 +124,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await _abort(context, ErrorInfo(code, ""))
         finally:
             self._metrics.observe_call(method, code, time.perf_counter() - started)
+
+
+def _authorization(context: _Context) -> str | None:
+    return next((str(v) for k, v in context.invocation_metadata() or () if k == "authorization"), None)
+
+
+def _names(context: _Context) -> Iterator[str]:
+    presented = context.auth_context()
+    for key in ("x509_common_name", "x509_subject_alternative_name"):
+        for name in presented.get(key, ()):
+            yield name.decode(errors="replace")
 
 
 def _tolerant(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:

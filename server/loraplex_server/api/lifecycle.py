@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
+from loraplex_server.api.chat.prompts import ChatPrompts
 from loraplex_server.api.convert import Limits
 from loraplex_server.api.tokenizer import Tokenizer
 from loraplex_server.engine.client import EngineClient
@@ -20,6 +21,7 @@ class Backend:
     engine: EngineClient
     tokenizer: Tokenizer
     limits: Limits
+    chat: ChatPrompts
 
 
 class Lifecycle:
@@ -39,6 +41,11 @@ class Lifecycle:
         if self._backend is None:
             raise self._refusal
         return self._backend
+
+    @property
+    def serving(self) -> bool:
+        """Whether calls are let in."""
+        return self._open
 
     @property
     def calls(self) -> int:

@@ -1,7 +1,8 @@
-"""TLS of the gRPC port, from PEM files that may be renewed while the server runs."""
+"""TLS of the gRPC and HTTP ports, from PEM files that may be renewed while the server runs."""
 
 from __future__ import annotations
 
+import ssl
 from pathlib import Path
 
 import grpc
@@ -29,6 +30,44 @@ def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
     )
 
 
+def http_context(files: TlsFiles) -> ssl.SSLContext:
+    """The same for HTTP: each handshake takes the files as they are then.
+
+    Raises:
+        FailedPreconditionError: as `server_credentials`.
+    """
+    paths = [files.certificate, files.key, *([files.client_ca] if files.client_ca else [])]
+    try:
+        found = Reloaded(paths, lambda: _context(files))
+    except (OSError, ValueError) as error:
+        raise FailedPreconditionError(f"TLS cannot be set up: {error}") from error
+
+    def renew(connection: ssl.SSLSocket | ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:
+        connection.context = found.get()
+
+    listening = _context(files)
+    # Called in every handshake, whether or not the client names a host.
+    listening.sni_callback = renew
+    return listening
+
+
+def _context(files: TlsFiles) -> ssl.SSLContext:
+    _pem(files.certificate, b"CERTIFICATE")
+    _pem(files.key, b"PRIVATE KEY")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    _load_pair(context, files)
+    if files.client_ca is not None:
+        _pem(files.client_ca, b"CERTIFICATE")
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(files.client_ca)
+        except ssl.SSLError as error:
+            raise ValueError(f"{files.client_ca} holds no certificate of an authority: {error}") from error
+    return context
+
+
 def _read(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
     certificate, key = _pem(files.certificate, b"CERTIFICATE"), _pem(files.key, b"PRIVATE KEY")
     _check_pair(files)
@@ -45,15 +84,13 @@ def _pem(path: Path, kind: bytes) -> bytes:
 
 def _check_pair(files: TlsFiles) -> None:
     """gRPC itself would take a pair that does not match, and then refuse every connection without a word."""
-    import ssl
+    _load_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), files)
 
+
+def _load_pair(context: ssl.SSLContext, files: TlsFiles) -> None:
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
-            # A key under a password would have Python ask for it on the terminal.
-            files.certificate,
-            files.key,
-            password="",
-        )
+        # A key under a password would have Python ask for it on the terminal.
+        context.load_cert_chain(files.certificate, files.key, password="")
     except (ssl.SSLError, ValueError) as error:
         raise ValueError(
             f"{files.certificate} and {files.key} are no certificate with its key (without password): {error}"

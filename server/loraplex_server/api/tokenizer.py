@@ -13,7 +13,12 @@ _MAX_CHARS_PER_TOKEN = 32
 
 
 class Tokenizer:
-    """Wraps a transformers tokenizer. Safe to use from the event loop and worker threads at once."""
+    """Wraps a transformers tokenizer. Safe to use from the event loop and worker threads at once.
+
+    Attributes:
+        chat_template: jinja source, "" where the model has none.
+        special_tokens: by name, such as "bos_token"; templates use them.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -25,6 +30,10 @@ class Tokenizer:
         self._text_ids = frozenset(vocabulary.values()) - special
         longest = max((len(token) for token in vocabulary), default=1)
         self.max_chars_per_token = min(longest, _MAX_CHARS_PER_TOKEN)
+        self.chat_template = _chat_template(tokenizer)
+        self.special_tokens: dict[str, str] = {
+            name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
+        }
 
     @classmethod
     def load(cls, model: str) -> Tokenizer:
@@ -39,11 +48,15 @@ class Tokenizer:
             backend.no_padding()
         return cls(tokenizer)
 
-    async def encode(self, text: str) -> tuple[int, ...]:
-        """The prompt as the model expects it (BOS included); a long one is encoded in a thread."""
+    async def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """The prompt as the model expects it; a long one is encoded in a thread.
+
+        Args:
+            special: add what the tokenizer puts around a text (BOS); chat templates bring it themselves.
+        """
         if len(text) <= _ENCODE_INLINE_CHARS:
-            return self._encode(text)
-        return await asyncio.to_thread(self._encode, text)
+            return self._encode(text, special)
+        return await asyncio.to_thread(self._encode, text, special)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`, special tokens left out, spaces as they are."""
@@ -61,9 +74,17 @@ class Tokenizer:
             self._texts[token_id] = text
         return text
 
-    def _encode(self, text: str) -> tuple[int, ...]:
+    def _encode(self, text: str, special: bool) -> tuple[int, ...]:
         # Length is the API's to judge, with an error that says so; transformers would log a warning.
-        return tuple(self._tokenizer(text, verbose=False)["input_ids"])
+        return tuple(self._tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"])
+
+
+def _chat_template(tokenizer: Any) -> str:
+    """The template for plain conversations, "" where there is none. A tokenizer may have several, by name."""
+    found = tokenizer.chat_template
+    if isinstance(found, dict):
+        found = found.get("default")
+    return found if isinstance(found, str) else ""
 
 
 def _fastest_decode(tokenizer: Any) -> Callable[[Sequence[int]], str]:

@@ -182,12 +182,19 @@ class EngineClient:
         await asyncio.gather(self._task, return_exceptions=True)
         self._lose(UnavailableError("the server is shutting down"))
 
+    async def chat_template(self, name: str) -> str:
+        """The chat template that an adapter brings; "" where it brings none."""
+        return (await self._adapter_command("chat_template", name=name)).chat_template
+
     async def _adapters(self, op: str, **fields: Any) -> tuple[AdapterStatus, ...]:
+        return (await self._adapter_command(op, **fields)).adapters
+
+    async def _adapter_command(self, op: str, **fields: Any) -> AdapterReply:
         reply = await self._call(lambda call_id: AdapterCommand(call_id, op, **fields))
         assert isinstance(reply, AdapterReply)
         if reply.error is not None:
             raise from_info(reply.error)
-        return reply.adapters
+        return reply
 
     async def _call(self, make: Callable[[int], ToEngine]) -> AdapterReply | IntegrityReply:
         call_id = next(self._call_ids)

@@ -205,6 +205,9 @@ class EngineHost:
                     reply(adapters.get(command.name))
                 case "pin":
                     adapters.pin(command.name, command.pinned, reply)
+                case "chat_template":
+                    template = adapters.chat_template(command.name)
+                    self.emit(client, AdapterReply(command.call_id, chat_template=template))
                 case "load":
                     adapters.load(command.name, command.source, reply, inplace=command.inplace)
                 case "compose":

@@ -83,7 +83,7 @@ class AdapterCommand(_Message, frozen=True):
     """An adapter operation, answered by an `AdapterReply` with the same `call_id`.
 
     Attributes:
-        op: "load", "compose", "adopt", "unload", "list", "get", "pin" or "prefetch".
+        op: "load", "compose", "adopt", "unload", "list", "get", "pin", "prefetch" or "chat_template".
         source: for "load"; for "adopt", the folder with the files that a client sent.
         pinned: for "pin", whether to pin or to unpin.
         inplace: for "load", "compose" and "adopt", whether to replace what is registered under the name.
@@ -200,11 +200,16 @@ class AdapterStatus(msgspec.Struct, frozen=True):
 
 
 class AdapterReply(_Message, frozen=True):
-    """Answer to an `AdapterCommand`: the adapter concerned, or all of them, or an error."""
+    """Answer to an `AdapterCommand`: the adapter concerned, or all of them, or an error.
+
+    Attributes:
+        chat_template: for "chat_template", the adapter's own; "" where it has none.
+    """
 
     call_id: int
     adapters: tuple[AdapterStatus, ...] = ()
     error: ErrorInfo | None = None
+    chat_template: str = ""
 
 
 class IntegrityReply(_Message, frozen=True):

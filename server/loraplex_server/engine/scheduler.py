@@ -201,7 +201,8 @@ class Scheduler:
         budget: int,
         now_s: float,
     ) -> None:
-        admission = _Admission(scheduled, failed, budget, now_s)
+        filling = [one for one in self.running if one.caches and one.num_pending > 1]
+        admission = _Admission(scheduled, failed, filling, budget, now_s)
         if not self._full(admission) and not self._offer(self.waiting, admission):
             self._offer([one for one in self.waiting if admission.may_join(one)], admission)
 
@@ -240,7 +241,7 @@ class Scheduler:
                     pass
             # The blocks of all its known tokens are taken now: a prompt that is computed in chunks must
             # not lose its later blocks to those admitted after it.
-            if self._is_coming(sequence):
+            if self._is_coming(sequence, admission.filling):
                 continue
             if not self._take_blocks(sequence):
                 break
@@ -255,6 +256,8 @@ class Scheduler:
             if sequence.first_scheduled_s is None:
                 sequence.first_scheduled_s = now_s
             admission.scheduled.append(Scheduled(sequence, num_tokens, num_copied))
+            if sequence.caches and sequence.num_pending > 1:
+                admission.filling.append(sequence)
             admission.budget -= num_tokens
         return True
 
@@ -288,13 +291,12 @@ class Scheduler:
             sequence.reserved = readiness in (Readiness.READY, Readiness.LOADING)
         return readiness
 
-    def _is_coming(self, sequence: Sequence) -> bool:
-        """Whether one of those who run is about to compute the first block that a sequence would miss.
+    def _is_coming(self, sequence: Sequence, filling: list[Sequence]) -> bool:
+        """Whether one of `filling` is about to compute the first block that a sequence misses in the cache.
 
         It then waits for that instead of computing the same beside it. Whoever runs goes on or gives its
         place up, so nobody waits for ever.
         """
-        filling = [one for one in self.running if one.caches and one.num_pending > 1]
         if not filling:
             return False
         size = self._blocks.block_size
@@ -405,6 +407,7 @@ class _Admission:
     """One step's admission so far.
 
     Attributes:
+        filling: sequences that run and compute blocks for the prefix cache.
         passed: flows whose next request has to wait.
         num_blocked: how many there was no room on the device for.
         open_adapters: those that may get more requests; None for all that are on the device.
@@ -414,11 +417,13 @@ class _Admission:
         self,
         scheduled: list[Scheduled],
         failed: list[tuple[Sequence, ServerError]],
+        filling: list[Sequence],
         budget: int,
         now_s: float,
     ) -> None:
         self.scheduled = scheduled
         self.failed = failed
+        self.filling = filling
         self.budget = budget
         self.now_s = now_s
         self.passed: set[Account] = set()

@@ -1,0 +1,172 @@
+"""A generation from a validated message to the pieces of its answer, the same for every way of calling."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import AsyncGenerator, Callable
+
+import msgspec
+
+from loraplex.v1 import generation_pb2
+from loraplex_server import log
+from loraplex_server.api import authentication, convert
+from loraplex_server.api.answer import Answer, End, Piece
+from loraplex_server.api.lifecycle import Backend, Lifecycle
+from loraplex_server.core.request import Request
+from loraplex_server.engine.messages import Times
+from loraplex_server.errors import DeadlineExceededError, InternalError, ServerError
+from loraplex_server.metrics import Metrics
+
+_MAX_SEED = (1 << 64) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Accepted:
+    """A request that may go to the engine.
+
+    Attributes:
+        stops: strings that end the answer; the engine does not know of them.
+        arrived_s: `time.perf_counter()` of its arrival.
+    """
+
+    request: Request
+    stops: tuple[str, ...]
+    arrived_s: float
+
+
+class Generator:
+    """Takes requests in and runs them on the engine."""
+
+    def __init__(self, lifecycle: Lifecycle, metrics: Metrics) -> None:
+        self._lifecycle = lifecycle
+        self._metrics = metrics
+        self._serial = itertools.count(1)
+
+    @property
+    def backend(self) -> Backend:
+        """Raises: UnavailableError before the engine is ready."""
+        return self._lifecycle.backend
+
+    async def accept(
+        self, message: generation_pb2.GenerateRequest, *, remaining_s: float | None = None, choices: int = 1
+    ) -> list[Accepted]:
+        """Validates and tokenises; nothing has reached the engine yet.
+
+        Args:
+            remaining_s: after so many seconds nobody wants the answer; None is no limit.
+            choices: answers to the one prompt. The first is drawn with the seed, the others with those that
+                follow it.
+
+        Raises:
+            InvalidArgumentError: with one violation for each bad field.
+            DeadlineExceededError: it came too late.
+            ServerError: the conversation cannot be made into a prompt.
+        """
+        arrived_s = time.perf_counter()
+        backend = self.backend
+        if message.HasField("request_id") and convert.valid_request_id(message.request_id):
+            log.request_id.set(message.request_id)
+        if remaining_s is not None and remaining_s <= 0:
+            raise DeadlineExceededError("the deadline had passed when the request arrived")
+        deadline_s = None if remaining_s is None else time.time() + remaining_s
+        convert.check_generate(message, backend.limits)
+        first = convert.to_request(
+            message,
+            await _tokenise(backend, message),
+            backend.limits,
+            request_id=self._engine_id(),
+            tenant=authentication.tenant.get(),
+            deadline_s=deadline_s,
+        )
+        requests = [first, *(self._another(first, index) for index in range(1, choices))]
+        stops = tuple(message.stopping.stop)
+        return [Accepted(request, stops, arrived_s) for request in requests]
+
+    async def run(
+        self, accepted: Accepted, why_left: Callable[[], str]
+    ) -> AsyncGenerator[tuple[Piece, End | None]]:
+        """The answer's pieces, the last one with its end. Leaving early ends the request in the engine.
+
+        Args:
+            why_left: names the outcome, for the metrics, when the caller did not stay to the end.
+
+        Raises:
+            ServerError: any of its kinds, as the engine gave it.
+        """
+        request = accepted.request
+        backend = self.backend
+        answer = Answer(backend.tokenizer, request.prompt_token_ids, accepted.stops)
+        outcome: str | None = None
+        times: Times | None = None
+        first_token_s: float | None = None
+        deltas = backend.engine.stream(request)
+        try:
+            async with contextlib.aclosing(deltas):
+                async for delta in deltas:
+                    if delta.token_ids and first_token_s is None:
+                        first_token_s = time.perf_counter() - accepted.arrived_s
+                        self._metrics.observe_first_token(first_token_s)
+                    piece = answer.push(delta)
+                    if piece.finish is None:
+                        if not piece.empty:
+                            yield piece, None
+                        continue
+                    outcome, times = piece.finish.reason.value, piece.finish.times
+                    # A stop string: the engine need not go on while the last message is sent.
+                    await deltas.aclose()
+                    total_s = time.perf_counter() - accepted.arrived_s
+                    end = End(
+                        finish=piece.finish,
+                        prompt_tokens=len(request.prompt_token_ids),
+                        completion_tokens=answer.num_tokens,
+                        first_token_s=first_token_s or total_s,
+                        total_s=total_s,
+                    )
+                    yield piece, end
+                    break
+        except ServerError as error:
+            outcome = error.code.lower()
+            raise
+        except Exception:
+            outcome = InternalError.code.lower()
+            raise
+        finally:
+            # A caller that is gone closes this generator, or cancels the task that runs it.
+            if outcome is None:
+                outcome = why_left()
+            total_s = time.perf_counter() - accepted.arrived_s
+            self._metrics.observe_request(
+                request,
+                outcome=outcome,
+                completion_tokens=answer.num_tokens,
+                seconds=total_s,
+                seconds_after_first_token=total_s - (first_token_s or total_s),
+                times=times,
+            )
+
+    def _engine_id(self) -> str:
+        # A caller may send one id many times; the engine needs each to be another.
+        return f"{log.request_id.get()}#{next(self._serial)}"
+
+    def _another(self, request: Request, index: int) -> Request:
+        seed = (request.sampling.seed + index) & _MAX_SEED
+        sampling = msgspec.structs.replace(request.sampling, seed=seed)
+        return msgspec.structs.replace(request, request_id=self._engine_id(), sampling=sampling)
+
+
+async def _tokenise(backend: Backend, message: generation_pb2.GenerateRequest) -> tuple[int, ...]:
+    match message.WhichOneof("prompt"):
+        case "text":
+            return await backend.tokenizer.encode(message.text)
+        case "chat":
+            messages = [
+                {"role": said.role, "content": said.content, **({"name": said.name} if said.name else {})}
+                for said in message.chat.messages
+            ]
+            text = await backend.chat.prompt(messages, [use.adapter for use in message.adapters])
+            return await backend.tokenizer.encode(text, special=False)
+        case _:
+            return tuple(message.token_ids.ids)

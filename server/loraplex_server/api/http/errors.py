@@ -1,0 +1,106 @@
+"""From the server's errors to HTTP: a status, and a body as OpenAI's clients understand it.
+
+code                  status   type
+INVALID_ARGUMENT      400      invalid_request_error
+NOT_FOUND             404      invalid_request_error
+ALREADY_EXISTS        409      invalid_request_error
+UNAUTHENTICATED       401      authentication_error
+PERMISSION_DENIED     403      permission_error
+FAILED_PRECONDITION   400      invalid_request_error
+RESOURCE_EXHAUSTED    429      rate_limit_error        with Retry-After
+DEADLINE_EXCEEDED     504      timeout_error
+CANCELLED             499      server_error
+UNAVAILABLE           503      server_error            with Retry-After
+INTERNAL              500      server_error            without its text, which may name files
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import msgspec
+
+from loraplex_server.api.http.schema import ErrorBody, ErrorDetail
+from loraplex_server.errors import ErrorInfo, FieldViolation, ServerError
+
+_STATUS = {
+    "INVALID_ARGUMENT": (400, "invalid_request_error"),
+    "NOT_FOUND": (404, "invalid_request_error"),
+    "ALREADY_EXISTS": (409, "invalid_request_error"),
+    "UNAUTHENTICATED": (401, "authentication_error"),
+    "PERMISSION_DENIED": (403, "permission_error"),
+    "FAILED_PRECONDITION": (400, "invalid_request_error"),
+    "RESOURCE_EXHAUSTED": (429, "rate_limit_error"),
+    "DEADLINE_EXCEEDED": (504, "timeout_error"),
+    "CANCELLED": (499, "server_error"),
+    "UNAVAILABLE": (503, "server_error"),
+    "INTERNAL": (500, "server_error"),
+}
+_DEFAULT_RETRY_S = 1.0
+_MAX_MESSAGE_CHARS = 1000
+
+# Paths in `loraplex.v1.GenerateRequest`, by the part of them that is another in `schema`.
+_PATHS = (
+    (re.compile(r"^(sampling|stopping|chat)\."), ""),
+    (re.compile(r"^(text|token_ids(\.ids)?|prompt)(?=$|\[)"), "prompt"),
+    (re.compile(r"^chat$"), "messages"),
+    (re.compile(r"^(adapters\[\d+\])\.adapter$"), r"\1.name"),
+)
+
+
+class HttpError(ServerError):
+    """An error that only HTTP can have, with a status of its own."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.info = ErrorInfo(code, message)
+        self.status = status
+
+
+def status_of(error: ServerError) -> int:
+    """The HTTP status that fits."""
+    if isinstance(error, HttpError):
+        return error.status
+    return _STATUS.get(error.info.code, _STATUS["INTERNAL"])[0]
+
+
+def to_body(info: ErrorInfo, request_id: str, model: str = "") -> bytes:
+    """The JSON body.
+
+    Args:
+        model: what the request named so: an adapter that is missing is then said to be this field's.
+    """
+    code = info.code if info.code in _STATUS else "INTERNAL"
+    message, param, reason = info.message, None, code.lower()
+    if code == "INTERNAL":
+        message = f"internal error; the server's log has it under {request_id}"
+    elif info.violations:
+        paths = [_path(violation) for violation in info.violations]
+        param = paths[0]
+        pairs = zip(paths, info.violations, strict=True)
+        message = "; ".join(f"{path}: {violation.description}" for path, violation in pairs)
+    elif info.resource is not None and info.resource[0] == "adapter" and code == "NOT_FOUND":
+        param, reason = "model" if info.resource[1] == model else "adapters", "model_not_found"
+    if len(message) > _MAX_MESSAGE_CHARS:
+        message = message[: _MAX_MESSAGE_CHARS - 1] + "…"
+    return msgspec.json.encode(ErrorBody(ErrorDetail(message, _STATUS[code][1], param, reason)))
+
+
+def headers_of(info: ErrorInfo) -> dict[str, str]:
+    """What goes with the body: when to try again, or how to say who one is."""
+    if info.code in ("RESOURCE_EXHAUSTED", "UNAVAILABLE"):
+        seconds = _DEFAULT_RETRY_S if info.retry_after_s is None else info.retry_after_s
+        return {
+            "retry-after": str(math.ceil(seconds)),
+            # Whole seconds are long where a queue moves in tenths: OpenAI's clients read this one first.
+            "retry-after-ms": str(math.ceil(seconds * 1000)),
+        }
+    return {"www-authenticate": "Bearer"} if info.code == "UNAUTHENTICATED" else {}
+
+
+def _path(violation: FieldViolation) -> str:
+    path = violation.field
+    for pattern, instead in _PATHS:
+        path = pattern.sub(instead, path)
+    return path

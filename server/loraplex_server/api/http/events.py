@@ -1,0 +1,113 @@
+"""Several answers as one stream, server-sent events, and clients that hang up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
+from typing import Any, TypeVar
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+DONE = b"data: [DONE]\n\n"
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+
+class ClientGoneError(Exception):
+    """Nobody is there any more to answer to."""
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """What `work` returns or raises. When the client hangs up, `work` is cancelled at once.
+
+    Raises:
+        ClientGoneError: the client hung up.
+    """
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_hung_up(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGoneError
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def merged(sources: Sequence[AsyncGenerator[ItemT]]) -> AsyncGenerator[tuple[int, ItemT]]:
+    """The items of all `sources` as they come, each with the index of its source.
+
+    The first error of a source ends all. Leaving early closes every source. A source is asked for its next
+    item only when its last one was taken, so a slow reader makes them wait.
+    """
+    if len(sources) == 1:
+        async with contextlib.aclosing(sources[0]) as only:
+            async for item in only:
+                yield 0, item
+        return
+    queue: asyncio.Queue[tuple[int, ItemT] | Exception | None] = asyncio.Queue(maxsize=1)
+
+    async def pump(index: int, source: AsyncGenerator[ItemT]) -> None:
+        try:
+            async with contextlib.aclosing(source):
+                async for item in source:
+                    await queue.put((index, item))
+        except Exception as error:
+            await queue.put(error)
+        else:
+            await queue.put(None)
+
+    tasks = [asyncio.create_task(pump(index, source)) for index, source in enumerate(sources)]
+    left = len(tasks)
+    try:
+        while left:
+            entry = await queue.get()
+            if isinstance(entry, Exception):
+                raise entry
+            if entry is None:
+                left -= 1
+            else:
+                yield entry
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream:
+    """Server-sent events on one response. The headers go out with the first event, so that whatever goes
+    wrong before it can still be told by a status."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+
+    async def event(self, data: bytes) -> None:
+        """Sends one event; waits while the client reads slowly."""
+        await self._write(b"data: " + data + b"\n\n", more=True)
+
+    async def end(self, last: bytes = DONE) -> None:
+        """Sends what comes last, and ends the response."""
+        await self._write(last, more=False)
+
+    async def _write(self, body: bytes, *, more: bool) -> None:
+        if not self.started:
+            self.started = True
+            headers = [
+                (b"content-type", b"text/event-stream; charset=utf-8"),
+                (b"cache-control", b"no-cache"),
+                # A proxy that collects what it passes on would make one event of all.
+                (b"x-accel-buffering", b"no"),
+            ]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})

@@ -1,0 +1,265 @@
+"""How the pieces of answers look to OpenAI's clients: whole, and as the events of a stream."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import msgspec
+
+from loraplex_server.api.answer import End, Piece
+from loraplex_server.api.http.schema import (
+    AnswerMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Delta,
+    PromptTokensDetails,
+    TokenAlternative,
+    TokenEntry,
+    Usage,
+)
+from loraplex_server.engine.messages import TokenLogprobs
+
+TokenText = Callable[[int], str]
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# JSON has no infinity; OpenAI's API says this of what is all but impossible.
+_LEAST_LOGPROB = -9999.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Heading:
+    """What every answer and every event of one request has."""
+
+    request_id: str
+    model: str
+    fingerprint: str
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+
+@dataclasses.dataclass
+class Collected:
+    """One answer as it grows."""
+
+    texts: list[str] = dataclasses.field(default_factory=list)
+    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    offsets: list[int] = dataclasses.field(default_factory=list)
+    end: End | None = None
+
+    def add(self, piece: Piece, end: End | None) -> None:
+        self.texts.append(piece.text)
+        self.logprobs.extend(piece.logprobs)
+        self.offsets.extend(piece.offsets)
+        self.end = end
+
+    @property
+    def finished(self) -> End:
+        assert self.end is not None
+        return self.end
+
+
+class Format(Protocol):
+    """The looks of one kind of answer."""
+
+    def whole(self, answers: Sequence[Collected], usage: Usage) -> bytes:
+        """The body with every answer, in order."""
+
+    def events(self, index: int, piece: Piece, end: End | None) -> Iterator[bytes]:
+        """What to send for a piece of answer `index`; nothing where it says nothing yet."""
+
+    def usage_event(self, usage: Usage) -> bytes:
+        """The last event, where it was asked for."""
+
+
+class CompletionFormat:
+    """Of `/v1/completions`.
+
+    Args:
+        echoes: what each answer begins with.
+        wants_logprobs: entries were asked for, with so many alternatives each.
+        null_usage: events say that their usage is null, as they do when the last one has it.
+    """
+
+    def __init__(
+        self,
+        heading: Heading,
+        token_text: TokenText,
+        echoes: Sequence[str],
+        wants_logprobs: int | None,
+        null_usage: bool,
+    ) -> None:
+        self._heading = heading
+        self._token_text = token_text
+        self._echoes = echoes
+        self._wants_logprobs = wants_logprobs
+        self._usage = None if null_usage else msgspec.UNSET
+        self._opened: set[int] = set()
+
+    def whole(self, answers: Sequence[Collected], usage: Usage) -> bytes:
+        choices = [
+            CompletionChoice(
+                text=self._echoes[index] + "".join(answer.texts),
+                index=index,
+                logprobs=self._logprobs(answer.logprobs, answer.offsets),
+                finish_reason=answer.finished.finish.reason.value,
+            )
+            for index, answer in enumerate(answers)
+        ]
+        return self._encode(choices, usage)
+
+    def events(self, index: int, piece: Piece, end: End | None) -> Iterator[bytes]:
+        text = piece.text
+        if index not in self._opened:
+            self._opened.add(index)
+            text = self._echoes[index] + text
+        if not text and end is None and not piece.logprobs:
+            return
+        choice = CompletionChoice(
+            text=text,
+            index=index,
+            logprobs=self._logprobs(piece.logprobs, piece.offsets),
+            finish_reason=end.finish.reason.value if end else None,
+        )
+        yield self._encode([choice], self._usage)
+
+    def usage_event(self, usage: Usage) -> bytes:
+        return self._encode([], usage)
+
+    def _encode(self, choices: list[CompletionChoice], usage: Usage | msgspec.UnsetType | None) -> bytes:
+        heading = self._heading
+        return msgspec.json.encode(
+            Completion(
+                id=f"cmpl-{heading.request_id}",
+                created=heading.created,
+                model=heading.model,
+                choices=choices,
+                system_fingerprint=heading.fingerprint,
+                usage=usage,
+            )
+        )
+
+    def _logprobs(
+        self, entries: Sequence[TokenLogprobs], offsets: Sequence[int]
+    ) -> CompletionLogprobs | None:
+        if self._wants_logprobs is None:
+            return None
+        return CompletionLogprobs(
+            tokens=[self._token_text(entry.token_id) for entry in entries],
+            token_logprobs=[_finite(entry.logprob) for entry in entries],
+            top_logprobs=[
+                {self._token_text(top.token_id): _finite(top.logprob) for top in entry.top}
+                for entry in entries
+            ]
+            if self._wants_logprobs
+            else None,
+            text_offset=list(offsets),
+        )
+
+
+class ChatFormat:
+    """Of `/v1/chat/completions`; arguments as those of `CompletionFormat`."""
+
+    def __init__(
+        self, heading: Heading, token_text: TokenText, wants_logprobs: bool, null_usage: bool
+    ) -> None:
+        self._heading = heading
+        self._token_text = token_text
+        self._wants_logprobs = wants_logprobs
+        self._usage = None if null_usage else msgspec.UNSET
+        self._opened: set[int] = set()
+
+    def whole(self, answers: Sequence[Collected], usage: Usage) -> bytes:
+        heading = self._heading
+        choices = [
+            ChatChoice(
+                index=index,
+                message=AnswerMessage("".join(answer.texts)),
+                logprobs=self._logprobs(answer.logprobs),
+                finish_reason=answer.finished.finish.reason.value,
+            )
+            for index, answer in enumerate(answers)
+        ]
+        return msgspec.json.encode(
+            ChatCompletion(
+                id=f"chatcmpl-{heading.request_id}",
+                created=heading.created,
+                model=heading.model,
+                choices=choices,
+                usage=usage,
+                system_fingerprint=heading.fingerprint,
+            )
+        )
+
+    def events(self, index: int, piece: Piece, end: End | None) -> Iterator[bytes]:
+        if index not in self._opened:
+            self._opened.add(index)
+            opening = ChatChunkChoice(index, Delta(role="assistant", content=""))
+            yield self._encode([opening], self._usage)
+        if not piece.text and end is None and not piece.logprobs:
+            return
+        choice = ChatChunkChoice(
+            index=index,
+            delta=Delta(content=piece.text) if piece.text else Delta(),
+            logprobs=self._logprobs(piece.logprobs),
+            finish_reason=end.finish.reason.value if end else None,
+        )
+        yield self._encode([choice], self._usage)
+
+    def usage_event(self, usage: Usage) -> bytes:
+        return self._encode([], usage)
+
+    def _encode(self, choices: list[ChatChunkChoice], usage: Usage | msgspec.UnsetType | None) -> bytes:
+        heading = self._heading
+        return msgspec.json.encode(
+            ChatChunk(
+                id=f"chatcmpl-{heading.request_id}",
+                created=heading.created,
+                model=heading.model,
+                choices=choices,
+                system_fingerprint=heading.fingerprint,
+                usage=usage,
+            )
+        )
+
+    def _logprobs(self, entries: Sequence[TokenLogprobs]) -> ChatLogprobs | None:
+        if not self._wants_logprobs:
+            return None
+        return ChatLogprobs([self._entry(entry) for entry in entries])
+
+    def _entry(self, entry: TokenLogprobs) -> TokenEntry:
+        text = self._token_text(entry.token_id)
+        alternatives = [(self._token_text(top.token_id), top.logprob) for top in entry.top]
+        return TokenEntry(
+            token=text,
+            logprob=_finite(entry.logprob),
+            bytes=_bytes(text),
+            top_logprobs=[
+                TokenAlternative(other, _finite(logprob), _bytes(other)) for other, logprob in alternatives
+            ],
+        )
+
+
+def usage_of(answers: Sequence[Collected], num_choices: int) -> Usage:
+    """Tokens of a request: each prompt's once, however many of `num_choices` answers it has."""
+    ends = [answer.finished for answer in answers]
+    prompt = sum(end.prompt_tokens for end in ends[::num_choices])
+    completion = sum(end.completion_tokens for end in ends)
+    times = [end.finish.times for end in ends[::num_choices]]
+    cached = sum(each.cached_prompt_tokens for each in times if each is not None)
+    return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LEAST_LOGPROB)
+
+
+def _bytes(text: str) -> list[int] | None:
+    return None if _REPLACEMENT in text else list(text.encode())

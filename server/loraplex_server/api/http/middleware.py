@@ -1,0 +1,119 @@
+"""Around every HTTP request: its id, who calls, the mapping of errors, and its metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from loraplex_server import log
+from loraplex_server.api import authentication
+from loraplex_server.api.authentication import Authenticator
+from loraplex_server.api.convert import valid_request_id
+from loraplex_server.api.http.errors import headers_of, status_of, to_body
+from loraplex_server.api.http.events import ClientGoneError, Receive, Send
+from loraplex_server.api.http.generation import MODEL_KEY
+from loraplex_server.api.http.listener import CERTIFICATE_KEY
+from loraplex_server.api.lifecycle import Lifecycle
+from loraplex_server.errors import InternalError, ServerError
+from loraplex_server.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+_REQUEST_ID = "x-request-id"
+# Probes carry no token.
+_OPEN_TO_ALL = "/health"
+# Only these wait for the engine, and are waited for when the server drains.
+_GUARDED = "/v1/"
+_CLIENT_GONE = 499
+
+
+class CallMiddleware:
+    """Wraps the application. A caller may send its own `x-request-id`; it is sent back so.
+
+    Args:
+        routes: by endpoint, the path that it has in the metrics.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        lifecycle: Lifecycle,
+        metrics: Metrics,
+        authenticator: Authenticator,
+        routes: dict[Any, str],
+    ) -> None:
+        self._app = app
+        self._lifecycle = lifecycle
+        self._metrics = metrics
+        self._authenticator = authenticator
+        self._routes = routes
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        headers = Headers(scope=scope)
+        request_id = headers.get(_REQUEST_ID, "")
+        if not valid_request_id(request_id):
+            request_id = uuid.uuid4().hex[:16]
+        log.request_id.set(request_id)
+        status = 0
+
+        async def send_on(message: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[_REQUEST_ID] = request_id
+            await send(message)
+
+        path: str = scope["path"]
+        try:
+            if path != _OPEN_TO_ALL:
+                tenant = self._authenticator.tenant_of(
+                    headers.get("authorization"), lambda: _names(scope.get(CERTIFICATE_KEY) or {})
+                )
+                authentication.tenant.set(tenant)
+            guarded = path.startswith(_GUARDED)
+            with self._lifecycle.call() if guarded else contextlib.nullcontext():
+                await self._app(scope, receive, send_on)
+        except ClientGoneError:
+            status = _CLIENT_GONE
+        except ServerError as error:
+            if error.code == InternalError.code:
+                _log.exception("%s failed", path)
+            else:
+                _log.info("%s: %s: %s", path, error.info.code, error)
+            await self._refuse(error, scope, receive, send_on)
+        except Exception:
+            _log.exception("%s failed", path)
+            if status:
+                # Cut off: the client must not take what it has for the whole.
+                raise
+            await self._refuse(InternalError(""), scope, receive, send_on)
+        finally:
+            route = self._routes.get(scope.get("endpoint"), "other")
+            self._metrics.observe_http(route, status or _CLIENT_GONE, time.perf_counter() - started)
+
+    async def _refuse(self, error: ServerError, scope: Any, receive: Receive, send: Send) -> None:
+        body = to_body(error.info, log.request_id.get(), scope.get(MODEL_KEY, ""))
+        response = Response(
+            body, status_of(error), headers=headers_of(error.info), media_type="application/json"
+        )
+        await response(scope, receive, send)
+
+
+def _names(certificate: dict[str, Any]) -> Iterator[str]:
+    """Of a peer's certificate as Python's ssl module gives it: common names, then alternative ones."""
+    for attributes in certificate.get("subject", ()):
+        for key, value in attributes:
+            if key == "commonName":
+                yield value
+    for _, value in certificate.get("subjectAltName", ()):
+        yield value

@@ -1,0 +1,238 @@
+"""Bodies of the HTTP API, as OpenAI's clients send and read them; the OpenAPI document is made of these.
+
+A field that may be null means the same then as when it is missing. Fields that OpenAI's API does not have are
+loraplex's own, named as in `loraplex.v1`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from loraplex_server.api import convert
+
+_MAX_COUNT = (1 << 31) - 1
+_MAX_CHOICES = 128
+
+Text = Annotated[str, Meta(max_length=1 << 24)]
+Count = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
+Positive = Annotated[int, Meta(ge=1, le=_MAX_COUNT)]
+TokenId = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
+Stop = Annotated[str, Meta(min_length=1, max_length=convert.MAX_STOP_CHARS)]
+Name = Annotated[str, Meta(min_length=1, max_length=512)]
+
+
+class AdapterWeight(Struct, frozen=True, forbid_unknown_fields=True):
+    """An adapter of the sum, with the weight of its delta."""
+
+    name: Name
+    weight: float = 1.0
+
+
+class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    include_usage: bool | None = None
+
+
+class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What both kinds of request have.
+
+    Attributes:
+        model: the base model's name, or an adapter's.
+        adapters: with the base model's name: adapters to sum.
+        seed: any integer; negative ones count from the top of 64 bits.
+        user: says nothing to this server.
+    """
+
+    model: Name
+    adapters: list[AdapterWeight] | None = None
+    n: Annotated[int, Meta(ge=1, le=_MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Positive | None = None
+    min_tokens: Count | None = None
+    temperature: Annotated[float, Meta(ge=0)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Count | None = None
+    seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=convert.MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=convert.MAX_STOP_TOKENS)] | None = None
+    ignore_eos: bool | None = None
+    priority: Annotated[int, Meta(ge=-_MAX_COUNT, le=_MAX_COUNT)] | None = None
+    cache_prefix: bool | None = None
+    user: Text | None = None
+
+
+class CompletionBody(GenerationBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/completions`.
+
+    Attributes:
+        prompt: a text, a list of texts, a list of token ids, or a list of such lists.
+        echo: the answer begins with the prompt.
+        logprobs: how many alternatives beside each chosen token.
+    """
+
+    prompt: str | list[str | TokenId | list[TokenId]]
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=convert.MAX_LOGPROBS)] | None = None
+
+
+class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Struct, frozen=True, forbid_unknown_fields=True):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+    name: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+
+
+class ChatBody(GenerationBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/chat/completions`. `max_completion_tokens` is `max_tokens` by its newer name."""
+
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=convert.MAX_CHAT_MESSAGES)]
+    max_completion_tokens: Positive | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=convert.MAX_LOGPROBS)] | None = None
+
+
+class PromptTokensDetails(Struct, frozen=True):
+    """Of the prompt's tokens, those that the prefix cache had."""
+
+    cached_tokens: int
+
+
+class Usage(Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class CompletionLogprobs(Struct, frozen=True):
+    """One entry a token; `text_offset` counts characters from the beginning of the text."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(Struct, frozen=True):
+    text: str
+    index: int
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Completion(Struct, frozen=True):
+    """A whole answer, or one event of a stream; there `usage` comes last and by itself."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    object: Literal["text_completion"] = "text_completion"
+    system_fingerprint: str | None = None
+    usage: Usage | UnsetType | None = UNSET
+
+
+class TokenAlternative(Struct, frozen=True):
+    """`bytes` is null where the token is no whole number of characters."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenEntry(Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[TokenAlternative]
+
+
+class ChatLogprobs(Struct, frozen=True):
+    content: list[TokenEntry]
+    refusal: None = None
+
+
+class AnswerMessage(Struct, frozen=True):
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(Struct, frozen=True):
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(Struct, frozen=True):
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: Literal["chat.completion"] = "chat.completion"
+    system_fingerprint: str | None = None
+
+
+class Delta(Struct, frozen=True, omit_defaults=True):
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(Struct, frozen=True):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class ChatChunk(Struct, frozen=True):
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    system_fingerprint: str | None = None
+    usage: Usage | UnsetType | None = UNSET
+
+
+class Model(Struct, frozen=True):
+    """The base model, or an adapter, whose `parent` is the base model."""
+
+    id: str
+    created: int
+    owned_by: str
+    max_model_len: int
+    parent: str | None = None
+    state: str | None = None
+    content_hash: str | None = None
+    object: Literal["model"] = "model"
+
+
+class ModelList(Struct, frozen=True):
+    data: list[Model]
+    object: Literal["list"] = "list"
+
+
+class Health(Struct, frozen=True):
+    status: Literal["serving", "not serving"]
+
+
+class ErrorDetail(Struct, frozen=True):
+    """`param` is the path of the first bad field; `code` is the reason in lower case."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(Struct, frozen=True):
+    error: ErrorDetail

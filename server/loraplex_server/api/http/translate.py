@@ -1,0 +1,143 @@
+"""From a body of `schema` to messages of `loraplex.v1`, whose validation is then that of every call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loraplex.v1 import generation_pb2
+from loraplex_server.api import convert
+from loraplex_server.api.http.schema import ChatBody, CompletionBody, GenerationBody, Message
+from loraplex_server.errors import InvalidArgumentError, NotFoundError
+
+MAX_CHOICES = 128
+"""Most answers that one HTTP request may ask for, over all its prompts."""
+
+_DEFAULT_TEMPERATURE = 1.0
+_DEFAULT_COMPLETION_TOKENS = 16
+
+Prompt = str | Sequence[int]
+
+
+def completion_messages(
+    body: CompletionBody, base: str
+) -> list[tuple[generation_pb2.GenerateRequest, Prompt]]:
+    """One message for each prompt, and the prompt itself.
+
+    Args:
+        base: name of the base model.
+
+    Raises:
+        InvalidArgumentError, NotFoundError: a field that only HTTP has is wrong.
+    """
+    _check_stream(body)
+    prompts = _prompts(body.prompt)
+    num_choices = len(prompts) * (body.n or 1)
+    if num_choices > MAX_CHOICES:
+        raise InvalidArgumentError.field(
+            "prompt", f"{len(prompts)} prompts and n make {num_choices} answers, more than {MAX_CHOICES}"
+        )
+    if body.echo and body.logprobs is not None:
+        raise InvalidArgumentError.field("echo", "is not served with logprobs: a prompt's are not computed")
+    found = []
+    for prompt in prompts:
+        message = _message(body, base, body.max_tokens or _DEFAULT_COMPLETION_TOKENS)
+        if isinstance(prompt, str):
+            message.text = prompt
+        else:
+            message.token_ids.SetInParent()
+            message.token_ids.ids.extend(prompt)
+        if body.logprobs is not None:
+            message.logprobs = body.logprobs
+        found.append((message, prompt))
+    return found
+
+
+def chat_message(body: ChatBody, base: str, max_model_len: int) -> generation_pb2.GenerateRequest:
+    """The message of a conversation.
+
+    Raises:
+        InvalidArgumentError, NotFoundError: a field that only HTTP has is wrong.
+    """
+    _check_stream(body)
+    limits = {limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None}
+    if len(limits) > 1:
+        raise InvalidArgumentError.field("max_tokens", "differs from max_completion_tokens; give one of them")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidArgumentError.field("top_logprobs", "needs logprobs to be true")
+    # An assistant speaks until it is done, or the context is full.
+    message = _message(body, base, limits.pop() if limits else max_model_len)
+    for said in body.messages:
+        message.chat.messages.add(role=said.role, content=_content(said), name=said.name)
+    if body.logprobs:
+        message.logprobs = body.top_logprobs or 0
+    return message
+
+
+def adapter_of(model: str, base: str) -> str:
+    """The adapter that `model` names, "" for the base model.
+
+    Raises:
+        NotFoundError: nothing can have this name.
+    """
+    if model == base:
+        return ""
+    if not convert.valid_adapter_name(model):
+        raise NotFoundError(
+            f"there is no model {model[:200]!r}; GET /v1/models lists them", resource=("adapter", model)
+        )
+    return model
+
+
+def _message(body: GenerationBody, base: str, max_tokens: int) -> generation_pb2.GenerateRequest:
+    message = generation_pb2.GenerateRequest(priority=body.priority)
+    adapter = adapter_of(body.model, base)
+    if adapter and body.adapters:
+        raise InvalidArgumentError.field(
+            "adapters", f"go with the base model {base!r}; {adapter!r} is an adapter, name it among them"
+        )
+    if adapter:
+        message.adapters.add(adapter=adapter)
+    for use in body.adapters or ():
+        message.adapters.add(adapter=use.name, weight=use.weight)
+    sampling, stopping = message.sampling, message.stopping
+    sampling.temperature = _DEFAULT_TEMPERATURE if body.temperature is None else body.temperature
+    if body.top_p is not None:
+        sampling.top_p = body.top_p
+    if body.top_k is not None:
+        sampling.top_k = body.top_k
+    if body.seed is not None:
+        sampling.seed = body.seed % (1 << 64)
+    stopping.max_tokens = max_tokens
+    if body.min_tokens is not None:
+        stopping.min_tokens = body.min_tokens
+    if body.stop is not None:
+        stopping.stop.extend([body.stop] if isinstance(body.stop, str) else body.stop)
+    stopping.stop_token_ids.extend(body.stop_token_ids or ())
+    stopping.ignore_eos = bool(body.ignore_eos)
+    if body.cache_prefix is not None:
+        message.cache_prefix = body.cache_prefix
+    return message
+
+
+def _check_stream(body: GenerationBody) -> None:
+    if body.stream_options is not None and not body.stream:
+        raise InvalidArgumentError.field("stream_options", "goes with stream; leave it out")
+
+
+def _prompts(prompt: str | Sequence[str | int | list[int]]) -> list[Prompt]:
+    if isinstance(prompt, str):
+        return [prompt]
+    kinds = {type(entry) for entry in prompt}
+    if not kinds:
+        raise InvalidArgumentError.field("prompt", "is empty; give a text, token ids, or a list of either")
+    if len(kinds) > 1:
+        raise InvalidArgumentError.field("prompt", "mixes texts and token ids; send one kind at a time")
+    if kinds == {int}:
+        return [[entry for entry in prompt if isinstance(entry, int)]]
+    return [entry for entry in prompt if not isinstance(entry, int)]
+
+
+def _content(message: Message) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    return "".join(part.text for part in message.content)

@@ -1,0 +1,298 @@
+"""The HTTP API as its users have it: `loraplex serve` in a process, OpenAI's own client, answers checked."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
+
+from loraplex import Client
+from loraplex_bench.demo.tasks import data_dir, expected, prompt, sure_lines
+
+_READY = re.compile(r"loraplex ready grpc=(\S+) metrics=(\S+) http=(\S+)\n")
+_LAST_SAID = "{{ bos_token }}{{ messages[-1].content }}{{ '\\n' }}"
+_FIRST_SAID = "{{ bos_token }}{{ messages[0].content }}{{ '\\n' }}"
+_NAMES = ("upper", "snake", "rot13", "leet")
+LINES = sure_lines()
+
+
+class Server:
+    """One `loraplex serve` process on the demo model, with a chat template; `rot13` brings its own."""
+
+    def __init__(self, folder: Path) -> None:
+        model, adapters = folder / "demo", folder / "adapters"
+        shutil.copytree(data_dir() / "base", model)
+        (model / "chat_template.jinja").write_text(_LAST_SAID)
+        for name in _NAMES:
+            shutil.copytree(data_dir() / "adapters" / name, adapters / name)
+        (adapters / "rot13" / "chat_template.jinja").write_text(_FIRST_SAID)
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-W", "ignore", "-m", "loraplex_server", "--threads", "1"),
+                *("--model", str(model), "--adapters", str(adapters), "--max-adapters-on-device", "3"),
+                *("--port", "0", "--metrics-port", "0", "--http-port", "0"),
+            ],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.log: list[str] = []
+        assert self.process.stderr is not None
+        assert self.process.stdout is not None
+        # Drained all the while, so that the server never waits for a reader of its log.
+        self._drain = threading.Thread(target=self.log.extend, args=(self.process.stderr,), daemon=True)
+        self._drain.start()
+        match = _READY.fullmatch(self.process.stdout.readline())
+        assert match is not None, "".join(self.log)
+        self.grpc, self.metrics_at, self.http = match.groups()
+
+    def metrics(self) -> dict[str, float]:
+        with urllib.request.urlopen(f"http://{self.metrics_at}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+    def at_rest(self, audits: float) -> dict[str, float]:
+        """The metrics, once nothing runs and one more audit than `audits` has looked at it."""
+        end_s = time.monotonic() + 30
+        while True:
+            metrics = self.metrics()
+            busy = metrics["loraplex_requests_running"] + metrics["loraplex_requests_waiting"]
+            if not busy and metrics["loraplex_audits"] > audits:
+                return metrics
+            assert time.monotonic() < end_s, "the server did not come to rest"
+            time.sleep(0.1)
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(timeout=60)
+        self._drain.join(timeout=10)
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
+        return code
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    started = Server(tmp_path_factory.mktemp("openai"))
+    yield started
+    audits = started.metrics()["loraplex_audits"]
+    with Client(started.grpc) as sdk:
+        sdk.generate("a", max_tokens=1)
+    metrics = started.at_rest(audits)
+    assert metrics["loraplex_kv_cache_blocks_used"] == 0
+    assert metrics["loraplex_integrity_problems"] == 0
+    code = started.stop()
+    assert code == 0, "".join(started.log)
+    assert not any("Traceback" in line for line in started.log), "".join(started.log)
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"http://{server.http}/v1", api_key="none", max_retries=0, timeout=60
+    ) as made:
+        yield made
+
+
+def chat(line: str, *before: str) -> Any:
+    return [{"role": "user", "content": text} for text in (*before, line)]
+
+
+def test_every_adapter_by_its_name_whole_and_streamed(client: openai.OpenAI) -> None:
+    names = ["demo", *_NAMES]
+    asked = [(name, line) for index, name in enumerate(names) for line in LINES[8 * index : 8 * index + 8]]
+
+    def ask(pair: tuple[str, str]) -> tuple[str, str]:
+        name, line = pair
+        options: Any = {"model": name, "prompt": prompt(line), "max_tokens": 40, "temperature": 0}
+        whole = client.completions.create(**options)
+        assert whole.choices[0].finish_reason == "stop"
+        assert whole.usage.completion_tokens == len(line) + 1
+        chunks = list(client.completions.create(**options, stream=True))
+        return whole.choices[0].text, "".join(chunk.choices[0].text for chunk in chunks)
+
+    with ThreadPoolExecutor(16) as pool:
+        for (name, line), answers in zip(asked, pool.map(ask, asked), strict=True):
+            right = expected(None if name == "demo" else name, line)
+            assert answers == (right, right), (name, line)
+
+
+def test_chat_through_the_models_template_and_an_adapters_own(client: openai.OpenAI) -> None:
+    first, line = LINES[50:52]
+    for name in ("demo", "upper", "rot13"):
+        # The model's template asks with what was said last, that of rot13 with what was said first.
+        right = (
+            expected("rot13", first) if name == "rot13" else expected(None if name == "demo" else name, line)
+        )
+        options: Any = {"model": name, "messages": chat(line, first), "temperature": 0, "n": 2}
+        whole = client.chat.completions.create(**options)
+        assert [choice.message.content for choice in whole.choices] == [right, right]
+        assert whole.usage.completion_tokens == 2 * (len(right) + 1)
+        texts = ["", ""]
+        stream = client.chat.completions.create(
+            **options, stream=True, stream_options={"include_usage": True}
+        )
+        for chunk in stream:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+        assert texts == [right, right]
+        assert chunk.usage.completion_tokens == whole.usage.completion_tokens
+        assert chunk.usage.total_tokens == whole.usage.total_tokens
+
+
+def test_the_same_as_over_grpc(server: Server, client: openai.OpenAI) -> None:
+    line = LINES[60]
+    mix = [("upper", 0.75), ("snake", -0.5)]
+    uses = [{"name": name, "weight": weight} for name, weight in mix]
+    sampled: Any = {"temperature": 1.5, "seed": 7, "max_tokens": 24}
+    with Client(server.grpc) as sdk:
+        theirs = sdk.generate(prompt(line), adapters=mix, logprobs=3, ignore_eos=True, **sampled)
+        chosen = sdk.generate(prompt(line), adapter="leet", stop=line[6:8], max_tokens=40)
+    ours = client.completions.create(
+        model="demo",
+        prompt=prompt(line),
+        logprobs=3,
+        extra_body={"adapters": uses, "ignore_eos": True},
+        **sampled,
+    )
+    [choice] = ours.choices
+    assert choice.text == theirs.text
+    assert choice.finish_reason == theirs.finish_reason == "length"
+    assert theirs.logprobs is not None
+    found = choice.logprobs
+    assert found.token_logprobs == pytest.approx([entry.logprob for entry in theirs.logprobs], abs=1e-4)
+    for top, entry in zip(found.top_logprobs, theirs.logprobs, strict=True):
+        assert top == pytest.approx({each.text: each.logprob for each in entry.top}, abs=1e-4)
+    again = client.chat.completions.create(
+        model="demo",
+        messages=chat(line),
+        logprobs=True,
+        top_logprobs=3,
+        extra_body={"adapters": uses, "ignore_eos": True},
+        **sampled,
+    )
+    assert again.choices[0].message.content == theirs.text
+    content = again.choices[0].logprobs.content
+    assert [entry.logprob for entry in content] == pytest.approx(found.token_logprobs, abs=1e-4)
+    stopped = client.completions.create(
+        model="leet", prompt=prompt(line), stop=[line[6:8]], max_tokens=40, temperature=0
+    )
+    assert stopped.choices[0].text == chosen.text
+
+
+def test_choices_are_drawn_each_with_its_own_seed(client: openai.OpenAI) -> None:
+    options: Any = {"model": "demo", "prompt": prompt(LINES[70]), "temperature": 3.0, "max_tokens": 20}
+    options["extra_body"] = {"ignore_eos": True}
+    three = [choice.text for choice in client.completions.create(**options, n=3, seed=5).choices]
+    assert len(set(three)) == 3
+    single = [client.completions.create(**options, seed=seed).choices[0].text for seed in (5, 6, 7)]
+    assert single == three
+
+
+def test_errors_are_the_clients_own_kinds(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="nobody", messages=chat("a"))
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as wrong:
+        client.completions.create(model="demo", prompt="a", top_p=2.0)
+    assert wrong.value.param == "top_p"
+    with pytest.raises(openai.BadRequestError, match="leaves no room"):
+        client.completions.create(model="demo", prompt=[5] * 600)
+    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        client.chat.completions.create(model="demo", messages=chat("a"), tools=tools)
+    assert {model.id for model in client.models.list()} == {"demo", *_NAMES}
+    assert client.models.retrieve("upper").id == "upper"
+
+
+def test_abandoned_streams_free_everything(server: Server, client: openai.OpenAI) -> None:
+    before = server.metrics()
+    cancelled = 'loraplex_requests_total{outcome="cancelled"}'
+    for line in LINES[80:83]:
+        stream = client.completions.create(
+            model="rot13",
+            prompt=prompt(line),
+            max_tokens=450,
+            stream=True,
+            n=2,
+            extra_body={"ignore_eos": True},
+        )
+        next(iter(stream))
+        stream.close()
+    end_s = time.monotonic() + 30
+    while (count := server.metrics().get(cancelled, 0) - before.get(cancelled, 0)) < 6:
+        assert time.monotonic() < end_s, count
+        time.sleep(0.05)
+    assert count == 6
+    metrics = server.at_rest(before["loraplex_audits"])
+    assert metrics["loraplex_kv_cache_blocks_used"] == 0
+
+
+def _tame(body: Any) -> Any:
+    """Names a model that there is, and keeps answers short: the server is not what is slow here."""
+    if isinstance(body, dict):
+        if isinstance(body.get("model"), str):
+            body["model"] = ("demo", "upper", "nobody")[len(body["model"]) % 3]
+        for field, most in (("n", 4), ("max_tokens", 8), ("max_completion_tokens", 8)):
+            if isinstance(body.get(field), int) and body[field] > most:
+                body[field] = most
+        if body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
+            body["max_tokens"] = 8
+    return body
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_the_description_is_true_and_nothing_breaks(server: Server, mode: GenerationMode) -> None:
+    """Every operation of the OpenAPI document with generated requests: statuses, types and bodies as
+    it says, and no 5xx."""
+    schema = schemathesis.openapi.from_url(f"http://{server.http}/openapi.json")
+    paths = set()
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        paths.add(operation.path)
+        if mode is GenerationMode.NEGATIVE and operation.method == "get":
+            continue
+
+        @settings(
+            max_examples=40 if operation.method == "post" else 5,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def check(case: Any) -> None:
+            before = copy.deepcopy(case.body)
+            case.body = _tame(case.body)
+            response = case.call(timeout=60)
+            assert response.status_code < 500, response.text
+            # Not all that makes a request wrong can be said in a schema: how long a prompt may be, say.
+            unsaid = [positive_data_acceptance]
+            if case.body != before:
+                unsaid.append(negative_data_rejection)
+            case.validate_response(response, excluded_checks=unsaid)
+
+        check()
+    # All but the document itself, which schemathesis leaves out.
+    assert paths == set(schema.raw_schema["paths"]) - {"/openapi.json"}
