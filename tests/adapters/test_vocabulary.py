@@ -333,6 +333,14 @@ REFUSED: list[tuple[Any, bool, int, dict[str, Any], Callable[[dict[str, Any]], N
         _put(f"base_model.model.{HEAD}.base_layer.weight", 40, 32),
         "DoRA on them is not served",
     ),
+    (
+        lora(target_modules=["embed_tokens", "lm_head"]),
+        False,
+        43,
+        {},
+        lambda tensors: tensors.update({"base_model.model.lm_head.lora_B.bias": torch.ones(43)}),
+        "beside rows of added tokens",
+    ),
     (lora(), False, 40, {}, _put(f"{TABLE}.base_layer.weight", 40, 32), "nothing beside it"),
     (lora(), False, 40, {}, _put(f"{TABLE}.trainable_tokens_delta", 2, 32), "does not name"),
 ]

@@ -419,6 +419,11 @@ def _on_the_base(
         raise UnsupportedError(
             f"tensor {quoted(tensor.name)}: alora_invocation_tokens are for the layers' projections"
         )
+    if Part.BIAS in parts and entry.out_features != registry.entries[entry.index].out_features:
+        raise UnsupportedError(
+            f"tensor {quoted(parts[Part.BIAS].name)} is beside rows of added tokens, which is not served; "
+            "save the head's pair without lora_bias"
+        )
     return _lora(method, entry, parts, max_rank)
 
 

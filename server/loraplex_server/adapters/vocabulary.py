@@ -49,6 +49,14 @@ def token_rows(
     Raises:
         UnsupportedError: they would not all be applied, or PEFT defines no result for them.
     """
+    changed: dict[str, Sequence[int]] = {}
+
+    def remembered(entry: Entry, table: TensorInfo) -> Sequence[int]:
+        # A table that both ends share is looked at once.
+        if table.name not in changed:
+            changed[table.name] = changed_tokens(entry, table)
+        return changed[table.name]
+
     entries = (*registry.of_kind(SiteKind.EMBEDDING), *registry.of_kind(SiteKind.HEAD))
     tables = {entry: _table(settings, entry, found.get(entry, {}), registry) for entry in entries}
     trained = _trained(settings, entries, found, registry.tied)
@@ -56,7 +64,7 @@ def token_rows(
         tables = _shared(tables)
     rows = {}
     for entry in entries:
-        made = _rows(entry, tables[entry], trained.get(entry), registry, changed_tokens)
+        made = _rows(entry, tables[entry], trained.get(entry), registry, remembered)
         if made is not None:
             _check_alone(entry, found.get(entry, {}), made)
             rows[entry] = made

@@ -6,6 +6,7 @@ tables of the vocabulary are as they are, and gone through in blocks.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -75,8 +76,12 @@ class _Embedding:
     def __init__(self, table: torch.Tensor) -> None:
         self._table = table
 
-    @torch.inference_mode()
     def squared_norms(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return self._norms
+
+    @functools.cached_property
+    @torch.inference_mode()
+    def _norms(self) -> np.ndarray[Any, np.dtype[np.float64]]:
         total = torch.zeros(self._table.shape[1], dtype=torch.float64, device=self._table.device)
         for _, block in _blocks(self._table):
             total += block.double().square().sum(0)
@@ -101,8 +106,12 @@ class _Head:
         self._table = table
         self._bias = bias
 
-    @torch.inference_mode()
     def squared_norms(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return self._norms
+
+    @functools.cached_property
+    @torch.inference_mode()
+    def _norms(self) -> np.ndarray[Any, np.dtype[np.float64]]:
         parts = [block.double().square().sum(1) for _, block in _blocks(self._table)]
         norms: np.ndarray[Any, np.dtype[np.float64]] = torch.cat(parts).cpu().numpy()
         return norms

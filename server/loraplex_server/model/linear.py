@@ -87,7 +87,8 @@ class FrozenHead(torch.nn.Module):
         step = context.current()
         if not step.head:
             return y
-        y = torch.nn.functional.pad(y, (0, step.added_tokens))
+        if step.added_tokens:
+            y = torch.nn.functional.pad(y, (0, step.added_tokens))
         rows, logits = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         for effect in step.head:
             effect.after(self._site, rows, logits)

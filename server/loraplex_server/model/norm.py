@@ -41,8 +41,11 @@ def attach(norm: torch.nn.Module, described: Norm, entry: int) -> NormSite:
 
     def forward(x: torch.Tensor, *args: Any) -> torch.Tensor:
         y: torch.Tensor = compute(x, *args)
-        for effect in context.current().norms:
-            effect.norm(site, x.view(-1, site.width), y.view(-1, site.width))
+        effects = context.current().norms
+        if effects:
+            y = y.contiguous()
+            for effect in effects:
+                effect.norm(site, x.reshape(-1, site.width), y.view(-1, site.width))
         return y
 
     norm.forward = forward
