@@ -305,6 +305,164 @@ def under_the_interpreter(pytestconfig: pytest.Config) -> Callable[..., None]:
     return run
 
 
+def save_bottleneck(base: Path, folder: Path, settings: Mapping[str, Any], seed: int) -> None:
+    """A bottleneck adapter with random values, as the `adapters` library saves one of these settings."""
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((base / "config.json").read_text())
+    hidden, model_type = config["hidden_size"], config["model_type"]
+    defaults: dict[str, Any] = {
+        "mh_adapter": False,
+        "output_adapter": False,
+        "reduction_factor": 16,
+        "non_linearity": "relu",
+        "original_ln_before": False,
+        "original_ln_after": True,
+        "residual_before_ln": True,
+        "is_parallel": False,
+        "scaling": 1.0,
+        "leave_out": [],
+        "adapter_residual_before_ln": False,
+        "ln_before": False,
+        "ln_after": False,
+        "inv_adapter": None,
+        "phm_layer": False,
+        "phm_dim": 4,
+        "use_gating": False,
+        "init_weights": "bert",
+        "dropout": 0.1,
+    }
+    settings = {**defaults, **settings}
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, std: float, mean: float = 0.0) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * std + mean
+
+    tensors = {}
+    for layer in set(range(config["num_hidden_layers"])) - set(settings["leave_out"]):
+        factor = settings["reduction_factor"]
+        factor = factor.get(str(layer), factor.get("default")) if isinstance(factor, dict) else factor
+        width = int(hidden // factor)
+        for place, used in (("attention", "mh_adapter"), ("output", "output_adapter")):
+            if settings[used]:
+                prefix = f"model.layers.{layer}.{place}_adapters.adapters.mine"
+                tensors |= {
+                    f"{prefix}.adapter_down.0.weight": draw(width, hidden, std=hidden**-0.5),
+                    f"{prefix}.adapter_down.0.bias": draw(width, std=0.5),
+                    f"{prefix}.adapter_up.weight": draw(hidden, width, std=width**-0.5),
+                    f"{prefix}.adapter_up.bias": draw(hidden, std=0.3),
+                }
+                if isinstance(settings["scaling"], str):
+                    size = hidden if settings["scaling"] == "channel" else 1
+                    tensors[f"{prefix}.scaling"] = draw(size, std=0.2, mean=0.8)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter.safetensors")
+    written = {
+        "config": settings,
+        "hidden_size": hidden,
+        "model_class": "AutoModelForCausalLM",
+        "model_name": "",
+        "model_type": model_type,
+        "name": "mine",
+        "version": "adapters.1.3.0",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(written, indent=2, sort_keys=True))
+    if model_type not in ("llama", "mistral"):
+        before_mlp = "pre_feedforward_layernorm" if "gemma" in model_type else "post_attention_layernorm"
+        interface = {
+            "adapter_methods": ["bottleneck"],
+            "model_embeddings": "embed_tokens",
+            "model_layers": "layers",
+            "layer_self_attn": "self_attn",
+            "attn_o_proj": "o_proj",
+            "layer_output_proj": "mlp.down_proj",
+            "layer_pre_self_attn": "input_layernorm",
+            "layer_pre_ffn": before_mlp,
+            "layer_ln_1": None,
+            "layer_ln_2": None,
+        }
+        written = {"interface": interface, "model_type": model_type, "version": "adapters.1.3.0"}
+        (folder / "adapter_interface.json").write_text(json.dumps(written))
+
+
+class BottleneckOracle(Oracle):
+    """transformers with a bottleneck adapter hooked in, one request at a time; PEFT's adapter is off.
+
+    Held to the `adapters` library: on each of its models the same arithmetic gave its logits bit for bit.
+    """
+
+    def __init__(self, tiny: TinyModel, quantization: str, adapter: Path) -> None:
+        import json
+
+        from safetensors.torch import load_file
+
+        super().__init__(tiny, quantization)
+        self._tensors = load_file(adapter / "adapter.safetensors")
+        self._settings = json.loads((adapter / "adapter_config.json").read_text())["config"]
+        self._streams: dict[str, Any] = {}
+        for layer, block in enumerate(self._model.get_base_model().model.layers):
+            norm = getattr(block, "pre_feedforward_layernorm", block.post_attention_layernorm)
+            for place, before, end in (
+                ("attention", block.input_layernorm, block.self_attn.o_proj),
+                ("output", norm, block.mlp.down_proj),
+            ):
+                self._hook(f"model.layers.{layer}.{place}_adapters.adapters.mine", before, end)
+
+    def _hook(self, prefix: str, before: Any, end: Any) -> None:
+        if f"{prefix}.adapter_up.weight" not in self._tensors:
+            return
+        before.register_forward_pre_hook(
+            lambda module, args: self._streams.__setitem__(prefix, args[0]),
+        )
+        end.register_forward_hook(lambda module, args, output: self._add(prefix, output))
+
+    def _add(self, prefix: str, output: Any) -> Any:
+        import torch.nn.functional as F
+        from transformers.activations import ACT2FN
+
+        settings = self._settings
+        stream = self._streams[prefix]
+        read = output
+        if settings["is_parallel"]:
+            read = stream
+        elif settings["original_ln_before"]:
+            read = output + stream
+        part = {name: self._tensors[f"{prefix}.{name}"] for name in _BOTTLENECK_PARTS}
+        name = settings["non_linearity"]
+        bend = F.leaky_relu if name == "leakyrelu" else ACT2FN[name]
+        narrow = bend(F.linear(read, part["adapter_down.0.weight"], part["adapter_down.0.bias"]))
+        scale = settings["scaling"]
+        scale = self._tensors[f"{prefix}.scaling"] if isinstance(scale, str) else scale
+        return output + scale * F.linear(narrow, part["adapter_up.weight"], part["adapter_up.bias"])
+
+    def generate(
+        self, prompt: Sequence[int], adapters: Sequence[tuple[str, float]], max_tokens: int
+    ) -> tuple[list[int], Any]:
+        import torch
+
+        with torch.inference_mode(), self._model.disable_adapter():
+            return self._generate(prompt, max_tokens)
+
+
+_BOTTLENECK_PARTS = (
+    "adapter_down.0.weight",
+    "adapter_down.0.bias",
+    "adapter_up.weight",
+    "adapter_up.bias",
+)
+
+
+@pytest.fixture(scope="session")
+def bottlenecks() -> tuple[Callable[..., None], Callable[..., BottleneckOracle]]:
+    """`save(base, folder, settings, seed)`, and `judge(base, peft_folder, quantization, adapter)`."""
+    return save_bottleneck, lambda base, peft, quantization, adapter: BottleneckOracle(
+        TinyModel(base, peft), quantization, adapter
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class S3Server:
     """An S3 server on loopback (moto), and what a client needs in its environment."""

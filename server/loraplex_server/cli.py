@@ -15,6 +15,7 @@ from loraplex_server.config import (
     CUDA_GRAPHS,
     DEVICES,
     DTYPES,
+    GENERATION_CONFIGS,
     KERNELS,
     KV_CACHE_DTYPES,
     LOG_FORMATS,
@@ -43,6 +44,7 @@ _EPILOG = """\
 SIZE is bytes, or a number with a unit: 512MiB, 2GB, 1.5g.
 
   loraplex serve --model ./llama --adapters ./adapters
+  loraplex serve --model ./llama --adapters ./adapters --http-port 8000
   loraplex serve --model ./llama --quantization int4 --device cpu --port 0 --metrics-port -1
   loraplex serve --model ./llama --host 0.0.0.0 --token-file tokens \\
       --tls-certificate tls.crt --tls-key tls.key"""
@@ -141,6 +143,13 @@ def build_parser() -> argparse.ArgumentParser:
     _choice(group, "--device", DEVICES, model.device, "where to compute; auto is cuda where there is one")
     _choice(group, "--dtype", DTYPES, model.dtype, "type of the activations")
     _choice(group, "--kernels", KERNELS, model.kernels, "auto is triton on cuda, torch on cpu")
+    _choice(
+        group,
+        "--generation-config",
+        GENERATION_CONFIGS,
+        model.generation_config,
+        "auto takes the defaults of sampling from the checkpoint's generation_config.json",
+    )
     _count(group, "--threads", model.threads, "CPU threads of the engine; 0 is all cores but one")
     _choice(
         group,
@@ -366,6 +375,7 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 dtype=arguments.dtype,
                 kernels=arguments.kernels,
                 threads=arguments.threads,
+                generation_config=arguments.generation_config,
                 cuda_graphs=arguments.cuda_graphs,
                 cuda_graph_sizes=arguments.cuda_graph_sizes,
             ),

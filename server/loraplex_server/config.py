@@ -16,6 +16,7 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
+GENERATION_CONFIGS = ("auto", "none")
 KERNELS = ("auto", "torch", "triton")
 CUDA_GRAPHS = ("auto", "on", "off")
 KV_CACHE_DTYPES = ("auto", "fp8")
@@ -67,6 +68,7 @@ class ModelConfig:
         model: a folder with a Hugging Face checkpoint, or a hub id.
         double_quant: quantise the scales of nf4 as well.
         threads: CPU threads of the engine; 0 is all cores but one.
+        generation_config: whether the checkpoint's generation_config.json has the defaults of sampling.
         cuda_graphs: whether decode steps are recorded at start and replayed: "auto" where the Triton kernels
             run on CUDA, "on" or not at all, also under Triton's interpreter.
         cuda_graph_sizes: numbers of requests to record them for; none leaves the choice open.
@@ -79,6 +81,7 @@ class ModelConfig:
     dtype: str = "auto"
     kernels: str = "auto"
     threads: int = 0
+    generation_config: str = "auto"
     cuda_graphs: str = "auto"
     cuda_graph_sizes: tuple[int, ...] = ()
 
@@ -88,6 +91,7 @@ class ModelConfig:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("kernels", self.kernels, KERNELS)
         _at_least("threads", self.threads, 0)
+        _one_of("generation_config", self.generation_config, GENERATION_CONFIGS)
         _one_of("cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
         for size in self.cuda_graph_sizes:
             _at_least("cuda_graph_sizes", size, 1)

@@ -55,7 +55,14 @@ def registry() -> SiteRegistry:
         if isinstance(module, torch.nn.Linear) and path != "lm_head"
     ]
     kv_shapes = [(2, 8)] * LLAMA.num_hidden_layers
-    return SiteRegistry(linears, hidden_size=LLAMA.hidden_size, kv_shapes=kv_shapes)
+    residual = {
+        path: f"{path.removesuffix('mlp.down_proj')}post_attention_layernorm"
+        for path, _, _ in linears
+        if path.endswith("mlp.down_proj")
+    }
+    return SiteRegistry(
+        linears, hidden_size=LLAMA.hidden_size, kv_shapes=kv_shapes, model_type="tiny", residual=residual
+    )
 
 
 @pytest.fixture(scope="session")

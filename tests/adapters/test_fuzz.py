@@ -31,6 +31,7 @@ from loraplex_server.errors import ServerError
 FAILED_ONCE: tuple[int, ...] = ()
 INPUTS = int(os.environ.get("LORAPLEX_FUZZ_INPUTS", "2000"))
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BOTTLENECK, INTERFACE = "adapter.safetensors", "adapter_interface.json"
 TYPED = {"FAILED_PRECONDITION", "PERMISSION_DENIED", "NOT_FOUND"}
 
 DECIDING = (
@@ -42,6 +43,7 @@ DECIDING = (
     "num_virtual_tokens",
     "peft_type",
 )
+DECIDING += ("mh_adapter", "output_adapter", "hidden_size", "scaling", "ln_before")
 """Settings of which another value would make another adapter of the same tensors."""
 
 Files = dict[str, bytes]
@@ -170,7 +172,30 @@ def originals(registry: SiteRegistry) -> list[Files]:
             {f"{prefix}.model.norm.ln_tuning_layers.weight": draw(hidden)},
         ),
     ]
-    return [{CONFIG: json.dumps(config).encode(), WEIGHTS: save(tensors)} for config, tensors in kinds]
+    found = [{CONFIG: json.dumps(config).encode(), WEIGHTS: save(tensors)} for config, tensors in kinds]
+    return [*found, _bottleneck(draw, registry)]
+
+
+def _bottleneck(draw: Callable[..., torch.Tensor], registry: SiteRegistry) -> Files:
+    """As the `adapters` library saves one for a model that it knows through an interface."""
+    hidden, tensors = registry.hidden_size, {}
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.output_adapters.adapters.a"
+        tensors[f"{prefix}.adapter_down.0.weight"] = draw(4, hidden)
+        tensors[f"{prefix}.adapter_down.0.bias"] = draw(4)
+        tensors[f"{prefix}.adapter_up.weight"] = draw(hidden, 4)
+        tensors[f"{prefix}.adapter_up.bias"] = draw(hidden)
+        tensors[f"{prefix}.scaling"] = draw(1)
+    settings = {"mh_adapter": False, "output_adapter": True, "is_parallel": True, "scaling": "learned"}
+    settings |= {"reduction_factor": 8, "non_linearity": "relu", "leave_out": [], "ln_before": False}
+    config = {"config": settings, "hidden_size": hidden, "model_type": "tiny", "name": "a", "version": "1"}
+    parts = {"model_layers": "layers", "layer_self_attn": "self_attn", "attn_o_proj": "o_proj"}
+    parts |= {"layer_output_proj": "mlp.down_proj", "layer_pre_ffn": "post_attention_layernorm"}
+    return {
+        CONFIG: json.dumps(config).encode(),
+        BOTTLENECK: save(tensors),
+        INTERFACE: json.dumps({"interface": parts}).encode(),
+    }
 
 
 def _spoil_bytes(content: bytes, rng: random.Random) -> bytes:
@@ -205,7 +230,10 @@ def _odd(rng: random.Random) -> Any:
 
 
 def _spoil_config(content: bytes, rng: random.Random) -> bytes:
-    config = json.loads(content)
+    config = whole = json.loads(content)
+    inner = next((key for key in ("config", "interface") if key in config), None)
+    if inner is not None and rng.random() < 0.8:
+        config = config[inner]
     for _ in range(rng.randint(1, 3)):
         known = [*config, "target_modules", "rank_pattern", "exclude_modules", "modules_to_save", "bias", "x"]
         known += ["trainable_token_indices", "token_indices", "ensure_weight_tying"]
@@ -214,7 +242,7 @@ def _spoil_config(content: bytes, rng: random.Random) -> bytes:
             config.pop(key, None)
         else:
             config[key] = _odd(rng)
-    return json.dumps(config).encode("utf-8", "surrogatepass")
+    return json.dumps(whole).encode("utf-8", "surrogatepass")
 
 
 def _spoil_header(content: bytes, rng: random.Random) -> bytes:
@@ -265,22 +293,30 @@ def _spoil_tensors(content: bytes, rng: random.Random) -> bytes:
     return save(tensors)
 
 
+def _weights(files: Files) -> str:
+    return next(name for name in files if name.endswith(".safetensors"))
+
+
 def _make(seed: int, originals: list[Files], folder: Path) -> Files:
     """The input of a seed, written to `folder`; returns the original that it was made from."""
     rng = random.Random(seed)
     original = rng.choice(originals)
     files = dict(original)
+    weights = _weights(files)
+    config = rng.choice([name for name in files if name != weights])
     match rng.randrange(6):
         case 0 | 1:
-            files[WEIGHTS] = _spoil_bytes(files[WEIGHTS], rng)
+            files[weights] = _spoil_bytes(files[weights], rng)
         case 2:
-            files[CONFIG] = _spoil_bytes(files[CONFIG], rng)
+            files[config] = _spoil_bytes(files[config], rng)
         case 3:
-            files[CONFIG] = _spoil_config(files[CONFIG], rng)
+            files[config] = _spoil_config(files[config], rng)
         case 4:
-            files[WEIGHTS] = _spoil_header(files[WEIGHTS], rng)
+            files[weights] = _spoil_header(files[weights], rng)
         case _:
-            files[WEIGHTS] = _spoil_tensors(files[WEIGHTS], rng)
+            files[weights] = _spoil_tensors(files[weights], rng)
+    for name in {WEIGHTS, BOTTLENECK, INTERFACE} - files.keys():
+        (folder / name).unlink(missing_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return original
@@ -305,8 +341,9 @@ def _check(seed: int, originals: list[Files], folder: Path, registry: SiteRegist
         assert str(folder) not in text
         return "refused"
     assert torch.isfinite(blob.data).all()
-    served = load((folder / WEIGHTS).read_bytes())
-    whole = load(original[WEIGHTS])
+    weights = _weights(original)
+    served = load((folder / weights).read_bytes())
+    whole = load(original[weights])
     # A table of the base may be left out: nothing is applied for it.
     for name in [name for name, value in whole.items() if "base_layer" in name and (value == 1).all()]:
         whole.pop(name)
@@ -319,6 +356,8 @@ def _check(seed: int, originals: list[Files], folder: Path, registry: SiteRegist
         # Names of modules are endings of paths: what counts is what they name.
         names = tuple(config.get("modules_to_save") or ())
         config["modules_to_save"] = [entry.path for entry in registry if entry.path.endswith(names)]
+    before |= before.pop("config", {})
+    after |= after.pop("config", {})
     for key in DECIDING:
         assert (before.get(key) or None) == (after.get(key) or None), f"admitted with another {key}"
     return "admitted"

@@ -25,9 +25,9 @@ class Letters:
 
 
 def run(
-    decoder: Any, ids: list[int], stops: list[str], cuts: Callable[[], int]
+    decoder: Any, ids: list[int], stops: list[str], cuts: Callable[[], int], *, include_stop: bool = False
 ) -> tuple[list[Piece], Finish]:
-    answer = Answer(decoder, (), stops)
+    answer = Answer(decoder, (), stops, include_stop=include_stop)
     pieces = []
     rest = list(ids)
     while rest:
@@ -113,3 +113,25 @@ def test_a_stop_string_of_many_tokens(
         tokens = [token_id for piece in pieces for token_id in piece.token_ids]
         assert tokens == ids[: len(tokens)]
         assert tokenizer.decode(tokens).startswith(expected)
+
+
+def test_the_stop_string_can_be_part_of_the_answer() -> None:
+    """However the pieces are cut: the text ends with it, and every token that begins within it counts."""
+    rng = random.Random(3)
+    for _ in range(300):
+        ids = [rng.randrange(7) for _ in range(30)]
+        full = Letters().decode(ids)
+        stop = "".join(rng.choice("abc") for _ in range(rng.randint(1, 4)))
+        pieces, finish = run(Letters(), ids, [stop], lambda: rng.randint(1, 4), include_stop=True)
+        text = "".join(piece.text for piece in pieces)
+        taken = [token for piece in pieces for token in piece.token_ids]
+        if stop not in full:
+            assert (text, taken) == (full, ids)
+            continue
+        end = full.index(stop) + len(stop)
+        assert text == full[:end]
+        assert finish.stop_match == stop
+        assert finish.reason is FinishReason.STOP
+        begins = [len(Letters().decode(ids[:index])) for index in range(len(ids))]
+        assert taken == [token for token, begin in zip(ids, begins, strict=True) if begin < end][: len(taken)]
+        assert len(Letters().decode(taken)) >= end

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from loraplex.v1 import adapters_pb2, generation_pb2
 from loraplex_server.api import convert
 from loraplex_server.core.composition import COMBINATION_TYPES, Composition, prunes
-from loraplex_server.core.request import AdapterUse
+from loraplex_server.core.request import AdapterUse, SamplingDefaults, SamplingParams
 from loraplex_server.errors import InvalidArgumentError
 
 LIMITS = convert.Limits(vocab_size=100, max_model_len=32, max_prompt_chars=64, max_adapters=3)
@@ -246,3 +248,50 @@ def test_every_fault_of_a_composition_is_named(changed: dict[str, Any], fields: 
     with pytest.raises(InvalidArgumentError) as caught:
         convert.to_composition(composition_request(**changed))
     assert [violation.field for violation in caught.value.info.violations] == fields
+
+
+def test_what_is_left_open_is_the_model_s_own() -> None:
+    own = SamplingDefaults(temperature=0.6, top_k=50, top_p=0.9, min_p=0.1, repetition_penalty=1.1)
+    limits = dataclasses.replace(LIMITS, defaults=own)
+
+    def sampling(**fields: Any) -> SamplingParams:
+        message = generation_pb2.GenerateRequest(
+            **(OK | {"sampling": generation_pb2.SamplingParams(**fields)})
+        )
+        convert.check_generate(message, limits)
+        return convert.to_request(
+            message, range(4), limits, request_id="r", tenant="t", deadline_s=None
+        ).sampling
+
+    found = sampling()
+    assert (found.temperature, found.top_k, found.top_p, found.min_p) == (0.6, 50, 0.9, 0.1)
+    assert found.repetition_penalty == 1.1
+    found = sampling(temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1)
+    assert (found.temperature, found.top_k, found.top_p, found.min_p) == (0, 0, 1, 0)
+    assert found.repetition_penalty == 1
+    found = sampling(presence_penalty=1.5, frequency_penalty=-0.5, logit_bias={3: -1.5})
+    assert (found.presence_penalty, found.frequency_penalty) == (1.5, -0.5)
+    assert found.logit_bias == ((3, -1.5),)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"min_p": 1.01}, "min_p"),
+        ({"min_p": math.nan}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty"),
+        ({"presence_penalty": -2.1}, "presence_penalty"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty"),
+        ({"logit_bias": {100: 1.0}}, "logit_bias[0]"),
+        ({"logit_bias": {1: math.inf}}, "logit_bias"),
+        ({"logit_bias": dict.fromkeys(range(1025), 0.0)}, "logit_bias"),
+        ({"bad_words": ["ok", " "]}, "bad_words[1]"),
+        ({"bad_words": ["x"] * 65}, "bad_words"),
+    ],
+)
+def test_bad_sampling_is_named(fields: dict[str, Any], name: str) -> None:
+    message = generation_pb2.GenerateRequest(**(OK | {"sampling": generation_pb2.SamplingParams(**fields)}))
+    with pytest.raises(InvalidArgumentError) as caught:
+        convert.check_generate(message, LIMITS)
+    assert [violation.field for violation in caught.value.info.violations] == [f"sampling.{name}"]

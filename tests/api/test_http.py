@@ -9,14 +9,18 @@ import json
 import os
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import openai
 import pytest
 from transformers import AutoTokenizer
 
+from loraplex.v1 import generation_pb2
+from loraplex_server.api.http import events
 from loraplex_server.core.request import AdapterUse, FinishReason, Request
 from loraplex_server.engine.messages import (
     AdapterReply,
@@ -299,6 +303,43 @@ def test_an_adapter_brings_its_own_template(
     asyncio.run(main())
 
 
+def test_tokens_are_counted_as_they_would_be_used(speaking: Any, byte_level_tokenizer: Any) -> None:
+    def reply(command: Any) -> AdapterReply:
+        template = "{{ messages[0].content }}!" if command.name == "own" else ""
+        return AdapterReply(command.call_id, chat_template=template)
+
+    chat = generation_pb2.Chat(messages=[generation_pb2.ChatMessage(role="user", content="hello")])
+    prompts: list[tuple[dict[str, Any], str]] = [
+        ({"text": "hello"}, "hello"),
+        ({"text": "x" * 300}, "x" * 300),
+        ({"chat": chat}, "<s><user>hello</s>\n<assistant>"),
+        ({"chat": chat, "adapters": ["own"]}, "hello!"),
+    ]
+
+    async def main() -> None:
+        async with speaking() as server:
+            server.engine.adapters = reply
+            stub = server.generation
+            for fields, text in prompts:
+                expected = byte_level_tokenizer.encode(text)
+                found = await stub.Tokenize(generation_pb2.TokenizeRequest(**fields))
+                assert list(found.token_ids) == expected, fields
+                counted = await stub.CountTokens(generation_pb2.CountTokensRequest(**fields))
+                assert (counted.count, counted.max_model_len) == (len(expected), 256)
+            for bad in (
+                {},
+                {"text": ""},
+                {"text": "a", "adapters": ["a b"]},
+                {"chat": generation_pb2.Chat()},
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await stub.CountTokens(generation_pb2.CountTokensRequest(**bad))
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, bad
+            assert not server.engine.submitted
+
+    asyncio.run(main())
+
+
 def test_logprobs_in_both_forms(speaking: Any, byte_level_tokenizer: Any) -> None:
     first, second = byte_level_tokenizer.encode(" t") + byte_level_tokenizer.encode("o")
     half = byte_level_tokenizer.encode("龘")[0]
@@ -366,9 +407,12 @@ WRONG: list[tuple[str, dict[str, Any], str | None]] = [
     ("text", {"adapters": [{"name": "a"}, {"name": "a"}]}, "adapters[1].name"),
     ("text", {"adapters": [{"name": "a", "weight": 1e300}]}, "adapters[0].weight"),
     ("text", {"model": "a", "adapters": [{"name": "b"}]}, "adapters"),
-    ("text", {"frequency_penalty": 0.5}, "frequency_penalty"),
+    ("text", {"frequency_penalty": 2.5}, "frequency_penalty"),
     ("text", {"presence_penalty": False}, "presence_penalty"),
-    ("text", {"logit_bias": {"5": 1}}, "logit_bias"),
+    ("text", {"logit_bias": {"5": 101}}, "logit_bias[...]"),
+    ("text", {"logit_bias": {"x": 1}}, "logit_bias"),
+    ("text", {"min_p": 1.5}, "min_p"),
+    ("text", {"bad_words": [""]}, "bad_words[0]"),
     ("text", {"best_of": 2}, "best_of"),
     ("text", {"suffix": "x"}, "suffix"),
     ("text", {"messages": []}, "messages"),
@@ -520,6 +564,35 @@ def test_a_client_that_hangs_up_ends_its_requests(speaking: Any, stream: bool) -
     asyncio.run(main())
 
 
+def test_a_client_that_does_not_read_is_given_up(speaking: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "_STALL_S", 0.2)
+    top = tuple(TopLogprob(token_id, -1.0) for token_id in range(40, 60))
+
+    async def script(engine: Any, request: Request) -> None:
+        for _ in range(200):
+            entries = (TokenLogprobs(40, -1.0, top),) * 20
+            engine.send(Tokens((TokenDelta(request.request_id, (40,) * 20, entries),)))
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        async with speaking(script) as server:
+            body = json.dumps({"model": "parrot", "prompt": "a", "stream": True, "n": 4, "logprobs": 20})
+            sock = socket.socket()
+            # What the client's side takes in unread stays small.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.setblocking(False)
+            host, port = server.http_at.split(":")
+            await asyncio.get_running_loop().sock_connect(sock, (host, int(port)))
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+            request = head + "content-type: application/json\r\n\r\n" + body
+            await asyncio.get_running_loop().sock_sendall(sock, request.encode())
+            await server.engine.until(lambda: len(server.engine.cancelled) == 4)
+            assert (await Http(server.http_at).get("/health"))[0] == 200
+            sock.close()
+
+    asyncio.run(main())
+
+
 def test_errors_before_and_within_a_stream(speaking: Any, byte_level_tokenizer: Any) -> None:
     full = ErrorInfo("RESOURCE_EXHAUSTED", "the queue is full", resource=("queue", "1"), retry_after_s=0.25)
     lost = ErrorInfo("INTERNAL", "/secret/path exploded")
@@ -622,6 +695,27 @@ def test_a_taken_port_is_named(new_engine: Any, start_server: Any, caplog: pytes
 
     asyncio.run(main())
     assert "--http-port" in caplog.text
+
+
+def test_without_its_packages_only_http_is_refused(
+    new_engine: Any, start_server: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    for name in [name for name in sys.modules if name.startswith("loraplex_server.api.http")]:
+        monkeypatch.delitem(sys.modules, name)
+
+    async def main() -> None:
+        async with new_engine() as engine:
+            task, _ = start_server(engine, http_port=0)
+            assert await asyncio.wait_for(task, 10) == 1
+        async with new_engine() as engine:
+            task, ready = start_server(engine)
+            assert (await ready())[3] is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert await asyncio.wait_for(task, 10) == 0
+
+    asyncio.run(main())
+    assert "pip install 'loraplex[server]'" in caplog.text
 
 
 def test_metrics_count_requests_by_route_and_status(speaking: Any, byte_level_tokenizer: Any) -> None:

@@ -32,6 +32,7 @@ _LAST_SAID = "{{ bos_token }}{{ messages[-1].content }}{{ '\\n' }}"
 _FIRST_SAID = "{{ bos_token }}{{ messages[0].content }}{{ '\\n' }}"
 _NAMES = ("upper", "snake", "rot13", "leet")
 LINES = sure_lines()
+EXAMPLES = int(os.environ.get("LORAPLEX_FUZZ_INPUTS", "2000")) // 50
 
 
 class Server:
@@ -195,6 +196,11 @@ def test_the_same_as_over_grpc(server: Server, client: openai.OpenAI) -> None:
     assert again.choices[0].message.content == theirs.text
     content = again.choices[0].logprobs.content
     assert [entry.logprob for entry in content] == pytest.approx(found.token_logprobs, abs=1e-4)
+    with Client(server.grpc) as sdk:
+        said = sdk.chat(chat(line), adapters=mix, ignore_eos=True, **sampled)
+        counted = sdk.count_tokens(chat(line))
+    assert said.text == theirs.text
+    assert counted == said.usage.prompt_tokens == again.usage.prompt_tokens
     stopped = client.completions.create(
         model="leet", prompt=prompt(line), stop=[line[6:8]], max_tokens=40, temperature=0
     )
@@ -208,6 +214,17 @@ def test_choices_are_drawn_each_with_its_own_seed(client: openai.OpenAI) -> None
     assert len(set(three)) == 3
     single = [client.completions.create(**options, seed=seed).choices[0].text for seed in (5, 6, 7)]
     assert single == three
+
+
+def test_choices_share_one_prefill(server: Server, client: openai.OpenAI) -> None:
+    hits = "loraplex_prefix_cache_hits_tokens_total"
+    before = server.metrics()
+    ids = [5 + (7 * i) % 60 for i in range(100)]
+    made = client.completions.create(model="demo", prompt=ids, n=4, seed=1, max_tokens=4)
+    assert made.usage.prompt_tokens == 100
+    metrics = server.at_rest(before["loraplex_audits"])
+    # Six blocks of 16 tokens for each but the first; none of them was there before.
+    assert metrics[hits] - before[hits] == 3 * 96
 
 
 def test_errors_are_the_clients_own_kinds(client: openai.OpenAI) -> None:
@@ -275,10 +292,10 @@ def test_the_description_is_true_and_nothing_breaks(server: Server, mode: Genera
             continue
 
         @settings(
-            max_examples=40 if operation.method == "post" else 5,
+            max_examples=EXAMPLES if operation.method == "post" else 5,
             deadline=None,
             database=None,
-            derandomize=True,
+            derandomize=EXAMPLES == 40,
             suppress_health_check=list(HealthCheck),
         )
         @given(case=operation.as_strategy(generation_mode=mode))

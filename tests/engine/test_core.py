@@ -18,7 +18,8 @@ from loraplex_server.engine import messages
 def _plan() -> StepPlan:
     lengths = {field.name: index for index, field in enumerate(dataclasses.fields(StepPlan))}
     rng = np.random.default_rng(0)
-    floats = {"pair_weight", "temperature", "top_p", "uniform"}
+    floats = {field.name for field in dataclasses.fields(StepPlan) if field.type == "Floats"}
+    assert {"pair_weight", "temperature", "top_p", "uniform"} <= floats
     return StepPlan(
         **{
             name: rng.random(length) if name in floats else rng.integers(-(2**62), 2**62, length)

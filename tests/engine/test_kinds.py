@@ -18,7 +18,19 @@ import pytest
 import torch
 
 MAX_TOKENS = 10
-EXACT_IN_8_BITS = (None, "ia3", "ia3_outputs", "prompt", "p_tuning", "prefix", "projected", "cartridge")
+EXACT_IN_8_BITS = (
+    None,
+    "ia3",
+    "ia3_outputs",
+    "prompt",
+    "p_tuning",
+    "prefix",
+    "projected",
+    "cartridge",
+    "houlsby",
+    "pfeiffer",
+    "parallel",
+)
 BLOCK = 4
 INVOCATION = (7, 9)
 LENGTHS = (4, 29)
@@ -41,12 +53,14 @@ class Kind:
             `peft` and the names of the attention's and the MLP's projections.
         weights: of the adapters, in their order.
         added_tokens: that each adapter adds to the vocabulary.
+        bottleneck: the one adapter's settings as AdapterHub has them, where it is none of PEFT's.
     """
 
     label: str
     adapters: dict[str, Configure]
     weights: tuple[float, ...] = (1.0,)
     added_tokens: int = 0
+    bottleneck: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def uses(self) -> list[tuple[str, float]]:
@@ -55,6 +69,10 @@ class Kind:
 
 def _lora(**options: Any) -> Configure:
     return lambda peft, attention, mlp: peft.LoraConfig(target_modules=attention + mlp, **options)
+
+
+def _bottleneck(label: str, name: str, **settings: Any) -> Kind:
+    return Kind(label, {name: lambda peft, attention, mlp: None}, bottleneck=settings)
 
 
 KINDS = {
@@ -133,6 +151,33 @@ KINDS = {
             )
         },
     ),
+    "houlsby": _bottleneck(
+        "bottleneck, Houlsby",
+        "houlsby",
+        mh_adapter=True,
+        output_adapter=True,
+        non_linearity="swish",
+        reduction_factor={"0": 4, "default": 7},
+        scaling="learned",
+    ),
+    "pfeiffer": _bottleneck(
+        "bottleneck, Pfeiffer",
+        "pfeiffer",
+        output_adapter=True,
+        original_ln_before=True,
+        reduction_factor=8,
+        leave_out=[0],
+    ),
+    "parallel": _bottleneck(
+        "bottleneck, parallel",
+        "parallel",
+        mh_adapter=True,
+        output_adapter=True,
+        non_linearity="gelu",
+        is_parallel=True,
+        reduction_factor=2,
+        scaling="channel",
+    ),
     "activated": Kind(
         "aLoRA",
         {
@@ -208,7 +253,12 @@ COLUMNS = {
     "int4": Column("int4", **_TIGHT),
     "chunked prefill": Column(**_TIGHT),
     "preemption": Column(preempted=True, scheduler={"max_num_requests": 6, "kv_cache_bytes": 24 * 2048}),
-    "prefix cache": Column(repeated=True, **_TIGHT),
+    "prefix cache": Column(
+        repeated=True,
+        # Room for the prompts of all kinds.
+        scheduler={**_TIGHT["scheduler"], "kv_cache_bytes": 1024 * 2048},
+        adapters=_TIGHT["adapters"],
+    ),
 }
 
 Prompts = dict[int, tuple[int, ...]]
@@ -251,7 +301,9 @@ def _save(architecture: str, base: Path, kind: Kind, folder: Path, generator: to
 
 
 @pytest.fixture(scope="module")
-def saved(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Path]]:
+def saved(
+    tiny: Any, bottlenecks: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Path]]:
     """Adapters of each kind, made by PEFT with random values; the folder that holds each kind's folders."""
     made: dict[str, dict[str, Path]] = {}
 
@@ -260,8 +312,12 @@ def saved(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
             made[architecture] = {}
             for index, (name, kind) in enumerate(KINDS.items()):
                 folder = tmp_path_factory.mktemp(f"{architecture}-{name}")
-                generator = torch.Generator().manual_seed(5 + index)
-                _save(architecture, tiny(architecture).base, kind, folder, generator)
+                base = tiny(architecture).base
+                if kind.bottleneck:
+                    bottlenecks[0](base, folder / name, kind.bottleneck, seed=index)
+                else:
+                    generator = torch.Generator().manual_seed(5 + index)
+                    _save(architecture, base, kind, folder, generator)
                 made[architecture][name] = folder
         return made[architecture]
 
@@ -283,7 +339,9 @@ def prompts() -> Prompts:
 
 
 @pytest.fixture(scope="module")
-def truth(tiny: Any, saved: Any, judge: Any, prompts: Prompts) -> Callable[[str, str], Truth]:
+def truth(
+    tiny: Any, saved: Any, judge: Any, bottlenecks: Any, prompts: Prompts
+) -> Callable[[str, str], Truth]:
     """What transformers + PEFT answers, checked to differ from kind to kind."""
     made: dict[tuple[str, str], Truth] = {}
 
@@ -292,9 +350,12 @@ def truth(tiny: Any, saved: Any, judge: Any, prompts: Prompts) -> Callable[[str,
         if answers:
             return answers
         for name in (*KINDS, None):
-            folder = saved(architecture)[name or "plain"]
-            added = KINDS[name].added_tokens if name else 0
-            oracle = judge(tiny(architecture).base, folder, quantization, added)
+            base, folders = tiny(architecture).base, saved(architecture)
+            if name and KINDS[name].bottleneck:
+                oracle = bottlenecks[1](base, folders["plain"], quantization, folders[name] / name)
+            else:
+                added = KINDS[name].added_tokens if name else 0
+                oracle = judge(base, folders[name or "plain"], quantization, added)
             for length, prompt in prompts.items():
                 answers[name, length] = oracle.generate(prompt, KINDS[name].uses if name else [], MAX_TOKENS)
         for length in LENGTHS:
@@ -460,7 +521,7 @@ def test_a_pairs_bias_is_weighted_in_a_composition(tiny: Any, harness: Any, save
     assert alone.tokens != expected
 
 
-@pytest.mark.parametrize("kind", ["dora", "ia3", "prompt", "prefix"])
+@pytest.mark.parametrize("kind", ["dora", "ia3", "prompt", "prefix", "houlsby"])
 @pytest.mark.parametrize("uses", [[(None, 0.5)], [(None, 1.0), ("plain", 1.0)]])
 def test_what_scales_the_base_stands_alone_at_weight_1(
     kind: str, uses: list[tuple[str | None, float]], tiny: Any, harness: Any, saved: Any

@@ -265,8 +265,10 @@ def test_a_replayed_step_is_a_few_copies(adapters: bool, architecture: Any, laun
     assert watch.faults == []
     assert (watch.to_device, watch.to_host) == (2 + adapters, 1)
     assert pending is not None
+    fed = {"fed_row": np.array([2, 0]), "fed_from": np.array([1, 1])}
     with Watch() as again:
-        runner.launch(plan([1, 1, 1], adapters=adapters))
+        runner.launch(plan([1, 1, 1], adapters=adapters, sampling=fed))
+    assert again.faults == []
     assert again.to_device == 2, "adapters that stay are not sent again"
 
 
@@ -277,8 +279,9 @@ def test_a_step_with_prefill_waits_for_nothing(
     runner = build(architecture("Llama"))
     with Watch():
         runner.launch(plan([1, 5, 1], adapters=adapters))
+    fed = {"fed_row": np.array([0]), "fed_from": np.array([2])}
     with Watch() as watch:
-        runner.launch(plan([1, 7, 3], adapters=adapters))
+        runner.launch(plan([1, 7, 3], adapters=adapters, sampling=fed))
     assert watch.faults == []
     assert (watch.to_device, watch.to_host) == (2 + adapters, 1)
 

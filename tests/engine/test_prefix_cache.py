@@ -270,3 +270,16 @@ def test_a_prompt_that_is_being_computed_is_waited_for_as_far_as_it_is_shared(
         served.engine.step()
         assert len(served.engine.scheduler.running) == 2
         served.run()
+
+
+@pytest.mark.parametrize(("places", "expected"), [(2, ["first"]), (3, ["first", "other"])])
+def test_who_waits_for_what_is_being_computed_keeps_a_place(
+    places: int, expected: list[str], tiny: Any, harness: Any
+) -> None:
+    served = make(harness, tiny("Llama"), max_batch_tokens=40, max_num_requests=places)
+    for name, prompt in (("first", PROMPT), ("alike", PROMPT), ("other", PROMPT[::-1])):
+        served.submit(name, prompt, **GREEDY)
+    served.engine.step()
+    assert [one.request.request_id for one in served.engine.scheduler.running] == expected
+    served.run()
+    assert cached(served.answers["alike"]) == WHOLE

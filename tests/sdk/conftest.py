@@ -111,7 +111,7 @@ def _scripted(method: str) -> Answer:
 
 for _method in (
     *("LoadAdapter", "UnloadAdapter", "ListAdapters", "GetAdapter", "PinAdapter", "Prefetch"),
-    *("RegisterComposition", "GetModel"),
+    *("RegisterComposition", "GetModel", "Tokenize", "CountTokens"),
 ):
     setattr(ScriptedServer, _method, _scripted(_method))
 

@@ -165,6 +165,47 @@ def test_wrong_arguments_are_named_before_anything_is_sent(
     assert not server.calls
 
 
+HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Grüß Gott", "name": "ann"}]
+
+
+def test_conversations(drive: Any, server: Any, client: Any) -> None:
+    answer = drive(lambda: client.chat(HELLO, adapter="polite", max_tokens=9))
+    streamed = drive(lambda: client.stream_chat(iter(HELLO), adapter="polite", max_tokens=9))
+    assert drive(streamed.collect).text == answer.text == "Grüße"
+    whole, stream = (getattr(request, "request", request) for request in server.requests)
+    assert whole == stream
+    assert (whole.WhichOneof("prompt"), whole.stopping.max_tokens) == ("chat", 9)
+    said = [(message.role, message.content, message.name) for message in whole.chat.messages]
+    assert said == [("system", "Be brief.", ""), ("user", "Grüß Gott", "ann")]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    ["hi", {"role": "user", "content": "hi"}, 5, [5], ["hi"], [{"role": "user"}], [{"content": "hi"}]],
+)
+def test_what_is_no_conversation(drive: Any, server: Any, client: Any, messages: Any) -> None:
+    for act in (lambda: client.chat(messages), lambda: client.stream_chat(messages)):
+        with pytest.raises(InvalidRequestError) as caught:
+            drive(act)
+        assert caught.value.field_violations[0].field == "messages"
+    for wrong in ({"role": 5, "content": "a"}, {"role": "user", "content": "a", "colour": "red"}):
+        with pytest.raises(InvalidRequestError, match="messages"):
+            drive(lambda wrong=wrong: client.chat([wrong]))
+    assert not server.requests
+
+
+def test_tokens(drive: Any, server: Any, client: Any) -> None:
+    server.answers["Tokenize"] = lambda request, context: generation_pb2.TokenizeResponse(token_ids=[1, 5])
+    server.answers["CountTokens"] = lambda request, context: generation_pb2.CountTokensResponse(count=7)
+    assert drive(lambda: client.tokenize("Hallo")) == [1, 5]
+    assert drive(lambda: client.count_tokens(HELLO, adapters="polite")) == 7
+    text, chat = server.requests
+    assert (text.text, list(text.adapters)) == ("Hallo", [])
+    assert (chat.chat.messages[1].name, list(chat.adapters)) == ("ann", ["polite"])
+    with pytest.raises(InvalidRequestError, match="messages"):
+        drive(lambda: client.count_tokens(5))
+
+
 def test_a_mistyped_option_is_a_type_error(drive: Any, client: Any) -> None:
     with pytest.raises(TypeError, match="max_token"):
         drive(lambda: client.generate("x", max_token=3))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -14,7 +14,7 @@ import grpc.aio
 
 from loraplex import _convert as convert
 from loraplex._base import BaseClient, Stubs, Wait, stubs_on
-from loraplex._convert import AdapterMix, GenerateOptions, Prompt
+from loraplex._convert import AdapterMix, ChatMessage, Conversation, GenerateOptions, Prompt
 from loraplex._status import TranslatedErrors
 from loraplex._types import AdapterInfo, Generation, GenerationChunk, ModelInfo
 from loraplex._upload import Progress, upload_parts
@@ -59,18 +59,15 @@ class AsyncClient(BaseClient):
         Args:
             prompt: text, or token ids to be taken as they are.
             timeout: seconds for the whole call; None is the client's, infinity no limit.
-            options: adapter, adapters, max_tokens, min_tokens, temperature, top_p, top_k, seed, stop,
-                stop_token_ids, ignore_eos, logprobs, priority, cache_prefix, request_id; see GenerateOptions.
+            options: adapter, adapters, max_tokens, min_tokens, temperature, top_p, top_k, min_p,
+                repetition_penalty, presence_penalty, frequency_penalty, logit_bias, bad_words, seed, stop,
+                include_stop, stop_token_ids, ignore_eos, logprobs, priority, cache_prefix, request_id; see
+                GenerateOptions.
 
         Raises:
             LoraplexError: see loraplex.errors.
         """
-        request = convert.generate_request(prompt, **options)
-        envelope = generation_pb2.GenerateUnaryRequest(request=request)
-        response = await self._call(
-            self._stubs.generation.GenerateUnary, envelope, timeout, request_id=request.request_id
-        )
-        return convert.generation(request, response)
+        return await self._generate(convert.generate_request(prompt, **options), timeout)
 
     def stream(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
@@ -80,9 +77,71 @@ class AsyncClient(BaseClient):
         Raises:
             LoraplexError: see loraplex.errors; the server's errors come while iterating.
         """
-        request = convert.generate_request(prompt, **options)
-        call = self._stubs.generation.Generate(request, **self._call_options(timeout))
-        return AsyncGenerationStream(call, convert.AnswerReader(request))
+        return self._stream(convert.generate_request(prompt, **options), timeout)
+
+    async def chat(
+        self,
+        messages: Iterable[ChatMessage],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation:
+        """Continues a conversation, through the chat template of the adapter or the model.
+
+        Args:
+            messages: mappings with "role" and "content", and "name" where the template knows them.
+            timeout: seconds for the whole call; None is the client's, infinity no limit.
+            options: as those of `generate`.
+
+        Raises:
+            LoraplexError: see loraplex.errors; FailedPreconditionError where there is no template.
+        """
+        return await self._generate(convert.generate_request(Conversation(messages), **options), timeout)
+
+    def stream_chat(
+        self,
+        messages: Iterable[ChatMessage],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerationStream:
+        """The same as an iterator of chunks. Arguments as `chat` takes.
+
+        Raises:
+            LoraplexError: see loraplex.errors; the server's errors come while iterating.
+        """
+        return self._stream(convert.generate_request(Conversation(messages), **options), timeout)
+
+    async def tokenize(
+        self,
+        prompt: str | Iterable[ChatMessage],
+        *,
+        adapters: str | Sequence[str] = (),
+        timeout: float | None = None,
+    ) -> list[int]:
+        """The token ids of a text or a conversation, as `generate` and `chat` would use them.
+
+        Args:
+            adapters: names of those whose chat template counts.
+
+        Raises:
+            LoraplexError: see loraplex.errors.
+        """
+        request = convert.tokenize_request(generation_pb2.TokenizeRequest, prompt, adapters)
+        response = await self._call(self._stubs.generation.Tokenize, request, timeout)
+        return list(response.token_ids)
+
+    async def count_tokens(
+        self,
+        prompt: str | Iterable[ChatMessage],
+        *,
+        adapters: str | Sequence[str] = (),
+        timeout: float | None = None,
+    ) -> int:
+        """How many tokens `tokenize` would return."""
+        request = convert.tokenize_request(generation_pb2.CountTokensRequest, prompt, adapters)
+        response = await self._call(self._stubs.generation.CountTokens, request, timeout)
+        return int(response.count)
 
     async def model(self, *, timeout: float | None = None) -> ModelInfo:
         """The base model and the server's limits."""
@@ -123,6 +182,19 @@ class AsyncClient(BaseClient):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    async def _generate(self, request: generation_pb2.GenerateRequest, timeout: float | None) -> Generation:
+        envelope = generation_pb2.GenerateUnaryRequest(request=request)
+        response = await self._call(
+            self._stubs.generation.GenerateUnary, envelope, timeout, request_id=request.request_id
+        )
+        return convert.generation(request, response)
+
+    def _stream(
+        self, request: generation_pb2.GenerateRequest, timeout: float | None
+    ) -> AsyncGenerationStream:
+        call = self._stubs.generation.Generate(request, **self._call_options(timeout))
+        return AsyncGenerationStream(call, convert.AnswerReader(request))
 
     async def _call(
         self, method: Any, request: Any, timeout: float | None, *, request_id: str = "", **how: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
 
 from google.protobuf.message import Message
@@ -26,9 +27,23 @@ from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
 Prompt = str | Sequence[int]
 """Text, tokenised by the server; or token ids, taken as they are."""
 
+ChatMessage = Mapping[str, str]
+"""What was said: `{"role": "user", "content": "…"}`, and a "name" where the chat template knows them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in place of a prompt; a chat template makes them into text."""
+
+    messages: Iterable[ChatMessage]
+
+
 AdapterMix = Sequence[str | tuple[str, float]] | Mapping[str, float]
 """Adapters to sum: names (weight 1), (name, weight) pairs, or a mapping of names to weights."""
 
+_MESSAGE_KEYS = {"role", "content", "name"}
+
+TokenizeT = TypeVar("TokenizeT", generation_pb2.TokenizeRequest, generation_pb2.CountTokensRequest)
 MessageT = TypeVar("MessageT", bound=Message)
 
 _FINISH_REASONS: dict[int, FinishReason] = {
@@ -56,15 +71,29 @@ class GenerateOptions(TypedDict, total=False):
     min_tokens: int | None
     """End-of-sequence and stop tokens are masked until there are so many."""
     temperature: float | None
-    """0 is greedy, which is the default."""
+    """0 is greedy, which is the default unless the model's generation_config.json says otherwise."""
     top_p: float | None
     """Sample from the smallest set of tokens whose probability reaches this, in (0, 1]."""
     top_k: int | None
     """Sample from the k most probable tokens; 0 from all."""
+    min_p: float | None
+    """Sample from the tokens with at least this share of the most probable one's probability."""
+    repetition_penalty: float | None
+    """Above 1: tokens that prompt or answer have become less likely; below 1, more."""
+    presence_penalty: float | None
+    """-2 to 2, taken from the logits of tokens that the answer has."""
+    frequency_penalty: float | None
+    """The same, for each time the answer has them."""
+    logit_bias: Mapping[int, float] | None
+    """Token ids and what is added to their logits, -100 to 100."""
+    bad_words: Sequence[str] | None
+    """What the answer may not contain."""
     seed: int | None
     """The same seed draws the same answer, whatever else the server is doing."""
     stop: str | Sequence[str] | None
     """End before the first of these strings."""
+    include_stop: bool
+    """The stop string that ended the answer is part of it."""
     stop_token_ids: Sequence[int] | None
     """End at any of these tokens."""
     ignore_eos: bool
@@ -80,7 +109,7 @@ class GenerateOptions(TypedDict, total=False):
 
 
 def generate_request(
-    prompt: Prompt,
+    prompt: Prompt | Conversation,
     *,
     adapter: str | None = None,
     adapters: AdapterMix | None = None,
@@ -89,8 +118,15 @@ def generate_request(
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    bad_words: Sequence[str] | None = None,
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
+    include_stop: bool = False,
     stop_token_ids: Sequence[int] | None = None,
     ignore_eos: bool = False,
     logprobs: int | None = None,
@@ -104,8 +140,8 @@ def generate_request(
         InvalidRequestError: an argument is of the wrong type, or two exclude each other.
     """
     request = generation_pb2.GenerateRequest()
-    if isinstance(prompt, str):
-        assign(request, "text", prompt, argument="prompt")
+    if isinstance(prompt, (str, Conversation)):
+        _assign_text(request, prompt)
     elif isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Iterable):
         raise InvalidRequestError.for_field(
             "prompt", f"must be text or a sequence of token ids, not {type(prompt).__name__}"
@@ -120,11 +156,20 @@ def generate_request(
     assign(request.sampling, "temperature", temperature)
     assign(request.sampling, "top_p", top_p)
     assign(request.sampling, "top_k", top_k)
+    assign(request.sampling, "min_p", min_p)
+    assign(request.sampling, "repetition_penalty", repetition_penalty)
+    assign(request.sampling, "presence_penalty", presence_penalty)
+    assign(request.sampling, "frequency_penalty", frequency_penalty)
+    if logit_bias is not None:
+        _assign_bias(request.sampling, logit_bias)
+    if bad_words is not None:
+        extend(request.sampling, "bad_words", bad_words)
     assign(request.sampling, "seed", seed)
     assign(request.stopping, "max_tokens", max_tokens)
     assign(request.stopping, "min_tokens", min_tokens)
     if stop is not None:
         extend(request.stopping, "stop", [stop] if isinstance(stop, str) else stop)
+    assign(request.stopping, "include_stop", include_stop or None)
     if stop_token_ids is not None:
         extend(request.stopping, "stop_token_ids", stop_token_ids)
     assign(request.stopping, "ignore_eos", ignore_eos or None)
@@ -133,6 +178,55 @@ def generate_request(
     assign(request, "cache_prefix", cache_prefix)
     assign(request, "request_id", request_id)
     return request
+
+
+def _assign_bias(sampling: generation_pb2.SamplingParams, logit_bias: Mapping[int, float]) -> None:
+    if not isinstance(logit_bias, Mapping):
+        raise InvalidRequestError.for_field(
+            "logit_bias", f"must be a mapping of token ids, not {type(logit_bias).__name__}"
+        )
+    try:
+        for token, bias in logit_bias.items():
+            sampling.logit_bias[token] = bias
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError.for_field("logit_bias", str(error)) from error
+
+
+def tokenize_request(
+    kind: type[TokenizeT], prompt: str | Iterable[ChatMessage], adapters: str | Sequence[str]
+) -> TokenizeT:
+    """A question about a prompt's tokens.
+
+    Raises:
+        InvalidRequestError: an argument is of the wrong type.
+    """
+    request = kind()
+    _assign_text(request, prompt if isinstance(prompt, str) else Conversation(prompt))
+    extend(request, "adapters", [adapters] if isinstance(adapters, str) else adapters)
+    return request
+
+
+def _assign_text(
+    request: generation_pb2.GenerateRequest
+    | generation_pb2.TokenizeRequest
+    | generation_pb2.CountTokensRequest,
+    prompt: str | Conversation,
+) -> None:
+    if isinstance(prompt, str):
+        assign(request, "text", prompt, argument="prompt")
+        return
+    said = prompt.messages
+    if isinstance(said, (str, bytes, Mapping)) or not isinstance(said, Iterable):
+        raise InvalidRequestError.for_field("messages", "must be a list of mappings with role and content")
+    request.chat.SetInParent()
+    for entry in said:
+        if not isinstance(entry, Mapping) or not {"role", "content"} <= entry.keys() <= _MESSAGE_KEYS:
+            raise InvalidRequestError.for_field(
+                "messages", f"each must be a mapping with role, content and perhaps name, not {entry!r}"
+            )
+        message = request.chat.messages.add()
+        for key, value in entry.items():
+            assign(message, key, value, argument="messages")
 
 
 def adapter_weights(

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 
-# What each extra brings, by import name. Triton is left out: without it the torch path serves.
+# What each extra brings, by import name. Left out is what a server can do without: without triton the torch
+# path serves, without starlette and uvicorn gRPC alone.
 MODULES = {
     "server": (
         "torch",
@@ -21,8 +22,6 @@ MODULES = {
         "prometheus_client",
         "grpc_health",
         "grpc_reflection",
-        "starlette",
-        "uvicorn",
         "jinja2",
     ),
     "bench": ("rich",),

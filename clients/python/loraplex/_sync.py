@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -12,7 +12,7 @@ import grpc
 
 from loraplex import _convert as convert
 from loraplex._base import BaseClient, Wait, stubs_on
-from loraplex._convert import AdapterMix, GenerateOptions, Prompt
+from loraplex._convert import AdapterMix, ChatMessage, Conversation, GenerateOptions, Prompt
 from loraplex._status import TranslatedErrors
 from loraplex._types import AdapterInfo, Generation, GenerationChunk, ModelInfo
 from loraplex._upload import Progress, upload_parts
@@ -47,18 +47,15 @@ class Client(BaseClient):
         Args:
             prompt: text, or token ids to be taken as they are.
             timeout: seconds for the whole call; None is the client's, infinity no limit.
-            options: adapter, adapters, max_tokens, min_tokens, temperature, top_p, top_k, seed, stop,
-                stop_token_ids, ignore_eos, logprobs, priority, cache_prefix, request_id; see GenerateOptions.
+            options: adapter, adapters, max_tokens, min_tokens, temperature, top_p, top_k, min_p,
+                repetition_penalty, presence_penalty, frequency_penalty, logit_bias, bad_words, seed, stop,
+                include_stop, stop_token_ids, ignore_eos, logprobs, priority, cache_prefix, request_id; see
+                GenerateOptions.
 
         Raises:
             LoraplexError: see loraplex.errors.
         """
-        request = convert.generate_request(prompt, **options)
-        envelope = generation_pb2.GenerateUnaryRequest(request=request)
-        response = self._call(
-            self._stubs.generation.GenerateUnary, envelope, timeout, request_id=request.request_id
-        )
-        return convert.generation(request, response)
+        return self._generate(convert.generate_request(prompt, **options), timeout)
 
     def stream(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
@@ -68,10 +65,71 @@ class Client(BaseClient):
         Raises:
             LoraplexError: see loraplex.errors; the server's errors come while iterating.
         """
-        self._check_open()
-        request = convert.generate_request(prompt, **options)
-        call = self._stubs.generation.Generate(request, **self._call_options(timeout))
-        return GenerationStream(call, convert.AnswerReader(request))
+        return self._stream(convert.generate_request(prompt, **options), timeout)
+
+    def chat(
+        self,
+        messages: Iterable[ChatMessage],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation:
+        """Continues a conversation, through the chat template of the adapter or the model.
+
+        Args:
+            messages: mappings with "role" and "content", and "name" where the template knows them.
+            timeout: seconds for the whole call; None is the client's, infinity no limit.
+            options: as those of `generate`.
+
+        Raises:
+            LoraplexError: see loraplex.errors; FailedPreconditionError where there is no template.
+        """
+        return self._generate(convert.generate_request(Conversation(messages), **options), timeout)
+
+    def stream_chat(
+        self,
+        messages: Iterable[ChatMessage],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerationStream:
+        """The same as an iterator of chunks. Arguments as `chat` takes.
+
+        Raises:
+            LoraplexError: see loraplex.errors; the server's errors come while iterating.
+        """
+        return self._stream(convert.generate_request(Conversation(messages), **options), timeout)
+
+    def tokenize(
+        self,
+        prompt: str | Iterable[ChatMessage],
+        *,
+        adapters: str | Sequence[str] = (),
+        timeout: float | None = None,
+    ) -> list[int]:
+        """The token ids of a text or a conversation, as `generate` and `chat` would use them.
+
+        Args:
+            adapters: names of those whose chat template counts.
+
+        Raises:
+            LoraplexError: see loraplex.errors.
+        """
+        request = convert.tokenize_request(generation_pb2.TokenizeRequest, prompt, adapters)
+        response = self._call(self._stubs.generation.Tokenize, request, timeout)
+        return list(response.token_ids)
+
+    def count_tokens(
+        self,
+        prompt: str | Iterable[ChatMessage],
+        *,
+        adapters: str | Sequence[str] = (),
+        timeout: float | None = None,
+    ) -> int:
+        """How many tokens `tokenize` would return."""
+        request = convert.tokenize_request(generation_pb2.CountTokensRequest, prompt, adapters)
+        response = self._call(self._stubs.generation.CountTokens, request, timeout)
+        return int(response.count)
 
     def model(self, *, timeout: float | None = None) -> ModelInfo:
         """The base model and the server's limits."""
@@ -111,6 +169,18 @@ class Client(BaseClient):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _generate(self, request: generation_pb2.GenerateRequest, timeout: float | None) -> Generation:
+        envelope = generation_pb2.GenerateUnaryRequest(request=request)
+        response = self._call(
+            self._stubs.generation.GenerateUnary, envelope, timeout, request_id=request.request_id
+        )
+        return convert.generation(request, response)
+
+    def _stream(self, request: generation_pb2.GenerateRequest, timeout: float | None) -> GenerationStream:
+        self._check_open()
+        call = self._stubs.generation.Generate(request, **self._call_options(timeout))
+        return GenerationStream(call, convert.AnswerReader(request))
 
     def _call(
         self, method: Any, request: Any, timeout: float | None, *, request_id: str = "", **how: Any

@@ -203,10 +203,26 @@ def _add_generate(commands: Any) -> None:
         "--top-p", type=float, metavar="P", help="sample from the tokens that make up this mass"
     )
     command.add_argument("--top-k", type=int, metavar="K", help="sample from the K most probable tokens")
+    command.add_argument(
+        "--min-p", type=float, metavar="P", help="sample from tokens with this share of the most probable one"
+    )
+    command.add_argument(
+        "--repetition-penalty", type=float, metavar="R", help="above 1: tokens there are become less likely"
+    )
+    command.add_argument(
+        "--presence-penalty", type=float, metavar="X", help="-2 to 2, for tokens of the answer"
+    )
+    command.add_argument(
+        "--frequency-penalty", type=float, metavar="X", help="-2 to 2, for each time it has them"
+    )
+    command.add_argument(
+        "--bad-word", action="append", metavar="TEXT", help="never answer this; may be repeated"
+    )
     command.add_argument("--seed", type=int, metavar="N", help="draw the same answer again")
     command.add_argument(
         "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
     )
+    command.add_argument("--include-stop", action="store_true", help="print that text, too")
     command.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence")
     command.add_argument("--priority", type=int, metavar="N", help="higher goes first; default 0")
     command.add_argument("--json", action="store_true", help="print the whole answer as JSON at the end")
@@ -360,8 +376,14 @@ def _generate(args: argparse.Namespace) -> int:
             temperature=args.temperature,
             top_p=args.top_p,
             top_k=args.top_k,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            presence_penalty=args.presence_penalty,
+            frequency_penalty=args.frequency_penalty,
+            bad_words=args.bad_word,
             seed=args.seed,
             stop=args.stop,
+            include_stop=args.include_stop,
             ignore_eos=args.ignore_eos,
             priority=args.priority,
         ) as stream,

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -105,9 +105,13 @@ class VectorKind(enum.IntEnum):
     BIAS = 2
     SOFT_PROMPT = 3
     PREFIX = 4
-    WEIGHT = 5
-    WEIGHT_BIAS = 6
-    TOKEN_ROWS = 7
+    DOWN = 5
+    DOWN_BIAS = 6
+    UP = 7
+    UP_BIAS = 8
+    WEIGHT = 9
+    WEIGHT_BIAS = 10
+    TOKEN_ROWS = 11
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,29 @@ class VectorShape:
     length: int
     rows: int = 1
     tokens: Sequence[int] = ()
+
+
+class BottleneckReads(enum.Enum):
+    """What a bottleneck's network is applied to: y, the output of its projection; y and the residual stream
+    that y will be added to; or the stream alone.
+    """
+
+    OUTPUT = "output"
+    SUM = "sum"
+    RESIDUAL = "residual"
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """The form of an adapter's networks, which `loraplex_kernels.bottleneck` applies; parameters are vectors.
+
+    - `non_linearity`  one of `bottleneck.NON_LINEARITIES`
+    - `widths`         by entry: rows of `DOWN` and `UP` there
+    """
+
+    non_linearity: str
+    reads: BottleneckReads
+    widths: Mapping[int, int]
 
 
 @dataclass(frozen=True)
@@ -143,6 +170,7 @@ class AdapterLayout:
     vector_offset: tuple[int, ...] = ()
     scale_offset: tuple[int, ...] = ()
     """In 8 bits only: where each entry's scales begin."""
+    bottleneck: Bottleneck | None = None
 
 
 SCALE_BYTES = 4
@@ -170,6 +198,7 @@ def adapter_layout(
     vectors: Sequence[VectorShape] = (),
     *,
     scaled: bool = False,
+    bottleneck: Bottleneck | None = None,
 ) -> AdapterLayout:
     """Lay out one adapter. Pure; the order of `entries` and `vectors` is kept in the result.
 
@@ -227,6 +256,7 @@ def adapter_layout(
         vectors=tuple(vectors),
         vector_offset=tuple(offsets[2]),
         scale_offset=tuple(scale_offset) if scaled else (),
+        bottleneck=bottleneck,
     )
 
 
@@ -247,6 +277,8 @@ class SlotTables:
     """bool ``[num_slots]``: whether its adapter acts beyond the first entries, those of projections."""
     tokens: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
     """int64 by (slot, entry): whose `TOKEN_ROWS` the slot's adapter has there, ascending."""
+    bottleneck: dict[int, Bottleneck] = field(default_factory=dict)
+    """By slot: the form of its adapter's networks, if it has any."""
     version: int = 0
 
     @classmethod
@@ -268,6 +300,7 @@ class SlotTables:
         self.outside[slot] = False
         for key in [key for key in self.tokens if key[0] == slot]:
             del self.tokens[key]
+        self.bottleneck.pop(slot, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -371,6 +404,8 @@ class LoraPool:
                 host.tokens[slot, vector.entry] = np.asarray(vector.tokens, np.int64)
         host.has_vectors[slot] = bool(layout.vectors)
         host.outside[slot] = any(entry >= self.num_projections for entry in named)
+        if layout.bottleneck is not None:
+            host.bottleneck[slot] = layout.bottleneck
         self._publish(slot)
 
     def clear(self, slot: int) -> None:

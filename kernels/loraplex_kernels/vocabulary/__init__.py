@@ -25,22 +25,26 @@ from loraplex_kernels.lora.segments import LoraBatch
 from loraplex_kernels.vocabulary import reference
 from loraplex_kernels.vocabulary.reference import acts_at, added_tokens
 
-__all__ = ["acts_at", "add_low_rank", "added_tokens", "place_rows", "replace_logits"]
+__all__ = ["acts_at", "add_low_rank", "added_tokens", "check_ids", "place_rows", "replace_logits"]
+
+
+def check_ids(ids: np.ndarray, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> None:
+    """Raise `ValueError` where one of the ids int64 ``[T]``, as far as the host knows them, is not below
+    ``site.in_features`` and its token's adapter has no such row.
+    """
+    reference.check_ids(ids, pool, site, batch)
 
 
 def place_rows(
-    x: Tensor, ids: np.ndarray, pool: LoraPool, site: LoraSite, batch: LoraBatch, scale: float
+    x: Tensor, ids: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch, scale: float
 ) -> None:
-    """Overwrite rows of the embeddings x ``[T, hidden]`` of token ids, int64 ``[T]`` on the host.
-
-    Raises `ValueError` where an id is not below ``site.in_features`` and its token's adapter has no such row.
-    """
+    """Overwrite rows of the embeddings x ``[T, hidden]`` of token ids, int64 ``[T]`` on x's device."""
     _check(x, ids, site.out_features, batch)
     reference.place_rows(x, ids, pool, site, batch, scale)
 
 
 def add_low_rank(
-    x: Tensor, ids: np.ndarray, pool: LoraPool, site: LoraSite, batch: LoraBatch, scale: float
+    x: Tensor, ids: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch, scale: float
 ) -> None:
     """Add low-rank pairs to the embeddings x ``[T, hidden]``: one sum in float32, one rounding into x."""
     _check(x, ids, site.out_features, batch)
@@ -55,7 +59,7 @@ def replace_logits(x: Tensor, y: Tensor, pool: LoraPool, site: LoraSite, batch: 
     reference.replace_logits(x, y, pool, site, batch)
 
 
-def _check(x: Tensor, ids: np.ndarray, hidden: int, batch: LoraBatch) -> None:
+def _check(x: Tensor, ids: Tensor, hidden: int, batch: LoraBatch) -> None:
     if x.dim() != 2 or x.shape[1] != hidden or len(x) != len(ids) or len(x) < batch.num_tokens:
         raise ValueError(
             f"x must be [{len(ids)}, {hidden}] as the ids and the site say, and at least the batch's "

@@ -1,5 +1,5 @@
-"""The vocabulary ops in plain torch, one adapter after the other. Which row a token id takes is looked up on
-the host, where the ids are, so nothing waits for the device.
+"""The vocabulary ops in plain torch, one adapter after the other. Token ids stay on the device, where a step
+may have them from the one before it: nothing waits for them.
 """
 
 from __future__ import annotations
@@ -32,60 +32,66 @@ def added_tokens(pool: LoraPool, batch: LoraBatch, entry: int, vocabulary: int) 
     return added
 
 
-def place_rows(
-    x: Tensor, ids: np.ndarray, pool: LoraPool, site: LoraSite, batch: LoraBatch, scale: float
-) -> None:
-    host, entry, hidden = batch.host, site.first_entry, x.shape[1]
+def check_ids(ids: np.ndarray, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> None:
+    host, entry = batch.host, site.first_entry
     unknown = ids >= site.in_features
     for slot, first, end in host.segment.tolist():
         tokens = pool.host.tokens.get((slot, entry))
-        if tokens is None:
-            continue
-        rows = host.pair_token[first:end]
-        at = np.minimum(np.searchsorted(tokens, ids[rows]), len(tokens) - 1)
-        found = tokens[at] == ids[rows]
-        if not found.any():
-            continue
-        dispatch.count("vocabulary.place_rows", "torch")
-        unknown[rows[found]] = False
-        own = pool.matrix(slot, VectorKind.TOKEN_ROWS, entry, len(tokens), hidden)
-        values = own.index_select(0, torch.from_numpy(at[found]).to(x.device)).to(x.dtype)
-        x.index_copy_(0, torch.from_numpy(rows[found]).to(x.device), values if scale == 1 else values * scale)
+        if tokens is not None:
+            rows = host.pair_token[first:end]
+            unknown[rows] &= ids[rows] > tokens[-1]
     if unknown.any():
         raise ValueError(f"token id {ids[unknown][0]} is outside the vocabulary and its adapter has no row")
 
 
+def place_rows(
+    x: Tensor, ids: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch, scale: float
+) -> None:
+    host, entry, hidden = batch.host, site.first_entry, x.shape[1]
+    for slot, first, end in host.segment.tolist():
+        if (slot, entry) not in pool.host.tokens:
+            continue
+        dispatch.count("vocabulary.place_rows", "torch")
+        tokens = _tokens(pool, batch, slot, entry)
+        rows = torch.from_numpy(host.pair_token[first:end]).to(x.device)
+        wanted = ids.index_select(0, rows)
+        at = torch.searchsorted(tokens, wanted).clamp_(max=len(tokens) - 1)
+        found = tokens.index_select(0, at) == wanted
+        own = pool.matrix(slot, VectorKind.TOKEN_ROWS, entry, len(tokens), hidden)
+        values = own.index_select(0, at).to(x.dtype)
+        if scale != 1:
+            values = values * scale
+        x.index_copy_(0, rows, torch.where(found[:, None], values, x.index_select(0, rows)))
+
+
 def add_low_rank(
-    x: Tensor, ids: np.ndarray, pool: LoraPool, site: LoraSite, batch: LoraBatch, scale: float
+    x: Tensor, ids: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch, scale: float
 ) -> None:
     host, entry, hidden = batch.host, site.first_entry, x.shape[1]
     accumulate = torch.promote_types(x.dtype, torch.float32)
     delta: Tensor | None = None
-    touched = np.zeros(len(ids), np.bool_)
+    touched = np.zeros(len(x), np.bool_)
     for slot, first, end in host.segment.tolist():
         if not pool.host.rank[slot, entry]:
             continue
-        token = host.pair_token[first:end]
-        known = (ids[token] >= 0) & (ids[token] < site.in_features)
-        token, weight = token[known], host.pair_weight[first:end][known] * np.float32(scale)
-        if not len(token):
-            continue
-        touched[token] = True
-        columns = torch.from_numpy(ids[token]).to(x.device)
+        touched[host.pair_token[first:end]] = True
+        rows = torch.from_numpy(host.pair_token[first:end]).to(x.device)
+        wanted = ids.index_select(0, rows)
+        columns = wanted.clamp(0, site.in_features - 1)
         h = pool.a(slot, entry, site.in_features).index_select(1, columns).T.to(accumulate)
         if pool.scaled:
             h = h * pool.scale(slot, entry, hidden).to(accumulate)
-        h = h * torch.from_numpy(weight).to(x.device, accumulate)[:, None]
+        weight = torch.from_numpy(host.pair_weight[first:end] * np.float32(scale)).to(x.device, accumulate)
+        h = h * torch.where(wanted == columns, weight, 0.0)[:, None]
         if delta is None:
             delta = x.new_zeros(x.shape, dtype=accumulate)
-        product = h @ pool.b(slot, entry, hidden).to(accumulate)
-        delta.index_add_(0, torch.from_numpy(token).to(x.device), product)
+        delta.index_add_(0, rows, h @ pool.b(slot, entry, hidden).to(accumulate))
     if delta is None:
         return
     dispatch.count("vocabulary.add_low_rank", "torch")
-    rows = torch.from_numpy(np.flatnonzero(touched)).to(x.device)
-    changed = x.index_select(0, rows).to(accumulate) + delta.index_select(0, rows)
-    x.index_copy_(0, rows, changed.to(x.dtype))
+    changed = torch.from_numpy(np.flatnonzero(touched)).to(x.device)
+    summed = x.index_select(0, changed).to(accumulate) + delta.index_select(0, changed)
+    x.index_copy_(0, changed, summed.to(x.dtype))
 
 
 def replace_logits(x: Tensor, y: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> None:
@@ -105,16 +111,16 @@ def replace_logits(x: Tensor, y: Tensor, pool: LoraPool, site: LoraSite, batch: 
         if end_token - begin == len(tokens):
             y[:, begin:end_token].index_copy_(0, rows, logits)
         else:
-            columns = _columns(pool, batch, slot, entry)
+            columns = _tokens(pool, batch, slot, entry)
             y.index_put_((rows[:, None], columns[None, :]), logits)
 
 
-def _columns(pool: LoraPool, batch: LoraBatch, slot: int, entry: int) -> Tensor:
+def _tokens(pool: LoraPool, batch: LoraBatch, slot: int, entry: int) -> Tensor:
     """The tokens of a slot's rows on the device, kept with the batch."""
     key = ("token rows", pool, slot, entry)
     cached = batch.cache.get(key)
     if cached is None or cached[0] != pool.host.version:
-        tokens = torch.from_numpy(pool.host.tokens[slot, entry]).to(pool.arena.device)
-        cached = batch.cache[key] = (pool.host.version, tokens)
-    columns: Tensor = cached[1]
-    return columns
+        copied = torch.from_numpy(pool.host.tokens[slot, entry]).to(pool.arena.device)
+        cached = batch.cache[key] = (pool.host.version, copied)
+    tokens: Tensor = cached[1]
+    return tokens

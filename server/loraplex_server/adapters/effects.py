@@ -2,7 +2,8 @@
 
 A kind of adapter is a way to read a file into effects (`manifest`): LoRA yields a `LowRankAdd` for each site,
 with lora_bias a `BiasAdd` after it, DoRA a `Magnitude` before it; IA3 an `InputScale` or an `OutputScale`;
-modules_to_save an `OwnWeight`; whatever changes rows of the vocabulary, added tokens included, `TokenRows`.
+modules_to_save an `OwnWeight`; whatever changes rows of the vocabulary, added tokens included, `TokenRows`;
+AdapterHub's bottleneck adapters a `Bottleneck`.
 The runner knows what became of them (`model.effects`) and no kinds.
 """
 
@@ -80,6 +81,19 @@ class TokenRows:
 
 
 @dataclass(frozen=True)
+class Bottleneck:
+    """y becomes y + scale · (U f(D v + d) + u), with D `[width, hidden]` and U `[hidden, width]`; the
+    adapter's form says what f and v are. A scale that is a tensor is `[1]` or `[hidden]`.
+    """
+
+    down: TensorInfo
+    down_bias: TensorInfo
+    up: TensorInfo
+    up_bias: TensorInfo
+    scale: TensorInfo | float
+
+
+@dataclass(frozen=True)
 class SoftPrompt:
     """Embeddings of virtual tokens before every prompt, `[tokens, hidden]`: no effect at a site."""
 
@@ -99,7 +113,7 @@ class Prefix:
     row_length: int
 
 
-Effect = InputScale | OutputScale | Magnitude | LowRankAdd | BiasAdd | OwnWeight | TokenRows
+Effect = InputScale | OutputScale | Magnitude | LowRankAdd | BiasAdd | Bottleneck | OwnWeight | TokenRows
 
 LINEAR: tuple[type[Effect], ...] = (LowRankAdd, BiasAdd)
 """Effects that add something: they can be weighted, and added to those of other adapters."""

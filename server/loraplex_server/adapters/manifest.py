@@ -16,12 +16,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraplex_kernels.lora.layouts import Bottleneck as BottleneckForm
 from loraplex_kernels.lora.layouts import EntryShape, VectorKind, VectorShape
 from loraplex_server.adapters.base import FrozenBase
+from loraplex_server.adapters.bottleneck_config import is_bottleneck
+from loraplex_server.adapters.bottleneck_file import read_bottleneck
 from loraplex_server.adapters.chat_template import read_chat_template
 from loraplex_server.adapters.effects import (
     LINEAR,
     BiasAdd,
+    Bottleneck,
     Effect,
     InputScale,
     LowRankAdd,
@@ -46,11 +50,18 @@ from loraplex_server.adapters.peft_config import (
     parse_config,
 )
 from loraplex_server.adapters.sites import Entry, Part, SiteKind, SiteRegistry
-from loraplex_server.adapters.sources import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, open_file
+from loraplex_server.adapters.sources import (
+    BOTTLENECK_FILE,
+    CONFIG_FILE,
+    PICKLE_FILE,
+    WEIGHTS_FILE,
+    open_file,
+)
 from loraplex_server.adapters.tensor_file import (
     MalformedFileError,
     TensorFileHeader,
     TensorInfo,
+    parse_object,
     quoted,
     read_header,
 )
@@ -65,7 +76,7 @@ class AdapterManifest:
 
     Attributes:
         folder: real path of the folder it was read from.
-        peft_type: PEFT's name of the method, such as "LORA" or "IA3".
+        peft_type: PEFT's name of the method, "LORA", "IA3" …, or "BOTTLENECK" for AdapterHub's.
         config: canonical text of the configuration.
         header: the weight file's header; the weights are read only while it stays the same.
         sites: effects by entry, ascending.
@@ -73,6 +84,8 @@ class AdapterManifest:
         invocation_tokens: where an activated LoRA begins to apply; empty for everywhere.
         added_tokens: how many token ids it adds to the base's vocabulary.
         base_tables: tables of the vocabulary in its file that are the base's own, with their places.
+        bottleneck: the form of its networks, if it is a bottleneck adapter.
+        weights_file: name of the file that the header is of.
         chat_template: jinja source that the adapter was trained with; "" where it brings none.
     """
 
@@ -86,6 +99,8 @@ class AdapterManifest:
     invocation_tokens: tuple[int, ...] = ()
     added_tokens: int = 0
     base_tables: tuple[tuple[Entry, TensorInfo], ...] = ()
+    bottleneck: BottleneckForm | None = None
+    weights_file: str = WEIGHTS_FILE
     chat_template: str = ""
 
     @property
@@ -171,6 +186,14 @@ def _vectors(entry: Entry, effect: Effect) -> tuple[VectorShape, ...]:
         case TokenRows(tokens):
             hidden = entry.out_features if entry.kind is SiteKind.EMBEDDING else entry.in_features
             return (VectorShape(index, VectorKind.TOKEN_ROWS, hidden, len(tokens), tokens),)
+        case Bottleneck(down):
+            width, hidden = down.shape
+            return (
+                VectorShape(index, VectorKind.DOWN, hidden, width),
+                VectorShape(index, VectorKind.DOWN_BIAS, width),
+                VectorShape(index, VectorKind.UP, hidden, width),
+                VectorShape(index, VectorKind.UP_BIAS, hidden),
+            )
         case LowRankAdd():
             return ()
 
@@ -195,7 +218,22 @@ def read_manifest(
     """
     roots = tuple(roots)
     try:
-        settings = _read_settings(folder, roots)
+        config = _read_config(folder, roots)
+        as_object = parse_object(config, "the configuration")
+        if is_bottleneck(as_object):
+            found = read_bottleneck(as_object, folder, registry, roots)
+            return AdapterManifest(
+                name=name,
+                folder=folder,
+                peft_type="BOTTLENECK",
+                config=found.config,
+                header=found.header,
+                sites=found.sites,
+                bottleneck=found.form,
+                weights_file=BOTTLENECK_FILE,
+                chat_template=read_chat_template(folder, roots),
+            )
+        settings = parse_config(config)
         header = _read_weights_header(folder, roots)
         chat_template = read_chat_template(folder, roots)
         method = settings.method
@@ -207,10 +245,10 @@ def read_manifest(
         elif isinstance(method, PrefixSettings):
             prompt = _prefix(method, header, registry)
         else:
-            found = _located(header, registry)
+            located = _located(header, registry)
             tables = functools.partial(changed_tokens, folder, roots, base)
-            rows = token_rows(settings, found, registry, tables)
-            sites = _sites(settings, found, rows, registry, max_rank)
+            rows = token_rows(settings, located, registry, tables)
+            sites = _sites(settings, located, rows, registry, max_rank)
     except (MalformedFileError, UnsupportedError) as error:
         raise refusal(name, str(error)) from error
     except ServerError as error:
@@ -237,12 +275,12 @@ def refusal(name: str, reason: str) -> FailedPreconditionError:
     return FailedPreconditionError(f"adapter {name!r}: {reason}", resource=("adapter", name))
 
 
-def _read_settings(folder: Path, roots: tuple[Path, ...]) -> AdapterSettings:
+def _read_config(folder: Path, roots: tuple[Path, ...]) -> bytes:
     file, size = open_file(folder, CONFIG_FILE, roots)
     with file:
         if size > MAX_CONFIG_BYTES:
             raise MalformedFileError(f"{CONFIG_FILE} has {size} bytes; at most {MAX_CONFIG_BYTES} are read")
-        return parse_config(file.read(MAX_CONFIG_BYTES))
+        return file.read(MAX_CONFIG_BYTES)
 
 
 def _read_weights_header(folder: Path, roots: tuple[Path, ...]) -> TensorFileHeader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 _PEFT_PREFIX = "base_model.model."
@@ -119,6 +119,8 @@ class SiteRegistry:
         vocabulary: rows of either.
         tied: the two are one table.
         kv_shapes: (KV heads, head_dim) of each layer's cache.
+        model_type: transformers' name of the architecture.
+        residual: path of the projection that ends attention or MLP, to that of the norm that begins it.
 
     Raises:
         ValueError: a path comes twice or a width is not positive.
@@ -137,6 +139,8 @@ class SiteRegistry:
         vocabulary: int = 0,
         tied: bool = False,
         kv_shapes: Iterable[tuple[int, int]] = (),
+        model_type: str = "",
+        residual: Mapping[str, str] | None = None,
     ) -> None:
         self.hidden_size = hidden_size
         self.kv_shapes = tuple(kv_shapes)
@@ -148,6 +152,8 @@ class SiteRegistry:
             places.append((embedding, vocabulary, hidden_size, SiteKind.EMBEDDING))
         if head is not None:
             places.append((head, hidden_size, vocabulary, SiteKind.HEAD))
+        self.model_type = model_type
+        self.residual = dict(residual or {})
         entries = []
         for index, (path, in_features, out_features, kind) in enumerate(places):
             if in_features < 1 or out_features < 1:

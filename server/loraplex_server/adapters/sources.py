@@ -26,6 +26,12 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
+# As the `adapters` library names its files.
+BOTTLENECK_FILE = "adapter.safetensors"
+BOTTLENECK_PICKLE = "pytorch_adapter.bin"
+INTERFACE_FILE = "adapter_interface.json"
+HEAD_FILES = ("model_head.safetensors", "pytorch_model_head.bin")
+
 _NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,128}")
 
 Stamp = tuple[tuple[int, int, int] | None, ...]
@@ -98,7 +104,7 @@ def open_file(folder: Path, filename: str, roots: Iterable[Path]) -> tuple[Binar
 def stamp(folder: Path) -> Stamp:
     """The stamp of the adapter in `folder`; a missing file has None."""
     stamps: list[tuple[int, int, int] | None] = []
-    for filename in (CONFIG_FILE, WEIGHTS_FILE):
+    for filename in (CONFIG_FILE, WEIGHTS_FILE, BOTTLENECK_FILE, INTERFACE_FILE):
         try:
             status = os.stat(folder / filename)
             stamps.append((status.st_ino, status.st_size, status.st_mtime_ns))

@@ -22,6 +22,7 @@ from loraplex_kernels.lora.layouts import SCALE_BYTES, AdapterLayout, VectorKind
 from loraplex_server.adapters.base import Array, FrozenBase, FrozenProjection
 from loraplex_server.adapters.effects import (
     BiasAdd,
+    Bottleneck,
     Effect,
     InputScale,
     LowRankAdd,
@@ -35,7 +36,7 @@ from loraplex_server.adapters.effects import (
 )
 from loraplex_server.adapters.manifest import AdapterManifest, refusal
 from loraplex_server.adapters.sites import Entry, SiteKind
-from loraplex_server.adapters.sources import WEIGHTS_FILE, open_file
+from loraplex_server.adapters.sources import open_file
 from loraplex_server.adapters.tensor_file import (
     ITEM_BYTES,
     MalformedFileError,
@@ -68,7 +69,9 @@ def lay_out(manifest: AdapterManifest, alignment: int, *, scaled: bool = False) 
     """The layout of an adapter for a pool whose extents all begin at multiples of `alignment`; `scaled` for a
     pool in 8 bits.
     """
-    return adapter_layout(manifest.shapes, alignment, manifest.vectors, scaled=scaled)
+    return adapter_layout(
+        manifest.shapes, alignment, manifest.vectors, scaled=scaled, bottleneck=manifest.bottleneck
+    )
 
 
 def read_weights(
@@ -107,12 +110,14 @@ def read_weights(
         case SoftPrompt(tensor) | Prefix(tensor):
             takers[tensor.name] = [_Prompt(elements, layout)]
     content = hashlib.sha256(manifest.config.encode() + b"\0")
-    file, size = open_file(manifest.folder, WEIGHTS_FILE, roots)
+    file, size = open_file(manifest.folder, manifest.weights_file, roots)
     try:
         with file:
             header = read_header(file, size)
             if header.digest != manifest.header.digest:
-                raise MalformedFileError(f"{WEIGHTS_FILE} was changed since it was registered; load it anew")
+                raise MalformedFileError(
+                    f"{manifest.weights_file} was changed since it was registered; load it anew"
+                )
             file.seek(0)
             content.update(_read(file, header.data_begin))
             for tensor in header.tensors:
@@ -128,7 +133,7 @@ def read_weights(
 def _read(file: BinaryIO, size: int) -> bytes:
     data = file.read(size)
     if len(data) < size:
-        raise MalformedFileError(f"{WEIGHTS_FILE} ended while it was read")
+        raise MalformedFileError("the weight file ended while it was read")
     return data
 
 
@@ -300,7 +305,7 @@ class _Site:
         self._waiting: dict[str, Array] = {}
 
     def take(self, tensor: TensorInfo, raw: bytes) -> None:
-        """Writes one tensor. Those of a DoRA pair are needed together, and wait for each other."""
+        """Writes one tensor. Those of a DoRA pair, or of a network, wait for each other."""
         values = _finite(tensor, raw)
         # What overflows is found, and named, once it is encoded.
         with np.errstate(over="ignore", invalid="ignore"):
@@ -312,6 +317,11 @@ class _Site:
                 self._waiting[tensor.name] = values
                 if len(self._waiting) == 3:
                     self._put_dora(magnitude, np.float32(scale), a, b)
+                    self._waiting.clear()
+            case (Bottleneck() as network,):
+                self._waiting[tensor.name] = values
+                if len(self._waiting) == len(_named(network)):
+                    self._put_network(network)
                     self._waiting.clear()
             case effects:
                 effect = next(effect for effect in effects if tensor.name in _named(effect))
@@ -349,6 +359,16 @@ class _Site:
         bias = base.bias()
         if VectorKind.BIAS in self._vector and bias is not None:
             self._put_vector(VectorKind.BIAS, magnitude, bias * (1 - ratio))
+
+    def _put_network(self, network: Bottleneck) -> None:
+        """The scale goes into the second half."""
+        down, bias, up, up_bias = network.down, network.down_bias, network.up, network.up_bias
+        scale = network.scale
+        factor = self._waiting[scale.name] if isinstance(scale, TensorInfo) else np.float32(scale)
+        self._put_vector(VectorKind.DOWN, down, self._waiting[down.name])
+        self._put_vector(VectorKind.DOWN_BIAS, bias, self._waiting[bias.name])
+        self._put_vector(VectorKind.UP, up, self._waiting[up.name].T * factor)
+        self._put_vector(VectorKind.UP_BIAS, up_bias, self._waiting[up_bias.name] * factor)
 
     def _ratio(self, base: FrozenProjection, a: Array, b: Array, magnitude: TensorInfo) -> Array:
         """Magnitude over the length of each row of W + B A, [out]; b is scaled already."""
@@ -404,6 +424,9 @@ def _named(effect: Effect) -> tuple[str, ...]:
             return (weight.name, bias.name)
         case TokenRows(_, table, trained):
             return tuple(tensor.name for tensor in (table, trained) if tensor is not None)
+        case Bottleneck(down, down_bias, up, up_bias, scale):
+            named = (down, down_bias, up, up_bias, *((scale,) if isinstance(scale, TensorInfo) else ()))
+            return tuple(tensor.name for tensor in named)
 
 
 def _write(target: np.ndarray[Any, Any], tensor: TensorInfo, values: Array) -> None:

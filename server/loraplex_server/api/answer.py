@@ -59,17 +59,25 @@ class End:
 
 
 class Answer:
-    """The answer to one request as it grows.
+    """The answer to one request as it grows. `include_stop` makes the stop string part of it.
 
     A token belongs to the answer when its text begins before the stop string does: one that is partly
     in it is returned and counted whole, one that lies within it or after it is neither. So while text
     is held back because a stop string may begin there, the tokens of that text are held back with it.
     """
 
-    def __init__(self, decoder: TokenDecoder, prompt_token_ids: Sequence[int], stops: Sequence[str]) -> None:
+    def __init__(
+        self,
+        decoder: TokenDecoder,
+        prompt_token_ids: Sequence[int],
+        stops: Sequence[str],
+        *,
+        include_stop: bool = False,
+    ) -> None:
         self._detokenizer = Detokenizer(decoder, prompt_token_ids)
         self._matcher = StopMatcher(stops)
         self._may_stop = bool(stops)
+        self._include_stop = include_stop
         # Tokens not yet given out, each with the number of characters before its text.
         self._pending: list[tuple[int, int, TokenLogprobs | None]] = []
         self._characters = 0
@@ -104,8 +112,12 @@ class Answer:
         return certain
 
     def _stopped(self, text: str) -> Piece:
-        self._pending = [token for token in self._pending if token[0] < self._released]
-        return self._piece(text, Finish(FinishReason.STOP, self._matcher.match or "", self._times))
+        match = self._matcher.match or ""
+        end = self._released
+        if self._include_stop:
+            text, end = text + match, end + len(match)
+        self._pending = [token for token in self._pending if token[0] < end]
+        return self._piece(text, Finish(FinishReason.STOP, match, self._times))
 
     def _piece(self, text: str, finish: Finish | None) -> Piece:
         ready = self._pending

@@ -243,6 +243,7 @@ class _Server:
                 "another --host or --http-port"
             ) from error
         self._stack.callback(listening.close)
+        _find_dead_peers(listening)
         listener = HttpListener(
             app, listening, context, max_connections=self._max_calls, stop_grace_s=_STOP_GRACE_S
         )
@@ -301,6 +302,7 @@ class _Server:
             max_model_len=engine.info.max_model_len,
             max_prompt_chars=engine.info.max_model_len * tokenizer.max_chars_per_token,
             max_adapters=config.adapters.max_per_request,
+            defaults=engine.info.sampling_defaults,
         )
         chat = ChatPrompts(engine, tokenizer, limits.max_prompt_chars)
         self._stack.push_async_callback(chat.close)
@@ -334,6 +336,14 @@ async def _end_engine(handle: EngineHandle) -> None:
     """Waits for an engine that was told to end, and ends it if it does not."""
     if not await asyncio.to_thread(handle.join, _ENGINE_EXIT_S):
         await asyncio.to_thread(handle.terminate)
+
+
+def _find_dead_peers(listening: socket.socket) -> None:
+    """Connections ask after clients that say nothing, so that one which vanished is noticed."""
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _model_name(model: str) -> str:

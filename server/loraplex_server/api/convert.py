@@ -16,7 +16,7 @@ from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
 from loraplex_server.adapters.peft_config import MAX_CONFIG_BYTES
 from loraplex_server.api.answer import End, Piece
 from loraplex_server.core.composition import COMBINATION_TYPES, MAJORITY_SIGNS, Composition, prunes
-from loraplex_server.core.request import AdapterUse, FinishReason, Request, SamplingParams
+from loraplex_server.core.request import AdapterUse, FinishReason, Request, SamplingDefaults, SamplingParams
 from loraplex_server.engine.messages import AdapterStatus, EngineInfo, TokenLogprobs
 from loraplex_server.errors import FieldViolation, InvalidArgumentError
 
@@ -24,6 +24,12 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKENS = 64
+MAX_LOGIT_BIAS = 1024
+MAX_BIAS = 100.0
+MAX_PENALTY = 2.0
+MAX_REPETITION_PENALTY = 100.0
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_CHARS = 256
 MAX_CHAT_MESSAGES = 1024
 MAX_PREFETCH = 1024
 MAX_MEMBERS = 64
@@ -49,12 +55,14 @@ class Limits:
 
     Attributes:
         max_prompt_chars: a longer text cannot fit and is refused before it is tokenised.
+        defaults: for what a caller leaves open.
     """
 
     vocab_size: int
     max_model_len: int
     max_prompt_chars: int
     max_adapters: int
+    defaults: SamplingDefaults = dataclasses.field(default_factory=SamplingDefaults)
 
 
 class _Violations:
@@ -90,29 +98,11 @@ def check_generate(message: generation_pb2.GenerateRequest, limits: Limits) -> N
         InvalidArgumentError: with one violation for each bad field.
     """
     found = _Violations()
-    match message.WhichOneof("prompt"):
-        case "text":
-            if not message.text:
-                found.add("text", "is empty; give at least one character")
-            elif len(message.text) > limits.max_prompt_chars:
-                found.add(
-                    "text",
-                    f"has {len(message.text)} characters; the model takes {limits.max_model_len} tokens, "
-                    f"which is {limits.max_prompt_chars} characters at most",
-                )
-        case "token_ids":
-            ids = message.token_ids.ids
-            if not ids:
-                found.add("token_ids.ids", "is empty; give at least one token")
-            _check_prompt_length(found, "token_ids.ids", len(ids), limits)
-            _check_token_ids(found, "token_ids.ids", ids, limits, adapters=bool(message.adapters))
-        case "chat":
-            _check_chat(found, message.chat.messages, limits)
-        case _:
-            found.add("prompt", "is missing; set text, token_ids or chat")
+    _check_prompt(found, message, limits)
     _check_adapters(found, message, limits)
-    _check_sampling(found, message.sampling)
-    _check_stopping(found, message.stopping, limits, adapters=bool(message.adapters))
+    adapted = bool(message.adapters)
+    _check_sampling(found, message.sampling, limits, adapters=adapted)
+    _check_stopping(found, message.stopping, limits, adapters=adapted)
     if message.HasField("logprobs") and message.logprobs > MAX_LOGPROBS:
         found.add("logprobs", f"{message.logprobs} is more than {MAX_LOGPROBS}")
     if message.HasField("request_id") and not valid_request_id(message.request_id):
@@ -120,11 +110,37 @@ def check_generate(message: generation_pb2.GenerateRequest, limits: Limits) -> N
     found.raise_any()
 
 
+def prompt_alone(
+    message: generation_pb2.TokenizeRequest | generation_pb2.CountTokensRequest, limits: Limits
+) -> generation_pb2.GenerateRequest:
+    """The generation whose prompt is to be tokenised.
+
+    Raises:
+        InvalidArgumentError: with one violation for each bad field.
+    """
+    request = generation_pb2.GenerateRequest()
+    match message.WhichOneof("prompt"):
+        case "text":
+            request.text = message.text
+        case "chat":
+            request.chat.CopyFrom(message.chat)
+    found = _Violations()
+    _check_prompt(found, request, limits)
+    if len(message.adapters) > limits.max_adapters:
+        found.add("adapters", f"{len(message.adapters)} are more than the {limits.max_adapters} allowed")
+    for index, name in enumerate(message.adapters):
+        _check_adapter_name(found, f"adapters[{index}]", name)
+        request.adapters.add(adapter=name)
+    found.raise_any()
+    return request
+
+
 def to_request(
     message: generation_pb2.GenerateRequest,
     prompt_token_ids: Sequence[int],
     limits: Limits,
     *,
+    bad_words: tuple[tuple[int, ...], ...] = (),
     request_id: str,
     tenant: str,
     deadline_s: float | None,
@@ -132,6 +148,7 @@ def to_request(
     """The request that a checked message and its tokenised prompt make.
 
     Args:
+        bad_words: the message's, tokenised.
         tenant: who called.
         deadline_s: `time.time()` after which the answer is of no use.
 
@@ -147,14 +164,24 @@ def to_request(
     sampling, stopping = message.sampling, message.stopping
     room = limits.max_model_len - len(prompt_token_ids)
     max_tokens = min(stopping.max_tokens if stopping.HasField("max_tokens") else DEFAULT_MAX_TOKENS, room)
+
+    def given(name: str) -> Any:
+        return getattr(sampling if sampling.HasField(name) else limits.defaults, name)
+
     return Request(
         request_id=request_id,
         prompt_token_ids=tuple(prompt_token_ids),
         sampling=SamplingParams(
-            temperature=sampling.temperature,
+            temperature=given("temperature"),
             # All of the vocabulary is no restriction.
-            top_k=sampling.top_k if sampling.top_k < limits.vocab_size else 0,
-            top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
+            top_k=given("top_k") if given("top_k") < limits.vocab_size else 0,
+            top_p=given("top_p"),
+            min_p=given("min_p"),
+            repetition_penalty=given("repetition_penalty"),
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=tuple(sampling.logit_bias.items()),
+            bad_words=bad_words,
             seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(63),
             max_tokens=max_tokens,
             min_tokens=min(stopping.min_tokens, max_tokens),
@@ -375,6 +402,29 @@ def to_model(info: EngineInfo, server_version: str) -> model_pb2.Model:
     )
 
 
+def _check_prompt(found: _Violations, message: generation_pb2.GenerateRequest, limits: Limits) -> None:
+    match message.WhichOneof("prompt"):
+        case "text":
+            if not message.text:
+                found.add("text", "is empty; give at least one character")
+            elif len(message.text) > limits.max_prompt_chars:
+                found.add(
+                    "text",
+                    f"has {len(message.text)} characters; the model takes {limits.max_model_len} tokens, "
+                    f"which is {limits.max_prompt_chars} characters at most",
+                )
+        case "token_ids":
+            ids = message.token_ids.ids
+            if not ids:
+                found.add("token_ids.ids", "is empty; give at least one token")
+            _check_prompt_length(found, "token_ids.ids", len(ids), limits)
+            _check_token_ids(found, "token_ids.ids", ids, limits, adapters=bool(message.adapters))
+        case "chat":
+            _check_chat(found, message.chat.messages, limits)
+        case _:
+            found.add("prompt", "is missing; set text, token_ids or chat")
+
+
 def _check_chat(found: _Violations, messages: Sequence[generation_pb2.ChatMessage], limits: Limits) -> None:
     if not messages:
         found.add("chat.messages", "is empty; give at least one message")
@@ -440,11 +490,32 @@ def _check_adapters(found: _Violations, message: generation_pb2.GenerateRequest,
             found.add(f"adapters[{index}].weight", "has to be finite")
 
 
-def _check_sampling(found: _Violations, sampling: generation_pb2.SamplingParams) -> None:
+def _check_sampling(
+    found: _Violations, sampling: generation_pb2.SamplingParams, limits: Limits, *, adapters: bool
+) -> None:
     if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
         found.add("sampling.temperature", "has to be 0 (greedy) or more, and finite")
     if sampling.HasField("top_p") and not 0 < sampling.top_p <= 1:
         found.add("sampling.top_p", "has to be above 0 and at most 1")
+    if not 0 <= sampling.min_p <= 1:
+        found.add("sampling.min_p", "has to be 0 to 1")
+    penalty = sampling.repetition_penalty
+    if sampling.HasField("repetition_penalty") and not 0 < penalty <= MAX_REPETITION_PENALTY:
+        found.add("sampling.repetition_penalty", f"has to be above 0 and at most {MAX_REPETITION_PENALTY:g}")
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not -MAX_PENALTY <= getattr(sampling, name) <= MAX_PENALTY:
+            found.add(f"sampling.{name}", f"has to be {-MAX_PENALTY:g} to {MAX_PENALTY:g}")
+    if len(sampling.logit_bias) > MAX_LOGIT_BIAS:
+        found.add("sampling.logit_bias", f"{len(sampling.logit_bias)} tokens are more than {MAX_LOGIT_BIAS}")
+    else:
+        _check_token_ids(found, "sampling.logit_bias", list(sampling.logit_bias), limits, adapters=adapters)
+        if not all(-MAX_BIAS <= value <= MAX_BIAS for value in sampling.logit_bias.values()):
+            found.add("sampling.logit_bias", f"values have to be {-MAX_BIAS:g} to {MAX_BIAS:g}")
+    if len(sampling.bad_words) > MAX_BAD_WORDS:
+        found.add("sampling.bad_words", f"{len(sampling.bad_words)} words are more than {MAX_BAD_WORDS}")
+    for index, word in enumerate(sampling.bad_words):
+        if not 1 <= len(word.strip()) <= len(word) <= MAX_BAD_WORD_CHARS:
+            found.add(f"sampling.bad_words[{index}]", f"has to have 1 to {MAX_BAD_WORD_CHARS} characters")
 
 
 def _check_stopping(

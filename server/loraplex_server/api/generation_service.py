@@ -48,3 +48,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     response.finish.CopyFrom(message.finish)
         response.text = "".join(texts)
         return response
+
+    async def Tokenize(  # noqa: N802
+        self, request: generation_pb2.TokenizeRequest, context: Any
+    ) -> generation_pb2.TokenizeResponse:
+        return generation_pb2.TokenizeResponse(token_ids=await self._generator.tokenize(request))
+
+    async def CountTokens(  # noqa: N802
+        self, request: generation_pb2.CountTokensRequest, context: Any
+    ) -> generation_pb2.CountTokensResponse:
+        count = len(await self._generator.tokenize(request))
+        limit = self._generator.backend.limits.max_model_len
+        return generation_pb2.CountTokensResponse(count=count, max_model_len=limit)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 
 import msgspec
 
@@ -30,11 +30,13 @@ class Accepted:
     Attributes:
         stops: strings that end the answer; the engine does not know of them.
         arrived_s: `time.perf_counter()` of its arrival.
+        include_stop: the one that ends it is part of it.
     """
 
     request: Request
     stops: tuple[str, ...]
     arrived_s: float
+    include_stop: bool = False
 
 
 class Generator:
@@ -77,13 +79,25 @@ class Generator:
             message,
             await _tokenise(backend, message),
             backend.limits,
+            bad_words=await _bad_words(backend, message.sampling.bad_words),
             request_id=self._engine_id(),
             tenant=authentication.tenant.get(),
             deadline_s=deadline_s,
         )
         requests = [first, *(self._another(first, index) for index in range(1, choices))]
-        stops = tuple(message.stopping.stop)
-        return [Accepted(request, stops, arrived_s) for request in requests]
+        stops, included = tuple(message.stopping.stop), message.stopping.include_stop
+        return [Accepted(request, stops, arrived_s, included) for request in requests]
+
+    async def tokenize(
+        self, message: generation_pb2.TokenizeRequest | generation_pb2.CountTokensRequest
+    ) -> tuple[int, ...]:
+        """The token ids of a prompt, however many they are.
+
+        Raises:
+            ServerError: as `accept`, of the prompt's fields.
+        """
+        backend = self.backend
+        return await _tokenise(backend, convert.prompt_alone(message, backend.limits))
 
     async def run(
         self, accepted: Accepted, why_left: Callable[[], str]
@@ -98,7 +112,12 @@ class Generator:
         """
         request = accepted.request
         backend = self.backend
-        answer = Answer(backend.tokenizer, request.prompt_token_ids, accepted.stops)
+        answer = Answer(
+            backend.tokenizer,
+            request.prompt_token_ids,
+            accepted.stops,
+            include_stop=accepted.include_stop,
+        )
         outcome: str | None = None
         times: Times | None = None
         first_token_s: float | None = None
@@ -155,6 +174,16 @@ class Generator:
         seed = (request.sampling.seed + index) & _MAX_SEED
         sampling = msgspec.structs.replace(request.sampling, seed=seed)
         return msgspec.structs.replace(request, request_id=self._engine_id(), sampling=sampling)
+
+
+async def _bad_words(backend: Backend, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each word as they stand at the beginning of a text, and after a space."""
+    found = {
+        await backend.tokenizer.encode(text, special=False)
+        for word in words
+        for text in (word, f" {word.strip()}")
+    }
+    return tuple(sorted(tokens for tokens in found if tokens))
 
 
 async def _tokenise(backend: Backend, message: generation_pb2.GenerateRequest) -> tuple[int, ...]:

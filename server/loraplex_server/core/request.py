@@ -21,6 +21,16 @@ class AdapterUse(msgspec.Struct, frozen=True):
     weight: float = 1.0
 
 
+class SamplingDefaults(msgspec.Struct, frozen=True):
+    """What the model's own files say about sampling, for what a caller leaves open."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
 class SamplingParams(msgspec.Struct, frozen=True):
     """How tokens are chosen and when generation ends. The API has validated every field.
 

@@ -88,6 +88,10 @@ class StepPlan:
     prefix_first: Ints = dataclasses.field(default_factory=_nothing)
     prefix_start: Ints = dataclasses.field(default_factory=_nothing)
     prefix_cells: Ints = dataclasses.field(default_factory=_nothing)
+    # Rows of `token_ids` whose id was not known to the host: each is the token that the step launched before
+    # this one sampled for its `sample_row[fed_from]`. [F] each.
+    fed_row: Ints = dataclasses.field(default_factory=_nothing)
+    fed_from: Ints = dataclasses.field(default_factory=_nothing)
 
     @property
     def num_tokens(self) -> int:

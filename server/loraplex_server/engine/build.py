@@ -21,6 +21,7 @@ from loraplex_server.engine.messages import EngineInfo
 from loraplex_server.errors import FailedPreconditionError
 from loraplex_server.model import architecture, loader, memory
 from loraplex_server.model.frozen import FrozenProjections
+from loraplex_server.model.generation_config import sampling_defaults
 from loraplex_server.model.graphs import ladder
 from loraplex_server.model.loader import BaseModel, EmptyModel
 from loraplex_server.model.runner import ModelRunner
@@ -81,7 +82,8 @@ def build_engine(
         max_samples=memory.max_samples(config),
         layers=layers,
     )
-    _ready_device(runner, sizes, limit, insisted=config.model.cuda_graphs == "on")
+    insisted = config.model.cuda_graphs == "on"
+    _ready_device(runner, sizes, limit, on_gpu=device.type == "cuda", insisted=insisted)
     memory.reserve_workspace(plan, device)
     for folder in config.adapters.folders:
         names = adapters.register_folder(folder)
@@ -122,6 +124,7 @@ def build_engine(
         max_adapters_on_device=config.adapters.max_on_device,
         adapter_slots=adapters.num_slots,
         eos_token_ids=base.eos_token_ids,
+        sampling_defaults=sampling_defaults(config.model),
         memory=tuple((part.name, part.num_bytes) for part in plan.parts),
     )
     return Engine(config, runner, adapters, info, emit)
@@ -136,13 +139,15 @@ def _graph_sizes(config: EngineConfig, *, recordable: bool) -> tuple[int, ...]:
     return tuple(size for size in config.model.cuda_graph_sizes if size <= most) or ladder(most)
 
 
-def _ready_device(runner: ModelRunner, sizes: tuple[int, ...], max_model_len: int, *, insisted: bool) -> None:
+def _ready_device(
+    runner: ModelRunner, sizes: tuple[int, ...], max_model_len: int, *, on_gpu: bool, insisted: bool
+) -> None:
     """Compiles the kernels and records the decode graphs, as far as the device has either.
 
     Raises:
         FailedPreconditionError: graphs were insisted on and there can be none.
     """
-    if runner.asynchronous:
+    if on_gpu:
         runner.warm_up(max_model_len)
     if not sizes:
         return
@@ -173,6 +178,8 @@ def _registry(empty: EmptyModel) -> SiteRegistry:
         vocabulary=ends.tokens,
         tied=ends.tied,
         kv_shapes=empty.kv_shapes,
+        model_type=empty.config.model_type,
+        residual=empty.residual,
     )
 
 

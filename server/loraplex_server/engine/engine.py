@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator
 from typing import Protocol
+
+import msgspec
 
 from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.adapters.store import AdapterStore
@@ -55,10 +58,27 @@ class Runner(Protocol):
         """Whether `launch` returns before the step is computed."""
 
     def launch(self, plan: StepPlan) -> Launched:
-        """Computes the plan and samples, in the order of the calls."""
+        """Computes the plan and samples, in the order of the calls; `fed_from` is of the call before."""
 
     def weight_checksum(self) -> Generator[None, None, str]:
         """SHA-256 over the resident base weights, in pieces: yields between them, returns it at the end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """A step from its launch until its tokens are there.
+
+    Attributes:
+        scheduled: what it computes, in the order of the batch, and whether a token is sampled after it.
+        in_stride: the device had the step before to compute when this one was launched.
+        record: without the times that are known at its end.
+    """
+
+    launched: Launched
+    scheduled: list[tuple[Scheduled, bool]]
+    started_s: float
+    in_stride: bool
+    record: StepRecord
 
 
 class Engine:
@@ -78,10 +98,9 @@ class Engine:
         self._sequences: dict[tuple[str, str], Sequence] = {}
         self._steps: list[StepRecord] = []
         self._hits = self._misses = 0
-        # Tokens that wait to be sent until the device has its next step.
-        self._unsent: list[tuple[str, Tokens]] = []
-        # Whether the last step left work, so that the device's wait since then was the host's doing.
-        self._in_stride = False
+        # The step that the device computes, where the engine is ahead of it.
+        self._in_flight: _Step | None = None
+        self._collected_s = 0.0
         # Names of adapters whose unloading waits no longer than until then.
         self._drains: dict[object, tuple[str, float]] = {}
         self._prefix_cache = config.scheduler.prefix_cache
@@ -90,7 +109,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._in_flight is not None
 
     def submit(self, client: str, request: Request) -> None:
         """Queues a request. One that cannot be served is answered with `Failed` at once."""
@@ -100,8 +119,7 @@ class Engine:
             self._emit(client, Failed(request.request_id, error.info))
 
     def cancel(self, client: str, request_id: str) -> None:
-        """Forgets a request and frees what it holds; nothing more is emitted."""
-        self._send()
+        """Forgets a request and frees what it holds; nothing is emitted."""
         sequence = self._sequences.get((client, request_id))
         if sequence is not None:
             self._retire(sequence)
@@ -132,49 +150,94 @@ class Engine:
             raise
 
     def step(self) -> bool:
-        """Advances every request that can be. False if nothing could: all wait for adapters."""
-        started_s = time.monotonic()
+        """Advances every request that can be. False if nothing could: all wait for adapters.
+
+        Where the runner is asynchronous it is one step ahead: the next step is launched before the tokens of
+        the one that runs are there, and gets them on the device.
+        """
+        ahead = self._runner.asynchronous
+        launched = self._launch(time.monotonic())
+        due = launched
+        if ahead:
+            due, self._in_flight = self._in_flight, launched
+        elif launched is not None:
+            self._advance(launched)
+        if due is not None:
+            self._collect(due)
+        if ahead and launched is not None:
+            self._advance(launched)
+        return launched is not None or due is not None
+
+    def _launch(self, started_s: float) -> _Step | None:
+        """Plans and launches the next step; None if no request can be advanced."""
         self._end_drains(started_s)
         self.adapters.poll()
         schedule = self.scheduler.schedule(started_s)
-        if schedule.failed or not schedule.scheduled:
-            self._send()
         for sequence, error in schedule.failed:
             self._emit(sequence.client, Failed(sequence.request.request_id, error.info))
             self._retire(sequence)
         if not schedule.scheduled:
-            self._in_stride = False
-            return False
+            return None
         self._audit.worked()
         scheduled = sorted(schedule.scheduled, key=self._batch_position)
         plan = build_plan(scheduled, self._blocks.block_size, self.adapters.slot, self.info.eos_token_ids)
         planned_s = time.monotonic()
-        # Taken before the commit: it moves `num_computed`, and with it what counts as prefill.
         prefill_tokens = sum(item.num_tokens for item in scheduled if item.sequence.num_pending > 1)
-        launched = self._runner.launch(plan)
-        # While the device computes.
-        self._send()
-        if self._runner.asynchronous:
-            self.adapters.poll()
-        output = launched.result()
-        self._commit(scheduled, output)
-        in_stride, self._in_stride = self._in_stride, self.scheduler.has_work
-        if not (self._runner.asynchronous and self._in_stride):
-            self._send()
-        self._steps.append(
-            StepRecord(
-                seconds=time.monotonic() - started_s,
+        return _Step(
+            launched=self._runner.launch(plan),
+            scheduled=[(item, item.samples) for item in scheduled],
+            started_s=started_s,
+            in_stride=self._in_flight is not None,
+            record=StepRecord(
+                seconds=0.0,
                 plan_seconds=planned_s - started_s,
                 requests=plan.num_sequences,
                 prefill_tokens=prefill_tokens,
                 decode_tokens=plan.num_tokens - prefill_tokens,
                 adapters=len(set(plan.pair_slot.tolist())),
                 preemptions=schedule.preemptions,
+            ),
+        )
+
+    def _advance(self, step: _Step) -> None:
+        """Takes what a launched step computes as computed, and its tokens as there, though not known yet.
+
+        A request that ends with it, or whose sampling must know it, gets no such token: it is not scheduled
+        until it is known.
+        """
+        samples = 0
+        for item, is_sampled in step.scheduled:
+            sequence = item.sequence
+            samples += is_sampled
+            if sequence.status is Status.FINISHED:
+                continue
+            sequence.num_computed += item.num_tokens
+            needs_it = sequence.request.sampling.penalised or self._is_last(sequence, 1)
+            if is_sampled and self._runner.asynchronous and not needs_it:
+                sequence.token_ids.append(0)
+                sequence.awaited = samples - 1
+
+    def _is_last(self, sequence: Sequence, more: int = 0) -> bool:
+        """Whether with `more` tokens than it has a sequence is as long as it may be."""
+        return (
+            sequence.num_generated + more >= sequence.request.sampling.max_tokens
+            or len(sequence.token_ids) + more >= self.info.max_model_len
+        )
+
+    def _collect(self, step: _Step) -> None:
+        """Waits for a launched step, writes its results into the sequences, and emits."""
+        output = step.launched.result()
+        self._commit(step, output)
+        now_s = time.monotonic()
+        begun_s, self._collected_s = max(step.started_s, self._collected_s), now_s
+        self._steps.append(
+            msgspec.structs.replace(
+                step.record,
+                seconds=now_s - begun_s,
                 device_seconds=output.device_s,
-                idle_seconds=output.waited_s if in_stride else None,
+                idle_seconds=output.waited_s if step.in_stride else None,
             )
         )
-        return True
 
     def idle(self) -> bool:
         """Looks after the engine while there is nothing to step; whether there is more to do at once."""
@@ -289,6 +352,7 @@ class Engine:
         for field, ids in (
             ("prompt", request.prompt_token_ids),
             ("stop_token_ids", request.sampling.stop_token_ids),
+            ("logit_bias", [token for token, _ in request.sampling.logit_bias]),
         ):
             if ids and max(ids) >= known:
                 raise InvalidArgumentError.field(
@@ -301,27 +365,28 @@ class Engine:
         """Decodes first, then chunks; within either, one adapter's rows together: fewer, larger tiles."""
         return item.num_tokens > 1, [self.adapters.slot(handle) for handle in item.sequence.handles]
 
-    def _commit(self, scheduled: list[Scheduled], output: StepOutput) -> None:
-        """Writes the step's results into the sequences, and ends those that are complete."""
+    def _commit(self, step: _Step, output: StepOutput) -> None:
+        """Writes a step's tokens into the sequences, ends those that are complete, and emits."""
         deltas: defaultdict[str, list[TokenDelta]] = defaultdict(list)
         sampled = iter(output.sampled)
         now_s = time.monotonic()
-        for item in scheduled:
-            sequence, samples = item.sequence, item.samples
-            sequence.num_computed += item.num_tokens
+        for item, is_sampled in step.scheduled:
+            sequence = item.sequence
+            token = next(sampled) if is_sampled else None
+            # Cancelled, or complete one step before: what was computed ahead is dropped.
+            if sequence.status is Status.FINISHED:
+                continue
             for block, key in sequence.new_block_keys(self._blocks.block_size):
                 self._blocks.set_key(block, key)
-            if samples:
-                deltas[sequence.client].append(self._append(sequence, next(sampled), now_s))
-        self._unsent += [(client, Tokens(tuple(found))) for client, found in deltas.items()]
-
-    def _send(self) -> None:
-        """Emits the tokens that wait for it."""
-        unsent, self._unsent = self._unsent, []
-        for client, tokens in unsent:
-            self._emit(client, tokens)
+            if token is not None:
+                deltas[sequence.client].append(self._append(sequence, token, now_s))
+        for client, found in deltas.items():
+            self._emit(client, Tokens(tuple(found)))
 
     def _append(self, sequence: Sequence, token: SampledToken, now_s: float) -> TokenDelta:
+        if sequence.awaited is not None:
+            sequence.token_ids.pop()
+            sequence.awaited = None
         sequence.token_ids.append(token.token_id)
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
@@ -332,10 +397,7 @@ class Engine:
         finish: FinishReason | None = None
         if is_end:
             finish = FinishReason.STOP
-        elif (
-            sequence.num_generated >= sampling.max_tokens
-            or len(sequence.token_ids) >= self.info.max_model_len
-        ):
+        elif self._is_last(sequence):
             finish = FinishReason.LENGTH
         logprobs: tuple[TokenLogprobs, ...] = ()
         if token.logprob is not None:

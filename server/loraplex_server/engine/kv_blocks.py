@@ -14,10 +14,9 @@ def block_key(parent: bytes, token_ids: Sequence[int], namespace: bytes) -> byte
     `namespace` names the tenant and the adapters with their weights, so equal tokens of two tenants
     or two adapters never have one key.
     """
-    digest = hashlib.blake2b(parent, digest_size=16)
-    digest.update(len(namespace).to_bytes(4, "little") + namespace)
-    digest.update(struct.pack(f"<{len(token_ids)}i", *token_ids))
-    return digest.digest()
+    tokens = struct.pack(f"<{len(token_ids)}i", *token_ids)
+    content = b"".join((parent, len(namespace).to_bytes(4, "little"), namespace, tokens))
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 class KvBlockPool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import msgspec
 
 from loraplex_server.core.composition import Composition
-from loraplex_server.core.request import FinishReason, Request
+from loraplex_server.core.request import FinishReason, Request, SamplingDefaults
 from loraplex_server.errors import ErrorInfo
 
 PROTOCOL_VERSION = 1
@@ -58,6 +58,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_adapters_on_device: int
     adapter_slots: int
     eos_token_ids: tuple[int, ...]
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
     memory: tuple[tuple[str, int], ...] = ()
 
 

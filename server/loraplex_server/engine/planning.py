@@ -34,11 +34,14 @@ def build_plan(
     sampled: list[Sequence] = []
     sample_row: list[int] = []
     prefixes: list[tuple[int, int, list[int]]] = []
+    fed: list[tuple[int, int]] = []
     for item in scheduled:
         sequence, length = item.sequence, item.num_tokens
         first = sequence.num_computed
         end = first + length
         row = len(token_ids)
+        if sequence.awaited is not None and end == len(sequence.token_ids):
+            fed.append((row + length - 1, sequence.awaited))
         token_ids += sequence.token_ids[first:end]
         lengths.append(length)
         contexts.append(end)
@@ -80,6 +83,8 @@ def build_plan(
         num_logprobs=_ints([-1 if sampling.logprobs is None else sampling.logprobs for sampling in params]),
         banned_start=_starts([len(ids) for ids in banned]),
         banned_ids=_ints([token for ids in banned for token in ids]),
+        fed_row=_ints([row for row, _ in fed]),
+        fed_from=_ints([index for _, index in fed]),
         **_rare(sampled),
         prefix_slot=_ints([slot for slot, _, _ in prefixes]),
         prefix_first=_ints([first for _, first, _ in prefixes]),

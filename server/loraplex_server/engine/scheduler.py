@@ -207,7 +207,9 @@ class Scheduler:
             self._offer([one for one in self.waiting if admission.may_join(one)], admission)
 
     def _full(self, admission: _Admission) -> bool:
-        return admission.budget <= 0 or len(self.running) >= self._config.max_num_requests
+        # Who waits for blocks that are coming has a place already.
+        places = self._config.max_num_requests - admission.num_coming
+        return admission.budget <= 0 or len(self.running) >= places
 
     def _offer(self, candidates: list[Sequence], admission: _Admission) -> bool:
         """Admits those of the candidates that can run; False if for want of room on the device the rest can
@@ -242,6 +244,7 @@ class Scheduler:
             # The blocks of all its known tokens are taken now: a prompt that is computed in chunks must
             # not lose its later blocks to those admitted after it.
             if self._is_coming(sequence, admission.filling):
+                admission.num_coming += 1
                 continue
             if not self._take_blocks(sequence):
                 break
@@ -409,6 +412,7 @@ class _Admission:
     Attributes:
         filling: sequences that run and compute blocks for the prefix cache.
         passed: flows whose next request has to wait.
+        num_coming: sequences that wait for blocks which those are about to compute.
         num_blocked: how many there was no room on the device for.
         open_adapters: those that may get more requests; None for all that are on the device.
     """
@@ -428,6 +432,7 @@ class _Admission:
         self.now_s = now_s
         self.passed: set[Account] = set()
         self.num_blocked = 0
+        self.num_coming = 0
         self.open_adapters: Collection[str] | None = None
 
     def may_join(self, sequence: Sequence) -> bool:

@@ -21,6 +21,9 @@ Composition = tuple[tuple[AdapterHandle, float], ...]
 
 _NEVER = 1 << 62
 
+# The parent of a first block; as long as a key, so that no two blocks' contents are written alike.
+_ROOT = bytes(16)
+
 
 class Status(enum.Enum):
     WAITING = "waiting"
@@ -46,6 +49,7 @@ class Sequence:
         caches: its blocks may be had by others, and it may have theirs.
         cached_prompt_tokens: tokens of its prompt that it found in the cache when it was first admitted.
         reserved: it holds device references to its adapters.
+        awaited: its last token is not known yet: it is this one of those that the step in flight samples.
         flow: the account of what it is given; the scheduler's ledger sets it.
     """
 
@@ -65,6 +69,7 @@ class Sequence:
     caches: bool = False
     cached_prompt_tokens: int = 0
     reserved: bool = False
+    awaited: int | None = None
     flow: Account | None = None
     preemptions: int = 0
     adapter_wait_start_s: float | None = None
@@ -139,18 +144,22 @@ class Sequence:
 
     def _key(self, index: int, block_size: int) -> bytes:
         """Key of the block at `index` of the table, and of those before it, each computed once."""
-        while len(self.block_keys) <= index:
-            begin = len(self.block_keys) * block_size
+        keys = self.block_keys
+        while len(keys) <= index:
+            begin = len(keys) * block_size
             end = begin + block_size
-            parent = self.block_keys[-1] if self.block_keys else b""
-            self.block_keys.append(block_key(parent, self.token_ids[begin:end], self._namespace(begin, end)))
-        return self.block_keys[index]
+            parent = keys[-1] if keys else _ROOT
+            keys.append(block_key(parent, self.token_ids[begin:end], self._namespace(begin, end)))
+        return keys[index]
 
     def _namespace(self, begin: int, end: int) -> bytes:
         """Whose KV the positions from `begin` to `end` are: the tenant, content and weight of each adapter in
         order, and where in the block it changes."""
-        changes = [change for change in self._changes if begin < change < end]
-        place = (bisect.bisect_right(self._changes, begin), *(change - begin for change in changes))
+        changes: tuple[int, ...] = ()
+        place: tuple[int, ...] = ()
+        if self._changes and begin < self._changes[-1]:
+            changes = tuple(change for change in self._changes if begin < change < end)
+            place = (bisect.bisect_right(self._changes, begin), *(change - begin for change in changes))
         if place not in self._namespaces:
             parts = [
                 (start - begin, [(_content(handle), weight) for handle, weight in self.adapters_at(start)])

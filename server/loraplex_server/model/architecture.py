@@ -201,6 +201,29 @@ def find_ends(model: PreTrainedModel) -> Ends:
     )
 
 
+def residual_norms(model: PreTrainedModel) -> dict[str, str]:
+    """For attention's and the MLP's last projection in each layer, the norm that sees the residual stream.
+
+    Where a layer does not norm the input of both sub-blocks, under the names that most families use, it has
+    none of either.
+    """
+    found: dict[str, str] = {}
+    paths = {path for path, _ in model.named_modules()}
+    for path in paths:
+        layer, _, leaf = path.rpartition(".")
+        if leaf != "input_layernorm" or _LAYER.search(path) is None:
+            continue
+        after = f"{layer}.post_attention_layernorm"
+        before_mlp = f"{layer}.pre_feedforward_layernorm"
+        if before_mlp not in paths:
+            # With a norm at the end of the MLP, this one is at the end of the attention.
+            before_mlp = after if f"{layer}.post_feedforward_layernorm" not in paths else ""
+        ends = (f"{layer}.self_attn.o_proj", path), (f"{layer}.mlp.down_proj", before_mlp)
+        if all(end in paths and norm in paths for end, norm in ends):
+            found.update(ends)
+    return found
+
+
 def kv_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
     """(KV heads, head dimension) of each layer, as its attention module has them.
 

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 
-from loraplex_kernels import lora, replacement, vectors, vocabulary
+from loraplex_kernels import bottleneck, lora, replacement, vectors, vocabulary
 from loraplex_kernels.lora import LoraBatch, LoraPool, LoraSite
+from loraplex_server.model.residual import ResidualStream
 
 if TYPE_CHECKING:
     from loraplex_server.model.norm import NormSite
@@ -34,8 +34,8 @@ class Effect(Protocol):
 class EmbeddingEffect(Protocol):
     """What an adapter does where token ids become vectors."""
 
-    def embed(self, site: Vocabulary, ids: np.ndarray, x: torch.Tensor) -> None:
-        """Changes the embeddings x [T, hidden] of the token ids [T], which are on the host, in place."""
+    def embed(self, site: Vocabulary, ids: torch.Tensor, x: torch.Tensor) -> None:
+        """Changes the embeddings x [T, hidden] of the token ids [T] in place."""
 
 
 class NormEffect(Protocol):
@@ -75,7 +75,7 @@ class LowRankAdd(_Pooled):
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
         lora.apply(x, y, self.pool, site, self.batch)
 
-    def embed(self, site: Vocabulary, ids: np.ndarray, x: torch.Tensor) -> None:
+    def embed(self, site: Vocabulary, ids: torch.Tensor, x: torch.Tensor) -> None:
         vocabulary.add_low_rank(x, ids, self.pool, site.embedding, self.batch, site.scale)
 
 
@@ -92,7 +92,7 @@ class OutputScale(_Pooled):
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
         vectors.scale_output(y, self.pool, site, self.batch)
 
-    def embed(self, site: Vocabulary, ids: np.ndarray, x: torch.Tensor) -> None:
+    def embed(self, site: Vocabulary, ids: torch.Tensor, x: torch.Tensor) -> None:
         vectors.scale_output(x, self.pool, site.embedding, self.batch)
 
 
@@ -118,21 +118,51 @@ class OwnWeights(_Pooled):
 class TokenRows(_Pooled):
     """Rows of the embedding and of the head that are the adapter's own: trained, or of added tokens."""
 
-    def embed(self, site: Vocabulary, ids: np.ndarray, x: torch.Tensor) -> None:
+    def embed(self, site: Vocabulary, ids: torch.Tensor, x: torch.Tensor) -> None:
         vocabulary.place_rows(x, ids, self.pool, site.embedding, self.batch, site.scale)
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
         vocabulary.replace_logits(x, y, self.pool, site, self.batch)
 
 
-def effects_of(pool: LoraPool, batch: LoraBatch) -> tuple[Effect, ...]:
-    """What the adapters of a batch do, in order; without vectors among them a low-rank pair is all."""
+@dataclasses.dataclass(frozen=True)
+class Bottlenecks(_Pooled):
+    """Bottleneck adapters: y += a small network of y, of the residual stream, or of their sum."""
+
+    residual: ResidualStream | None
+
+    def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
+        stream: torch.Tensor | None = None
+        if self.residual is not None and bottleneck.reads_residual(self.pool, self.batch, site):
+            stream = self.residual.at(site)
+        bottleneck.add(y, stream, self.pool, site, self.batch)
+
+
+def effects_of(
+    pool: LoraPool, batch: LoraBatch, residual: ResidualStream | None = None
+) -> tuple[Effect, ...]:
+    """What the adapters of a batch do, in order; without vectors among them a low-rank pair is all.
+
+    Args:
+        residual: for the adapters that read it.
+    """
     pairs = LowRankAdd(pool, batch)
     if not vectors.any_vectors(pool, batch):
         return (pairs,)
     # The magnitude of DoRA scales the base's output alone: its pair, scaled at load, comes after.
-    scaled = (InputScale(pool, batch), OutputScale(pool, batch), pairs, BiasAdd(pool, batch))
-    return (OwnWeights(pool, batch), *scaled) if replacement.any_weights(pool, batch) else scaled
+    effects: tuple[Effect, ...] = (
+        InputScale(pool, batch),
+        OutputScale(pool, batch),
+        pairs,
+        BiasAdd(pool, batch),
+    )
+    if replacement.any_weights(pool, batch):
+        effects = (OwnWeights(pool, batch), *effects)
+    if not bottleneck.any_networks(pool, batch):
+        return effects
+    if residual is not None:
+        residual.watch()
+    return (*effects, Bottlenecks(pool, batch, residual))
 
 
 def acts_outside(pool: LoraPool, batch: LoraBatch) -> bool:

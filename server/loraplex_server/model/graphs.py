@@ -96,7 +96,8 @@ class DecodeGraphs:
         self._pool = pool
         self._device = device
         self._largest = max(limits.sizes)
-        self._inputs = torch.zeros(2, self._largest, dtype=torch.int64, device=device)
+        # Token ids and positions; rows of the former that are fed, and from where.
+        self._inputs = torch.zeros(4, self._largest, dtype=torch.int64, device=device)
         self._logits: torch.Tensor | None = None
         shapes = tuple(dict.fromkeys(layers))
         self._buckets = [_Bucket(size, limits, shapes, pool, device) for size in sorted(set(limits.sizes))]
@@ -123,9 +124,13 @@ class DecodeGraphs:
             # Kept for the recording's own stream, and of no more use.
             torch.cuda.empty_cache()
 
-    def prepare(self, plan: StepPlan) -> Callable[[], torch.Tensor] | None:
+    def prepare(
+        self, plan: StepPlan, tokens: torch.Tensor | None = None
+    ) -> Callable[[], torch.Tensor] | None:
         """Fills the inputs for a step; what is returned launches it and gives the logits [S, vocabulary] of
         the plan's `sample_row`, valid until the next launch. None where the step fits no recording.
+
+        `tokens` are those that the plan is fed from.
         """
         bucket = self._bucket(plan)
         if bucket is None:
@@ -147,7 +152,13 @@ class DecodeGraphs:
         inputs = torch.zeros(self._inputs.shape, dtype=torch.int64, pin_memory=pins(self._device))
         values = inputs.numpy()
         values[0, :count], values[1, :count] = plan.token_ids, plan.positions
+        fed = len(plan.fed_row)
+        values[2, :fed], values[3, :fed] = plan.fed_row, plan.fed_from
         self._inputs.copy_(inputs, non_blocking=True)
+        if fed:
+            assert tokens is not None
+            known = tokens.index_select(0, self._inputs[3, :fed])
+            self._inputs[0].index_copy_(0, self._inputs[2, :fed], known)
         rows = None
         if not np.array_equal(plan.sample_row, np.arange(count)):
             rows = send([plan.sample_row], self._device)[0]

@@ -29,6 +29,7 @@ from loraplex_server.model.architecture import Ends, Norm, Projection
 from loraplex_server.model.checkpoint import Checkpoint, locate
 from loraplex_server.model.linear import FrozenHead, SiteGroup, SiteLinear
 from loraplex_server.model.norm import NormSite, attach
+from loraplex_server.model.residual import ResidualStream
 from loraplex_server.model.vocabulary import Vocabulary
 from loraplex_server.model.weights import FrozenWeight, WeightFormat
 
@@ -60,6 +61,7 @@ class BaseModel:
         norms: its norms, whose entries follow.
         vocabulary: embedding and head, whose entries are the last two.
         kv_shapes: (KV heads, head dimension) of each layer.
+        residual: what sub-blocks' outputs are added to, for the adapters that read it.
         parameters: of the unquantised model.
     """
 
@@ -73,6 +75,7 @@ class BaseModel:
     kv_shapes: tuple[tuple[int, int], ...]
     eos_token_ids: tuple[int, ...]
     parameters: int
+    residual: ResidualStream | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every resident weight by name; tied tensors once."""
@@ -140,6 +143,7 @@ class EmptyModel:
         grouped: projections that will be held as one, siblings of one input together, in layer order.
         norms: over the hidden size.
         ends: embedding and head.
+        residual: path of the projection that ends a sub-block, to that of the norm that begins it.
         parameters: of the unquantised model.
     """
 
@@ -150,6 +154,7 @@ class EmptyModel:
     norms: tuple[Norm, ...]
     ends: Ends
     kv_shapes: tuple[tuple[int, int], ...]
+    residual: dict[str, str]
     parameters: int
     eos_token_ids: tuple[int, ...] = ()
 
@@ -178,6 +183,7 @@ class EmptyModel:
             norms=tuple(architecture.find_norms(model)),
             ends=architecture.find_ends(model),
             kv_shapes=tuple(architecture.kv_shapes(model)),
+            residual=architecture.residual_norms(model),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             eos_token_ids=eos_token_ids,
         )
@@ -208,6 +214,10 @@ class EmptyModel:
                 total += sum(p.out_features for p in group) * dtype.itemsize
         return total
 
+    def _residual_norms(self) -> dict[int, str]:
+        paths = [projection.path for group in self.grouped for projection in group]
+        return {entry: self.residual[path] for entry, path in enumerate(paths) if path in self.residual}
+
     def fill(self, source: TensorSource, *, progress: bool = True) -> BaseModel:
         """Reads and quantises the weights; this object is used up.
 
@@ -232,6 +242,7 @@ class EmptyModel:
             norms=norms,
             vocabulary=_vocabulary(model, self.ends, entries + len(norms)),
             kv_shapes=self.kv_shapes,
+            residual=ResidualStream(model, self._residual_norms()),
             eos_token_ids=self.eos_token_ids,
             parameters=self.parameters,
         )

@@ -82,6 +82,8 @@ class ModelRunner:
         )
         self._clock = DeviceClock(self._device)
         self._graphs: DecodeGraphs | None = None
+        # Those that the last launched step sampled, [S] int64 on the device.
+        self._tokens: torch.Tensor | None = None
 
     @property
     def asynchronous(self) -> bool:
@@ -140,6 +142,7 @@ class ModelRunner:
         self._clock.begin()
         logits = forward()
         sampling = sampler.launch(logits, plan) if len(plan.sample_row) else None
+        self._tokens = None if sampling is None else sampling.tokens
         return Pending(sampling, self._clock.end())
 
     @torch.inference_mode()
@@ -154,7 +157,7 @@ class ModelRunner:
     def _prepare(self, plan: StepPlan) -> Callable[[], torch.Tensor]:
         """Sends a step's inputs on their way; what is returned computes its logits."""
         place_prefixes(plan, self._pool, self._kv_caches)
-        replay = None if self._graphs is None else self._graphs.prepare(plan)
+        replay = None if self._graphs is None else self._graphs.prepare(plan, self._tokens)
         return self._eager(plan) if replay is None else replay
 
     def _eager(self, plan: StepPlan) -> Callable[[], torch.Tensor]:
@@ -164,11 +167,15 @@ class ModelRunner:
         outside = batch if batch is not None and acts_outside(self._pool, batch) else None
         sampled = None if outside is None else self._sampled(plan, outside)
         added = self._added_tokens(plan, sampled)
-        ids, vocabulary = plan.token_ids, self._base.vocabulary
-        known = np.where((ids < 0) | (ids >= vocabulary.size), 0, ids)
-        token_ids, positions, rows, missing_from = send(
-            [known, plan.positions, plan.sample_row, added], self._device
+        vocabulary, ids = self._base.vocabulary, np.maximum(plan.token_ids, 0)
+        if outside is not None and (ids >= vocabulary.size).any():
+            ends.check_ids(ids, self._pool, vocabulary.embedding, outside)
+        token_ids, positions, rows, fed_row, fed_from, added_to = send(
+            [ids, plan.positions, plan.sample_row, plan.fed_row, plan.fed_from, added], self._device
         )
+        if len(plan.fed_row):
+            assert self._tokens is not None
+            token_ids.index_copy_(0, fed_row, self._tokens.index_select(0, fed_from))
         step = StepContext(
             attention=AttentionBatch.build(
                 plan.query_start,
@@ -183,7 +190,7 @@ class ModelRunner:
             kv_caches=self._kv_caches,
             attended=int(np.diff(plan.query_start) @ plan.context_len),
             # Nothing is launched for a step without adapters.
-            effects=() if batch is None else effects_of(self._pool, batch),
+            effects=() if batch is None else effects_of(self._pool, batch, self._base.residual),
             norms=() if outside is None else norm_effects(self._pool, outside),
             head=() if sampled is None else head_effects(self._pool, sampled, vocabulary),
             added_tokens=int(added.max(initial=0)),
@@ -195,7 +202,7 @@ class ModelRunner:
                 logits = self._forward(step, embeddings, positions, rows)
                 if step.added_tokens:
                     columns = torch.arange(step.added_tokens, device=self._device)
-                    missing = columns >= missing_from[:, None]
+                    missing = columns >= added_to[:, None]
                     logits[:, vocabulary.size :].masked_fill_(missing, -torch.inf)
                 return logits
 
@@ -227,13 +234,14 @@ class ModelRunner:
         self, plan: StepPlan, token_ids: torch.Tensor, batch: LoraBatch | None, outside: LoraBatch | None
     ) -> torch.Tensor:
         """[T, hidden]; a negative token id is a row of a soft prompt, one past the base's an adapter's."""
-        found: torch.Tensor = self._embed(token_ids)
-        ids, site = plan.token_ids, self._base.vocabulary
+        site = self._base.vocabulary
+        of_base = token_ids if outside is None else token_ids.clamp(max=site.size - 1)
+        found: torch.Tensor = self._embed(of_base)
         if outside is not None:
             for effect in embedding_effects(self._pool, outside, site):
-                effect.embed(site, ids, found)
-        if batch is not None and (ids < 0).any():
-            vectors.place_soft_prompts(found, torch.from_numpy(ids), self._pool, batch)
+                effect.embed(site, token_ids, found)
+        if batch is not None and (plan.token_ids < 0).any():
+            vectors.place_soft_prompts(found, torch.from_numpy(plan.token_ids), self._pool, batch)
         return found
 
     def _sampled(self, plan: StepPlan, batch: LoraBatch) -> LoraBatch | None:

@@ -69,7 +69,7 @@ def step_bytes(empty: EmptyModel, size: StepSize) -> int:
     sampling = size.samples * vocabulary * (SAMPLER_BYTES + empty.format.dtype.itemsize)
     try:
         forward = _forward_bytes(empty, size)
-    except (RuntimeError, NotImplementedError, ValueError) as error:
+    except Exception as error:
         # Position embeddings that look at their input, say: meta tensors have no values.
         _log.debug("the step's memory is estimated: %s", error)
         forward = _estimate(empty, size, vocabulary)
@@ -81,7 +81,7 @@ def graph_bytes(empty: EmptyModel, limits: GraphLimits, max_rank: int, num_slots
     what the driver keeps of each."""
     largest = max(limits.sizes)
     vocabulary: int = empty.model.get_input_embeddings().weight.shape[0]
-    total = largest * (2 * torch.int64.itemsize + vocabulary * empty.format.dtype.itemsize)
+    total = largest * (4 * torch.int64.itemsize + vocabulary * empty.format.dtype.itemsize)
     for size in limits.sizes:
         total += LoraBatchBuffers(
             max_tokens=size,

@@ -45,6 +45,16 @@ class GenerationServiceStub(object):
                 request_serializer=loraplex_dot_v1_dot_generation__pb2.GenerateUnaryRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_generation__pb2.GenerateUnaryResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/loraplex.v1.GenerationService/Tokenize',
+                request_serializer=loraplex_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.CountTokens = channel.unary_unary(
+                '/loraplex.v1.GenerationService/CountTokens',
+                request_serializer=loraplex_dot_v1_dot_generation__pb2.CountTokensRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_generation__pb2.CountTokensResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer(object):
@@ -71,6 +81,22 @@ class GenerationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """The token ids that a prompt becomes, as generation would use them; nothing is generated.
+
+        Errors: as those of a prompt in Generate.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CountTokens(self, request, context):
+        """How many they are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -83,6 +109,16 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.GenerateUnary,
                     request_deserializer=loraplex_dot_v1_dot_generation__pb2.GenerateUnaryRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_generation__pb2.GenerateUnaryResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=loraplex_dot_v1_dot_generation__pb2.TokenizeRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_generation__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'CountTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.CountTokens,
+                    request_deserializer=loraplex_dot_v1_dot_generation__pb2.CountTokensRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_generation__pb2.CountTokensResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -140,6 +176,60 @@ class GenerationService(object):
             '/loraplex.v1.GenerationService/GenerateUnary',
             loraplex_dot_v1_dot_generation__pb2.GenerateUnaryRequest.SerializeToString,
             loraplex_dot_v1_dot_generation__pb2.GenerateUnaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.GenerationService/Tokenize',
+            loraplex_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+            loraplex_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CountTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.GenerationService/CountTokens',
+            loraplex_dot_v1_dot_generation__pb2.CountTokensRequest.SerializeToString,
+            loraplex_dot_v1_dot_generation__pb2.CountTokensResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -17,7 +17,7 @@ from loraplex_server.api.http.unserved import Unserved, without_unserved
 from loraplex_server.errors import InvalidArgumentError
 
 _READ_S = 30.0
-_PATH = re.compile(r" - at `\$\.?(.*)`$")
+_PATH = re.compile(r" - at (?:`key` in )?`\$\.?(.*)`$")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(.*)`")
 _MISSING = re.compile(r"^Object missing required field `(.*)`")
 _CONTENT_TYPE = "application/json"

@@ -12,6 +12,15 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 DONE = b"data: [DONE]\n\n"
 
+_STALL_S = 60.0
+
+_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    # A proxy that collects what it passes on would make one event of all.
+    (b"x-accel-buffering", b"no"),
+)
+
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
@@ -86,14 +95,21 @@ async def merged(sources: Sequence[AsyncGenerator[ItemT]]) -> AsyncGenerator[tup
 
 class EventStream:
     """Server-sent events on one response. The headers go out with the first event, so that whatever goes
-    wrong before it can still be told by a status."""
+    wrong before it can still be told by a status.
+
+    While a client reads slowly, its events wait; one that reads nothing for a minute is given up.
+    """
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.started = False
 
     async def event(self, data: bytes) -> None:
-        """Sends one event; waits while the client reads slowly."""
+        """Sends one event; waits while the client reads slowly.
+
+        Raises:
+            ClientGoneError: it does not read any more.
+        """
         await self._write(b"data: " + data + b"\n\n", more=True)
 
     async def end(self, last: bytes = DONE) -> None:
@@ -101,13 +117,11 @@ class EventStream:
         await self._write(last, more=False)
 
     async def _write(self, body: bytes, *, more: bool) -> None:
-        if not self.started:
-            self.started = True
-            headers = [
-                (b"content-type", b"text/event-stream; charset=utf-8"),
-                (b"cache-control", b"no-cache"),
-                # A proxy that collects what it passes on would make one event of all.
-                (b"x-accel-buffering", b"no"),
-            ]
-            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        try:
+            async with asyncio.timeout(_STALL_S):
+                if not self.started:
+                    self.started = True
+                    await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+                await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        except TimeoutError as error:
+            raise ClientGoneError from error

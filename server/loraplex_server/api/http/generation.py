@@ -18,7 +18,14 @@ from loraplex_server.api.generator import Generator
 from loraplex_server.api.http import unserved
 from loraplex_server.api.http.body import read_body
 from loraplex_server.api.http.errors import to_body
-from loraplex_server.api.http.events import EventStream, Receive, Send, merged, while_connected
+from loraplex_server.api.http.events import (
+    ClientGoneError,
+    EventStream,
+    Receive,
+    Send,
+    merged,
+    while_connected,
+)
 from loraplex_server.api.http.formats import (
     ChatFormat,
     Collected,
@@ -72,7 +79,7 @@ class Completions:
     async def read(self, request: Request, backend: Backend, settings: HttpSettings) -> _Job:
         body = await read_body(request, CompletionBody, unserved.COMPLETION, settings.max_body_bytes)
         request.scope[MODEL_KEY] = body.model
-        pairs = completion_messages(body, settings.model_name)
+        pairs = completion_messages(body, settings.model_name, backend.limits.defaults)
         echoes = []
         for _, prompt in pairs:
             text = ""
@@ -91,7 +98,9 @@ class Chat:
     async def read(self, request: Request, backend: Backend, settings: HttpSettings) -> _Job:
         body = await read_body(request, ChatBody, unserved.CHAT, settings.max_body_bytes)
         request.scope[MODEL_KEY] = body.model
-        message = chat_message(body, settings.model_name, backend.limits.max_model_len)
+        message = chat_message(
+            body, settings.model_name, backend.limits.defaults, backend.limits.max_model_len
+        )
         looks = ChatFormat(
             _heading(body, backend), backend.tokenizer.token_text, bool(body.logprobs), _wants_usage(body)
         )
@@ -136,6 +145,8 @@ class GenerationEndpoint:
         events = EventStream(send)
         try:
             await self._send_events(job, events)
+        except ClientGoneError:
+            raise
         except Exception as error:
             if not events.started:
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -83,7 +84,8 @@ class CallMiddleware:
             guarded = path.startswith(_GUARDED)
             with self._lifecycle.call() if guarded else contextlib.nullcontext():
                 await self._app(scope, receive, send_on)
-        except ClientGoneError:
+        except (ClientGoneError, asyncio.CancelledError):
+            # Cancelled is what has not ended when the server does: the connection is closed under it.
             status = _CLIENT_GONE
         except ServerError as error:
             if error.code == InternalError.code:

@@ -20,6 +20,9 @@ Count = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
 Positive = Annotated[int, Meta(ge=1, le=_MAX_COUNT)]
 TokenId = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
 Stop = Annotated[str, Meta(min_length=1, max_length=convert.MAX_STOP_CHARS)]
+Penalty = Annotated[float, Meta(ge=-convert.MAX_PENALTY, le=convert.MAX_PENALTY)]
+Bias = Annotated[float, Meta(ge=-convert.MAX_BIAS, le=convert.MAX_BIAS)]
+TokenKey = Annotated[str, Meta(pattern="^[0-9]{1,9}$")]
 Name = Annotated[str, Meta(min_length=1, max_length=512)]
 
 
@@ -40,6 +43,7 @@ class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         model: the base model's name, or an adapter's.
         adapters: with the base model's name: adapters to sum.
+        logit_bias: token ids, as text since they are an object's keys, and what is added to their logits.
         seed: any integer; negative ones count from the top of 64 bits.
         user: says nothing to this server.
     """
@@ -54,9 +58,16 @@ class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     temperature: Annotated[float, Meta(ge=0)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Count | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=convert.MAX_REPETITION_PENALTY)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[TokenKey, Bias], Meta(max_length=convert.MAX_LOGIT_BIAS)] | None = None
+    bad_words: Annotated[list[Stop], Meta(max_length=convert.MAX_BAD_WORDS)] | None = None
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
     stop: Stop | Annotated[list[Stop], Meta(max_length=convert.MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=convert.MAX_STOP_TOKENS)] | None = None
+    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     priority: Annotated[int, Meta(ge=-_MAX_COUNT, le=_MAX_COUNT)] | None = None
     cache_prefix: bool | None = None

@@ -7,24 +7,27 @@ from collections.abc import Sequence
 from loraplex.v1 import generation_pb2
 from loraplex_server.api import convert
 from loraplex_server.api.http.schema import ChatBody, CompletionBody, GenerationBody, Message
+from loraplex_server.core.request import SamplingDefaults
 from loraplex_server.errors import InvalidArgumentError, NotFoundError
 
 MAX_CHOICES = 128
 """Most answers that one HTTP request may ask for, over all its prompts."""
 
 _DEFAULT_TEMPERATURE = 1.0
+_SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _DEFAULT_COMPLETION_TOKENS = 16
 
 Prompt = str | Sequence[int]
 
 
 def completion_messages(
-    body: CompletionBody, base: str
+    body: CompletionBody, base: str, defaults: SamplingDefaults
 ) -> list[tuple[generation_pb2.GenerateRequest, Prompt]]:
     """One message for each prompt, and the prompt itself.
 
     Args:
         base: name of the base model.
+        defaults: the model's own.
 
     Raises:
         InvalidArgumentError, NotFoundError: a field that only HTTP has is wrong.
@@ -40,7 +43,7 @@ def completion_messages(
         raise InvalidArgumentError.field("echo", "is not served with logprobs: a prompt's are not computed")
     found = []
     for prompt in prompts:
-        message = _message(body, base, body.max_tokens or _DEFAULT_COMPLETION_TOKENS)
+        message = _message(body, base, defaults, body.max_tokens or _DEFAULT_COMPLETION_TOKENS)
         if isinstance(prompt, str):
             message.text = prompt
         else:
@@ -52,7 +55,9 @@ def completion_messages(
     return found
 
 
-def chat_message(body: ChatBody, base: str, max_model_len: int) -> generation_pb2.GenerateRequest:
+def chat_message(
+    body: ChatBody, base: str, defaults: SamplingDefaults, max_model_len: int
+) -> generation_pb2.GenerateRequest:
     """The message of a conversation.
 
     Raises:
@@ -65,7 +70,7 @@ def chat_message(body: ChatBody, base: str, max_model_len: int) -> generation_pb
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidArgumentError.field("top_logprobs", "needs logprobs to be true")
     # An assistant speaks until it is done, or the context is full.
-    message = _message(body, base, limits.pop() if limits else max_model_len)
+    message = _message(body, base, defaults, limits.pop() if limits else max_model_len)
     for said in body.messages:
         message.chat.messages.add(role=said.role, content=_content(said), name=said.name)
     if body.logprobs:
@@ -88,7 +93,11 @@ def adapter_of(model: str, base: str) -> str:
     return model
 
 
-def _message(body: GenerationBody, base: str, max_tokens: int) -> generation_pb2.GenerateRequest:
+def _message(
+    body: GenerationBody, base: str, defaults: SamplingDefaults, max_tokens: int
+) -> generation_pb2.GenerateRequest:
+    # A model whose files say nothing is sampled at 1, as OpenAI's API has it, not greedily.
+    temperature = defaults.temperature or _DEFAULT_TEMPERATURE
     message = generation_pb2.GenerateRequest(priority=body.priority)
     adapter = adapter_of(body.model, base)
     if adapter and body.adapters:
@@ -100,11 +109,14 @@ def _message(body: GenerationBody, base: str, max_tokens: int) -> generation_pb2
     for use in body.adapters or ():
         message.adapters.add(adapter=use.name, weight=use.weight)
     sampling, stopping = message.sampling, message.stopping
-    sampling.temperature = _DEFAULT_TEMPERATURE if body.temperature is None else body.temperature
-    if body.top_p is not None:
-        sampling.top_p = body.top_p
-    if body.top_k is not None:
-        sampling.top_k = body.top_k
+    sampling.temperature = temperature if body.temperature is None else body.temperature
+    for field in _SAMPLING:
+        value = getattr(body, field)
+        if value is not None:
+            setattr(sampling, field, value)
+    for token, bias in (body.logit_bias or {}).items():
+        sampling.logit_bias[int(token)] = bias
+    sampling.bad_words.extend(body.bad_words or ())
     if body.seed is not None:
         sampling.seed = body.seed % (1 << 64)
     stopping.max_tokens = max_tokens
@@ -114,6 +126,7 @@ def _message(body: GenerationBody, base: str, max_tokens: int) -> generation_pb2
         stopping.stop.extend([body.stop] if isinstance(body.stop, str) else body.stop)
     stopping.stop_token_ids.extend(body.stop_token_ids or ())
     stopping.ignore_eos = bool(body.ignore_eos)
+    stopping.include_stop = bool(body.include_stop_str_in_output)
     if body.cache_prefix is not None:
         message.cache_prefix = body.cache_prefix
     return message

@@ -22,13 +22,9 @@ class Unserved:
 
 
 _NOTHING = Unserved(())
-_ZERO = Unserved((0,), "is not served; leave it out or give 0")
 _TEXT_ONLY = "is not served: answers are text; leave it out"
 
 GENERATION: Mapping[str, Unserved] = {
-    "frequency_penalty": _ZERO,
-    "presence_penalty": _ZERO,
-    "logit_bias": Unserved(({},)),
     "response_format": Unserved(({"type": "text"},), _TEXT_ONLY),
     "service_tier": Unserved(("auto", "default")),
     "store": Unserved((False,), "is not served: nothing is kept; leave it out"),
