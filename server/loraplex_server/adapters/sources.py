@@ -24,13 +24,17 @@ from loraplex_server.errors import (
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
 
-# As the `adapters` library names its files.
+# As the `adapters` library names its files; the configuration is named alike.
 BOTTLENECK_FILE = "adapter.safetensors"
-BOTTLENECK_PICKLE = "pytorch_adapter.bin"
 INTERFACE_FILE = "adapter_interface.json"
 HEAD_FILES = ("model_head.safetensors", "pytorch_model_head.bin")
+
+PICKLE_FILES = {
+    "adapter_model.bin": "save_pretrained with safe_serialization=True",
+    "pytorch_adapter.bin": "save_adapter with use_safetensors=True",
+}
+"""What is never read, and how the adapter is saved otherwise."""
 
 _NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,128}")
 
@@ -97,6 +101,22 @@ def open_file(folder: Path, filename: str, roots: Iterable[Path]) -> tuple[Binar
         os.close(descriptor)
         raise FailedPreconditionError(f"{filename} is no regular file")
     return os.fdopen(descriptor, "rb"), status.st_size
+
+
+def pickle_refusal(name: str) -> str:
+    """Why one of `PICKLE_FILES` is not read."""
+    return (
+        f"{name} is a pickle, which can run code when it is read; re-save the adapter as safetensors "
+        f"({PICKLE_FILES[name]})"
+    )
+
+
+def head_refusal(name: str) -> str:
+    """Why an adapter with one of `HEAD_FILES` beside it is not served."""
+    return (
+        f"{name} is a head of its own, which is not served; save the adapter with with_head=False, or take "
+        "the file away if it is the base's head"
+    )
 
 
 def _is_inside(path: str, roots: Iterable[str]) -> bool:

@@ -68,7 +68,7 @@ from loraplex_server.adapters.weights import HostBlob, lay_out, read_weights
 from loraplex_server.adapters.workers import Outcome, WorkerPool
 from loraplex_server.config import AdapterConfig
 from loraplex_server.core.composition import Composition
-from loraplex_server.engine.messages import AdapterStatus, SwapRecord
+from loraplex_server.engine.messages import AdapterChanges, AdapterStatus, SwapRecord
 from loraplex_server.errors import (
     AlreadyExistsError,
     CancelledError,
@@ -166,6 +166,10 @@ class AdapterStore:
         self._misses = 0
         self._swaps: collections.deque[SwapRecord] = collections.deque(maxlen=_MAX_SWAP_RECORDS)
 
+        # Names whose adapters are not as they were, while somebody watches.
+        self._changed: set[str] = set()
+        self._watched = False
+
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
         self._event = threading.Event()
         self._closed = False
@@ -256,10 +260,10 @@ class AdapterStore:
         """
         if name in self._broken:
             raise self._broken[name].error
-        for status in self.list():
-            if status.name == name:
-                return status
-        raise not_found(name)
+        status = self._status_of(name)
+        if status is None:
+            raise not_found(name)
+        return status
 
     def chat_template(self, name: str) -> str:
         """The adapter's own chat template; "" where it brings none.
@@ -269,6 +273,28 @@ class AdapterStore:
             ServerError: it was registered but cannot be served; the reason.
         """
         return self._find(name).manifest.chat_template
+
+    def watch(self, watched: bool) -> None:
+        """Has changes kept for `drain_changes`, or kept no longer."""
+        self._watched = watched
+        self._changed.clear()
+
+    def drain_changes(self) -> AdapterChanges:
+        """What has changed since the last call: adapters as they are now, and names that are gone."""
+        names, self._changed = sorted(self._changed), set()
+        found = {name: self._status_of(name) for name in names}
+        return AdapterChanges(
+            tuple(status for status in found.values() if status is not None),
+            tuple(name for name, status in found.items() if status is None),
+        )
+
+    def _status_of(self, name: str) -> AdapterStatus | None:
+        record = self._records.get(name)
+        if record is None and name in self._inspecting:
+            return unread_status(name, self._inspecting[name].source)
+        draining = (other for other in self._retired if other.draining and other.name == name)
+        record = record or next(draining, None)
+        return None if record is None else record.status()
 
     def broken(self) -> dict[str, ServerError]:
         """Why each registered adapter that cannot be served cannot."""
@@ -476,6 +502,7 @@ class AdapterStore:
                 request that is under way.
         """
         record = self._find(name)
+        self._touch(name)
         if not pinned:
             self._pins.unpin(record)
             callbacks, record.on_pinned = record.on_pinned, []
@@ -720,10 +747,11 @@ class AdapterStore:
         worker.submit(inspect, lambda outcome: self._was_inspected(name, inspection, outcome))
         self._abandon(name, superseded(name))
         (self._replacing if inspection.inplace else self._inspecting)[name] = inspection
+        self._touch(name)
 
     def _inspect(self, name: str, folder: Path) -> AdapterManifest:
         roots = self._sources.roots
-        return read_manifest(name, folder, self._registry, roots, self._max_rank, self._kinds)
+        return read_manifest(name, folder, self._registry, roots, self._max_rank, self._kinds, self._base)
 
     def _was_inspected(self, name: str, inspection: Inspection, outcome: Outcome[AdapterManifest]) -> None:
         manifest = outcome.result
@@ -732,6 +760,7 @@ class AdapterStore:
             if waiting.get(name) is not inspection:
                 return
             del waiting[name]
+            self._touch(name)
             if manifest is None:
                 raise outcome.error or InternalError("nothing was read")
             # What it was to replace may have failed meanwhile.
@@ -765,6 +794,12 @@ class AdapterStore:
         ):
             if needed > budget:
                 raise refusal(name, f"it takes {needed} bytes of {budget}; give the server more {option}")
+            if 0 < self._config.max_bytes < needed:
+                raise refusal(
+                    name,
+                    f"it takes {needed} bytes, and one adapter may take {self._config.max_bytes} "
+                    "(--adapter-max-bytes)",
+                )
         self._sources.retain(manifest.folder)
         record = Record(name, source, manifest, layout, units, host_bytes)
         if candidate:
@@ -772,6 +807,7 @@ class AdapterStore:
         else:
             self._broken.pop(name, None)
             self._records[name] = record
+            self._touch(name)
         return record
 
     def _swap(self, new: Record) -> None:
@@ -847,6 +883,7 @@ class AdapterStore:
                 del registered[record.name]
         self._retired.add(record)
         record.retired = True
+        self._touch(record.name)
         self._loading.retired(record)
         self._settle(record)
 
@@ -879,6 +916,7 @@ class AdapterStore:
                 self._host.drop(record)
             self._sources.release(record.manifest.folder)
             self._retired.discard(record)
+            self._touch(record.name)
             callbacks, record.on_drained = record.on_drained, []
             for callback in callbacks:
                 callback()
@@ -897,7 +935,10 @@ class AdapterStore:
 
     def _bring_pinned(self) -> None:
         """Pins what may be pinned by now, and brings in those pinned that there is room for."""
-        self._pins.settle(lambda record: self._records.get(record.name) is record, self._check_pin)
+        for record in self._pins.settle(
+            lambda record: self._records.get(record.name) is record, self._check_pin
+        ):
+            self._touch(record.name)
         self._pins.place(self._loading.fetch)
 
     # Disk to host, host to device
@@ -964,7 +1005,12 @@ class AdapterStore:
         if self._wake is not None:
             self._wake()
 
+    def _touch(self, name: str) -> None:
+        if self._watched:
+            self._changed.add(name)
+
     def _note(self, kind: str, record: Record, seconds: float = 0.0) -> None:
+        self._touch(record.name)
         self._swaps.append(SwapRecord(kind, record.name, seconds, record.host_bytes))
 
     def _count(self, handles: Iterable[AdapterHandle]) -> None:
