@@ -1,4 +1,4 @@
-"""Level (ii) for prefix tuning and bottleneck adapters: bf16 and fp16 as near to fp32 as the peer in that dtype.
+"""Level (ii) for prefix tuning and bottleneck adapters: in half precision as near to fp32 as the peer is.
 
 The peer is PEFT for a prefix, and transformers with the adapter hooked in for a bottleneck. Logits are
 teacher-forced, all kinds in one ragged row.
