@@ -34,7 +34,13 @@ from loraplex_server.adapters.effects import (
 )
 from loraplex_server.adapters.manifest import AdapterManifest, refusal
 from loraplex_server.adapters.sources import open_file
-from loraplex_server.adapters.tensor_file import MalformedFileError, TensorInfo, quoted, read_header
+from loraplex_server.adapters.tensor_file import (
+    MalformedFileError,
+    TensorInfo,
+    header_digest,
+    quoted,
+    read_header_bytes,
+)
 from loraplex_server.errors import InternalError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -101,13 +107,12 @@ def read_weights(
     file, size = open_file(manifest.folder, manifest.weights_file, roots)
     try:
         with file:
-            header = read_header(file, size)
-            if header.digest != manifest.header.digest:
+            header, header_bytes = manifest.header, read_header_bytes(file, size)
+            if header_digest(header_bytes) != header.digest or size != header.file_bytes:
                 raise MalformedFileError(
                     f"{manifest.weights_file} was changed since it was registered; load it anew"
                 )
-            file.seek(0)
-            content.update(_read(file, header.data_begin))
+            content.update(header_bytes)
             for tensor in header.tensors:
                 raw = _read(file, tensor.end - tensor.begin)
                 content.update(raw)
