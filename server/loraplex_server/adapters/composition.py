@@ -25,7 +25,7 @@ from loraplex_server.adapters.effects import LowRankAdd
 from loraplex_server.adapters.manifest import AdapterManifest, refusal
 from loraplex_server.adapters.remote.cache import entry_key
 from loraplex_server.adapters.resolver import Resolver
-from loraplex_server.adapters.sites import SiteRegistry
+from loraplex_server.adapters.sites import SiteKind, SiteRegistry
 from loraplex_server.adapters.sources import CONFIG_FILE, WEIGHTS_FILE, open_file
 from loraplex_server.core.composition import Composition
 from loraplex_server.errors import FailedPreconditionError, InternalError, UnavailableError
@@ -65,7 +65,13 @@ class Composer:
     """
 
     def __init__(self, registry: SiteRegistry, sources: Resolver) -> None:
-        self._sites = [(entry.path, entry.in_features, entry.out_features) for entry in registry]
+        # In the order of the model's modules, in which PEFT draws. Norms are no place for what it combines.
+        kinds = (SiteKind.EMBEDDING, SiteKind.PROJECTION, SiteKind.HEAD)
+        self._sites = [
+            (entry.path, entry.in_features, entry.out_features, kind is SiteKind.EMBEDDING)
+            for kind in kinds
+            for entry in registry.of_kind(kind)
+        ]
         self._sources = sources
         self._turn = threading.Lock()
         self._stop = threading.Event()
@@ -105,8 +111,8 @@ class Composer:
         """Ends what `make` is at, which raises UnavailableError."""
         self._stop.set()
 
-    def _member(self, member: Member) -> dict[str, str]:
-        """Where a member's files are, and the SHA-256 of each."""
+    def _member(self, member: Member) -> dict[str, Any]:
+        """Where a member's files are, the SHA-256 of each, and which tensors are the base's own."""
         manifest = member.manifest
         content = hashlib.sha256(manifest.config.encode() + b"\0")
         digests = {}
@@ -121,7 +127,8 @@ class Composer:
             digests[name] = digest.hexdigest()
         if member.content_hash not in ("", content.hexdigest()):
             raise refusal(manifest.name, "its weights were changed on disk; load it in place first")
-        return {"folder": str(manifest.folder), **digests}
+        base_tables = sorted({tensor.name for _, tensor in manifest.base_tables})
+        return {"folder": str(manifest.folder), "base_tables": base_tables, **digests}
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
