@@ -417,9 +417,15 @@ class LoraPool:
         host = self.host
         host.version += 1
         if self.arena.device.type != "cpu":
-            self.a_offset[slot].copy_(torch.from_numpy(host.a_offset[slot]))
-            self.b_offset[slot].copy_(torch.from_numpy(host.b_offset[slot]))
-            self.rank[slot].copy_(torch.from_numpy(host.rank[slot]))
+            # A step may be running: from pinned memory, nothing here waits for its end.
+            pinned = self.arena.device.type == "cuda"
+            for table, rows in (
+                (self.a_offset, host.a_offset),
+                (self.b_offset, host.b_offset),
+                (self.rank, host.rank),
+            ):
+                row = torch.from_numpy(rows[slot])
+                table[slot].copy_(row.pin_memory() if pinned else row, non_blocking=pinned)
 
     def a(self, slot: int, entry: int, in_features: int) -> Tensor:
         """A view of the true rank rows of A: ``[rank, in_features]``. Host tables are read, nothing is

@@ -202,8 +202,8 @@ class Engine:
     def _advance(self, step: _Step) -> None:
         """Takes what a launched step computes as computed, and its tokens as there, though not known yet.
 
-        A request that ends with it, or whose sampling must know it, gets no such token: it is not scheduled
-        until it is known.
+        A request that ends with it, or that cannot go on without knowing it, gets no such token: it is not
+        scheduled until it is known.
         """
         samples = 0
         for item, is_sampled in step.scheduled:
@@ -212,10 +212,13 @@ class Engine:
             if sequence.status is Status.FINISHED:
                 continue
             sequence.num_computed += item.num_tokens
-            needs_it = sequence.request.sampling.penalised or self._is_last(sequence, 1)
-            if is_sampled and self._runner.asynchronous and not needs_it:
+            if is_sampled and self._runner.asynchronous and not self._must_know(sequence):
                 sequence.token_ids.append(0)
                 sequence.awaited = samples - 1
+
+    def _must_know(self, sequence: Sequence) -> bool:
+        """Whether the host has to know a sequence's next token before there can be another."""
+        return self._is_last(sequence, 1) or sequence.request.sampling.penalised
 
     def _is_last(self, sequence: Sequence, more: int = 0) -> bool:
         """Whether with `more` tokens than it has a sequence is as long as it may be."""

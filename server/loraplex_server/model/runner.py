@@ -100,7 +100,13 @@ class ModelRunner:
         """
         started_s = time.monotonic()
         plans = list(
-            warmup.plans(self._max_batch_tokens, max_context, self._pool.num_slots, self._block_size)
+            warmup.plans(
+                self._max_batch_tokens,
+                max_context,
+                self._pool.num_slots,
+                self._max_pairs_per_token,
+                self._block_size,
+            )
         )
         for done, plan in enumerate(plans, 1):
             self.run(plan)
