@@ -352,14 +352,14 @@ def _check(seed: int, originals: list[Files], folder: Path, registry: SiteRegist
         name: value.shape for name, value in whole.items()
     }, "admitted with other tensors than a whole adapter has"
     before, after = json.loads(original[CONFIG]), json.loads((folder / CONFIG).read_bytes())
-    for config in (before, after):
-        # Names of modules are endings of paths: what counts is what they name.
-        names = tuple(config.get("modules_to_save") or ())
-        config["modules_to_save"] = [entry.path for entry in registry if entry.path.endswith(names)]
     if "config" in before:
         # Beside it anything may stand, and says nothing.
         before = {**before["config"], "hidden_size": before["hidden_size"]}
         after = {**after["config"], "hidden_size": after["hidden_size"]}
+    for config in (before, after):
+        # Names of modules are endings of paths: what counts is what they name.
+        names = tuple(config.get("modules_to_save") or ())
+        config["modules_to_save"] = [entry.path for entry in registry if entry.path.endswith(names)]
     for key in DECIDING:
         assert (before.get(key) or None) == (after.get(key) or None), f"admitted with another {key}"
     return "admitted"

@@ -233,7 +233,7 @@ def read_manifest(
 
     Adapters that were trained by one recipe have the same configuration and header, byte for byte. Where such
     a one is among those `known`, nothing has to be parsed, and all that is large is shared. A new kind is put
-    there, unless more than these two decided what it is.
+    there, unless what it is depends on its values.
 
     Args:
         base: what tables of the vocabulary are compared with; without it all their rows are the adapter's.
