@@ -719,7 +719,7 @@ class AdapterStore:
         (self._replacing if inspection.inplace else self._inspecting)[name] = inspection
 
     def _inspect(self, name: str, folder: Path) -> AdapterManifest:
-        return read_manifest(name, folder, self._registry, self._sources.roots, self._max_rank)
+        return read_manifest(name, folder, self._registry, self._sources.roots, self._max_rank, self._base)
 
     def _was_inspected(self, name: str, inspection: Inspection, outcome: Outcome[AdapterManifest]) -> None:
         manifest = outcome.result
@@ -761,6 +761,12 @@ class AdapterStore:
         ):
             if needed > budget:
                 raise refusal(name, f"it takes {needed} bytes of {budget}; give the server more {option}")
+            if 0 < self._config.max_bytes < needed:
+                raise refusal(
+                    name,
+                    f"it takes {needed} bytes, and one adapter may take {self._config.max_bytes} "
+                    "(--adapter-max-bytes)",
+                )
         self._sources.retain(manifest.folder)
         record = Record(name, source, manifest, layout, units, host_bytes)
         if candidate:
