@@ -337,6 +337,12 @@ def build_parser() -> argparse.ArgumentParser:
         api.max_connection_age_s,
         "connections older than this are asked to come anew, calls under way go on; 0 is never",
     )
+    _count(
+        group,
+        "--max-engine-restarts",
+        api.max_engine_restarts,
+        "how often in ten minutes an engine that died is started again; then the server ends",
+    )
     group.add_argument("--no-reflection", action="store_true", help="clients may not list the services")
     _choice(group, "--log-level", LOG_LEVELS, logs.level, "least severe lines of the log on stderr")
     _choice(group, "--log-format", LOG_FORMATS, logs.format, "json is one object a line, for collectors")
@@ -432,6 +438,7 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
             allow_insecure=arguments.allow_insecure,
             reflection=not arguments.no_reflection,
             max_connection_age_s=arguments.max_connection_age,
+            max_engine_restarts=arguments.max_engine_restarts,
         ),
     )
 

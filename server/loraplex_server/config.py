@@ -249,6 +249,8 @@ class ApiConfig:
         tls: None is plain text, which only loopback addresses may have, or who sets `allow_insecure`.
         token_file: bearer tokens, see `api.authentication`; None asks for none.
         reflection: clients may list the services and their messages.
+        max_engine_restarts: how often in ten minutes an engine that died is started again; once more, and the
+            server ends.
         max_connection_age_s: connections older than this are asked to come anew, so that load balancers can
             spread them; calls under way go on. 0 is never.
     """
@@ -266,11 +268,13 @@ class ApiConfig:
     allow_insecure: bool = False
     reflection: bool = True
     max_connection_age_s: float = 0.0
+    max_engine_restarts: int = 3
 
     def __post_init__(self) -> None:
         _at_least("port", self.port, 0)
         _at_least("http_port", self.http_port, -1)
         _at_least("metrics_port", self.metrics_port, -1)
+        _at_least("max_engine_restarts", self.max_engine_restarts, 0)
         if not 0 <= self.max_connection_age_s < math.inf:
             raise InvalidArgumentError.field(
                 "max_connection_age", f"{self.max_connection_age_s} is no number of seconds"

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,13 @@ from loraplex_server.adapters.store import AdapterStore
 from loraplex_server.config import AdapterConfig
 from loraplex_server.core.composition import COMBINATION_TYPES, Composition, prunes
 from loraplex_server.core.request import AdapterUse
-from loraplex_server.errors import FailedPreconditionError, NotFoundError, UnavailableError
+from loraplex_server.engine.messages import AdapterStatus
+from loraplex_server.errors import (
+    FailedPreconditionError,
+    NotFoundError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 
 MODULES = ["q_proj", "v_proj", "down_proj"]
 
@@ -267,6 +274,28 @@ def test_a_composition_is_an_adapter_like_any_other(
     assert again.get("both").content_hash == store_hash, "it does not follow its members"
     again.compose("both", both, composed, inplace=True)
     assert run(again, composed).content_hash != store_hash
+
+
+def test_only_so_many_wait(make: Any, answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make()
+    let_go = threading.Event()
+
+    def slow(spec: dict[str, Any]) -> None:
+        assert let_go.wait(60)
+        composition_job.combine(spec)
+
+    monkeypatch.setattr(store._composer, "_run", slow)
+    answers = [answer() for _ in range(9)]
+    for number, done in enumerate(answers):
+        store.compose(f"both{number}", of("cat", ("a", 1.0), ("b", 1.0 + number)), done)
+    while not any(done.calls for done in answers):
+        assert store.wait_event(60)
+        store.poll()
+    [refused] = [done.value for done in answers if done.calls]
+    assert isinstance(refused, ResourceExhaustedError)
+    let_go.set()
+    outcomes = [run(store, done) for done in answers]
+    assert sum(isinstance(outcome, AdapterStatus) for outcome in outcomes) == 8
 
 
 def test_a_composition_ends_with_the_store(make: Any, answer: Any) -> None:

@@ -28,7 +28,7 @@ from loraplex_server.adapters.sites import SiteKind, SiteRegistry
 from loraplex_server.adapters.weights import lay_out, read_weights
 from loraplex_server.errors import ServerError
 
-FAILED_ONCE: tuple[int, ...] = ()
+FAILED_ONCE: tuple[int, ...] = (1795275221206099, 1795275452910747)
 INPUTS = int(os.environ.get("LORAPLEX_FUZZ_INPUTS", "2000"))
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BOTTLENECK, INTERFACE = "adapter.safetensors", "adapter_interface.json"
@@ -328,7 +328,7 @@ def _check(seed: int, originals: list[Files], folder: Path, registry: SiteRegist
     refusal: ServerError | None = None
     try:
         base = _Base(registry)
-        manifest = read_manifest("fuzzed", folder, registry, [folder], MAX_RANK, base)
+        manifest = read_manifest("fuzzed", folder, registry, [folder], MAX_RANK, base=base)
         blob = read_weights(manifest, lay_out(manifest, 96), torch.float32, [folder], base)
     except ServerError as error:
         refusal = error
@@ -352,6 +352,10 @@ def _check(seed: int, originals: list[Files], folder: Path, registry: SiteRegist
         name: value.shape for name, value in whole.items()
     }, "admitted with other tensors than a whole adapter has"
     before, after = json.loads(original[CONFIG]), json.loads((folder / CONFIG).read_bytes())
+    if "config" in before:
+        # Beside it anything may stand, and says nothing.
+        before = {**before["config"], "hidden_size": before["hidden_size"]}
+        after = {**after["config"], "hidden_size": after["hidden_size"]}
     for config in (before, after):
         # Names of modules are endings of paths: what counts is what they name.
         names = tuple(config.get("modules_to_save") or ())

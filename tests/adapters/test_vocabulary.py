@@ -54,7 +54,7 @@ def make(
         registry: SiteRegistry = tied_registry if tied else whole_registry
 
         def read() -> AdapterManifest:
-            return read_manifest("a", tmp_path / "a", registry, [tmp_path], 64, frozen)
+            return read_manifest("a", tmp_path / "a", registry, [tmp_path], 64, base=frozen)
 
         read.base = frozen  # type: ignore[attr-defined]
         read.model = model  # type: ignore[attr-defined]

@@ -239,6 +239,29 @@ def test_a_new_version_is_swapped_in_under_load(client: Client) -> None:
         stream.collect()
 
 
+def test_what_happens_to_adapters_can_be_watched(client: Client) -> None:
+    folder = data_dir() / "adapters"
+    with client.adapters.watch(timeout=60) as watch:
+        assert {adapter.name for adapter in next(watch).adapters} >= set(TASKS)
+
+        def until_told(told: Callable[[str, Any], bool]) -> None:
+            for changes in watch:
+                news = [*((adapter.name, adapter) for adapter in changes.adapters)]
+                if any(told(*piece) for piece in [*news, *((name, None) for name in changes.removed)]):
+                    return
+
+        first = client.adapters.load("watched", folder / "upper")
+        until_told(lambda name, now: name == "watched" and now is not None and now.state == "host")
+        client.adapters.load("watched", folder / "title", load_inplace=True)
+        until_told(lambda name, now: name == "watched" and now and now.content_hash != first.content_hash)
+        client.adapters.prefetch(["watched"])
+        until_told(lambda name, now: name == "watched" and now is not None and now.state == "device")
+        client.adapters.pin("watched")
+        until_told(lambda name, now: name == "watched" and now is not None and now.pinned)
+        client.adapters.unload("watched")
+        until_told(lambda name, now: name == "watched" and now is None)
+
+
 def test_an_adapter_comes_from_s3_and_a_watched_folder(
     s3_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,7 +71,7 @@ def test_a_running_engine_takes_what_was_planned(
 ) -> None:
     config = EngineConfig(
         ModelConfig(str(tiny("Llama").base), quantization="nf4", dtype="float32", threads=1),
-        SchedulerConfig(max_batch_tokens=40, kv_cache_dtype=cache),
+        SchedulerConfig(max_batch_tokens=40, kv_cache_dtype=cache, kv_cache_bytes=300_000),
         AdapterConfig(device_bytes=(1 << 20) + 3, **adapters),
     )
     engine = build_engine(config, lambda client, message: None, progress=False)
@@ -119,7 +119,7 @@ def _prefill(tokens: int, samples: int, **sampling: Any) -> StepPlan:
 def test_a_step_takes_no_more_than_was_planned(tiny: Callable[[str], Any], architecture: str) -> None:
     config = EngineConfig(
         ModelConfig(str(tiny(architecture).base), quantization="none", dtype="float32", threads=1),
-        SchedulerConfig(max_batch_tokens=64, max_num_requests=8),
+        SchedulerConfig(max_batch_tokens=64, max_num_requests=8, kv_cache_bytes=1 << 20),
         AdapterConfig(device_bytes=1 << 20, max_per_request=1),
     )
     empty, _ = loader.prepare(config.model)

@@ -34,7 +34,7 @@ def serve(quantization, uses, max_tokens):
         ModelConfig(
             base, quantization=quantization, device=device, dtype="float32", kernels=kernels, threads=1
         ),
-        SchedulerConfig(max_batch_tokens=32),
+        SchedulerConfig(max_batch_tokens=32, kv_cache_bytes=1 << 20),
         AdapterConfig(folders=(Path(adapters),), device_bytes=1 << 20),
     )
     dispatch.launches.clear()

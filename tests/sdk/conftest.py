@@ -84,6 +84,10 @@ class ScriptedServer(
         self._record("UploadAdapter", list(requests), context)
         return self.answers["UploadAdapter"](self.requests[-1], context)
 
+    def Watch(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
+        self._record("Watch", request, context)
+        yield from self.answers["Watch"](request, context)
+
     def Generate(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
         self._record("Generate", request, context)
         yield from self.answers["Generate"](request, context)

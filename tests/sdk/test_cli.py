@@ -152,6 +152,17 @@ def test_adapters(command: Command, server: Any, line: str, request_: Any) -> No
     assert (code, adapter["name"], adapter["state"]) == (0, "sql", "device")
 
 
+def test_watch(command: Command, server: Any) -> None:
+    server.answers["Watch"] = lambda request, context: iter(
+        [adapters_pb2.WatchResponse(adapters=[SQL]), adapters_pb2.WatchResponse(removed=["old"])]
+    )
+    code, out, err = command("adapters", "watch", "sql")
+    assert (code, out, err) == (0, "sql  device pinned\nold  removed\n", "")
+    assert server.requests[-1] == adapters_pb2.WatchRequest(names=["sql"])
+    lines = [json.loads(line) for line in command("adapters", "watch", "--json")[1].splitlines()]
+    assert [line["removed"] for line in lines] == [[], ["old"]]
+
+
 def test_upload(command: Command, server: Any, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")

@@ -318,6 +318,27 @@ def test_compositions(drive: Any, server: Any, client: Any) -> None:
             drive(wrong)
 
 
+def test_watching(drive: Any, server: Any, client: Any) -> None:
+    adapter = filled(adapters_pb2.Adapter())
+    first = adapters_pb2.WatchResponse(adapters=[adapter, adapter])
+    then = adapters_pb2.WatchResponse(adapters=[adapter], removed=["old"])
+    server.answers["Watch"] = lambda request, context: server.hold(context, first, then)
+    watch = drive(lambda: client.adapters.watch(["a", "b"]))
+    changes = drive.next(watch)
+    assert same(changes.adapters[0], adapter)
+    assert (len(changes.adapters), changes.removed) == (2, [])
+    assert drive.next(watch).removed == ["old"]
+    drive(watch.close)
+    assert server.cancelled.wait(20)
+    assert server.requests == [adapters_pb2.WatchRequest(names=["a", "b"])]
+    server.answers["Watch"] = lambda request, context: iter([first])
+    ended = drive(lambda: client.adapters.watch())
+    drive.next(ended)
+    assert drive.next(ended) is None
+    with pytest.raises(InvalidRequestError, match="names"):
+        drive(lambda: client.adapters.watch("a"))
+
+
 def test_uploads(drive: Any, server: Any, client: Any, tmp_path: Path) -> None:
     adapter = filled(adapters_pb2.Adapter())
     server.answers["UploadAdapter"] = lambda requests, context: adapters_pb2.UploadAdapterResponse(

@@ -9,13 +9,14 @@ import pytest
 
 import loraplex
 from loraplex import AsyncClient, AsyncGenerationStream, Client, GenerateOptions, GenerationStream
-from loraplex._async import AsyncAdapters
+from loraplex._async import AsyncAdapters, AsyncAdapterWatch
 from loraplex._convert import generate_request
-from loraplex._sync import Adapters
+from loraplex._sync import Adapters, AdapterWatch
 
 
 def test_the_public_names() -> None:
     assert loraplex.__all__ == [
+        "AdapterChanges",
         "AdapterInfo",
         "AdapterState",
         "AsyncClient",
@@ -54,7 +55,12 @@ def public(kind: type) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("blocking", "awaited"),
-    [(Client, AsyncClient), (Adapters, AsyncAdapters), (GenerationStream, AsyncGenerationStream)],
+    [
+        (Client, AsyncClient),
+        (Adapters, AsyncAdapters),
+        (GenerationStream, AsyncGenerationStream),
+        (AdapterWatch, AsyncAdapterWatch),
+    ],
 )
 def test_both_clients_have_one_shape(blocking: type, awaited: type) -> None:
     ours, theirs = public(blocking), public(awaited)
@@ -66,7 +72,7 @@ def test_both_clients_have_one_shape(blocking: type, awaited: type) -> None:
         assert mine.parameters == other.parameters, name
         assert str(mine.return_annotation) == str(other.return_annotation).replace("Async", ""), name
         assert inspect.getdoc(member) == inspect.getdoc(theirs[name]), name
-        assert inspect.iscoroutinefunction(theirs[name]) is (not name.startswith("stream")), name
+        assert inspect.iscoroutinefunction(theirs[name]) is (not name.startswith(("stream", "watch"))), name
 
 
 def test_options_are_the_arguments_of_the_request() -> None:

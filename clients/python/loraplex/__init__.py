@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loraplex._convert import GenerateOptions
     from loraplex._sync import Client, GenerationStream
     from loraplex._types import (
+        AdapterChanges,
         AdapterInfo,
         AdapterState,
         FinishReason,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from loraplex.errors import LoraplexError
 
 __all__ = [
+    "AdapterChanges",
     "AdapterInfo",
     "AdapterState",
     "AsyncClient",
@@ -65,6 +67,7 @@ _HOMES = {
     "_convert": ("GenerateOptions",),
     "_sync": ("Client", "GenerationStream"),
     "_types": (
+        "AdapterChanges",
         "AdapterInfo",
         "AdapterState",
         "FinishReason",

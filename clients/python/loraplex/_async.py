@@ -16,7 +16,7 @@ from loraplex import _convert as convert
 from loraplex._base import BaseClient, Stubs, Wait, stubs_on
 from loraplex._convert import AdapterMix, ChatMessage, Conversation, GenerateOptions, Prompt
 from loraplex._status import TranslatedErrors
-from loraplex._types import AdapterInfo, Generation, GenerationChunk, ModelInfo
+from loraplex._types import AdapterChanges, AdapterInfo, Generation, GenerationChunk, ModelInfo
 from loraplex._upload import Progress, upload_parts
 from loraplex.errors import DeadlineExceededError, UnavailableError
 from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
@@ -253,12 +253,42 @@ class AsyncGenerationStream:
             self._loop.call_soon_threadsafe(self._call.cancel)
 
 
+class AsyncAdapterWatch:
+    """What changes with the adapters: iterate over it. It ends by `async with`, or by `close()`."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> AdapterChanges:
+        with TranslatedErrors(""):
+            response = await self._call.read()
+        if response is grpc.aio.EOF:
+            raise StopAsyncIteration
+        return convert.adapter_changes(response)
+
+    async def close(self) -> None:
+        """Ends it."""
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
 class AsyncAdapters:
     """The adapters that the server knows: `client.adapters`."""
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
         self._call = client._call
+        self._options = client._call_options
 
     @property
     def _stub(self) -> Any:
@@ -348,6 +378,11 @@ class AsyncAdapters:
         """
         response = await self._call(self._stub.Prefetch, convert.prefetch_request(names, host_only), timeout)
         return [convert.adapter_info(adapter) for adapter in response.adapters]
+
+    def watch(self, names: Sequence[str] = (), *, timeout: float | None = None) -> AsyncAdapterWatch:
+        """All adapters, or those of these names, and then what changes with them, as an iterator."""
+        options = self._options(timeout)
+        return AsyncAdapterWatch(self._stub.Watch(convert.watch_request(names), **options))
 
     async def list(self, *, timeout: float | None = None) -> list[AdapterInfo]:
         """All registered adapters."""

@@ -10,6 +10,7 @@ from typing import Any, TypedDict, TypeVar
 from google.protobuf.message import Message
 
 from loraplex._types import (
+    AdapterChanges,
     AdapterInfo,
     AdapterState,
     FinishReason,
@@ -311,11 +312,20 @@ def unload_request(name: str, grace_seconds: float | None) -> adapters_pb2.Unloa
 
 
 def prefetch_request(names: Sequence[str], host_only: bool) -> adapters_pb2.PrefetchRequest:
+    request = _of_names(adapters_pb2.PrefetchRequest, names)
+    assign(request, "host_only", host_only)
+    return request
+
+
+def watch_request(names: Sequence[str]) -> adapters_pb2.WatchRequest:
+    return _of_names(adapters_pb2.WatchRequest, names)
+
+
+def _of_names(kind: type[MessageT], names: Sequence[str]) -> MessageT:
     if isinstance(names, str):
         raise InvalidRequestError.for_field("names", f"must be a list of names, not the text {names!r}")
-    request = adapters_pb2.PrefetchRequest()
+    request = kind()
     extend(request, "names", names)
-    assign(request, "host_only", host_only)
     return request
 
 
@@ -462,6 +472,12 @@ def adapter_info(message: adapters_pb2.Adapter) -> AdapterInfo:
         hits=message.hits,
         misses=message.misses,
         evictions=message.evictions,
+    )
+
+
+def adapter_changes(message: adapters_pb2.WatchResponse) -> AdapterChanges:
+    return AdapterChanges(
+        adapters=[adapter_info(adapter) for adapter in message.adapters], removed=list(message.removed)
     )
 
 

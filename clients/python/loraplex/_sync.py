@@ -14,7 +14,7 @@ from loraplex import _convert as convert
 from loraplex._base import BaseClient, Wait, stubs_on
 from loraplex._convert import AdapterMix, ChatMessage, Conversation, GenerateOptions, Prompt
 from loraplex._status import TranslatedErrors
-from loraplex._types import AdapterInfo, Generation, GenerationChunk, ModelInfo
+from loraplex._types import AdapterChanges, AdapterInfo, Generation, GenerationChunk, ModelInfo
 from loraplex._upload import Progress, upload_parts
 from loraplex.errors import DeadlineExceededError, UnavailableError
 from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
@@ -237,11 +237,41 @@ class GenerationStream:
         self.close()
 
 
+class AdapterWatch:
+    """What changes with the adapters: iterate over it. It ends by `with`, or by `close()`."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> AdapterChanges:
+        with TranslatedErrors(""):
+            response = next(self._call, None)
+        if response is None:
+            raise StopIteration
+        return convert.adapter_changes(response)
+
+    def close(self) -> None:
+        """Ends it."""
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
 class Adapters:
     """The adapters that the server knows: `client.adapters`."""
 
     def __init__(self, client: Client) -> None:
         self._call = client._call
+        self._options = client._call_options
         self._stub = client._stubs.adapters
 
     def load(
@@ -328,6 +358,11 @@ class Adapters:
         """
         response = self._call(self._stub.Prefetch, convert.prefetch_request(names, host_only), timeout)
         return [convert.adapter_info(adapter) for adapter in response.adapters]
+
+    def watch(self, names: Sequence[str] = (), *, timeout: float | None = None) -> AdapterWatch:
+        """All adapters, or those of these names, and then what changes with them, as an iterator."""
+        options = self._options(timeout)
+        return AdapterWatch(self._stub.Watch(convert.watch_request(names), **options))
 
     def list(self, *, timeout: float | None = None) -> list[AdapterInfo]:
         """All registered adapters."""

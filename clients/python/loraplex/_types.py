@@ -131,6 +131,15 @@ class AdapterInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterChanges:
+    """What `watch` tells: in the beginning all adapters, then those that are not as they were."""
+
+    adapters: list[AdapterInfo]
+    removed: list[str]
+    """Names under which there is nothing any more."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """The base model and the limits of the server that holds it."""
 

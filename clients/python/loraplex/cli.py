@@ -45,7 +45,7 @@ on the machine that has the model (pip install 'loraplex[server]'):
 
 against a running server:
   generate              continue a prompt
-  adapters              list, load, upload, compose, unload, pin, prefetch adapters
+  adapters              list, load, upload, compose, unload, pin, prefetch, watch adapters
   top                   watch queue, batch, tokens a second, and where the adapters are
   model                 show the base model and the server's limits
 
@@ -82,6 +82,7 @@ examples:
   loraplex adapters upload polite ./polite-lora         (a folder on this machine)
   loraplex adapters compose both --type ties --member sql --member polite=0.5 --density 0.4
   loraplex adapters prefetch polite sql                 (there is about to be work for them)
+  loraplex adapters watch                               (what comes, goes and moves)
   loraplex adapters unload polite
   loraplex adapters unload polite --grace 10            (cancel what runs longer)
 """
@@ -234,7 +235,7 @@ def _add_generate(commands: Any) -> None:
 def _add_adapters(commands: Any) -> None:
     command: argparse.ArgumentParser = commands.add_parser(
         "adapters",
-        help="list, load, upload, compose, unload, pin, prefetch adapters",
+        help="list, load, upload, compose, unload, pin, prefetch, watch adapters",
         description="Manages the adapters of a running server.",
         epilog=ADAPTERS_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -317,6 +318,11 @@ def _add_adapters(commands: Any) -> None:
     )
     upload.add_argument("folder", metavar="FOLDER", help="where PEFT saved it, on this machine")
     upload.add_argument("--load-inplace", action="store_true", help="replace an adapter of that name")
+    watch = actions.add_parser("watch", help="show what changes with the adapters, until interrupted")
+    watch.add_argument("names", metavar="NAME", nargs="*", help="only these")
+    watch.add_argument("--json", action="store_true", help="print a JSON object a line")
+    _add_connection(watch)
+    watch.set_defaults(run=_watch)
     unload = add(
         "unload",
         lambda client, args: client.adapters.unload(args.name, grace_seconds=args.grace),
@@ -406,6 +412,24 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _watch(args: argparse.Namespace) -> int:
+    with _connect(args) as client, client.adapters.watch(args.names) as watch:
+        for changes in watch:
+            if args.json:
+                print(json.dumps(dataclasses.asdict(changes)), flush=True)
+                continue
+            for adapter in changes.adapters:
+                print(f"{adapter.name}  {_state(adapter)}  {adapter.content_hash[:12]}".rstrip(), flush=True)
+            for name in changes.removed:
+                print(f"{name}  removed", flush=True)
+    return 0
+
+
+def _state(adapter: AdapterInfo) -> str:
+    marks = (" pinned" if adapter.pinned else "") + (" draining" if adapter.draining else "")
+    return adapter.state + marks
+
+
 def _adapters(
     run: Callable[[Client, argparse.Namespace], list[AdapterInfo]], args: argparse.Namespace
 ) -> int:
@@ -419,7 +443,7 @@ def _adapters(
     rows += [
         (
             adapter.name,
-            adapter.state + (" pinned" if adapter.pinned else "") + (" draining" if adapter.draining else ""),
+            _state(adapter),
             str(adapter.rank),
             f"{adapter.bytes:,}",
             str(adapter.references),

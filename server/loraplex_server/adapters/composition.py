@@ -28,13 +28,19 @@ from loraplex_server.adapters.resolver import Resolver
 from loraplex_server.adapters.sites import SiteRegistry
 from loraplex_server.adapters.sources import CONFIG_FILE, WEIGHTS_FILE, open_file
 from loraplex_server.core.composition import Composition
-from loraplex_server.errors import FailedPreconditionError, InternalError, UnavailableError
+from loraplex_server.errors import (
+    FailedPreconditionError,
+    InternalError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 
 _log = logging.getLogger(__name__)
 
 _JOB = "loraplex_server.adapters.composition_job"
 _LOOK_EVERY_S = 0.2
 _READ_BYTES = 1 << 20
+_MAX_WAITING = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +74,7 @@ class Composer:
         self._sites = [(entry.path, entry.in_features, entry.out_features) for entry in registry]
         self._sources = sources
         self._turn = threading.Lock()
+        self._places = threading.BoundedSemaphore(_MAX_WAITING)
         self._stop = threading.Event()
 
     def make(self, composition: Composition, members: Sequence[Member]) -> Path:
@@ -75,6 +82,7 @@ class Composer:
 
         Raises:
             FailedPreconditionError: PEFT is not installed, or refuses to combine these.
+            ResourceExhaustedError: too many others wait.
             ServerError: the files cannot be read or written.
         """
         files = [self._member(member) for member in members]
@@ -126,13 +134,21 @@ class Composer:
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
         """One at a time: each may need as much memory as its members and a layer's full delta."""
-        while not self._turn.acquire(timeout=_LOOK_EVERY_S):
-            self._check_stopped()
+        if not self._places.acquire(blocking=False):
+            raise ResourceExhaustedError(
+                f"{_MAX_WAITING} compositions are being made or wait for it; try again later",
+                retry_after_s=10.0,
+            )
         try:
-            self._check_stopped()
-            yield
+            while not self._turn.acquire(timeout=_LOOK_EVERY_S):
+                self._check_stopped()
+            try:
+                self._check_stopped()
+                yield
+            finally:
+                self._turn.release()
         finally:
-            self._turn.release()
+            self._places.release()
 
     def _run(self, spec: dict[str, Any]) -> None:
         environment = {

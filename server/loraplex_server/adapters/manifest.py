@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from loraplex_kernels.lora.layouts import Bottleneck as BottleneckForm
@@ -51,19 +53,21 @@ from loraplex_server.adapters.peft_config import (
 )
 from loraplex_server.adapters.sites import Entry, Part, SiteKind, SiteRegistry
 from loraplex_server.adapters.sources import (
-    BOTTLENECK_FILE,
     CONFIG_FILE,
-    PICKLE_FILE,
+    PICKLE_FILES,
     WEIGHTS_FILE,
     open_file,
+    pickle_refusal,
 )
 from loraplex_server.adapters.tensor_file import (
     MalformedFileError,
     TensorFileHeader,
     TensorInfo,
+    header_digest,
+    parse_header,
     parse_object,
     quoted,
-    read_header,
+    read_header_bytes,
 )
 from loraplex_server.adapters.token_tables import changed_tokens
 from loraplex_server.adapters.vocabulary import Parts, added_tokens, token_rows
@@ -87,6 +91,7 @@ class AdapterManifest:
         bottleneck: the form of its networks, if it is a bottleneck adapter.
         weights_file: name of the file that the header is of.
         chat_template: jinja source that the adapter was trained with; "" where it brings none.
+        kind: the same object for all that differ in nothing but name, folder, chat template and weights.
     """
 
     name: str
@@ -102,6 +107,7 @@ class AdapterManifest:
     bottleneck: BottleneckForm | None = None
     weights_file: str = WEIGHTS_FILE
     chat_template: str = ""
+    kind: Kind | None = field(default=None, repr=False, compare=False)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -125,20 +131,26 @@ class AdapterManifest:
             if isinstance(effect, LowRankAdd)
         )
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """Largest rank over its entries, 0 for a method without ranks."""
+        if self.kind is not None:
+            return self.kind.first.rank
         return max((pair.rank for _, pair in self.pairs), default=0)
 
-    @property
+    @cached_property
     def linear(self) -> bool:
         """Whether what it adds can be weighted, and added to what other adapters add."""
+        if self.kind is not None:
+            return self.kind.first.linear
         effects = [effect for site in self.sites for effect in site.effects]
         return self.prompt is None and all(isinstance(effect, LINEAR) for effect in effects)
 
-    @property
+    @cached_property
     def target_modules(self) -> tuple[str, ...]:
         """Last names of the modules it acts on, sorted."""
+        if self.kind is not None:
+            return self.kind.first.target_modules
         return tuple(sorted({site.entry.path.rpartition(".")[2] for site in self.sites}))
 
     @property
@@ -198,15 +210,31 @@ def _vectors(entry: Entry, effect: Effect) -> tuple[VectorShape, ...]:
             return ()
 
 
+class Kind:
+    """What adapters of equal configuration and header share; lives as long as one of them."""
+
+    def __init__(self, first: AdapterManifest) -> None:
+        self.first = first
+
+
+KnownKinds = MutableMapping[bytes, Kind]
+"""Kinds by digest of configuration and header, of one registry and largest rank."""
+
+
 def read_manifest(
     name: str,
     folder: Path,
     registry: SiteRegistry,
     roots: Iterable[Path],
     max_rank: int,
+    known: KnownKinds | None = None,
     base: FrozenBase | None = None,
 ) -> AdapterManifest:
     """Reads the configuration and the weight file's header, and checks everything that needs no weights.
+
+    Adapters that were trained by one recipe have the same configuration and header, byte for byte. Where such
+    a one is among those `known`, nothing has to be parsed, and all that is large is shared. A new kind is put
+    there, unless what it is depends on its values.
 
     Args:
         base: what tables of the vocabulary are compared with; without it all their rows are the adapter's.
@@ -230,12 +258,17 @@ def read_manifest(
                 header=found.header,
                 sites=found.sites,
                 bottleneck=found.form,
-                weights_file=BOTTLENECK_FILE,
+                weights_file=found.weights_file,
                 chat_template=read_chat_template(folder, roots),
             )
-        settings = parse_config(config)
-        header = _read_weights_header(folder, roots)
+        header_bytes, file_bytes = _read_weights_header(folder, roots)
         chat_template = read_chat_template(folder, roots)
+        key = hashlib.sha256(config).digest() + header_digest(header_bytes) + file_bytes.to_bytes(8, "little")
+        kind = None if known is None else known.get(key)
+        if kind is not None:
+            return replace(kind.first, name=name, folder=folder, chat_template=chat_template, kind=kind)
+        settings = parse_config(config)
+        header = parse_header(header_bytes, file_bytes)
         method = settings.method
         prompt: SoftPrompt | Prefix | None = None
         sites: tuple[SiteEffects, ...] = ()
@@ -253,7 +286,7 @@ def read_manifest(
         raise refusal(name, str(error)) from error
     except ServerError as error:
         raise type(error)(f"adapter {name!r}: {error}", resource=("adapter", name)) from error
-    return AdapterManifest(
+    manifest = AdapterManifest(
         name=name,
         folder=folder,
         peft_type=settings.peft_type,
@@ -268,6 +301,10 @@ def read_manifest(
         ),
         chat_template=chat_template,
     )
+    if known is None or rows:
+        return manifest
+    known[key] = kind = Kind(manifest)
+    return replace(manifest, kind=kind)
 
 
 def refusal(name: str, reason: str) -> FailedPreconditionError:
@@ -283,15 +320,15 @@ def _read_config(folder: Path, roots: tuple[Path, ...]) -> bytes:
         return file.read(MAX_CONFIG_BYTES)
 
 
-def _read_weights_header(folder: Path, roots: tuple[Path, ...]) -> TensorFileHeader:
-    if not (folder / WEIGHTS_FILE).exists() and (folder / PICKLE_FILE).exists():
-        raise UnsupportedError(
-            f"{PICKLE_FILE} is a pickle, which can run code when it is read; re-save the adapter as "
-            "safetensors (save_pretrained with safe_serialization=True)"
-        )
+def _read_weights_header(folder: Path, roots: tuple[Path, ...]) -> tuple[bytes, int]:
+    """The header's bytes, and those of the whole file."""
+    if not (folder / WEIGHTS_FILE).exists():
+        for name in PICKLE_FILES:
+            if (folder / name).exists():
+                raise UnsupportedError(pickle_refusal(name))
     file, size = open_file(folder, WEIGHTS_FILE, roots)
     with file:
-        return read_header(file, size)
+        return read_header_bytes(file, size), size
 
 
 _SOFT_PROMPT = "prompt_embeddings"

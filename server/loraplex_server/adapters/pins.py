@@ -51,8 +51,9 @@ class Pins:
             self._owed[new] = None
         self.unpin(old)
 
-    def settle(self, still_wanted: Callable[[Record], bool], check: Callable[[Record], None]) -> None:
-        """Pins what a pin is owed to, as far as `check` lets it."""
+    def settle(self, still_wanted: Callable[[Record], bool], check: Callable[[Record], None]) -> list[Record]:
+        """Pins what a pin is owed to, as far as `check` lets it; gives those."""
+        pinned = []
         for record in list(self._owed):
             if still_wanted(record):
                 try:
@@ -60,7 +61,9 @@ class Pins:
                 except FailedPreconditionError:
                     continue
                 self.pin(record)
+                pinned.append(record)
             self._owed.pop(record, None)
+        return pinned
 
     def place(self, fetch: Callable[[Record], None]) -> None:
         """Gives those that wait room on the device, first come first served, and has them fetched."""

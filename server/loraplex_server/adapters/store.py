@@ -26,18 +26,19 @@ import builtins
 import collections
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from loraplex_kernels.lora.layouts import MAX_RANK, LoraPool
+from loraplex_kernels.lora.layouts import MAX_RANK, AdapterLayout, LoraPool
 from loraplex_server.adapters.base import FrozenBase
 from loraplex_server.adapters.composition import Composer, Member, check_member
 from loraplex_server.adapters.device_tier import DeviceTier
 from loraplex_server.adapters.host_tier import HostTier
 from loraplex_server.adapters.loading import Loading
-from loraplex_server.adapters.manifest import AdapterManifest, read_manifest, refusal
+from loraplex_server.adapters.manifest import AdapterManifest, Kind, read_manifest, refusal
 from loraplex_server.adapters.pins import Pins
 from loraplex_server.adapters.popularity import Popularity
 from loraplex_server.adapters.record import (
@@ -67,7 +68,7 @@ from loraplex_server.adapters.weights import HostBlob, lay_out, read_weights
 from loraplex_server.adapters.workers import Outcome, WorkerPool
 from loraplex_server.config import AdapterConfig
 from loraplex_server.core.composition import Composition
-from loraplex_server.engine.messages import AdapterStatus, SwapRecord
+from loraplex_server.engine.messages import AdapterChanges, AdapterStatus, SwapRecord
 from loraplex_server.errors import (
     AlreadyExistsError,
     CancelledError,
@@ -151,6 +152,8 @@ class AdapterStore:
         self._host = HostTier(config.host_bytes, lambda record: self._note("evict_host", record))
         self._popularity = Popularity(_HALF_LIFE * self._device.num_slots)
 
+        self._kinds: weakref.WeakValueDictionary[bytes, Kind] = weakref.WeakValueDictionary()
+        self._layouts: weakref.WeakKeyDictionary[Kind, AdapterLayout] = weakref.WeakKeyDictionary()
         self._records: dict[str, Record] = {}
         self._retired: set[Record] = set()
         self._inspecting: dict[str, Inspection] = {}
@@ -162,6 +165,10 @@ class AdapterStore:
         self._hits = 0
         self._misses = 0
         self._swaps: collections.deque[SwapRecord] = collections.deque(maxlen=_MAX_SWAP_RECORDS)
+
+        # Names whose adapters are not as they were, while somebody watches.
+        self._changed: set[str] = set()
+        self._watched = False
 
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
         self._event = threading.Event()
@@ -253,10 +260,10 @@ class AdapterStore:
         """
         if name in self._broken:
             raise self._broken[name].error
-        for status in self.list():
-            if status.name == name:
-                return status
-        raise not_found(name)
+        status = self._status_of(name)
+        if status is None:
+            raise not_found(name)
+        return status
 
     def chat_template(self, name: str) -> str:
         """The adapter's own chat template; "" where it brings none.
@@ -266,6 +273,28 @@ class AdapterStore:
             ServerError: it was registered but cannot be served; the reason.
         """
         return self._find(name).manifest.chat_template
+
+    def watch(self, watched: bool) -> None:
+        """Has changes kept for `drain_changes`, or kept no longer."""
+        self._watched = watched
+        self._changed.clear()
+
+    def drain_changes(self) -> AdapterChanges:
+        """What has changed since the last call: adapters as they are now, and names that are gone."""
+        names, self._changed = sorted(self._changed), set()
+        found = {name: self._status_of(name) for name in names}
+        return AdapterChanges(
+            tuple(status for status in found.values() if status is not None),
+            tuple(name for name, status in found.items() if status is None),
+        )
+
+    def _status_of(self, name: str) -> AdapterStatus | None:
+        record = self._records.get(name)
+        if record is None and name in self._inspecting:
+            return unread_status(name, self._inspecting[name].source)
+        draining = (other for other in self._retired if other.draining and other.name == name)
+        record = record or next(draining, None)
+        return None if record is None else record.status()
 
     def broken(self) -> dict[str, ServerError]:
         """Why each registered adapter that cannot be served cannot."""
@@ -473,6 +502,7 @@ class AdapterStore:
                 request that is under way.
         """
         record = self._find(name)
+        self._touch(name)
         if not pinned:
             self._pins.unpin(record)
             callbacks, record.on_pinned = record.on_pinned, []
@@ -717,9 +747,11 @@ class AdapterStore:
         worker.submit(inspect, lambda outcome: self._was_inspected(name, inspection, outcome))
         self._abandon(name, superseded(name))
         (self._replacing if inspection.inplace else self._inspecting)[name] = inspection
+        self._touch(name)
 
     def _inspect(self, name: str, folder: Path) -> AdapterManifest:
-        return read_manifest(name, folder, self._registry, self._sources.roots, self._max_rank, self._base)
+        roots = self._sources.roots
+        return read_manifest(name, folder, self._registry, roots, self._max_rank, self._kinds, self._base)
 
     def _was_inspected(self, name: str, inspection: Inspection, outcome: Outcome[AdapterManifest]) -> None:
         manifest = outcome.result
@@ -728,6 +760,7 @@ class AdapterStore:
             if waiting.get(name) is not inspection:
                 return
             del waiting[name]
+            self._touch(name)
             if manifest is None:
                 raise outcome.error or InternalError("nothing was read")
             # What it was to replace may have failed meanwhile.
@@ -753,7 +786,7 @@ class AdapterStore:
     def _admit(self, name: str, source: str, manifest: AdapterManifest, *, candidate: bool = False) -> Record:
         """Registers a checked adapter that fits both budgets, or makes it the candidate for a swap."""
         itemsize = self._dtype.itemsize
-        layout = lay_out(manifest, self._device.alignment, scaled=self._device.pool.scaled)
+        layout = self._layout(manifest)
         units, host_bytes = self._device.padded(layout.num_elements), layout.num_elements * itemsize
         for option, needed, budget in (
             ("--adapter-device-bytes", units * itemsize, self._device.capacity_units * itemsize),
@@ -774,6 +807,7 @@ class AdapterStore:
         else:
             self._broken.pop(name, None)
             self._records[name] = record
+            self._touch(name)
         return record
 
     def _swap(self, new: Record) -> None:
@@ -811,6 +845,15 @@ class AdapterStore:
         """Every version that may hold memory."""
         return [*self._records.values(), *self._candidates.values(), *self._retired]
 
+    def _layout(self, manifest: AdapterManifest) -> AdapterLayout:
+        """Adapters of one kind share one."""
+        layout = None if manifest.kind is None else self._layouts.get(manifest.kind)
+        if layout is None:
+            layout = lay_out(manifest, self._device.alignment, scaled=self._device.pool.scaled)
+            if manifest.kind is not None:
+                self._layouts[manifest.kind] = layout
+        return layout
+
     def _check_free(self, name: str, source: str) -> None:
         if name in self._records:
             raise taken(name, self._records[name].source, source)
@@ -840,6 +883,7 @@ class AdapterStore:
                 del registered[record.name]
         self._retired.add(record)
         record.retired = True
+        self._touch(record.name)
         self._loading.retired(record)
         self._settle(record)
 
@@ -872,6 +916,7 @@ class AdapterStore:
                 self._host.drop(record)
             self._sources.release(record.manifest.folder)
             self._retired.discard(record)
+            self._touch(record.name)
             callbacks, record.on_drained = record.on_drained, []
             for callback in callbacks:
                 callback()
@@ -890,7 +935,10 @@ class AdapterStore:
 
     def _bring_pinned(self) -> None:
         """Pins what may be pinned by now, and brings in those pinned that there is room for."""
-        self._pins.settle(lambda record: self._records.get(record.name) is record, self._check_pin)
+        for record in self._pins.settle(
+            lambda record: self._records.get(record.name) is record, self._check_pin
+        ):
+            self._touch(record.name)
         self._pins.place(self._loading.fetch)
 
     # Disk to host, host to device
@@ -957,7 +1005,12 @@ class AdapterStore:
         if self._wake is not None:
             self._wake()
 
+    def _touch(self, name: str) -> None:
+        if self._watched:
+            self._changed.add(name)
+
     def _note(self, kind: str, record: Record, seconds: float = 0.0) -> None:
+        self._touch(record.name)
         self._swaps.append(SwapRecord(kind, record.name, seconds, record.host_bytes))
 
     def _count(self, handles: Iterable[AdapterHandle]) -> None:

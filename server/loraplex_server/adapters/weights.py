@@ -42,8 +42,9 @@ from loraplex_server.adapters.tensor_file import (
     MalformedFileError,
     TensorInfo,
     decode,
+    header_digest,
     quoted,
-    read_header,
+    read_header_bytes,
 )
 from loraplex_server.adapters.token_tables import blocks, check_unchanged
 from loraplex_server.errors import InternalError
@@ -113,13 +114,12 @@ def read_weights(
     file, size = open_file(manifest.folder, manifest.weights_file, roots)
     try:
         with file:
-            header = read_header(file, size)
-            if header.digest != manifest.header.digest:
+            header, header_bytes = manifest.header, read_header_bytes(file, size)
+            if header_digest(header_bytes) != header.digest or size != header.file_bytes:
                 raise MalformedFileError(
                     f"{manifest.weights_file} was changed since it was registered; load it anew"
                 )
-            file.seek(0)
-            content.update(_read(file, header.data_begin))
+            content.update(header_bytes)
             for tensor in header.tensors:
                 raw = _read(file, tensor.end - tensor.begin)
                 content.update(raw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,7 +10,7 @@ from loraplex.v1 import adapters_pb2, adapters_pb2_grpc
 from loraplex_server.api import convert
 from loraplex_server.api.lifecycle import Lifecycle
 from loraplex_server.api.uploads import UploadDesk
-from loraplex_server.errors import AlreadyExistsError
+from loraplex_server.errors import AlreadyExistsError, ServerError
 
 
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
@@ -44,17 +45,26 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         engine = self._lifecycle.backend.engine
         requests = aiter(requests)
         header = await self._uploads.header(requests)
-        if not header.load_inplace and header.name in {known.name for known in await engine.list_adapters()}:
-            # Found before all the bytes have come.
-            raise AlreadyExistsError(
-                f"adapter {header.name!r} is registered already; replace it with load_inplace",
-                resource=("adapter", header.name),
-            )
+        if not header.load_inplace:
+            await self._check_free(header.name)
         async with self._uploads.receive(header, requests) as upload:
             status = await engine.adopt_adapter(
                 header.name, upload.folder, upload.sha256, inplace=header.load_inplace
             )
         return adapters_pb2.UploadAdapterResponse(adapter=convert.to_adapter(status))
+
+    async def _check_free(self, name: str) -> None:
+        """Raises AlreadyExistsError for a name that is taken, before all the bytes of an upload have come."""
+        try:
+            known = await self._lifecycle.backend.engine.get_adapter(name)
+        except ServerError:
+            # There is none, or one that cannot be served and may be replaced.
+            return
+        if not known.draining:
+            raise AlreadyExistsError(
+                f"adapter {name!r} is registered already; replace it with load_inplace",
+                resource=("adapter", name),
+            )
 
     async def UnloadAdapter(  # noqa: N802
         self, request: adapters_pb2.UnloadAdapterRequest, context: Any
@@ -92,3 +102,20 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             list(request.names), to_device=not request.host_only
         )
         return adapters_pb2.PrefetchResponse(adapters=map(convert.to_adapter, adapters))
+
+    async def Watch(  # noqa: N802
+        self, request: adapters_pb2.WatchRequest, context: Any
+    ) -> AsyncIterator[adapters_pb2.WatchResponse]:
+        convert.check_watch(request)
+        names = set(request.names)
+        changes = self._lifecycle.backend.engine.watch_adapters()
+        first = True
+        async with contextlib.aclosing(self._lifecycle.until_draining(changes)) as watched:
+            async for change in watched:
+                response = adapters_pb2.WatchResponse(
+                    adapters=[convert.to_adapter(s) for s in change.adapters if not names or s.name in names],
+                    removed=[name for name in change.removed if not names or name in names],
+                )
+                if first or response.adapters or response.removed:
+                    yield response
+                first = False

@@ -295,6 +295,14 @@ def unload_grace_s(message: adapters_pb2.UnloadAdapterRequest) -> float | None:
     return grace_s
 
 
+def check_watch(message: adapters_pb2.WatchRequest) -> None:
+    """Raises: InvalidArgumentError for bad names."""
+    found = _Violations()
+    for index, name in enumerate(message.names):
+        _check_adapter_name(found, f"names[{index}]", name)
+    found.raise_any()
+
+
 def check_prefetch(message: adapters_pb2.PrefetchRequest) -> None:
     """Raises: InvalidArgumentError for bad names, none, or too many."""
     found = _Violations()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
+from typing import TypeVar
 
 from loraplex_server.api.chat.prompts import ChatPrompts
 from loraplex_server.api.convert import Limits
 from loraplex_server.api.tokenizer import Tokenizer
 from loraplex_server.engine.client import EngineClient
 from loraplex_server.errors import UnavailableError
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Lifecycle:
         self._calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._draining = asyncio.Event()
 
     @property
     def backend(self) -> Backend:
@@ -57,10 +61,40 @@ class Lifecycle:
         self._backend = backend
         self._open = True
 
+    def suspend(self) -> None:
+        """Refuses calls until `serve`: the engine is being started again."""
+        self._open = False
+        self._backend = None
+        self._refusal = UnavailableError("the engine is being started again", retry_after_s=2.0)
+
     def drain(self) -> None:
         """Refuses new calls; those that are in go on."""
         self._open = False
         self._refusal = UnavailableError("the server is shutting down", retry_after_s=1.0)
+        self._draining.set()
+
+    async def until_draining(self, items: AsyncGenerator[T]) -> AsyncGenerator[T]:
+        """What `items` yields, which never ends by itself, until the server drains.
+
+        Raises:
+            UnavailableError: it does.
+        """
+        draining = asyncio.ensure_future(self._draining.wait())
+        try:
+            async with contextlib.aclosing(items):
+                while True:
+                    following = asyncio.ensure_future(anext(items))
+                    try:
+                        await asyncio.wait({draining, following}, return_when=asyncio.FIRST_COMPLETED)
+                    finally:
+                        if not following.done():
+                            following.cancel()
+                            await asyncio.gather(following, return_exceptions=True)
+                    if following.cancelled():
+                        raise self._refusal
+                    yield following.result()
+        finally:
+            draining.cancel()
 
     async def wait_idle(self) -> None:
         """Returns once no call is running."""

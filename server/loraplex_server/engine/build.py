@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import cast
 
@@ -86,8 +87,9 @@ def build_engine(
     _ready_device(runner, sizes, limit, on_gpu=device.type == "cuda", insisted=insisted)
     memory.reserve_workspace(plan, device)
     for folder in config.adapters.folders:
+        begin = time.perf_counter()
         names = adapters.register_folder(folder)
-        _log.info("registered %d adapters from %s", len(names), folder)
+        _log.info("registered %d adapters from %s in %.3f s", len(names), folder, time.perf_counter() - begin)
     _log.info(
         "base model: %.1f M parameters in %.1f MiB (%s, activations %s) on %s, kernels %s",
         base.parameters / 1e6,

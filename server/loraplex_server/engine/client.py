@@ -15,6 +15,7 @@ from loraplex_server.core.composition import Composition
 from loraplex_server.core.request import Request
 from loraplex_server.engine.messages import (
     PROTOCOL_VERSION,
+    AdapterChanges,
     AdapterCommand,
     AdapterReply,
     AdapterStatus,
@@ -45,13 +46,21 @@ class EngineClient:
     holds back nobody else; `stream` joins what has piled up.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, info: EngineInfo) -> None:
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        info: EngineInfo,
+        note: Callable[[AdapterCommand, AdapterReply], None] | None = None,
+    ) -> None:
         self.info = info
+        self._note = note
         self._reader = reader
         self._writer = writer
         self._streams: dict[str, asyncio.Queue[TokenDelta | ServerError]] = {}
         self._calls: dict[int, asyncio.Future[AdapterReply | IntegrityReply]] = {}
         self._call_ids = itertools.count(1)
+        self._watchers: set[_Watcher] = set()
         self._stats_listeners: list[Callable[[Stats], None]] = []
         self._lost: ServerError | None = None
         self._closing = False
@@ -59,8 +68,13 @@ class EngineClient:
         self._task = asyncio.create_task(self._receive(), name="engine-client")
 
     @classmethod
-    async def connect(cls, socket_path: str, token: str) -> EngineClient:
+    async def connect(
+        cls, socket_path: str, token: str, note: Callable[[AdapterCommand, AdapterReply], None] | None = None
+    ) -> EngineClient:
         """Connects to the engine listening at `socket_path`.
+
+        Args:
+            note: called with each adapter command that succeeded.
 
         Raises:
             UnavailableError: nobody listens there, or it speaks another version.
@@ -74,7 +88,7 @@ class EngineClient:
             raise UnavailableError(f"the engine cannot be reached: {error}") from error
         if not isinstance(message, Welcome) or message.version != PROTOCOL_VERSION:
             raise UnavailableError("the engine speaks another protocol version; run one release of both")
-        return cls(reader, writer, message.info)
+        return cls(reader, writer, message.info, note)
 
     @property
     def alive(self) -> bool:
@@ -162,6 +176,25 @@ class EngineClient:
     async def pin_adapter(self, name: str, pinned: bool) -> AdapterStatus:
         return (await self._adapters("pin", name=name, pinned=pinned))[0]
 
+    async def watch_adapters(self) -> AsyncGenerator[AdapterChanges]:
+        """All adapters, then what changes with them, for as long as it is iterated over.
+
+        Changes that come faster than they are taken are joined: what is yielded is as of now.
+
+        Raises:
+            ServerError: the engine is gone.
+        """
+        watcher = _Watcher()
+        self._watchers.add(watcher)
+        try:
+            self._send(AdapterCommand(0, "watch"))
+            while True:
+                yield await watcher.next()
+        finally:
+            self._watchers.discard(watcher)
+            if not self._watchers and self.alive:
+                self._send(AdapterCommand(0, "unwatch"))
+
     async def check_integrity(self) -> IntegrityReply:
         """The pools' state now; `problems` is empty when every invariant holds."""
         reply = await self._call(lambda call_id: CheckIntegrity(call_id))
@@ -190,10 +223,19 @@ class EngineClient:
         return (await self._adapter_command(op, **fields)).adapters
 
     async def _adapter_command(self, op: str, **fields: Any) -> AdapterReply:
-        reply = await self._call(lambda call_id: AdapterCommand(call_id, op, **fields))
+        return await self._command(AdapterCommand(0, op, **fields))
+
+    async def repeat(self, command: AdapterCommand, *, inplace: bool = False) -> None:
+        """Runs a command again, as it was sent to another engine."""
+        await self._command(msgspec.structs.replace(command, inplace=inplace))
+
+    async def _command(self, command: AdapterCommand) -> AdapterReply:
+        reply = await self._call(lambda call_id: msgspec.structs.replace(command, call_id=call_id))
         assert isinstance(reply, AdapterReply)
         if reply.error is not None:
             raise from_info(reply.error)
+        if self._note is not None:
+            self._note(command, reply)
         return reply
 
     async def _call(self, make: Callable[[int], ToEngine]) -> AdapterReply | IntegrityReply:
@@ -216,7 +258,9 @@ class EngineClient:
             while True:
                 self._dispatch(await _read(self._reader))
         except (OSError, asyncio.IncompleteReadError):
-            self._lose(UnavailableError("the engine has stopped; the server has to be restarted"))
+            self._lose(
+                UnavailableError("the engine has stopped; try again when it is back", retry_after_s=2.0)
+            )
         except msgspec.DecodeError as error:
             self._lose(InternalError(f"the engine sent what is no message: {error}"))
 
@@ -234,6 +278,9 @@ class EngineClient:
                 future = self._calls.get(message.call_id)
                 if future is not None and not future.done():
                     future.set_result(message)
+            case AdapterChanges():
+                for watcher in self._watchers:
+                    watcher.put(message)
             case Stats():
                 for listener in self._stats_listeners:
                     listener(message)
@@ -244,10 +291,50 @@ class EngineClient:
         self._lost = self._lost or error
         for stream in self._streams.values():
             stream.put_nowait(self._lost)
+        for watcher in self._watchers:
+            watcher.fail(self._lost)
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(self._lost)
         self._closed.set()
+
+
+class _Watcher:
+    """What one watcher has not been told yet, by name; None for a name that is gone."""
+
+    def __init__(self) -> None:
+        self._pending: dict[str, AdapterStatus | None] = {}
+        self._whole = False
+        self._lost: ServerError | None = None
+        self._news = asyncio.Event()
+
+    def put(self, changes: AdapterChanges) -> None:
+        # What came before the first complete list was another watcher's.
+        self._whole = self._whole or changes.all
+        if self._whole:
+            current: dict[str, AdapterStatus] = {}
+            for status in changes.adapters:
+                # What drains comes after its successor, for which the name stands.
+                current.setdefault(status.name, status)
+            self._pending |= dict.fromkeys(changes.removed)
+            self._pending |= current
+            self._news.set()
+
+    def fail(self, error: ServerError) -> None:
+        self._lost = error
+        self._news.set()
+
+    async def next(self) -> AdapterChanges:
+        """All that is pending, once there is something."""
+        await self._news.wait()
+        if self._lost is not None:
+            raise self._lost
+        self._news.clear()
+        pending, self._pending = self._pending, {}
+        return AdapterChanges(
+            tuple(status for status in pending.values() if status is not None),
+            tuple(name for name, status in pending.items() if status is None),
+        )
 
 
 def _join(first: TokenDelta, second: TokenDelta) -> TokenDelta:

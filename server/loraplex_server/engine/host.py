@@ -24,6 +24,7 @@ import msgspec
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.messages import (
     PROTOCOL_VERSION,
+    AdapterChanges,
     AdapterCommand,
     AdapterReply,
     AdapterStatus,
@@ -109,6 +110,8 @@ class EngineHost:
         self._path = socket_path
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._clients: dict[str, _Client] = {}
+        # Clients that want to know what changes with the adapters.
+        self._watchers: set[str] = set()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(socket_path)
         os.chmod(socket_path, 0o600)
@@ -167,6 +170,7 @@ class EngineHost:
                 client.send(Welcome(PROTOCOL_VERSION, engine.info))
             case _Gone(client_id):
                 engine.cancel_client(client_id)
+                self._watch(engine, client_id, watching=False)
                 if (gone := self._clients.pop(client_id, None)) is not None:
                     gone.close()
             case (client_id, message):
@@ -216,6 +220,8 @@ class EngineHost:
                 case "adopt":
                     staged = Path(command.source)
                     adapters.adopt(command.name, staged, command.sha256, reply, inplace=command.inplace)
+                case "watch" | "unwatch":
+                    self._watch(engine, client, watching=command.op == "watch")
                 case "unload":
                     engine.unload(command.name, command.grace_s, lambda: reply(adapters.list()))
                 case "prefetch":
@@ -225,10 +231,30 @@ class EngineHost:
         except ServerError as error:
             reply(error)
 
+    def _watch(self, engine: Engine, client: str, *, watching: bool) -> None:
+        """Begins or ends telling a client of changes; one that begins is told of all there is."""
+        if watching:
+            self._send_changes(engine)
+            self._watchers.add(client)
+            engine.adapters.watch(True)
+            self.emit(client, AdapterChanges(tuple(engine.adapters.list()), all=True))
+        elif client in self._watchers:
+            self._watchers.remove(client)
+            if not self._watchers:
+                engine.adapters.watch(False)
+
+    def _send_changes(self, engine: Engine) -> None:
+        if self._watchers:
+            changes = engine.adapters.drain_changes()
+            if changes.adapters or changes.removed:
+                for client in self._watchers:
+                    self.emit(client, changes)
+
     def _send_stats(self, engine: Engine, *, idle: bool) -> None:
         now_s = time.monotonic()
         if now_s - self._last_stats_s >= _STATS_EVERY_S or idle:
             self._last_stats_s = now_s
+            self._send_changes(engine)
             stats = engine.stats()
             for client in self._clients.values():
                 client.send(stats)

@@ -84,7 +84,8 @@ class AdapterCommand(_Message, frozen=True):
     """An adapter operation, answered by an `AdapterReply` with the same `call_id`.
 
     Attributes:
-        op: "load", "compose", "adopt", "unload", "list", "get", "pin", "prefetch" or "chat_template".
+        op: "load", "compose", "adopt", "unload", "list", "get", "pin", "prefetch", "chat_template",
+            "watch" (answered by an `AdapterChanges` with all of them, and others later) or "unwatch".
         source: for "load"; for "adopt", the folder with the files that a client sent.
         pinned: for "pin", whether to pin or to unpin.
         inplace: for "load", "compose" and "adopt", whether to replace what is registered under the name.
@@ -213,6 +214,19 @@ class AdapterReply(_Message, frozen=True):
     chat_template: str = ""
 
 
+class AdapterChanges(_Message, frozen=True):
+    """Adapters that are not as they were, sent to clients that watch.
+
+    Attributes:
+        removed: names under which there is nothing any more.
+        all: `adapters` are all there are; the first such message of a client is this.
+    """
+
+    adapters: tuple[AdapterStatus, ...]
+    removed: tuple[str, ...] = ()
+    all: bool = False
+
+
 class IntegrityReply(_Message, frozen=True):
     """Pools as they are now.
 
@@ -295,7 +309,7 @@ class Stats(_Message, frozen=True):
     prefix_hits: int = 0
 
 
-FromEngine = Welcome | Tokens | Failed | AdapterReply | IntegrityReply | Stats
+FromEngine = Welcome | Tokens | Failed | AdapterReply | AdapterChanges | IntegrityReply | Stats
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -150,6 +150,8 @@ def make_plan(
             )
         )
     if device.type == "cuda":
+        # What this process has let go of is its allocator's, and not in use.
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         fixed = [
             Part("in use already", total - free),
@@ -204,9 +206,12 @@ def allocate_kv(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[torch.Tensor, ...]:
-    """One cache a layer, of the attention op's `kv_cache_shape`."""
+    """One cache a layer, of the attention op's `kv_cache_shape`; written, so that its memory is really there.
+
+    Else a system that gives memory when it is first written might be found to have too little in mid-service.
+    """
     return tuple(
-        torch.zeros(kv_cache_shape(num_blocks, block_size, heads, width), dtype=dtype, device=device)
+        torch.empty(kv_cache_shape(num_blocks, block_size, heads, width), dtype=dtype, device=device).zero_()
         for heads, width in kv_shapes
     )
 

@@ -99,6 +99,33 @@ def test_loaded_served_unloaded(
         store.resolve(["sql"])
 
 
+def test_new_content_at_an_old_address_is_swapped_in(
+    make: Any, published: Any, settle: Any, bring: Any, tmp_path: Path, write_adapter: Callable[..., Path]
+) -> None:
+    store: AdapterStore = make()
+    found, done = answers()
+    source = f"{published.url}/a/a"
+    store.load("sql", source, done)
+    settle(store)
+    (old,) = bring(store, "sql")
+    store.load("sql", source, done, inplace=True)
+    settle(store)
+    assert store.resolve(["sql"])[0].record is old.record, "nothing has changed there"
+    published.publish(write_adapter(tmp_path / "origin" / "next", rank=8, seed=77), "/a/a")
+    store.load("sql", source, done, inplace=True)
+    settle(store)
+    (new,) = bring(store, "sql")
+    assert [type(answer) for answer in found] == [AdapterStatus] * 3
+    assert (old.record.manifest.rank, new.record.manifest.rank) == (16, 8)
+    assert old.content_hash != new.content_hash
+    assert len(entries(tmp_path)) == 2, "the old version's files stay while it is in use"
+    published.files.pop("/a/a/adapter_model.safetensors")
+    store.load("sql", source, done, inplace=True)
+    settle(store)
+    assert isinstance(found[-1], NotFoundError)
+    assert bring(store, "sql")[0].record is new.record
+
+
 def test_what_is_registered_is_never_evicted(make: Any, published: Any, settle: Any, tmp_path: Path) -> None:
     total = sum(len(body) for path, body in published.files.items() if path.startswith("/a/a/"))
     store: AdapterStore = make(cache_bytes=2 * total + 2000)

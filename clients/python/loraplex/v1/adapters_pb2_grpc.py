@@ -75,6 +75,11 @@ class AdapterServiceStub(object):
                 request_serializer=loraplex_dot_v1_dot_adapters__pb2.PrefetchRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_adapters__pb2.PrefetchResponse.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/loraplex.v1.AdapterService/Watch',
+                request_serializer=loraplex_dot_v1_dot_adapters__pb2.WatchRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapters__pb2.WatchResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer(object):
@@ -157,6 +162,15 @@ class AdapterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request, context):
+        """The adapters, and from then on what changes with them: where they are, pins, new versions, those
+        that come and go. Changes that follow each other closely come as one. Ends with UNAVAILABLE when
+        the server drains.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdapterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -199,6 +213,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.Prefetch,
                     request_deserializer=loraplex_dot_v1_dot_adapters__pb2.PrefetchRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_adapters__pb2.PrefetchResponse.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=loraplex_dot_v1_dot_adapters__pb2.WatchRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapters__pb2.WatchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -418,6 +437,33 @@ class AdapterService(object):
             '/loraplex.v1.AdapterService/Prefetch',
             loraplex_dot_v1_dot_adapters__pb2.PrefetchRequest.SerializeToString,
             loraplex_dot_v1_dot_adapters__pb2.PrefetchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/Watch',
+            loraplex_dot_v1_dot_adapters__pb2.WatchRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapters__pb2.WatchResponse.FromString,
             options,
             channel_credentials,
             insecure,
