@@ -276,12 +276,14 @@ def oracle(tiny: Callable[[str], TinyModel]) -> Callable[..., Oracle]:
 
 @pytest.fixture(scope="session")
 def judge() -> Callable[..., Oracle]:
-    """`judge(base, adapters, quantization, added_tokens=0)`: an oracle for the adapters in one folder, all of
-    one method, and all with so many tokens of their own.
+    """`judge(base, adapters, quantization, added_tokens=0, dtype="float32")`: an oracle for the adapters in
+    one folder, all of one method, and all with so many tokens of their own.
     """
 
-    def make(base: Path, adapters: Path, quantization: str, added_tokens: int = 0) -> Oracle:
-        return Oracle(TinyModel(base, adapters), quantization, added_tokens=added_tokens)
+    def make(
+        base: Path, adapters: Path, quantization: str, added_tokens: int = 0, dtype: str = "float32"
+    ) -> Oracle:
+        return Oracle(TinyModel(base, adapters), quantization, dtype, added_tokens)
 
     return make
 
@@ -470,12 +472,6 @@ def bottlenecks() -> tuple[Callable[..., None], Callable[..., BottleneckOracle]]
         return BottleneckOracle(TinyModel(base, peft), quantization, adapter, dtype)
 
     return save_bottleneck, judge
-
-
-@pytest.fixture(scope="session")
-def judge_in() -> Callable[[str, Path, Path, str], Oracle]:
-    """`judge_in(dtype, base, adapters, quantization)`: an oracle that computes in another dtype."""
-    return lambda dtype, base, adapters, quantization: Oracle(TinyModel(base, adapters), quantization, dtype)
 
 
 @dataclasses.dataclass(frozen=True)

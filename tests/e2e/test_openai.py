@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import shutil
@@ -264,6 +265,47 @@ def test_abandoned_streams_free_everything(server: Server, client: openai.OpenAI
     assert count == 6
     metrics = server.at_rest(before["loraplex_audits"])
     assert metrics["loraplex_kv_cache_blocks_used"] == 0
+
+
+_FLOOD = """
+import socket, sys
+host, port, body = sys.argv[1], int(sys.argv[2]), sys.argv[3].encode()
+head = b"POST /v1/completions HTTP/1.1\\r\\nhost: x\\r\\ncontent-type: application/json\\r\\n"
+streams = []
+for _ in range(40):
+    streams.append(socket.create_connection((host, port)))
+    streams[-1].sendall(head + b"content-length: %d\\r\\n\\r\\n" % len(body) + body)
+for stream in streams:
+    stream.recv(1)
+print("streaming", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_killed_clients_streams_free_everything(server: Server) -> None:
+    cancelled = 'loraplex_requests_total{outcome="cancelled"}'
+    before = server.metrics()
+    body = {
+        "model": "leet",
+        "prompt": prompt(LINES[90]),
+        "max_tokens": 450,
+        "stream": True,
+        "ignore_eos": True,
+    }
+    command = [sys.executable, "-c", _FLOOD, *server.http.split(":"), json.dumps(body)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "streaming\n"
+        client.kill()
+    end_s = time.monotonic() + 30
+    while (count := server.metrics().get(cancelled, 0) - before.get(cancelled, 0)) < 40:
+        assert time.monotonic() < end_s, count
+        time.sleep(0.05)
+    metrics = server.at_rest(before["loraplex_audits"])
+    assert metrics["loraplex_kv_cache_blocks_used"] == 0
+    assert metrics["loraplex_integrity_problems"] == 0
+    with Client(server.grpc) as sdk:
+        assert all(adapter.references == 0 for adapter in sdk.adapters.list())
 
 
 def _tame(body: Any) -> Any:
