@@ -237,6 +237,12 @@ def build_parser() -> argparse.ArgumentParser:
         "type of adapters on the device; auto is that of the activations, int8 saves room and is less exact",
     )
     _size(group, "--adapter-host-bytes", adapters.host_bytes, "room for adapters in host memory")
+    _size(
+        group,
+        "--adapter-max-bytes",
+        adapters.max_bytes,
+        "most of either that one adapter may take, with whole weights or tables of its own; 0 is no limit",
+    )
     _count(
         group,
         "--max-adapters-on-device",
@@ -399,6 +405,7 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 device_bytes=arguments.adapter_device_bytes,
                 device_dtype=arguments.adapter_device_dtype,
                 host_bytes=arguments.adapter_host_bytes,
+                max_bytes=arguments.adapter_max_bytes,
                 max_on_device=arguments.max_adapters_on_device,
                 max_pinned=arguments.max_pinned_adapters,
                 max_per_request=arguments.max_adapters_per_request,

@@ -164,6 +164,7 @@ class AdapterConfig:
         sources: prefixes of addresses from which adapters may be downloaded; none, and none are.
         cache_dir: where downloads are kept; None is the user's cache folder.
         cache_bytes: room for them there.
+        max_bytes: most that one adapter may take on the device, or in host memory; 0 is no limit but theirs.
         download_max_bytes: most that one adapter may have.
         max_downloads: how many run at once.
         require_commit: adapters from the Hugging Face hub must name a commit.
@@ -186,6 +187,7 @@ class AdapterConfig:
     sources: tuple[str, ...] = ()
     cache_dir: Path | None = None
     cache_bytes: int = 16 << 30
+    max_bytes: int = 0
     download_max_bytes: int = 4 << 30
     max_downloads: int = 4
     require_commit: bool = False
@@ -204,6 +206,7 @@ class AdapterConfig:
         _at_least("max_pinned", self.max_pinned, 0)
         _at_least("max_per_request", self.max_per_request, 1)
         _at_least("cache_bytes", self.cache_bytes, 1)
+        _at_least("max_bytes", self.max_bytes, 0)
         _at_least("download_max_bytes", self.download_max_bytes, 1)
         _at_least("max_downloads", self.max_downloads, 1)
         _at_least("upload_max_bytes", self.upload_max_bytes, 1)

@@ -238,16 +238,9 @@ def test_parts_that_the_configuration_asks_for_must_be_there(
 
 # Kinds of adapter that PEFT saves and this server does not apply, and what the refusal names.
 KINDS: dict[str, tuple[dict[str, Any], str]] = {
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save needs a replacement"),
-    "trainable tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
     "layer replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
     "base biases": ({"bias": "lora_only"}, "bias 'lora_only'"),
     "qalora": ({"use_qalora": True, "qalora_group_size": 16}, "QALoRA"),
-    "embeddings": (
-        {"target_modules": ["embed_tokens", "q_proj"]},
-        "embed_tokens.base_layer.weight' would not",
-    ),
-    "head": ({"target_modules": ["lm_head", "q_proj"]}, "lm_head.base_layer.weight' would not be"),
 }
 
 

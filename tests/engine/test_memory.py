@@ -80,7 +80,8 @@ def test_a_running_engine_takes_what_was_planned(
     pool = engine.adapters.pool
     assert planned["adapters"] == pool.arena.nbytes <= (1 << 20) + 3
     assert planned["adapter tables"] == sum(t.nbytes for t in (pool.a_offset, pool.b_offset, pool.rank))
-    assert planned["adapter segments"] == runner._segments._packed.nbytes
+    segments = (runner._segments, runner._sampled_segments)
+    assert planned["adapter segments"] == sum(buffers.nbytes for buffers in segments)
     cache_bytes = sum(tensor.nbytes for tensor in runner._kv_caches)
     assert planned[f"KV cache ({'fp8' if cache == 'fp8' else 'float32'})"] == cache_bytes
     assert cache_bytes == engine.info.kv_blocks * 2 * 2 * 16 * 2 * 16 * (1 if cache == "fp8" else 4)

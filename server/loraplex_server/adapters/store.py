@@ -751,7 +751,7 @@ class AdapterStore:
 
     def _inspect(self, name: str, folder: Path) -> AdapterManifest:
         roots = self._sources.roots
-        return read_manifest(name, folder, self._registry, roots, self._max_rank, self._kinds)
+        return read_manifest(name, folder, self._registry, roots, self._max_rank, self._kinds, self._base)
 
     def _was_inspected(self, name: str, inspection: Inspection, outcome: Outcome[AdapterManifest]) -> None:
         manifest = outcome.result
@@ -794,6 +794,12 @@ class AdapterStore:
         ):
             if needed > budget:
                 raise refusal(name, f"it takes {needed} bytes of {budget}; give the server more {option}")
+            if 0 < self._config.max_bytes < needed:
+                raise refusal(
+                    name,
+                    f"it takes {needed} bytes, and one adapter may take {self._config.max_bytes} "
+                    "(--adapter-max-bytes)",
+                )
         self._sources.retain(manifest.folder)
         record = Record(name, source, manifest, layout, units, host_bytes)
         if candidate:

@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+import numpy as np
+
 MAX_HEADER_BYTES = 32 << 20
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -109,6 +111,13 @@ def parse_header(header: bytes, file_bytes: int) -> TensorFileHeader:
 def header_digest(header: bytes) -> bytes:
     """What `TensorFileHeader.digest` is of these bytes."""
     return hashlib.sha256(header).digest()
+
+
+def decode(dtype: str, raw: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The elements of a tensor's bytes, flat, as float32; `dtype` is one of `ITEM_BYTES`."""
+    if dtype == "BF16":
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(raw, "<f2" if dtype == "F16" else "<f4").astype(np.float32, copy=False)
 
 
 def parse_object(text: bytes, what: str) -> dict[str, Any]:

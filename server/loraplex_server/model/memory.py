@@ -116,8 +116,7 @@ def make_plan(
     if narrow and triton and device.type == "cuda":
         _check_narrow_floats(device)
     adapters = _adapter_bytes(registry, config, dtype)
-    samples = min(scheduler.max_num_requests, scheduler.max_batch_tokens)
-    step = StepSize(scheduler.max_batch_tokens, samples, _max_pairs(config), adapters.max_rank)
+    step = StepSize(scheduler.max_batch_tokens, max_samples(config), _max_pairs(config), adapters.max_rank)
     fixed = [
         Part(
             f"base weights ({empty.format.quantization})",
@@ -253,13 +252,23 @@ def _adapter_bytes(registry: SiteRegistry, config: EngineConfig, dtype: torch.dt
     segments = LoraBatchBuffers(
         max_tokens=config.scheduler.max_batch_tokens, max_pairs=_max_pairs(config), device=meta
     )
+    sampled = LoraBatchBuffers(
+        max_tokens=max_samples(config),
+        max_pairs=max_samples(config) * config.adapters.max_per_request,
+        device=meta,
+    )
     return _AdapterBytes(
         arena=pool.arena.nbytes,
         tables=pool.nbytes - pool.arena.nbytes,
-        segments=segments.nbytes,
+        segments=segments.nbytes + sampled.nbytes,
         max_rank=pool.max_rank,
         num_slots=pool.num_slots,
     )
+
+
+def max_samples(config: EngineConfig) -> int:
+    """Most rows of a step whose next token is sampled."""
+    return min(config.scheduler.max_num_requests, config.scheduler.max_batch_tokens)
 
 
 def _total_bytes(device: torch.device) -> int:
