@@ -98,14 +98,16 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     started = Server(tmp_path_factory.mktemp("openai"))
-    yield started
-    audits = started.metrics()["loraplex_audits"]
-    with Client(started.grpc) as sdk:
-        sdk.generate("a", max_tokens=1)
-    metrics = started.at_rest(audits)
-    assert metrics["loraplex_kv_cache_blocks_used"] == 0
-    assert metrics["loraplex_integrity_problems"] == 0
-    code = started.stop()
+    try:
+        yield started
+        audits = started.metrics()["loraplex_audits"]
+        with Client(started.grpc) as sdk:
+            sdk.generate("a", max_tokens=1)
+        metrics = started.at_rest(audits)
+        assert metrics["loraplex_kv_cache_blocks_used"] == 0
+        assert metrics["loraplex_integrity_problems"] == 0
+    finally:
+        code = started.stop()
     assert code == 0, "".join(started.log)
     assert not any("Traceback" in line for line in started.log), "".join(started.log)
 
