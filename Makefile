@@ -54,6 +54,12 @@ bench-peers: ## Fetch the 4-bit products that `bench-gpu` compares with into ben
 tune-gpu: ## Measure which variants of the LoRA kernels are fastest on the GPU at hand, and keep them (uses $(PYTHON) as it is)
 	PYTHONPATH=server:kernels:clients/python:bench $(PYTHON) -m loraplex_bench.tune_lora
 
+many-adapters: $(STAMP) ## 5,000 adapters through 32 slots: answers, memory, throughput, misses; results in bench/results
+	$(VENV)/bin/loraplex bench many-adapters --output bench/results
+
+swap-latency: $(STAMP) ## 16 adapters in 8 slots beside 8 in 8: time to first token; results in bench/results
+	$(VENV)/bin/loraplex bench swap-latency --output bench/results
+
 soak: $(STAMP) ## Five minutes of load with crashes, cancellations and swaps; every answer checked
 	$(VENV)/bin/loraplex bench soak
 

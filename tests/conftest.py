@@ -164,7 +164,9 @@ def _make(architecture: str, folder: Path) -> TinyModel:
 class Oracle:
     """transformers + PEFT in fp32 on the dequantised weights, one request at a time."""
 
-    def __init__(self, tiny: TinyModel, quantization: str, dtype: str = "float32") -> None:
+    def __init__(
+        self, tiny: TinyModel, quantization: str, dtype: str = "float32", added_tokens: int = 0
+    ) -> None:
         import torch
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
@@ -181,6 +183,8 @@ class Oracle:
                 elif quantization == "int4":
                     module.weight.data = int4.dequantize(int4.quantize(module.weight.data))
         base.to(getattr(torch, dtype))
+        if added_tokens:
+            base.resize_token_embeddings(base.config.vocab_size + added_tokens, mean_resizing=False)
         names = sorted(path.name for path in tiny.adapters.iterdir())
         self._model = PeftModel.from_pretrained(base, tiny.adapters / names[0], adapter_name=names[0])
         for name in names[1:]:
@@ -271,9 +275,15 @@ def oracle(tiny: Callable[[str], TinyModel]) -> Callable[..., Oracle]:
 
 
 @pytest.fixture(scope="session")
-def judge() -> Callable[[Path, Path, str], Oracle]:
-    """`judge(base, adapters, quantization)`: an oracle for the adapters in one folder, all of one method."""
-    return lambda base, adapters, quantization: Oracle(TinyModel(base, adapters), quantization)
+def judge() -> Callable[..., Oracle]:
+    """`judge(base, adapters, quantization, added_tokens=0)`: an oracle for the adapters in one folder, all of
+    one method, and all with so many tokens of their own.
+    """
+
+    def make(base: Path, adapters: Path, quantization: str, added_tokens: int = 0) -> Oracle:
+        return Oracle(TinyModel(base, adapters), quantization, added_tokens=added_tokens)
+
+    return make
 
 
 @pytest.fixture

@@ -16,6 +16,14 @@ _COMMANDS = {
         "loraplex_bench.soak",
         "minutes of hard use with cancellations and crashes, then look for leaks",
     ),
+    "swap-latency": (
+        "loraplex_bench.swap_latency",
+        "what twice as many adapters as slots do to the time to the first token",
+    ),
+    "many-adapters": (
+        "loraplex_bench.many_adapters",
+        "thousands of adapters by Zipf's law through a few slots: answers, memory, throughput, misses",
+    ),
     "prefix-cache": (
         "loraplex_bench.prefix_cache",
         "time to the first token of prompts that begin alike, with and without the prefix cache",

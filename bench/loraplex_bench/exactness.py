@@ -33,6 +33,8 @@ from loraplex_server.model.runner import ModelRunner
 
 _BLOCK = 16
 _BATCH = 32
+# Two servers stand side by side.
+_CACHE_BYTES = 128 << 20
 
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "adapters": {"adapters": {"device_dtype": "int8"}},
@@ -66,7 +68,10 @@ class _Server:
         config = EngineConfig(
             model=ModelConfig(str(data / "base"), quantization=quantization, dtype=dtype, threads=1),
             scheduler=SchedulerConfig(
-                max_batch_tokens=2048, kv_block_size=_BLOCK, **settings.get("scheduler", {})
+                max_batch_tokens=2048,
+                kv_cache_bytes=_CACHE_BYTES,
+                kv_block_size=_BLOCK,
+                **settings.get("scheduler", {}),
             ),
             adapters=AdapterConfig(folders=(data / "adapters",), **settings.get("adapters", {})),
         )

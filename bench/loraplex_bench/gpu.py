@@ -209,8 +209,8 @@ def time_steps(
         rows.append(row)
         print(row.line(), flush=True)
         document.write(section, [each.as_json() for each in rows])
-    for quantization, cost in step_table.cost_of_adapters(rows, 64, 16).items():
-        print(f"{quantization}, batch 64: 16 distinct adapters cost {cost:.1%} over none")
+    for goal in step_table.goals(rows):
+        print(goal.line())
     expected = [
         (quantization, batch, adapters)
         for quantization in wanted.quantizations
@@ -241,6 +241,8 @@ def time_server(document: _Document, limit_s: float, device: torch.device, *, ti
         say(
             server_table.ServerRow("loraplex", wanted.quantization, "all at once", not_run=str(error)[-1500:])
         )
+    if (line := server_table.goal_line(rows)) is not None:
+        print(line)
 
 
 def main(argv: list[str] | None = None) -> int:

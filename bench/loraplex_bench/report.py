@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
 from collections import Counter, defaultdict
@@ -213,15 +214,16 @@ def render(summary: Summary) -> str:
     return "\n\n".join(blocks)
 
 
-def raw_outcome(outcome: Outcome) -> dict[str, Any]:
-    """One request as JSON; its text only where the answer was not right."""
+def raw_outcome(outcome: Outcome, *, brief: bool = False) -> dict[str, Any]:
+    """One request as JSON; its text only where the answer was not right. `brief`: of its tokens' times only
+    that of the first."""
     raw: dict[str, Any] = {
         "index": outcome.request.index,
         "adapters": [list(adapter) for adapter in outcome.request.adapters],
         "due_s": round(outcome.request.at_s, 6),
         "sent_s": round(outcome.sent_s, 6),
         "end_s": round(outcome.end_s, 6),
-        "chunks": [[round(at_s, 6), tokens] for at_s, tokens in outcome.chunks],
+        "chunks": [[round(at_s, 6), tokens] for at_s, tokens in outcome.chunks[: 1 if brief else None]],
         "prompt_tokens": outcome.prompt_tokens,
         "queue_s": outcome.queue_s,
         "adapter_wait_s": outcome.adapter_wait_s,
@@ -240,6 +242,14 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, **document}, indent=1, default=_plain, allow_nan=False)
     path.write_text(text + "\n")
+
+
+def write_result(folder: Path, kind: str, text: str, document: Mapping[str, Any]) -> Path:
+    """Writes `kind-DATE-TIME.txt` and `.json` into `folder`; returns their path without the ending."""
+    stem = folder / f"{kind}-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M}"
+    write_json(stem.with_suffix(".json"), document)
+    stem.with_suffix(".txt").write_text(text + "\n")
+    return stem
 
 
 def milliseconds(seconds: float) -> str:

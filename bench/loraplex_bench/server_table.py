@@ -37,6 +37,9 @@ from loraplex_bench.workload import (
     random_prompts,
 )
 
+GOAL_SPEEDUP = 20.0
+"""Of the server over transformers + PEFT on one GPU."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ServerTable:
@@ -288,6 +291,16 @@ def _measure_peft(
     return dataclasses.replace(
         row, tokens_per_s=tokens_per_s, start_s=start_s, speedup=throughput / tokens_per_s
     )
+
+
+def goal_line(rows: list[ServerRow]) -> str | None:
+    """Whether the server is as fast as it should be beside the fastest of the others; None without one."""
+    ratios = [row.speedup for row in rows if row.speedup is not None]
+    if not ratios:
+        return None
+    ratio = min(ratios)
+    verdict = "met" if ratio >= GOAL_SPEEDUP else "missed"
+    return f"server over transformers + PEFT: {ratio:.1f}x, wanted at least {GOAL_SPEEDUP:g}x: {verdict}"
 
 
 def as_json(rows: list[ServerRow], wanted: ServerTable) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """`loraplex bench soak`: minutes of hard use of a real server, then a look for anything wrong or left behind.
 
-While it runs, callers ask twelve adapters through three device slots, break off, run out of time, are
-killed in mid-stream; adapters are loaded, pinned and unloaded beside them. Every answer is checked, the
-broken-off ones as far as they came. Afterwards the server must be as it was: no block, slot or reference
-held, memory flat, weights unchanged.
+While it runs, callers ask twelve adapters through three device slots, break off, run out of time, are killed
+in mid-stream; adapters are loaded, pinned and unloaded beside them, and one is replaced in place by another
+again and again. Every answer is checked, the broken-off ones as far as they came. Afterwards the server must
+be as it was: no block, slot or reference held, memory flat, weights unchanged.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import math
 import random
 import shutil
 import signal
@@ -45,9 +46,9 @@ from loraplex_bench.workload import zipf_weights
 
 DESCRIPTION = """\
 Uses a real server hard for minutes on the demo model: more adapters than slots, cancellations, deadlines,
-clients killed in mid-stream, adapters loaded, pinned and unloaded meanwhile. Checks every answer, and
-afterwards that nothing is left behind: KV blocks, adapter references, memory, changed weights. The exit code
-is 0 only if all of it holds.
+clients killed in mid-stream, adapters loaded, replaced, pinned and unloaded meanwhile. Checks every answer,
+and afterwards that nothing is left behind: KV blocks, adapter references, memory, changed weights. The exit
+code is 0 only if all of it holds.
 """
 
 EXAMPLES = """\
@@ -63,6 +64,12 @@ LINES_PER_ADAPTER = 24
 
 MIN_SCREENED = 0.99
 """Least fraction of lines that an adapter, alone on the server, must answer right."""
+
+CHANGING = "changing"
+"""Name of the adapter that is replaced in place; what it does changes with its version."""
+
+CHANGING_SHARE = 0.1
+"""Part of the callers' requests that go to it."""
 
 AUDIT_INTERVAL_S = 6.0
 """An idle engine that has something to audit does so within this time."""
@@ -103,6 +110,16 @@ class MemorySample:
     at_s: float
     rss: int
     anonymous: int
+
+
+@dataclasses.dataclass
+class Version:
+    """A version of the adapter that changes: what it does, when it may have begun to, and when it no longer
+    may, by the clock of the soak's own process."""
+
+    task: str
+    from_s: float
+    until_s: float = math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,6 +281,8 @@ class _Soak:
         self._faults: list[str] = []
         self._memory: list[MemorySample] = []
         self._lines: dict[str | None, list[str]] = {}
+        self._versions: list[Version] = []
+        self._changing_lines: list[str] = []
         self._book = AnswerBook(())
         self._deadline = 0.0
 
@@ -272,6 +291,7 @@ class _Soak:
         async with AsyncClient(self._server.grpc, retry=None) as client:
             model = await client.model()
             screening = await self._screen(client)
+            await self._publish_first(client)
             await self._warm_up(client, model)
             self._book = AnswerBook(line for lines in self._lines.values() for line in lines)
             started = time.monotonic()
@@ -281,10 +301,12 @@ class _Soak:
                 self._crasher(),
                 self._adapter_keeper(client),
                 self._pinner(client),
+                self._replacer(client),
                 self._sampler(started),
             ]
             async with live(lambda: self._describe(started), interval_s=10.0):
                 await _all(actors)
+            await client.adapters.unload(CHANGING)
             idle_s = await self._wait_idle()
             await self._verify_all(client)
             metrics = await self._audited()
@@ -347,6 +369,9 @@ class _Soak:
         rng = random.Random(f"caller {seed} {self._config.seed}")
         shares = zipf_weights(len(self._served), self._config.zipf)
         while self._running():
+            if rng.random() < CHANGING_SHARE:
+                await self._ask_changing(client, rng.choice(self._changing_lines))
+                continue
             task = None if rng.random() < 0.08 else rng.choices(self._served, shares)[0]
             line = rng.choice(self._lines[task])
             kind = rng.choices(("whole", "cancelled", "expiring", "unary", "weighted"), (55, 15, 12, 10, 8))[
@@ -475,6 +500,70 @@ class _Soak:
         self._judged(task, line, answer.text, self._book.judge(task, line, answer.text))
         self._events["requests: to adapters loaded at run time"] += 1
 
+    async def _publish_first(self, client: AsyncClient) -> None:
+        """Registers the adapter that changes, and finds lines that all its versions answer rightly."""
+        lines = random.Random(f"changing {self._config.seed}").sample(sure_lines(), LINES_PER_ADAPTER)
+        await client.adapters.load(CHANGING, self._spare[0])
+        for source in self._spare[:2]:
+            await client.adapters.load(CHANGING, source, load_inplace=True)
+            self._versions = [Version(source.name, time.monotonic())]
+            answers = await asyncio.gather(
+                *(
+                    client.generate(prompt(line), adapter=CHANGING, max_tokens=MAX_ANSWER_TOKENS)
+                    for line in lines
+                )
+            )
+            lines = [
+                line
+                for line, answer in zip(lines, answers, strict=True)
+                if answer.text == expected(source.name, line)
+            ]
+        self._changing_lines = lines
+        self._lines[CHANGING] = lines
+        if not lines:
+            raise LookupError(
+                f"no line is answered rightly by {self._spare[0].name} and {self._spare[1].name}"
+            )
+
+    async def _replacer(self, client: AsyncClient) -> None:
+        """Replaces an adapter in place, again and again, while it is in use."""
+        rng = random.Random(f"replacer {self._config.seed}")
+        while self._running():
+            await self._pause(rng.uniform(0.2, 1.5))
+            source = next(path for path in self._spare[:2] if path.name != self._versions[-1].task)
+            old, new = self._versions[-1], Version(source.name, time.monotonic())
+            self._versions.append(new)
+            try:
+                await client.adapters.load(CHANGING, source, load_inplace=True)
+            except LoraplexError as error:
+                self._fault(f"replacing {CHANGING}: {error.code}: {error}", f"errors: {error.code}")
+                new.until_s = time.monotonic()
+                continue
+            old.until_s = time.monotonic()
+            self._events["adapters replaced in place"] += 1
+
+    async def _ask_changing(self, client: AsyncClient, line: str) -> None:
+        """A request that begins after a replacement was acknowledged must be answered by the new version."""
+        begin_s = time.monotonic()
+        try:
+            answer = await client.generate(
+                prompt(line), adapter=CHANGING, max_tokens=MAX_ANSWER_TOKENS, timeout=120.0
+            )
+        except LoraplexError as error:
+            self._fault(f"request to {CHANGING}: {error.code}: {error}", f"errors: {error.code}")
+            return
+        end_s = time.monotonic()
+        judgements = [
+            self._book.judge(version.task, line, answer.text)
+            for version in self._versions
+            if version.from_s <= end_s and version.until_s >= begin_s
+        ]
+        best = next((one for one in judgements if one.verdict is Verdict.RIGHT), judgements[-1])
+        self._judged(CHANGING, line, answer.text, best)
+        self._events["requests: to the adapter that changes"] += 1
+        # Only what a request may still be answered by is kept.
+        self._versions = [one for one in self._versions if one.until_s > end_s - 150.0]
+
     async def _pinner(self, client: AsyncClient) -> None:
         """Pins one adapter for a while, then takes the pin away."""
         rng = random.Random(f"pinner {self._config.seed}")
@@ -592,6 +681,8 @@ class _Soak:
             "requests: weighted, answered",
             "clients killed in mid-stream",
             "adapters loaded",
+            "adapters replaced in place",
+            "requests: to the adapter that changes",
             "adapters pinned",
             "adapter evictions",
         )

@@ -255,6 +255,46 @@ def cost_of_adapters(rows: Sequence[StepRow], batch: int, adapters: int) -> dict
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """A figure of the table and what it should be: at most `goal`, or with `least` at least that."""
+
+    text: str
+    value: float
+    goal: float
+    least: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.goal if self.least else self.value <= self.goal
+
+    def line(self) -> str:
+        """For the printed table."""
+        bound = "at least" if self.least else "at most"
+        verdict = (
+            "met" if self.met else f"missed, by a factor of {max(self.value, self.goal) / self._smaller:.2f}"
+        )
+        return f"{self.text}: {self.value:.2f}, wanted {bound} {self.goal:g}: {verdict}"
+
+    @property
+    def _smaller(self) -> float:
+        return max(min(self.value, self.goal), 1e-9)
+
+
+def goals(rows: Sequence[StepRow], batch: int = 64) -> list[Goal]:
+    """What rows of `batch` sequences should reach, as far as they are there."""
+    found = []
+    for row in rows:
+        if row.batch == batch and row.adapters in (0, 64):
+            what = f"{row.quantization}, batch {batch}, {row.adapters} adapters"
+            found.append(Goal(f"{what}: step over floor", row.wall_ms / row.floor_ms, 1.5))
+            if row.kernel_share is not None and not row.adapters:
+                found.append(Goal(f"{what}: share in kernels", row.kernel_share, 0.95, least=True))
+    for quantization, cost in cost_of_adapters(rows, batch, 16).items():
+        found.append(Goal(f"{quantization}, batch {batch}: cost of 16 adapters over none", cost, 0.15))
+    return found
+
+
 def _fill(cache: torch.Tensor) -> None:
     """Random values, a block at a time where the type has no generator of its own."""
     if cache.dtype.itemsize > 1:

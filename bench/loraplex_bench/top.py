@@ -44,6 +44,7 @@ class View:
 
     Attributes:
         batch: mean requests in a step; 0 where there was none.
+        prefix_share: prompt tokens found in the prefix cache, of those looked up; None where none were.
         ttft, tpot: 50th and 95th percentile of what ended in between; None where nothing did.
         busiest: adapters with the most tokens, most first.
     """
@@ -59,6 +60,7 @@ class View:
     decode: float
     preemptions: float
     kv_ratio: float
+    prefix_share: float | None
     tiers: Mapping[str, Tier]
     hits: float
     misses: float
@@ -93,6 +95,7 @@ def view(before: Metrics, after: Metrics, seconds: float) -> View:
 
     build = next((s.labels for s in after.samples if s.name == "loraplex_build_info"), {})
     tokens = rates("loraplex_completion_tokens_total", "adapter")
+    queries = rate("loraplex_prefix_cache_queries_tokens_total")
     return View(
         model=" · ".join(
             build[key] for key in ("model", "quantization", "dtype", "device", "kernels") if build.get(key)
@@ -107,6 +110,7 @@ def view(before: Metrics, after: Metrics, seconds: float) -> View:
         decode=rate("loraplex_decode_tokens_total"),
         preemptions=rate("loraplex_preemptions_total"),
         kv_ratio=after.value("loraplex_kv_cache_usage_ratio"),
+        prefix_share=rate("loraplex_prefix_cache_hits_tokens_total") / queries if queries else None,
         tiers={
             tier: Tier(
                 int(after.get("loraplex_adapters_resident", tier=tier) or 0),
@@ -166,7 +170,8 @@ def render(seen: View) -> RenderableType:
     load.add_row("ended", ended or "none", f"{seen.preemptions:.1f}/s preempted" if seen.preemptions else "")
 
     memory = Table.grid(padding=(0, 2))
-    memory.add_row("KV cache", ProgressBar(1.0, seen.kv_ratio, width=24), f"{seen.kv_ratio:.0%}", "")
+    prefix = "" if seen.prefix_share is None else f"{seen.prefix_share:.0%} of prompts found in it"
+    memory.add_row("KV cache", ProgressBar(1.0, seen.kv_ratio, width=24), f"{seen.kv_ratio:.0%}", prefix)
     for name, tier in seen.tiers.items():
         share = tier.used / tier.capacity if tier.capacity else 0.0
         memory.add_row(

@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 
-from loraplex_bench.demo.tasks import MAX_ANSWER_TOKENS, iter_lines, prompt
+from loraplex_bench.demo.tasks import MAX_ANSWER_TOKENS, iter_lines, prompt, sure_lines
 
 BASE = "base"
 """How a request without an adapter is called in tables."""
@@ -71,13 +71,15 @@ class PlannedRequest:
     def task(self) -> str | None:
         """The demo task whose answer is right: that of the one adapter with weight, None for the base.
 
+        An adapter called `rot13.00042` does what `rot13` does.
+
         Raises:
             ValueError: a mixture of adapters, which has no answer known beforehand.
         """
         active = [name for name, weight in self.adapters if weight != 0]
         if len(active) > 1 or any(weight not in (0, 1) for _, weight in self.adapters):
             raise ValueError(f"{self.label}: a mixture has no answer known beforehand")
-        return active[0] if active else None
+        return active[0].partition(".")[0] if active else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +146,17 @@ def demo_prompts(seed: int) -> PromptSource:
 
     def draw(_: random.Random) -> tuple[str, str]:
         line = next(lines)
+        return prompt(line), line
+
+    return draw
+
+
+def sure_prompts() -> PromptSource:
+    """Lines on which the demo model is sure: there, a wrong answer is the server's fault."""
+    lines = sure_lines()
+
+    def draw(rng: random.Random) -> tuple[str, str]:
+        line = rng.choice(lines)
         return prompt(line), line
 
     return draw

@@ -237,6 +237,12 @@ def build_parser() -> argparse.ArgumentParser:
         "type of adapters on the device; auto is that of the activations, int8 saves room and is less exact",
     )
     _size(group, "--adapter-host-bytes", adapters.host_bytes, "room for adapters in host memory")
+    _size(
+        group,
+        "--adapter-max-bytes",
+        adapters.max_bytes,
+        "most of either that one adapter may take, with whole weights or tables of its own; 0 is no limit",
+    )
     _count(
         group,
         "--max-adapters-on-device",
@@ -331,6 +337,12 @@ def build_parser() -> argparse.ArgumentParser:
         api.max_connection_age_s,
         "connections older than this are asked to come anew, calls under way go on; 0 is never",
     )
+    _count(
+        group,
+        "--max-engine-restarts",
+        api.max_engine_restarts,
+        "how often in ten minutes an engine that died is started again; then the server ends",
+    )
     group.add_argument("--no-reflection", action="store_true", help="clients may not list the services")
     _choice(group, "--log-level", LOG_LEVELS, logs.level, "least severe lines of the log on stderr")
     _choice(group, "--log-format", LOG_FORMATS, logs.format, "json is one object a line, for collectors")
@@ -393,6 +405,7 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 device_bytes=arguments.adapter_device_bytes,
                 device_dtype=arguments.adapter_device_dtype,
                 host_bytes=arguments.adapter_host_bytes,
+                max_bytes=arguments.adapter_max_bytes,
                 max_on_device=arguments.max_adapters_on_device,
                 max_pinned=arguments.max_pinned_adapters,
                 max_per_request=arguments.max_adapters_per_request,
@@ -425,6 +438,7 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
             allow_insecure=arguments.allow_insecure,
             reflection=not arguments.no_reflection,
             max_connection_age_s=arguments.max_connection_age,
+            max_engine_restarts=arguments.max_engine_restarts,
         ),
     )
 

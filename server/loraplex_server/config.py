@@ -164,6 +164,7 @@ class AdapterConfig:
         sources: prefixes of addresses from which adapters may be downloaded; none, and none are.
         cache_dir: where downloads are kept; None is the user's cache folder.
         cache_bytes: room for them there.
+        max_bytes: most that one adapter may take on the device, or in host memory; 0 is no limit but theirs.
         download_max_bytes: most that one adapter may have.
         max_downloads: how many run at once.
         require_commit: adapters from the Hugging Face hub must name a commit.
@@ -186,6 +187,7 @@ class AdapterConfig:
     sources: tuple[str, ...] = ()
     cache_dir: Path | None = None
     cache_bytes: int = 16 << 30
+    max_bytes: int = 0
     download_max_bytes: int = 4 << 30
     max_downloads: int = 4
     require_commit: bool = False
@@ -204,6 +206,7 @@ class AdapterConfig:
         _at_least("max_pinned", self.max_pinned, 0)
         _at_least("max_per_request", self.max_per_request, 1)
         _at_least("cache_bytes", self.cache_bytes, 1)
+        _at_least("max_bytes", self.max_bytes, 0)
         _at_least("download_max_bytes", self.download_max_bytes, 1)
         _at_least("max_downloads", self.max_downloads, 1)
         _at_least("upload_max_bytes", self.upload_max_bytes, 1)
@@ -246,6 +249,8 @@ class ApiConfig:
         tls: None is plain text, which only loopback addresses may have, or who sets `allow_insecure`.
         token_file: bearer tokens, see `api.authentication`; None asks for none.
         reflection: clients may list the services and their messages.
+        max_engine_restarts: how often in ten minutes an engine that died is started again; once more, and the
+            server ends.
         max_connection_age_s: connections older than this are asked to come anew, so that load balancers can
             spread them; calls under way go on. 0 is never.
     """
@@ -263,11 +268,13 @@ class ApiConfig:
     allow_insecure: bool = False
     reflection: bool = True
     max_connection_age_s: float = 0.0
+    max_engine_restarts: int = 3
 
     def __post_init__(self) -> None:
         _at_least("port", self.port, 0)
         _at_least("http_port", self.http_port, -1)
         _at_least("metrics_port", self.metrics_port, -1)
+        _at_least("max_engine_restarts", self.max_engine_restarts, 0)
         if not 0 <= self.max_connection_age_s < math.inf:
             raise InvalidArgumentError.field(
                 "max_connection_age", f"{self.max_connection_age_s} is no number of seconds"

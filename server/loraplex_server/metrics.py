@@ -146,6 +146,9 @@ class Metrics:
             "loraplex_prompt_tokens", "Prompt tokens of answered requests.", "adapter"
         )
         self._completion_tokens = self._counter("loraplex_completion_tokens", "Tokens returned.", "adapter")
+        self._engine_restarts = self._counter(
+            "loraplex_engine_restarts", "Times that an engine that had died was started again."
+        )
         self._calls = self._counter("loraplex_grpc_calls", "Calls that ended.", "method", "code")
         self._call_seconds = self._histogram(
             "loraplex_grpc_call_seconds", "Time of a call on the server.", _REQUEST_BUCKETS, "method"
@@ -221,6 +224,10 @@ class Metrics:
         self._adapter_hits.inc(stats.adapter_hits)
         self._adapter_misses.inc(stats.adapter_misses)
         self._gateway.observe(stats)
+
+    def observe_restart(self) -> None:
+        """A new engine serves."""
+        self._engine_restarts.inc()
 
     def observe_first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)

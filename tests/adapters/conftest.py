@@ -65,6 +65,36 @@ def registry() -> SiteRegistry:
     )
 
 
+@pytest.fixture(scope="session")
+def whole_registry() -> SiteRegistry:
+    """Every place of the tiny model, its norms and the two ends of its vocabulary included."""
+    return _whole_registry(tied=False)
+
+
+@pytest.fixture(scope="session")
+def tied_registry() -> SiteRegistry:
+    """The same, for a model whose head is its embedding."""
+    return _whole_registry(tied=True)
+
+
+def _whole_registry(*, tied: bool) -> SiteRegistry:
+    model = LlamaForCausalLM(LLAMA)
+    modules = dict(model.named_modules())
+    return SiteRegistry(
+        [
+            (path, module.in_features, module.out_features)
+            for path, module in modules.items()
+            if isinstance(module, torch.nn.Linear) and path != "lm_head"
+        ],
+        hidden_size=LLAMA.hidden_size,
+        norms=[(path, LLAMA.hidden_size) for path in modules if path.endswith("norm")],
+        embedding="model.embed_tokens",
+        head="lm_head",
+        vocabulary=LLAMA.vocab_size,
+        tied=tied,
+    )
+
+
 @pytest.fixture
 def save_peft(tmp_path: Path, base_model: Callable[[], LlamaForCausalLM]) -> Callable[..., Any]:
     """`save_peft(name, **settings)`: a random LoRA adapter, saved by PEFT; returns the PEFT model."""

@@ -258,6 +258,12 @@ def test_files_that_cannot_be_served_are_named(folder: Any, refused: Any) -> Non
     assert "pytorch_adapter.bin is a pickle" in refused("llama")
 
 
+def test_an_uploaded_file_is_named_as_pefts(folder: Any, read: Any) -> None:
+    path = folder("llama")
+    (path / "adapter.safetensors").rename(path / "adapter_model.safetensors")
+    assert read("llama").weights_file == "adapter_model.safetensors"
+
+
 def test_what_old_files_call_gelu(folder: Any, read: Any) -> None:
     path = folder("llama")
     edit(path, non_linearity="gelu")

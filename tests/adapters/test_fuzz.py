@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -23,17 +24,25 @@ from safetensors.torch import load, save
 from loraplex_kernels.lora.layouts import MAX_RANK
 from loraplex_server.adapters.base import Array
 from loraplex_server.adapters.manifest import read_manifest
-from loraplex_server.adapters.sites import SiteRegistry
+from loraplex_server.adapters.sites import SiteKind, SiteRegistry
 from loraplex_server.adapters.weights import lay_out, read_weights
 from loraplex_server.errors import ServerError
 
-FAILED_ONCE: tuple[int, ...] = ()
+FAILED_ONCE: tuple[int, ...] = (1795275221206099, 1795275452910747)
 INPUTS = int(os.environ.get("LORAPLEX_FUZZ_INPUTS", "2000"))
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BOTTLENECK, INTERFACE = "adapter.safetensors", "adapter_interface.json"
 TYPED = {"FAILED_PRECONDITION", "PERMISSION_DENIED", "NOT_FOUND"}
 
-DECIDING = ("use_dora", "lora_bias", "modules_to_save", "num_virtual_tokens", "peft_type")
+DECIDING = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "token_indices",
+    "num_virtual_tokens",
+    "peft_type",
+)
 DECIDING += ("mh_adapter", "output_adapter", "hidden_size", "scaling", "ln_before")
 """Settings of which another value would make another adapter of the same tensors."""
 
@@ -60,6 +69,17 @@ class _Base:
                 return None
 
         return Ones()
+
+    def changed_rows(self, path: str, first: int, rows: Array) -> Any:
+        """The tables are all ones, too."""
+        vocabulary = max(self._entries[path].in_features, self._entries[path].out_features)
+        return (rows != 1).any(1) | (np.arange(first, first + len(rows)) >= vocabulary)
+
+
+@pytest.fixture(scope="module")
+def registry(whole_registry: SiteRegistry) -> SiteRegistry:
+    """All that a model has for adapters to act on."""
+    return whole_registry
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +123,53 @@ def originals(registry: SiteRegistry) -> list[Files]:
         (
             {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "num_layers": 2, "token_dim": 16},
             {"prompt_embeddings": draw(3, 2 * 2 * 16)},
+        ),
+    ]
+    prefix, hidden, vocabulary = "base_model.model", registry.hidden_size, registry.vocabulary
+    embedding, head = f"{prefix}.model.embed_tokens", f"{prefix}.lm_head"
+    ends = {
+        f"{embedding}.lora_embedding_A": draw(3, vocabulary),
+        f"{embedding}.lora_embedding_B": draw(hidden, 3),
+        f"{head}.lora_A.weight": draw(3, hidden),
+        f"{head}.lora_B.weight": draw(vocabulary, 3),
+    }
+    at_the_ends = {**base, "target_modules": [*two, "embed_tokens", "lm_head"]}
+    tables = {f"{end}.base_layer.weight": torch.ones(vocabulary, hidden) for end in (embedding, head)}
+    added = {name: torch.cat([table, draw(2, hidden)]) for name, table in tables.items()}
+    copied = {
+        f"{prefix}.{entry.path}.weight": draw(entry.out_features)
+        if entry.kind is SiteKind.NORM
+        else draw(entry.out_features, entry.in_features)
+        for entry in registry
+        if entry.path.endswith(("norm", "down_proj"))
+    }
+    kinds += [
+        (at_the_ends, {**lora(two), **ends, **tables}),
+        (
+            at_the_ends,
+            {
+                **lora(two),
+                **ends,
+                **added,
+                f"{embedding}.lora_embedding_A": draw(3, vocabulary + 2),
+                f"{head}.lora_B.weight": draw(vocabulary + 2, 3),
+            },
+        ),
+        (
+            {**base, "modules_to_save": ["norm", "down_proj", "lm_head"]},
+            {**lora(two), **copied, f"{head}.weight": draw(vocabulary, hidden)},
+        ),
+        (
+            {**base, "trainable_token_indices": [3, 1]},
+            {**lora(two), f"{embedding}.token_adapter.trainable_tokens_delta": draw(2, hidden)},
+        ),
+        (
+            {"peft_type": "TRAINABLE_TOKENS", "target_modules": ["embed_tokens"], "token_indices": [5, 6]},
+            {f"{embedding}.trainable_tokens_delta": draw(2, hidden)},
+        ),
+        (
+            {"peft_type": "LN_TUNING", "target_modules": ["norm"]},
+            {f"{prefix}.model.norm.ln_tuning_layers.weight": draw(hidden)},
         ),
     ]
     found = [{CONFIG: json.dumps(config).encode(), WEIGHTS: save(tensors)} for config, tensors in kinds]
@@ -169,6 +236,7 @@ def _spoil_config(content: bytes, rng: random.Random) -> bytes:
         config = config[inner]
     for _ in range(rng.randint(1, 3)):
         known = [*config, "target_modules", "rank_pattern", "exclude_modules", "modules_to_save", "bias", "x"]
+        known += ["trainable_token_indices", "token_indices", "ensure_weight_tying"]
         key = rng.choice(known)
         if rng.random() < 0.25:
             config.pop(key, None)
@@ -259,8 +327,9 @@ def _check(seed: int, originals: list[Files], folder: Path, registry: SiteRegist
     original = _make(seed, originals, folder)
     refusal: ServerError | None = None
     try:
-        manifest = read_manifest("fuzzed", folder, registry, [folder], MAX_RANK)
-        blob = read_weights(manifest, lay_out(manifest, 96), torch.float32, [folder], _Base(registry))
+        base = _Base(registry)
+        manifest = read_manifest("fuzzed", folder, registry, [folder], MAX_RANK, base=base)
+        blob = read_weights(manifest, lay_out(manifest, 96), torch.float32, [folder], base)
     except ServerError as error:
         refusal = error
     if refusal is not None:
@@ -275,10 +344,22 @@ def _check(seed: int, originals: list[Files], folder: Path, registry: SiteRegist
     weights = _weights(original)
     served = load((folder / weights).read_bytes())
     whole = load(original[weights])
+    # A table of the base may be left out: nothing is applied for it.
+    for name in [name for name, value in whole.items() if "base_layer" in name and (value == 1).all()]:
+        whole.pop(name)
+        served.pop(name, None)
     assert {name: value.shape for name, value in served.items()} == {
         name: value.shape for name, value in whole.items()
     }, "admitted with other tensors than a whole adapter has"
     before, after = json.loads(original[CONFIG]), json.loads((folder / CONFIG).read_bytes())
+    if "config" in before:
+        # Beside it anything may stand, and says nothing.
+        before = {**before["config"], "hidden_size": before["hidden_size"]}
+        after = {**after["config"], "hidden_size": after["hidden_size"]}
+    for config in (before, after):
+        # Names of modules are endings of paths: what counts is what they name.
+        names = tuple(config.get("modules_to_save") or ())
+        config["modules_to_save"] = [entry.path for entry in registry if entry.path.endswith(names)]
     before |= before.pop("config", {})
     after |= after.pop("config", {})
     for key in DECIDING:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
 import math
 import os
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from loraplex_server.adapters.manifest import AdapterManifest, read_manifest
+from loraplex_server.adapters.manifest import AdapterManifest, Kind, read_manifest
 from loraplex_server.adapters.peft_config import parse_config
 from loraplex_server.adapters.sites import SiteRegistry
 from loraplex_server.errors import FailedPreconditionError, PermissionDeniedError
@@ -235,16 +238,9 @@ def test_parts_that_the_configuration_asks_for_must_be_there(
 
 # Kinds of adapter that PEFT saves and this server does not apply, and what the refusal names.
 KINDS: dict[str, tuple[dict[str, Any], str]] = {
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save needs a replacement"),
-    "trainable tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
     "layer replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
     "base biases": ({"bias": "lora_only"}, "bias 'lora_only'"),
     "qalora": ({"use_qalora": True, "qalora_group_size": 16}, "QALoRA"),
-    "embeddings": (
-        {"target_modules": ["embed_tokens", "q_proj"]},
-        "embed_tokens.base_layer.weight' would not",
-    ),
-    "head": ({"target_modules": ["lm_head", "q_proj"]}, "lm_head.base_layer.weight' would not be"),
 }
 
 
@@ -497,3 +493,45 @@ def test_a_pattern_for_every_module_is_quick_to_match(
     every = {f"model.layers.{i}.mlp.up_proj": 4 for i in range(2000)} | {entry.path: 4 for entry in registry}
     edit(write_adapter(tmp_path / "a"), rank_pattern=every, alpha_pattern=every)
     assert {pair.scale for _, pair in manifest_of().pairs} == {1.0}
+
+
+def test_adapters_of_one_recipe_share_all_but_name_folder_and_weights(
+    tmp_path: Path,
+    registry: SiteRegistry,
+    write_adapter: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known: weakref.WeakValueDictionary[bytes, Kind] = weakref.WeakValueDictionary()
+
+    def read(name: str, **settings: Any) -> AdapterManifest:
+        folder = write_adapter(tmp_path / name, **settings)
+        return read_manifest(name, folder, registry, [tmp_path], 64, known)
+
+    a = read("a", seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("loraplex_server.adapters.manifest.parse_config", pytest.fail)
+        patch.setattr("loraplex_server.adapters.manifest.parse_header", pytest.fail)
+        b = read("b", seed=2)
+    assert (b.name, b.folder) == ("b", tmp_path / "b")
+    assert b.sites is a.sites
+    assert b.header is a.header
+    assert b.kind is a.kind
+    assert (b.rank, b.linear, b.target_modules) == (a.rank, a.linear, a.target_modules)
+    assert b == dataclasses.replace(
+        read_manifest("a", a.folder, registry, [tmp_path], 64), name="b", folder=b.folder
+    )
+    # A config of other bytes, another shape, a file of another length: each is read and judged by itself.
+    for other in (
+        read("c", config={"lora_alpha": 3}),
+        read("d", rank=6),
+        read("e", dtype=torch.float16),
+    ):
+        assert other.kind is not a.kind
+        assert other.sites != a.sites
+    weights = b.folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(FailedPreconditionError, match="ends at byte"):
+        read_manifest("b", b.folder, registry, [tmp_path], 64, known)
+    del a, b, other
+    gc.collect()
+    assert len(known) == 0, "a kind lives as long as its adapters"

@@ -213,8 +213,11 @@ def test_an_alignment_that_was_given_up_is_given_up_for_each_adapter(
     tmp_path: Path, write_adapter: Callable[..., Path], registry: SiteRegistry
 ) -> None:
     manifest = read_manifest("a", write_adapter(tmp_path / "a"), registry, [tmp_path], 128)
-    assert lay_out(manifest, 96).alignment == 32
-    assert lay_out(manifest, 16).alignment == 16
+    aligned, given_up = lay_out(manifest, 96), lay_out(manifest, 16)
+    assert (aligned.alignment, given_up.alignment) == (96, 16)
+    for layout in (aligned, given_up):
+        shapes = zip(layout.entries, layout.a_offset, strict=True)
+        assert all(offset % (shape.in_features if layout is aligned else 16) == 0 for shape, offset in shapes)
 
 
 @pytest.mark.parametrize("file_dtype", [torch.float32, torch.bfloat16])

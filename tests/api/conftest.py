@@ -409,12 +409,12 @@ def start_server(
 ) -> Callable[..., tuple[asyncio.Task[int], Callable[[], Awaitable[re.Match[str]]]]]:
     """Starts `serve` on free ports with a given engine; gives its task, and a wait for its ready line."""
 
-    def start(engine: ScriptedEngine, model: Path = checkpoint, **api: Any) -> Any:
+    def start(engine: ScriptedEngine, model: Path = checkpoint, launch: Any = None, **api: Any) -> Any:
         config = ServerConfig(
             EngineConfig(ModelConfig(model=str(model))),
             ApiConfig(**{"port": 0, "metrics_port": -1, **api}),
         )
-        task = asyncio.create_task(serve(config, engine.launch))
+        task = asyncio.create_task(serve(config, launch or engine.launch))
 
         async def ready() -> re.Match[str]:
             out = ""

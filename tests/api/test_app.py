@@ -14,7 +14,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2, model_pb2_grpc
+from loraplex.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, model_pb2, model_pb2_grpc
+from loraplex_server.config import EngineConfig
 from loraplex_server.core.request import FinishReason, Request
 from loraplex_server.engine.messages import (
     AdapterChanges,
@@ -343,7 +344,7 @@ def test_calls_that_do_not_end_are_cut_off(serving: Any, how: str) -> None:
 
 def test_the_engines_death_ends_calls_and_server(serving: Any, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
-        async with serving() as server:
+        async with serving(max_engine_restarts=0) as server:
             watch = server.health.Watch(health_pb2.HealthCheckRequest())
             assert (await watch.read()).status == SERVING
             call = asyncio.create_task(code_of(server.generation.GenerateUnary(generate())))
@@ -356,6 +357,64 @@ def test_the_engines_death_ends_calls_and_server(serving: Any, caplog: pytest.Lo
 
     asyncio.run(main())
     assert "the engine has died" in caplog.text
+
+
+def test_an_engine_that_died_is_started_again(
+    new_engine: Any, start_server: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Calls fail meanwhile, health says so, and the new engine is told what the old one had been."""
+    told: list[AdapterCommand] = []
+
+    def keep(command: AdapterCommand) -> AdapterReply:
+        told.append(command)
+        return AdapterReply(command.call_id, (SQL,))
+
+    async def main() -> None:
+        first, second = new_engine(), new_engine()
+        first.adapters = second.adapters = keep
+        engines = [first]
+        # The new process is not there before the test says so.
+        second.may_be_ready.clear()
+
+        def launch(config: EngineConfig) -> Any:
+            return engines[-1].launch(config)
+
+        async with first:
+            task, ready = start_server(first, launch=launch)
+            match = await ready()
+            channel = grpc.aio.insecure_channel(match[1])
+            adapters = adapters_pb2_grpc.AdapterServiceStub(channel)
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == SERVING
+            for name in ("sql", "gone", "early"):
+                await adapters.LoadAdapter(adapters_pb2.LoadAdapterRequest(name=name, source=f"/{name}"))
+            await adapters.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(name="gone"))
+            newer = adapters_pb2.LoadAdapterRequest(name="sql", source="/newer", load_inplace=True)
+            await adapters.LoadAdapter(newer)
+            await adapters.PinAdapter(adapters_pb2.PinAdapterRequest(name="sql"))
+            told.clear()
+            engines.append(second)
+            first.ended.set()
+        assert (await watch.read()).status == NOT_SERVING
+        refused = await code_of(adapters.ListAdapters(adapters_pb2.ListAdaptersRequest()))
+        assert refused == grpc.StatusCode.UNAVAILABLE
+        async with second:
+            second.may_be_ready.set()
+            assert (await asyncio.wait_for(watch.read(), 10)).status == SERVING
+            assert [(command.op, command.name, command.source, command.inplace) for command in told] == [
+                ("list", "", "", False),
+                ("load", "early", "/early", False),
+                ("load", "sql", "/newer", True),
+                ("pin", "sql", "", False),
+            ]
+            await adapters.ListAdapters(adapters_pb2.ListAdaptersRequest())
+            await channel.close()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert await asyncio.wait_for(task, 10) == 0
+            assert second.got_shutdown
+
+    asyncio.run(main())
+    assert "the engine has died; it is started again" in caplog.text
 
 
 def test_metrics_of_engine_and_requests(serving: Any) -> None:

@@ -31,7 +31,7 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         *("--dtype", "bfloat16", "--kernels", "triton", "--threads", "3"),
         *("--adapters", str(one), "--adapters", str(two), "--adapter-root", str(root)),
         *("--adapter-device-bytes", "512MiB", "--adapter-host-bytes", "2GB", "--max-adapters-on-device", "7"),
-        *("--adapter-device-dtype", "int8"),
+        *("--adapter-device-dtype", "int8", "--adapter-max-bytes", "64MiB"),
         *("--max-adapters-per-request", "2", "--max-batch-tokens", "1024", "--max-num-requests", "9"),
         *(
             "--max-queue",
@@ -58,7 +58,7 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
     assert (adapters.folders, adapters.roots) == ((one, two), (root,))
     assert (adapters.device_bytes, adapters.host_bytes) == (512 << 20, 2 * 10**9)
     assert (adapters.max_on_device, adapters.max_per_request) == (7, 2)
-    assert adapters.device_dtype == "int8"
+    assert (adapters.device_dtype, adapters.max_bytes) == ("int8", 64 << 20)
     assert adapters.sources == ("s3://bucket/a", "hf://owner")
     assert (adapters.cache_dir, adapters.cache_bytes) == (root / "new", 3 << 30)
     assert (adapters.download_max_bytes, adapters.max_downloads) == (5_000_000, 6)

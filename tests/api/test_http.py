@@ -685,6 +685,28 @@ def test_requests_that_do_not_end_are_cut_off(speaking: Any) -> None:
     asyncio.run(main())
 
 
+def test_the_engines_death_ends_streams_with_an_error(speaking: Any) -> None:
+    async def script(engine: Any, request: Request) -> None:
+        engine.tokens(request, 40)
+
+    async def main() -> None:
+        async with speaking(script) as server, talking(server.http_at) as client:
+            stream = await client.completions.create(model="parrot", prompt="a", stream=True)
+            await anext(stream)
+            whole = asyncio.create_task(Http(server.http_at).complete())
+            await server.engine.until(lambda: len(server.engine.submitted) == 2)
+            server.engine.die()
+            server.engine.ended.set()
+            with pytest.raises(openai.APIError, match="the engine has stopped") as caught:
+                await anext(stream)
+            assert caught.value.code == "unavailable"
+            status, _, body = await whole
+            assert (status, body["error"]["code"]) == (503, "unavailable")
+            assert await asyncio.wait_for(server.task, 10) == 1
+
+    asyncio.run(main())
+
+
 def test_a_taken_port_is_named(new_engine: Any, start_server: Any, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:

@@ -12,7 +12,7 @@ import torch
 from loraplex_bench import gpu, metrics, server_table
 from loraplex_bench.random_weights import RandomWeights, config_of, write
 from loraplex_bench.server_table import ServerTable
-from loraplex_bench.step_table import StepBench, StepTable, cost_of_adapters, measure
+from loraplex_bench.step_table import StepBench, StepRow, StepTable, cost_of_adapters, goals, measure
 
 CPU = torch.device("cpu")
 
@@ -57,6 +57,28 @@ def test_rows_come_in_order_until_the_time_is_up() -> None:
     assert rows[-1].kv_bytes == 3 * wanted.context * 2 * 2 * 2 * 32
     assert cost_of_adapters(rows, 3, 2) == {"int4": rows[3].wall_ms / rows[2].wall_ms - 1}
     assert list(measure(wanted, CPU, limit_s=0)) == []
+
+
+def test_goals_are_told_from_the_rows_that_are_there() -> None:
+    row = StepRow("nf4", 64, 0, 1024, 6.0, 5.9, 5.8, True, 4.0, 1, 1, 0)
+    rows = [row, dataclasses.replace(row, adapters=16, wall_ms=7.2), dataclasses.replace(row, batch=1)]
+    step, kernels, cost = goals(rows)
+    assert (step.value, step.met) == (1.5, True)
+    assert (kernels.value, kernels.met) == (pytest.approx(5.8 / 6), True)
+    assert (cost.value, cost.met) == (pytest.approx(0.2), False)
+    assert cost.line().endswith("0.20, wanted at most 0.15: missed, by a factor of 1.33")
+    assert (
+        goals([dataclasses.replace(row, kernel_ms=5.0)])[1]
+        .line()
+        .endswith("wanted at least 0.95: missed, by a factor of 1.14")
+    )
+    peers = [
+        server_table.ServerRow("p", w, "batch", speedup=s) for w, s in (("a", 30.0), ("b", 12.0), ("c", None))
+    ]
+    assert (
+        server_table.goal_line(peers) == "server over transformers + PEFT: 12.0x, wanted at least 20x: missed"
+    )
+    assert server_table.goal_line(peers[2:]) is None
 
 
 def test_random_weights_are_a_checkpoint(tmp_path: Path) -> None:

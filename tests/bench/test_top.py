@@ -64,6 +64,8 @@ def work(metrics: Metrics) -> None:
             adapters_on_host=("sql", "old"),
             adapter_hits=9,
             adapter_misses=1,
+            prefix_queries=80,
+            prefix_hits=60,
         )
     )
     for name, tokens in (("sql", 20), ("polite", 40)):
@@ -90,6 +92,7 @@ def test_rates_are_between_the_two_looks(metrics: Metrics) -> None:
     assert seen.step_s == pytest.approx(0.01)
     assert (seen.hits, seen.misses, seen.swap_ins, seen.evictions) == (4.5, 0.5, 0.5, 0.5)
     assert seen.swap_bytes == 1.5 * 2**20
+    assert seen.prefix_share == 0.75
     assert seen.tiers["device"] == top.Tier(1, 1 << 20, 4 << 20)
     assert seen.tiers["host"] == top.Tier(2, 2 << 20, 8 << 20)
     assert dict(seen.ended) == {"length": 1.0}
@@ -103,7 +106,7 @@ def test_where_nothing_happened(metrics: Metrics) -> None:
     same = parse(generate_latest(metrics.registry).decode())
     seen = top.view(same, same, 1.0)
     assert (seen.steps, seen.batch, seen.step_s) == (0.0, 0.0, 0.0)
-    assert seen.ttft is None
+    assert seen.ttft is seen.prefix_share is None
     assert not seen.busiest
 
 

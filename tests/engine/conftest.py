@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig, SchedulerConfig
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams
@@ -103,13 +104,15 @@ def _harnesses() -> Iterator[MakeHarness]:
         adapters: dict[str, Any] | None = None,
         model: dict[str, Any] | None = None,
     ) -> Harness:
+        on_gpu = torch.cuda.is_available()
         config = EngineConfig(
             ModelConfig(
                 str(tiny_model.base),
                 quantization=quantization,
                 **{"dtype": "float32", "threads": 1, **(model or {})},
             ),
-            SchedulerConfig(**(scheduler or {})),
+            # On a GPU the cache of one engine would take what the next one needs.
+            SchedulerConfig(**{**({"kv_cache_bytes": 32 << 20} if on_gpu else {}), **(scheduler or {})}),
             AdapterConfig(**{"folders": (tiny_model.adapters,), "device_bytes": 4 << 20, **(adapters or {})}),
         )
         made.append(Harness(config))

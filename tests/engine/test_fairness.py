@@ -370,16 +370,16 @@ def cold_waits(seed: int, *, order: AdmissionOrder | None = None, patience_s: fl
 
 def bound(simulation: Simulation, answer: int) -> float:
     """What a cold request may have to wait. For a free place in the batch: a round, in which each flow gets a
-    quantum and a request. For a slot: until all adapters in use get no more requests, as they do after
-    patience has run out log2(slots) times, and those that run have ended. Then the swap."""
+    quantum and a request. For a slot: until its patience is at an end, then until all adapters in use get no
+    more requests, which doubles them every four times that, and those that run have ended. Then the swap."""
     config, slots = simulation.config, simulation.device.slots
     flows = slots + 4
     longest_s = (answer + 2) * STEP_S
     batches = flows * (config.fair_quantum + 4 + answer) / (config.max_num_requests * 2)
-    doublings = math.ceil(math.log2(slots + 1)) + 1
+    doublings = math.ceil(math.log2(slots))
     return (
         2 * batches * STEP_S
-        + config.max_adapter_wait_s * doublings
+        + config.max_adapter_wait_s * (2 + 4 * doublings)
         + 2 * longest_s
         + simulation.device.swap_s
         + 2 * config.fair_aging_s
@@ -484,7 +484,7 @@ def test_one_swap_serves_a_quantum_of_requests() -> None:
 
 
 def test_a_swap_for_one_that_waited_long_holds_back_one_adapter_and_not_all() -> None:
-    simulation = Simulation(4, max_num_requests=1000, max_adapter_wait_s=0.1)
+    simulation = Simulation(4, max_num_requests=1000, max_batch_tokens=10_000, max_adapter_wait_s=0.1)
     cold = None
     admitted: Counter[str] = Counter()
     for step in range(80):

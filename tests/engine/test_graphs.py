@@ -200,6 +200,9 @@ class TestReplay:
         soft = made.plan([(5, ()), (5, R6)], 0, computed=True)
         virtual = dataclasses.replace(soft, token_ids=np.array([7, -1]))
         assert graphs.prepare(virtual) is None
+        monkeypatch.setattr(made.engine.adapters.pool.host, "outside", np.ones(4, np.bool_))
+        assert graphs.prepare(made.plan([(5, R6), (3, ())], 0, computed=True)) is None
+        monkeypatch.undo()
         monkeypatch.setattr(vectors, "any_vectors", lambda *_: True)
         made.compare([(5, R6), (3, ())], 0, 0, replays=False)
         assert len(runner.run(made.plan([(5, R6), (3, ())], 0, computed=True)).sampled) == 2

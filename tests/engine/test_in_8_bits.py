@@ -26,19 +26,28 @@ def test_the_demo_model_keeps_its_answers(option: str) -> None:
 def test_an_8_bit_cache_answers_alike_however_the_prompt_is_cut(
     tiny: Callable[[str], Any], harness: Callable[..., Any]
 ) -> None:
-    answers = []
-    for settings in (
-        {"max_batch_tokens": 64},
-        {"max_batch_tokens": 3},
-        {"max_batch_tokens": 64, "kv_cache_dtype": "auto"},
-    ):
-        found = harness(tiny("Mistral"), scheduler={"kv_block_size": 4, "kv_cache_dtype": "fp8", **settings})
-        for index, uses in enumerate(([("r6", 1.0)], [("r7", 0.5), ("r4", 0.5)], [])):
-            found.submit(str(index), range(5 + index, 22), uses, max_tokens=8, ignore_eos=True, logprobs=0)
-        found.run()
-        answers.append(
-            [(a.tokens, [round(p.logprob, 3) for p in a.logprobs]) for a in found.answers.values()]
-        )
-    whole, cut, plain = answers
-    assert whole == cut
-    assert whole != plain
+    """What is attended to is always what the cache holds, also of tokens that were computed just now."""
+
+    def first_logprobs(**settings: Any) -> list[dict[int, float]]:
+        served = harness(tiny("Mistral"), scheduler={"kv_block_size": 4, "max_batch_tokens": 64, **settings})
+        uses = ([("r6", 1.0)], [("r7", 0.5), ("r4", 0.5)], [])
+        asked = [
+            served.submit(str(index), range(5 + index, 22), adapters, max_tokens=1, logprobs=5)
+            for index, adapters in enumerate(uses)
+        ]
+        served.run()
+        return [{top.token_id: top.logprob for top in answer.logprobs[0].top} for answer in asked]
+
+    def difference(one: list[dict[int, float]], other: list[dict[int, float]]) -> float:
+        pairs = [
+            (a[token], b[token]) for a, b in zip(one, other, strict=True) for token in a.keys() & b.keys()
+        ]
+        assert len(pairs) > len(one), "few tokens are likely with both"
+        return max(abs(a - b) for a, b in pairs)
+
+    plain, whole = first_logprobs(kv_cache_dtype="auto"), first_logprobs(kv_cache_dtype="fp8")
+    cut = first_logprobs(kv_cache_dtype="fp8", max_batch_tokens=3)
+    bits, cuts = difference(whole, plain), difference(whole, cut)
+    print(f"\n8 bits change log-probabilities by {bits:.2g}, cuts by {cuts:.2g}")
+    # Sums of other lengths differ in the last bit, by which a few values are rounded to another neighbour.
+    assert cuts < bits / 4

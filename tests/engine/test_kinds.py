@@ -52,12 +52,14 @@ class Kind:
         adapters: PEFT's configuration of each adapter that a request of this kind names, made from the module
             `peft` and the names of the attention's and the MLP's projections.
         weights: of the adapters, in their order.
+        added_tokens: that each adapter adds to the vocabulary.
         bottleneck: the one adapter's settings as AdapterHub has them, where it is none of PEFT's.
     """
 
     label: str
     adapters: dict[str, Configure]
     weights: tuple[float, ...] = (1.0,)
+    added_tokens: int = 0
     bottleneck: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -184,6 +186,35 @@ KINDS = {
             )
         },
     ),
+    "ends": Kind(
+        "LoRA, embedding and head",
+        {
+            "ends": lambda peft, attention, mlp: peft.LoraConfig(
+                r=5, lora_alpha=9, target_modules=["embed_tokens", "lm_head", attention[0]]
+            )
+        },
+    ),
+    "copies": Kind(
+        "modules_to_save",
+        {
+            "copies": lambda peft, attention, mlp: peft.LoraConfig(
+                r=4, target_modules=attention, modules_to_save=["embed_tokens", "lm_head", "norm", mlp[-1]]
+            )
+        },
+    ),
+    "rows": Kind(
+        "trainable tokens",
+        {"rows": _lora(r=4, lora_alpha=8, trainable_token_indices=[*INVOCATION, 60, 100, 150])},
+    ),
+    "added": Kind(
+        "added tokens",
+        {
+            "added": lambda peft, attention, mlp: peft.LoraConfig(
+                r=4, target_modules=mlp, modules_to_save=["embed_tokens", "lm_head"]
+            )
+        },
+        added_tokens=3,
+    ),
     "sum": Kind(
         "composition of two",
         {"sum_one": _lora(r=7, lora_alpha=14), "sum_two": _lora(r=4, lora_alpha=12, use_rslora=True)},
@@ -240,6 +271,10 @@ def _randomise(name: str, parameter: torch.Tensor, noise: torch.Tensor) -> None:
         parameter.data.copy_(noise * parameter.shape[1] ** -0.5)
     elif "lora_B" in name:
         parameter.data.copy_(noise * 0.1)
+    elif "lora_embedding" in name:
+        parameter.data.copy_(noise * (1.0 if "_A" in name else 0.1))
+    elif "trainable_tokens" in name or "modules_to_save" in name:
+        parameter.data.add_(noise * (0.3 if parameter.ndim == 1 else 0.5 * parameter.data.std()))
     elif "lora_magnitude_vector" in name:
         parameter.data.mul_(1 + 0.3 * noise)
     elif "ia3_l" in name:
@@ -257,6 +292,8 @@ def _save(architecture: str, base: Path, kind: Kind, folder: Path, generator: to
     mlp = ["gate_up_proj", "down_proj"] if fused else ["gate_proj", "up_proj", "down_proj"]
     for name, configure in kind.adapters.items():
         frozen = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        if kind.added_tokens:
+            frozen.resize_token_embeddings(frozen.config.vocab_size + kind.added_tokens, mean_resizing=False)
         model = peft.get_peft_model(frozen, configure(peft, attention, mlp))
         for path, parameter in model.named_parameters():
             _randomise(path, parameter, torch.randn(parameter.shape, generator=generator))
@@ -317,7 +354,8 @@ def truth(
             if name and KINDS[name].bottleneck:
                 oracle = bottlenecks[1](base, folders["plain"], quantization, folders[name] / name)
             else:
-                oracle = judge(base, folders[name or "plain"], quantization)
+                added = KINDS[name].added_tokens if name else 0
+                oracle = judge(base, folders[name or "plain"], quantization, added)
             for length, prompt in prompts.items():
                 answers[name, length] = oracle.generate(prompt, KINDS[name].uses if name else [], MAX_TOKENS)
         for length in LENGTHS:
@@ -351,7 +389,13 @@ def _ask(
     served = harness(
         model,
         column.quantization,
-        scheduler={"kv_block_size": BLOCK, "prefix_cache": column.repeated, **column.scheduler},
+        scheduler={
+            "kv_block_size": BLOCK,
+            "prefix_cache": column.repeated,
+            # Room for what every kind leaves in the cache.
+            "kv_cache_bytes": 4 << 20,
+            **column.scheduler,
+        },
         adapters={"folders": tuple(folders.values()), **column.adapters},
     )
     wanted = [(kind, length) for length in LENGTHS for kind in (*KINDS, None)]

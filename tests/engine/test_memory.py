@@ -71,7 +71,7 @@ def test_a_running_engine_takes_what_was_planned(
 ) -> None:
     config = EngineConfig(
         ModelConfig(str(tiny("Llama").base), quantization="nf4", dtype="float32", threads=1),
-        SchedulerConfig(max_batch_tokens=40, kv_cache_dtype=cache),
+        SchedulerConfig(max_batch_tokens=40, kv_cache_dtype=cache, kv_cache_bytes=300_000),
         AdapterConfig(device_bytes=(1 << 20) + 3, **adapters),
     )
     engine = build_engine(config, lambda client, message: None, progress=False)
@@ -80,7 +80,8 @@ def test_a_running_engine_takes_what_was_planned(
     pool = engine.adapters.pool
     assert planned["adapters"] == pool.arena.nbytes <= (1 << 20) + 3
     assert planned["adapter tables"] == sum(t.nbytes for t in (pool.a_offset, pool.b_offset, pool.rank))
-    assert planned["adapter segments"] == runner._segments._packed.nbytes
+    segments = (runner._segments, runner._sampled_segments)
+    assert planned["adapter segments"] == sum(buffers.nbytes for buffers in segments)
     cache_bytes = sum(tensor.nbytes for tensor in runner._kv_caches)
     assert planned[f"KV cache ({'fp8' if cache == 'fp8' else 'float32'})"] == cache_bytes
     assert cache_bytes == engine.info.kv_blocks * 2 * 2 * 16 * 2 * 16 * (1 if cache == "fp8" else 4)
@@ -118,7 +119,7 @@ def _prefill(tokens: int, samples: int, **sampling: Any) -> StepPlan:
 def test_a_step_takes_no_more_than_was_planned(tiny: Callable[[str], Any], architecture: str) -> None:
     config = EngineConfig(
         ModelConfig(str(tiny(architecture).base), quantization="none", dtype="float32", threads=1),
-        SchedulerConfig(max_batch_tokens=64, max_num_requests=8),
+        SchedulerConfig(max_batch_tokens=64, max_num_requests=8, kv_cache_bytes=1 << 20),
         AdapterConfig(device_bytes=1 << 20, max_per_request=1),
     )
     empty, _ = loader.prepare(config.model)

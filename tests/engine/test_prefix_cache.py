@@ -283,3 +283,39 @@ def test_who_waits_for_what_is_being_computed_keeps_a_place(
     assert [one.request.request_id for one in served.engine.scheduler.running] == expected
     served.run()
     assert cached(served.answers["alike"]) == WHOLE
+
+
+def logprobs(answer: Any) -> dict[int, float]:
+    """Of the first token: those of the most probable ones."""
+    return {top.token_id: top.logprob for top in answer.logprobs[0].top}
+
+
+def test_in_half_precision_a_hit_is_as_exact_as_peft(tiny: Any, harness: Any, oracle: Any) -> None:
+    """Level (ii): errors of the logits against fp32, of answers that found their prompt in the cache."""
+    exact, peer = oracle("Llama", "nf4"), oracle("Llama", "nf4", "bfloat16")
+    served = harness(tiny("Llama"), "nf4", scheduler={"kv_block_size": BLOCK}, model={"dtype": "bfloat16"})
+    rng = random.Random(6)
+    errors: dict[str, list[float]] = {"cold": [], "hit": [], "peft": []}
+    for index in range(8):
+        prompt, owner = rng.choices(range(3, 211), k=30), rng.choice([None, "r6", "r14"])
+        truth, theirs = (judge.logits(prompt, owner)[-1].log_softmax(-1) for judge in (exact, peer))
+        for turn in ("cold", "hit"):
+            uses = [(owner, 1.0)] if owner else []
+            answer = ask(served, f"{turn}{index}", prompt, uses, max_tokens=1, logprobs=20)
+            assert cached(answer) == (WHOLE if turn == "hit" else 0)
+            found = logprobs(answer)
+            errors[turn] += [value - float(truth[token]) for token, value in found.items()]
+        errors["peft"] += [float(theirs[token] - truth[token]) for token in found]
+    rms = {name: (sum(value**2 for value in found) / len(found)) ** 0.5 for name, found in errors.items()}
+    print(f"\nlevel (ii) bf16 nf4: rms error of log-probabilities {rms}")
+    assert 0 < rms["hit"] <= 1.5 * rms["peft"]
+
+
+def test_a_cache_in_8_bits_answers_alike_with_and_without_a_hit(tiny: Any, harness: Any) -> None:
+    """What a chunk has just computed is read back from the cache like everything before it."""
+    served = make(harness, tiny("Llama"), kv_cache_dtype="fp8")
+    for index, owner in enumerate(([], [("r6", 1.0)], [("r14", 1.0)])):
+        cold, hit = (ask(served, f"{turn}{index}", PROMPT, owner, logprobs=20) for turn in "ab")
+        assert (cached(cold), cached(hit)) == (0, WHOLE)
+        assert cold.tokens == hit.tokens
+        assert logprobs(cold) == pytest.approx(logprobs(hit), abs=1e-4)

@@ -22,7 +22,7 @@ from loraplex_server.engine.build import build_engine
 
 base, adapters, kernels, device = sys.argv[1:]
 every_use = {"one": [("r6", 1.0)], "two": [("r16", 1.0)], "three": [("r32", 1.0)],
-             "sum": [("r6", 0.5), ("r16", 0.5)], "base": []}
+             "sum": [("r6", 0.5), ("r16", 0.5)], "ends": [("ends", 1.0)], "base": []}
 
 def serve(quantization, uses, max_tokens):
     answers = {}
@@ -34,7 +34,7 @@ def serve(quantization, uses, max_tokens):
         ModelConfig(
             base, quantization=quantization, device=device, dtype="float32", kernels=kernels, threads=1
         ),
-        SchedulerConfig(max_batch_tokens=32),
+        SchedulerConfig(max_batch_tokens=32, kv_cache_bytes=1 << 20),
         AdapterConfig(folders=(Path(adapters),), device_bytes=1 << 20),
     )
     dispatch.launches.clear()
@@ -106,7 +106,30 @@ def one_layer(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
             tensors = {key.replace(".layers.1.", ".layers.0."): t for key, t in tensors.items()}
         tensors = {key: t.contiguous() for key, t in tensors.items() if ".layers.0." in key}
         save_file(tensors, target / "adapter_model.safetensors")
+    _write_ends(folder / "adapters" / "ends")
     return dataclasses.replace(whole, base=folder / "base", adapters=folder / "adapters")
+
+
+def _write_ends(folder: Path) -> None:
+    """An adapter of the embedding and the head, whose rows are as long as an odd vocabulary."""
+    from safetensors.torch import save_file
+
+    generator, vocabulary, hidden = torch.Generator().manual_seed(4), 211, 64
+
+    def draw(*shape: int, scale: float) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * scale
+
+    prefix = "base_model.model"
+    tensors = {
+        f"{prefix}.model.embed_tokens.lora_embedding_A": draw(5, vocabulary, scale=1),
+        f"{prefix}.model.embed_tokens.lora_embedding_B": draw(hidden, 5, scale=0.3),
+        f"{prefix}.lm_head.lora_A.weight": draw(5, hidden, scale=0.1),
+        f"{prefix}.lm_head.lora_B.weight": draw(vocabulary, 5, scale=0.5),
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    options = {"peft_type": "LORA", "r": 5, "lora_alpha": 5, "target_modules": ["embed_tokens", "lm_head"]}
+    (folder / "adapter_config.json").write_text(json.dumps(options))
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +143,12 @@ def served(one_layer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_triton_answers_as_torch_does(served: tuple[dict[str, Any], dict[str, Any]]) -> None:
     truth, found = served[0]["nf4"], served[1]["nf4"]
     assert found["answers"] == truth["answers"]
-    assert len({tuple(tokens) for tokens in found["answers"].values()}) == 5, "adapters must be told apart"
+    assert len({tuple(tokens) for tokens in found["answers"].values()}) == 6, "adapters must be told apart"
     assert found["launches"]["lora.shrink.triton"] > 0
     assert found["launches"]["attention.triton"] == found["launches"]["attention.write.triton"] > 0
     assert found["launches"]["lora.expand.triton"] == found["launches"]["lora.shrink.triton"]
     # q·k·v, o and gate·up are one launch each; down, 96 wide, is no multiple of NF4's block.
+    assert found["launches"]["vocabulary.add_low_rank.torch"] > 0
     assert found["launches"]["nf4.matmul.triton"] > 0
     assert found["launches"]["nf4.matmul.triton"] % 3 == 0
     assert not any(name.endswith("triton") for name in truth["launches"])

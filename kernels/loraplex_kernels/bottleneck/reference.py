@@ -85,9 +85,12 @@ def _networks(pool: LoraPool, batch: LoraBatch, site: LoraSite) -> tuple[Network
         if form is None or entry not in form.widths:
             continue
         rows = form.widths[entry]
+        if ("bottleneck", slot) not in batch.cache:
+            tokens = torch.from_numpy(batch.host.pair_token[first:end]).to(pool.arena.device)
+            batch.cache["bottleneck", slot] = tokens
         found.append(
             Network(
-                tokens=torch.from_numpy(batch.host.pair_token[first:end]).to(pool.arena.device),
+                tokens=batch.cache["bottleneck", slot],
                 down=pool.block(slot, VectorKind.DOWN, entry, width, 0, rows),
                 down_bias=pool.vector(slot, VectorKind.DOWN_BIAS, entry, rows),
                 up=pool.block(slot, VectorKind.UP, entry, width, 0, rows),

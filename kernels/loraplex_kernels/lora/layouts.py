@@ -8,10 +8,11 @@ column ranges of its output that have a LoRA pair of their own; slice ``s`` of a
 For each entry an adapter stores two blocks, both row-major by *rank row*: A is ``[rank_padded, in_features]``
 and B transposed is ``[rank_padded, width]``. ``rank_padded`` is the rank rounded up to `RANK_ALIGN`; the rows
 past the rank are zero. The factor ``lora_alpha / r`` (or ``/ sqrt(r)``) is already part of B. Vectors (scales
-of an entry's input or output, a bias) lie in the same extent, a row each.
+of an entry's input or output, a bias) lie in the same extent, a row each; so do weights of an adapter's own.
 
 Blocks begin at a multiple of their own row length, so that the arena, seen as a matrix with that row length,
-holds each block as whole rows. Sorting an extent's blocks by row length makes this nearly free. Example, two
+holds each block as whole rows; only row lengths that do not divide the extents' alignment (a vocabulary) do
+without. Sorting an extent's blocks by row length makes this nearly free. Example, two
 entries of a site with 64 inputs, widths 64 and 32, ranks 6 and 4::
 
     entry 0: A [8, 64] at 0      B [8, 64] at 1024        rows of 64: A of entry 0, A of entry 1, B of entry 0
@@ -95,7 +96,9 @@ class EntryShape:
 
 
 class VectorKind(enum.IntEnum):
-    """What a vector does at its entry, `loraplex_kernels.vectors` says how. Scales are stored less 1."""
+    """What a vector does at its entry. Scales are stored less 1, and `loraplex_kernels.vectors` applies them;
+    `replacement` takes weights and their biases, `vocabulary` the rows of tokens.
+    """
 
     INPUT_SCALE = 0
     OUTPUT_SCALE = 1
@@ -106,18 +109,24 @@ class VectorKind(enum.IntEnum):
     DOWN_BIAS = 6
     UP = 7
     UP_BIAS = 8
+    WEIGHT = 9
+    WEIGHT_BIAS = 10
+    TOKEN_ROWS = 11
 
 
 @dataclass(frozen=True)
 class VectorShape:
     """One vector of an adapter at one entry; a soft prompt is `rows` of them, at entry 0. In a prefix a row
     is a layer's keys or values of one virtual token: keys, values, then layers, then tokens.
+
+    `tokens`: whose rows they are, ascending, for `TOKEN_ROWS`.
     """
 
     entry: int
     kind: VectorKind
     length: int
     rows: int = 1
+    tokens: Sequence[int] = ()
 
 
 class BottleneckReads(enum.Enum):
@@ -195,7 +204,8 @@ def adapter_layout(
 
     `alignment`: extents begin at its multiples; `extent_alignment` over all row lengths of the model (by
     default over this adapter's own). `scaled`: in 8 bits, where `ALIGNMENT` is all that is needed. Raises
-    `ValueError` for a repeated entry or vector, an empty shape, or a rank outside 0..`MAX_RANK`.
+    `ValueError` for a repeated entry or vector, an empty shape, a rank outside 0..`MAX_RANK`, or rows of
+    tokens that are not ascending and one for each.
     """
     if len({shape.entry for shape in entries}) != len(entries):
         raise ValueError("entries must not repeat")
@@ -203,6 +213,12 @@ def adapter_layout(
         raise ValueError("vectors of one kind and entry must not repeat")
     if any(vector.length < 1 or vector.rows < 1 for vector in vectors):
         raise ValueError("a vector must not be empty")
+    for vector in vectors:
+        tokens = np.asarray(vector.tokens, np.int64)
+        if len(tokens) != (vector.rows if vector.kind is VectorKind.TOKEN_ROWS else 0) or (
+            len(tokens) and (tokens[0] < 0 or (np.diff(tokens) < 1).any())
+        ):
+            raise ValueError(f"entry {vector.entry}: its rows need ascending tokens, one for each")
     for shape in entries:
         if not 0 <= shape.rank <= MAX_RANK:
             raise ValueError(f"rank of entry {shape.entry} must be 0 to {MAX_RANK}, got {shape.rank}")
@@ -214,7 +230,6 @@ def adapter_layout(
     if scaled:
         row_lengths = set()
     alignment = alignment or extent_alignment(row_lengths)
-    row_aligned = not scaled and alignment % math.lcm(ALIGNMENT, *row_lengths) == 0
 
     offsets = ([0] * len(present), [0] * len(present), [0] * len(vectors))
     rows = ([shape.rank_padded for shape in present],) * 2 + ([vector.rows for vector in vectors],)
@@ -223,7 +238,9 @@ def adapter_layout(
     blocks += [(vector.length, 2, index) for index, vector in enumerate(vectors)]
     end = 0
     for row_length, kind, index in sorted(blocks):
-        multiple = math.lcm(ALIGNMENT, row_length) if row_aligned else ALIGNMENT
+        multiple = math.lcm(ALIGNMENT, row_length)
+        if scaled or alignment % multiple:
+            multiple = ALIGNMENT
         start = -(-end // multiple) * multiple
         offsets[kind][index] = start
         # In 8 bits scales follow each row of B, and vectors are float32.
@@ -256,6 +273,10 @@ class SlotTables:
     """int64 ``[num_slots, kinds, num_entries]``: first element of a vector, -1 where there is none."""
     has_vectors: np.ndarray
     """bool ``[num_slots]``: whether any kind has one at any entry."""
+    outside: np.ndarray
+    """bool ``[num_slots]``: whether its adapter acts beyond the first entries, those of projections."""
+    tokens: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+    """int64 by (slot, entry): whose `TOKEN_ROWS` the slot's adapter has there, ascending."""
     bottleneck: dict[int, Bottleneck] = field(default_factory=dict)
     """By slot: the form of its adapter's networks, if it has any."""
     version: int = 0
@@ -269,12 +290,16 @@ class SlotTables:
             rank=np.zeros(shape, np.int32),
             vector_offset=np.full((num_slots, len(VectorKind), num_entries), -1, np.int64),
             has_vectors=np.zeros(num_slots, np.bool_),
+            outside=np.zeros(num_slots, np.bool_),
         )
 
     def clear(self, slot: int) -> None:
         self.rank[slot] = 0
         self.vector_offset[slot] = -1
         self.has_vectors[slot] = False
+        self.outside[slot] = False
+        for key in [key for key in self.tokens if key[0] == slot]:
+            del self.tokens[key]
         self.bottleneck.pop(slot, None)
 
 
@@ -289,6 +314,7 @@ class LoraPool:
     - `host`      the tables on the host, those of vectors there alone; on a CPU pool they share memory
     - `dtype`     the compute dtype, which x and y have
     - `max_rank`  the largest rank that may be bound: the pitch of the intermediate result
+    - `num_projections`  entries of layers' projections; those of norms and of the vocabulary follow
     """
 
     arena: Tensor
@@ -298,6 +324,7 @@ class LoraPool:
     host: SlotTables = field(repr=False)
     dtype: torch.dtype
     max_rank: int = MAX_RANK
+    num_projections: int = 0
 
     @classmethod
     def allocate(
@@ -310,6 +337,7 @@ class LoraPool:
         device: torch.device | str,
         max_rank: int = MAX_RANK,
         scaled: bool = False,
+        num_projections: int | None = None,
     ) -> LoraPool:
         """An arena of `num_elements`, zeroed, and `num_slots` slots in which no adapter is bound.
 
@@ -326,6 +354,7 @@ class LoraPool:
             host=host,
             dtype=dtype,
             max_rank=padded_rank(max_rank),
+            num_projections=num_entries if num_projections is None else num_projections,
         )
 
     @property
@@ -371,7 +400,10 @@ class LoraPool:
         host.b_offset[slot, entries] = np.asarray(layout.b_offset, np.int64) + start
         for vector, offset in zip(layout.vectors, layout.vector_offset, strict=True):
             host.vector_offset[slot, vector.kind, vector.entry] = start + offset
+            if vector.kind is VectorKind.TOKEN_ROWS:
+                host.tokens[slot, vector.entry] = np.asarray(vector.tokens, np.int64)
         host.has_vectors[slot] = bool(layout.vectors)
+        host.outside[slot] = any(entry >= self.num_projections for entry in named)
         if layout.bottleneck is not None:
             host.bottleneck[slot] = layout.bottleneck
         self._publish(slot)
@@ -385,9 +417,15 @@ class LoraPool:
         host = self.host
         host.version += 1
         if self.arena.device.type != "cpu":
-            self.a_offset[slot].copy_(torch.from_numpy(host.a_offset[slot]))
-            self.b_offset[slot].copy_(torch.from_numpy(host.b_offset[slot]))
-            self.rank[slot].copy_(torch.from_numpy(host.rank[slot]))
+            # A step may be running: from pinned memory, nothing here waits for its end.
+            pinned = self.arena.device.type == "cuda"
+            for table, rows in (
+                (self.a_offset, host.a_offset),
+                (self.b_offset, host.b_offset),
+                (self.rank, host.rank),
+            ):
+                row = torch.from_numpy(rows[slot])
+                table[slot].copy_(row.pin_memory() if pinned else row, non_blocking=pinned)
 
     def a(self, slot: int, entry: int, in_features: int) -> Tensor:
         """A view of the true rank rows of A: ``[rank, in_features]``. Host tables are read, nothing is
@@ -407,10 +445,15 @@ class LoraPool:
 
     def vector(self, slot: int, kind: VectorKind, entry: int, length: int) -> Tensor:
         """A vector that the slot's adapter has, in the compute dtype: ``[length]``."""
+        return self.matrix(slot, kind, entry, 1, length)[0].to(self.dtype)
+
+    def matrix(self, slot: int, kind: VectorKind, entry: int, rows: int, length: int) -> Tensor:
+        """A view of a vector of several rows: ``[rows, length]``, float32 where the pool is in 8 bits."""
         start = int(self.host.vector_offset[slot, kind, entry])
         if self.scaled:
-            return self.arena[start : start + length * SCALE_BYTES].view(torch.float32).to(self.dtype)
-        return self._rows(start, 1, length)[0]
+            flat = self.arena[start : start + rows * length * SCALE_BYTES].view(torch.float32)
+            return flat.view(rows, length)
+        return self._rows(start, rows, length)
 
     def block(self, slot: int, kind: VectorKind, entry: int, length: int, first: int, rows: int) -> Tensor:
         """Rows `first` to `first + rows` of a block of vectors, in the compute dtype: ``[rows, length]``."""

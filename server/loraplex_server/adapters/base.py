@@ -1,4 +1,6 @@
-"""What loading an adapter may need to know of the base: DoRA's magnitudes are relative to its weights."""
+"""What loading an adapter may need to know of the base: DoRA's magnitudes are relative to its weights, and a
+copy of its vocabulary that nothing was trained in is none.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,10 @@ class FrozenProjection(Protocol):
 
 
 class FrozenBase(Protocol):
-    """The base model's projections by module path."""
+    """The base model's weights by module path; the embedding's W is its table transposed."""
 
     def projection(self, path: str) -> FrozenProjection: ...
+
+    def changed_rows(self, path: str, first: int, rows: Array) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """[n]: which of `rows`, [n, hidden], are not those from `first` on of the table of the embedding or
+        the head at `path`, in the dtype in which it is held. Rows that it does not have are."""

@@ -81,7 +81,7 @@ _WITHOUT_EFFECT = frozenset(
 _RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 """What files without a version mean."""
 
-_MAX_FACTOR = 1e9
+_MIN_FACTOR, _MAX_FACTOR = 1e-3, 1e9
 
 
 @dataclass(frozen=True)
@@ -301,9 +301,9 @@ def _factors(value: object) -> dict[int | None, float]:
 
 
 def _factor(key: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_FACTOR:
-        raise MalformedFileError(f"{key} has {quoted(value)}, which is no usable factor")
-    return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and _MIN_FACTOR <= value <= _MAX_FACTOR:
+        return value
+    raise MalformedFileError(f"{key} has {quoted(value)}, which is no usable factor")
 
 
 def _scaling(inner: Mapping[str, Any]) -> float | str:

@@ -19,10 +19,13 @@ from loraplex_server.adapters.peft_config import MAX_CONFIG_BYTES, UnsupportedEr
 from loraplex_server.adapters.sites import Entry, SiteRegistry
 from loraplex_server.adapters.sources import (
     BOTTLENECK_FILE,
-    BOTTLENECK_PICKLE,
     HEAD_FILES,
     INTERFACE_FILE,
+    PICKLE_FILES,
+    WEIGHTS_FILE,
+    head_refusal,
     open_file,
+    pickle_refusal,
 )
 from loraplex_server.adapters.tensor_file import (
     MalformedFileError,
@@ -44,10 +47,12 @@ class BottleneckFile:
 
     Attributes:
         config: canonical text of all that configures it.
+        weights_file: name of the file that the header is of.
         sites: its networks by entry, ascending.
     """
 
     config: str
+    weights_file: str
     header: TensorFileHeader
     sites: tuple[SiteEffects, ...]
     form: BottleneckForm
@@ -64,20 +69,19 @@ def read_bottleneck(
     """
     for name in HEAD_FILES:
         if (folder / name).exists():
-            raise UnsupportedError(
-                f"{name} is a head of its own, which is not served; save the adapter with with_head=False, "
-                "or take the file away if it is the base's head"
-            )
+            raise UnsupportedError(head_refusal(name))
     settings = parse_bottleneck(config, _read_interface(folder, roots), registry.model_type)
     if settings.hidden_size != registry.hidden_size:
         raise UnsupportedError(
             f"hidden_size is {settings.hidden_size}, that of the base is {registry.hidden_size}"
         )
-    header = _read_header(folder, roots)
+    # Where an adapter is uploaded, its file is named as PEFT's.
+    name = WEIGHTS_FILE if (folder / WEIGHTS_FILE).exists() else BOTTLENECK_FILE
+    header = _read_header(folder, name, roots)
     sites = _sites(settings, header, registry)
     widths = {site.entry.index: settings.width(site.entry.address.layer) for site in sites}
     form = BottleneckForm(settings.non_linearity, settings.reads, widths)
-    return BottleneckFile(settings.canonical, header, sites, form)
+    return BottleneckFile(settings.canonical, name, header, sites, form)
 
 
 def _read_interface(folder: Path, roots: tuple[Path, ...]) -> dict[str, Any] | None:
@@ -92,13 +96,12 @@ def _read_interface(folder: Path, roots: tuple[Path, ...]) -> dict[str, Any] | N
         return parse_object(file.read(MAX_CONFIG_BYTES), "the interface")
 
 
-def _read_header(folder: Path, roots: tuple[Path, ...]) -> TensorFileHeader:
-    if not (folder / BOTTLENECK_FILE).exists() and (folder / BOTTLENECK_PICKLE).exists():
-        raise UnsupportedError(
-            f"{BOTTLENECK_PICKLE} is a pickle, which can run code when it is read; re-save the adapter as "
-            "safetensors (save_adapter with use_safetensors=True)"
-        )
-    file, size = open_file(folder, BOTTLENECK_FILE, roots)
+def _read_header(folder: Path, name: str, roots: tuple[Path, ...]) -> TensorFileHeader:
+    if not (folder / name).exists():
+        for pickle in PICKLE_FILES:
+            if (folder / pickle).exists():
+                raise UnsupportedError(pickle_refusal(pickle))
+    file, size = open_file(folder, name, roots)
     with file:
         return read_header(file, size)
 
@@ -111,9 +114,12 @@ def _sites(
     settings: BottleneckSettings, header: TensorFileHeader, registry: SiteRegistry
 ) -> tuple[SiteEffects, ...]:
     found: dict[Place, dict[str, TensorInfo]] = {}
+    # Saved from a model without a head, paths begin at the list of layers.
+    lists = {entry.path.partition(f".{entry.address.layer}.")[0] for entry in registry}
+    paths = [path for path in (*lists, settings.layers) if f".{path}".endswith(f".{settings.layers}")]
+    anywhere = "|".join(re.escape(path) for path in paths)
     pattern = re.compile(
-        rf"(?:\w+\.)?{re.escape(settings.layers)}\.(\d{{1,5}})\.(\w+)\.adapters\.{re.escape(settings.name)}"
-        rf"\.({_PART})",
+        rf"(?:{anywhere})\.(\d{{1,5}})\.(\w+)\.adapters\.{re.escape(settings.name)}\.({_PART})",
         re.ASCII,
     )
     for tensor in header.tensors:

@@ -9,7 +9,7 @@ import torch
 from loraplex_kernels.lora.layouts import ALIGNMENT, MAX_RANK, RANK_ALIGN, LoraPool, extent_alignment
 from loraplex_server.adapters.arena import Arena, Move
 from loraplex_server.adapters.record import Record
-from loraplex_server.adapters.sites import SiteRegistry
+from loraplex_server.adapters.sites import SiteKind, SiteRegistry
 from loraplex_server.errors import InvalidArgumentError
 
 MAX_SLOTS = 256
@@ -52,7 +52,8 @@ class DeviceTier:
         if scaled:
             itemsize, alignment = torch.int8.itemsize, ALIGNMENT
         self._arena = Arena(capacity_bytes // itemsize, alignment)
-        smallest = min((RANK_ALIGN * (e.in_features + e.out_features) for e in registry), default=1)
+        projections = registry.of_kind(SiteKind.PROJECTION)
+        smallest = min((RANK_ALIGN * (e.in_features + e.out_features) for e in projections), default=1)
         most = self._arena.capacity // self._arena.padded(smallest)
         if not most:
             raise InvalidArgumentError.field(
@@ -67,6 +68,7 @@ class DeviceTier:
             device=device,
             max_rank=max_rank,
             scaled=scaled,
+            num_projections=len(projections),
         )
         self._free_slots = list(range(self.num_slots - 1, -1, -1))
         self._placed: dict[Record, None] = {}

@@ -2,12 +2,14 @@
 
 A kind of adapter is a way to read a file into effects (`manifest`): LoRA yields a `LowRankAdd` for each site,
 with lora_bias a `BiasAdd` after it, DoRA a `Magnitude` before it; IA3 an `InputScale` or an `OutputScale`;
+modules_to_save an `OwnWeight`; whatever changes rows of the vocabulary, added tokens included, `TokenRows`;
 AdapterHub's bottleneck adapters a `Bottleneck`.
 The runner knows what became of them (`model.effects`) and no kinds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loraplex_server.adapters.sites import Entry
@@ -54,6 +56,31 @@ class BiasAdd:
 
 
 @dataclass(frozen=True)
+class OwnWeight:
+    """y becomes x W^T + b, or what a norm makes of x, with weights that take the place of the base's."""
+
+    weight: TensorInfo
+    bias: TensorInfo | None
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows `[tokens, hidden]` that take the place of the base's in the embedding or the head.
+
+    Attributes:
+        tokens: whose they are, ascending; from the base's vocabulary on, they are added ones. A low-rank pair
+            at the same entry has columns (at the head, rows) for those, too.
+        table: a whole table, row i for token i; rows of other tokens are the base's.
+        trained: rows of `trained_tokens`, in place of the table's.
+    """
+
+    tokens: Sequence[int]
+    table: TensorInfo | None = None
+    trained: TensorInfo | None = None
+    trained_tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Bottleneck:
     """y becomes y + scale · (U f(D v + d) + u), with D `[width, hidden]` and U `[hidden, width]`; the
     adapter's form says what f and v are. A scale that is a tensor is `[1]` or `[hidden]`.
@@ -86,7 +113,7 @@ class Prefix:
     row_length: int
 
 
-Effect = InputScale | OutputScale | Magnitude | LowRankAdd | BiasAdd | Bottleneck
+Effect = InputScale | OutputScale | Magnitude | LowRankAdd | BiasAdd | Bottleneck | OwnWeight | TokenRows
 
 LINEAR: tuple[type[Effect], ...] = (LowRankAdd, BiasAdd)
 """Effects that add something: they can be weighted, and added to those of other adapters."""

@@ -1,5 +1,7 @@
 """From an adapter's folder to its manifest: what it is and does, without reading its weights.
 
+One part of them is looked at: whole tables of the vocabulary, for the rows in which they are not the base's.
+
 The tensors in the file are the truth, the configuration must agree with them: every tensor is a part of what
 the method does at an entry, no part is missing, shapes fit the entry, ranks are those of the configuration,
 and every module that the configuration targets is there. Anything else is refused, because an adapter applied
@@ -8,12 +10,17 @@ in part answers wrongly without anyone noticing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from loraplex_kernels.lora.layouts import Bottleneck as BottleneckForm
 from loraplex_kernels.lora.layouts import EntryShape, VectorKind, VectorShape
+from loraplex_server.adapters.base import FrozenBase
 from loraplex_server.adapters.bottleneck_config import is_bottleneck
 from loraplex_server.adapters.bottleneck_file import read_bottleneck
 from loraplex_server.adapters.chat_template import read_chat_template
@@ -26,36 +33,44 @@ from loraplex_server.adapters.effects import (
     LowRankAdd,
     Magnitude,
     OutputScale,
+    OwnWeight,
     Prefix,
     SiteEffects,
     SoftPrompt,
+    TokenRows,
 )
 from loraplex_server.adapters.peft_config import (
     MAX_CONFIG_BYTES,
+    AdapterSettings,
     Ia3Settings,
     LoraSettings,
+    NormSettings,
     PrefixSettings,
     PromptSettings,
-    Targets,
+    TokenSettings,
     UnsupportedError,
     parse_config,
 )
-from loraplex_server.adapters.sites import Entry, Part, SiteRegistry
+from loraplex_server.adapters.sites import Entry, Part, SiteKind, SiteRegistry
 from loraplex_server.adapters.sources import (
-    BOTTLENECK_FILE,
     CONFIG_FILE,
-    PICKLE_FILE,
+    PICKLE_FILES,
     WEIGHTS_FILE,
     open_file,
+    pickle_refusal,
 )
 from loraplex_server.adapters.tensor_file import (
     MalformedFileError,
     TensorFileHeader,
     TensorInfo,
+    header_digest,
+    parse_header,
     parse_object,
     quoted,
-    read_header,
+    read_header_bytes,
 )
+from loraplex_server.adapters.token_tables import changed_tokens
+from loraplex_server.adapters.vocabulary import Parts, added_tokens, token_rows
 from loraplex_server.errors import FailedPreconditionError, ServerError
 
 
@@ -71,9 +86,12 @@ class AdapterManifest:
         sites: effects by entry, ascending.
         prompt: what stands before every prompt.
         invocation_tokens: where an activated LoRA begins to apply; empty for everywhere.
+        added_tokens: how many token ids it adds to the base's vocabulary.
+        base_tables: tables of the vocabulary in its file that are the base's own, with their places.
         bottleneck: the form of its networks, if it is a bottleneck adapter.
         weights_file: name of the file that the header is of.
         chat_template: jinja source that the adapter was trained with; "" where it brings none.
+        kind: the same object for all that differ in nothing but name, folder, chat template and weights.
     """
 
     name: str
@@ -84,9 +102,12 @@ class AdapterManifest:
     sites: tuple[SiteEffects, ...]
     prompt: SoftPrompt | Prefix | None = None
     invocation_tokens: tuple[int, ...] = ()
+    added_tokens: int = 0
+    base_tables: tuple[tuple[Entry, TensorInfo], ...] = ()
     bottleneck: BottleneckForm | None = None
     weights_file: str = WEIGHTS_FILE
     chat_template: str = ""
+    kind: Kind | None = field(default=None, repr=False, compare=False)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -110,20 +131,26 @@ class AdapterManifest:
             if isinstance(effect, LowRankAdd)
         )
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """Largest rank over its entries, 0 for a method without ranks."""
+        if self.kind is not None:
+            return self.kind.first.rank
         return max((pair.rank for _, pair in self.pairs), default=0)
 
-    @property
+    @cached_property
     def linear(self) -> bool:
         """Whether what it adds can be weighted, and added to what other adapters add."""
+        if self.kind is not None:
+            return self.kind.first.linear
         effects = [effect for site in self.sites for effect in site.effects]
         return self.prompt is None and all(isinstance(effect, LINEAR) for effect in effects)
 
-    @property
+    @cached_property
     def target_modules(self) -> tuple[str, ...]:
         """Last names of the modules it acts on, sorted."""
+        if self.kind is not None:
+            return self.kind.first.target_modules
         return tuple(sorted({site.entry.path.rpartition(".")[2] for site in self.sites}))
 
     @property
@@ -164,6 +191,13 @@ def _vectors(entry: Entry, effect: Effect) -> tuple[VectorShape, ...]:
             return (scale, VectorShape(index, VectorKind.BIAS, out_features)) if entry.has_bias else (scale,)
         case BiasAdd():
             return (VectorShape(index, VectorKind.BIAS, out_features),)
+        case OwnWeight(weight, bias):
+            rows = 1 if entry.kind is SiteKind.NORM else weight.shape[0]
+            own = VectorShape(index, VectorKind.WEIGHT, weight.shape[-1], rows)
+            return (own,) if bias is None else (own, VectorShape(index, VectorKind.WEIGHT_BIAS, out_features))
+        case TokenRows(tokens):
+            hidden = entry.out_features if entry.kind is SiteKind.EMBEDDING else entry.in_features
+            return (VectorShape(index, VectorKind.TOKEN_ROWS, hidden, len(tokens), tokens),)
         case Bottleneck(down):
             width, hidden = down.shape
             return (
@@ -176,10 +210,34 @@ def _vectors(entry: Entry, effect: Effect) -> tuple[VectorShape, ...]:
             return ()
 
 
+class Kind:
+    """What adapters of equal configuration and header share; lives as long as one of them."""
+
+    def __init__(self, first: AdapterManifest) -> None:
+        self.first = first
+
+
+KnownKinds = MutableMapping[bytes, Kind]
+"""Kinds by digest of configuration and header, of one registry and largest rank."""
+
+
 def read_manifest(
-    name: str, folder: Path, registry: SiteRegistry, roots: Iterable[Path], max_rank: int
+    name: str,
+    folder: Path,
+    registry: SiteRegistry,
+    roots: Iterable[Path],
+    max_rank: int,
+    known: KnownKinds | None = None,
+    base: FrozenBase | None = None,
 ) -> AdapterManifest:
     """Reads the configuration and the weight file's header, and checks everything that needs no weights.
+
+    Adapters that were trained by one recipe have the same configuration and header, byte for byte. Where such
+    a one is among those `known`, nothing has to be parsed, and all that is large is shared. A new kind is put
+    there, unless what it is depends on its values.
+
+    Args:
+        base: what tables of the vocabulary are compared with; without it all their rows are the adapter's.
 
     Raises:
         FailedPreconditionError: the adapter cannot be served whole; the text names the tensor or setting.
@@ -200,26 +258,35 @@ def read_manifest(
                 header=found.header,
                 sites=found.sites,
                 bottleneck=found.form,
-                weights_file=BOTTLENECK_FILE,
+                weights_file=found.weights_file,
                 chat_template=read_chat_template(folder, roots),
             )
-        settings = parse_config(config)
-        header = _read_weights_header(folder, roots)
+        header_bytes, file_bytes = _read_weights_header(folder, roots)
         chat_template = read_chat_template(folder, roots)
+        key = hashlib.sha256(config).digest() + header_digest(header_bytes) + file_bytes.to_bytes(8, "little")
+        kind = None if known is None else known.get(key)
+        if kind is not None:
+            return replace(kind.first, name=name, folder=folder, chat_template=chat_template, kind=kind)
+        settings = parse_config(config)
+        header = parse_header(header_bytes, file_bytes)
         method = settings.method
         prompt: SoftPrompt | Prefix | None = None
         sites: tuple[SiteEffects, ...] = ()
+        rows: dict[Entry, TokenRows] = {}
         if isinstance(method, PromptSettings):
             prompt = _soft_prompt(method, header, registry)
         elif isinstance(method, PrefixSettings):
             prompt = _prefix(method, header, registry)
         else:
-            sites = _sites(settings.targets, method, header, registry, max_rank)
+            located = _located(header, registry)
+            tables = functools.partial(changed_tokens, folder, roots, base)
+            rows = token_rows(settings, located, registry, tables)
+            sites = _sites(settings, located, rows, registry, max_rank)
     except (MalformedFileError, UnsupportedError) as error:
         raise refusal(name, str(error)) from error
     except ServerError as error:
         raise type(error)(f"adapter {name!r}: {error}", resource=("adapter", name)) from error
-    return AdapterManifest(
+    manifest = AdapterManifest(
         name=name,
         folder=folder,
         peft_type=settings.peft_type,
@@ -228,8 +295,16 @@ def read_manifest(
         sites=sites,
         prompt=prompt,
         invocation_tokens=method.invocation_tokens if isinstance(method, LoraSettings) else (),
+        added_tokens=max((added_tokens(own, registry.vocabulary) for own in rows.values()), default=0),
+        base_tables=tuple(
+            (entry, own.table) for entry, own in rows.items() if not own.tokens and own.table is not None
+        ),
         chat_template=chat_template,
     )
+    if known is None or rows:
+        return manifest
+    known[key] = kind = Kind(manifest)
+    return replace(manifest, kind=kind)
 
 
 def refusal(name: str, reason: str) -> FailedPreconditionError:
@@ -245,18 +320,16 @@ def _read_config(folder: Path, roots: tuple[Path, ...]) -> bytes:
         return file.read(MAX_CONFIG_BYTES)
 
 
-def _read_weights_header(folder: Path, roots: tuple[Path, ...]) -> TensorFileHeader:
-    if not (folder / WEIGHTS_FILE).exists() and (folder / PICKLE_FILE).exists():
-        raise UnsupportedError(
-            f"{PICKLE_FILE} is a pickle, which can run code when it is read; re-save the adapter as "
-            "safetensors (save_pretrained with safe_serialization=True)"
-        )
+def _read_weights_header(folder: Path, roots: tuple[Path, ...]) -> tuple[bytes, int]:
+    """The header's bytes, and those of the whole file."""
+    if not (folder / WEIGHTS_FILE).exists():
+        for name in PICKLE_FILES:
+            if (folder / name).exists():
+                raise UnsupportedError(pickle_refusal(name))
     file, size = open_file(folder, WEIGHTS_FILE, roots)
     with file:
-        return read_header(file, size)
+        return read_header_bytes(file, size), size
 
-
-Parts = Mapping[Part, TensorInfo]
 
 _SOFT_PROMPT = "prompt_embeddings"
 
@@ -295,13 +368,8 @@ def _prompt_tensor(header: TensorFileHeader) -> TensorInfo:
     return tensor
 
 
-def _sites(
-    targets: Targets,
-    method: LoraSettings | Ia3Settings,
-    header: TensorFileHeader,
-    registry: SiteRegistry,
-    max_rank: int,
-) -> tuple[SiteEffects, ...]:
+def _located(header: TensorFileHeader, registry: SiteRegistry) -> dict[Entry, dict[Part, TensorInfo]]:
+    """Every tensor by its place. Those that have no effect are looked at for their names alone."""
     found: dict[Entry, dict[Part, TensorInfo]] = {}
     for tensor in header.tensors:
         located = registry.locate(tensor.name)
@@ -309,31 +377,129 @@ def _sites(
             why = _why_not(tensor.name)
             raise UnsupportedError(f"tensor {quoted(tensor.name)} would not be applied: {why}")
         entry, part = located
-        found.setdefault(entry, {})[part] = tensor
+        if part is Part.UNUSED:
+            continue
+        parts = found.setdefault(entry, {})
+        if part in parts:
+            raise UnsupportedError(f"tensors {quoted(parts[part].name)} and {quoted(tensor.name)} are one")
+        parts[part] = tensor
     if not found:
         raise UnsupportedError("the weight file holds no tensor")
+    return found
+
+
+def _sites(
+    settings: AdapterSettings,
+    found: Mapping[Entry, Parts],
+    rows: Mapping[Entry, TokenRows],
+    registry: SiteRegistry,
+    max_rank: int,
+) -> tuple[SiteEffects, ...]:
     sites = []
-    for entry in sorted(found, key=lambda entry: entry.index):
-        parts = found[entry]
-        if not targets.includes(entry.path):
-            tensor = next(iter(parts.values()))
-            raise UnsupportedError(
-                f"tensor {quoted(tensor.name)} is for a module that target_modules leaves out; "
-                "PEFT would ignore it"
-            )
-        effects = (
-            _lora(method, entry, parts, max_rank)
-            if isinstance(method, LoraSettings)
-            else _ia3(method, entry, parts)
-        )
-        sites.append(SiteEffects(entry, effects))
+    for entry in sorted({*found, *rows}, key=lambda entry: entry.index):
+        parts, own = found.get(entry, {}), rows.get(entry)
+        effects: tuple[Effect, ...] = (own,) if own is not None and own.tokens else ()
+        if entry.kind in (SiteKind.EMBEDDING, SiteKind.HEAD):
+            parts = {part: tensor for part, tensor in parts.items() if part not in _TABLES}
+        if Part.WEIGHT in parts or Part.WEIGHT_BIAS in parts:
+            effects += (_own_weight(settings, entry, parts),)
+        elif parts:
+            effects += _on_the_base(settings, _widened(entry, own, registry), parts, registry, max_rank)
+        if effects:
+            sites.append(SiteEffects(entry, effects))
+    _check_whole(settings, found, registry)
+    return tuple(sites)
+
+
+_TABLES = (Part.WEIGHT, Part.BASE, Part.TOKENS)
+
+
+def _widened(entry: Entry, rows: TokenRows | None, registry: SiteRegistry) -> Entry:
+    """The entry with the tokens that the adapter adds, as its pair has them."""
+    added = added_tokens(rows, registry.vocabulary)
+    if entry.kind is SiteKind.EMBEDDING:
+        return dataclasses.replace(entry, in_features=entry.in_features + added)
+    return dataclasses.replace(entry, out_features=entry.out_features + added)
+
+
+def _includes(settings: AdapterSettings, entry: Entry, registry: SiteRegistry) -> bool:
+    """Whether the configuration's method is to act at an entry."""
+    norms = isinstance(settings.method, NormSettings)
+    if norms != (entry.kind is SiteKind.NORM):
+        return False
+    if entry.kind is SiteKind.HEAD and registry.tied and settings.replaced.tied:
+        embeddings = registry.of_kind(SiteKind.EMBEDDING)
+        if any(settings.targets.includes(embedding.path, linear=False) for embedding in embeddings):
+            return True
+    return settings.targets.includes(entry.path, linear=entry.kind is not SiteKind.EMBEDDING)
+
+
+def _check_whole(settings: AdapterSettings, found: Mapping[Entry, Parts], registry: SiteRegistry) -> None:
+    """Every module that the configuration names is in the file."""
+    replaced = settings.replaced
+    for name in replaced.modules:
+        if not any(dataclasses.replace(replaced, modules=(name,)).saves(entry.path) for entry in registry):
+            raise UnsupportedError(f"modules_to_save name {quoted(name)}, which the base has no copy for")
     for entry in registry:
-        if entry not in found and targets.modules is not None and targets.includes(entry.path):
+        parts = found.get(entry, {})
+        if replaced.saves(entry.path) and Part.WEIGHT not in parts:
+            raise UnsupportedError(
+                f"modules_to_save name {quoted(entry.path)}, but the file lacks it; it was saved in part"
+            )
+        if isinstance(settings.method, TokenSettings) or settings.targets.modules is None:
+            continue
+        at_work = parts.keys() - {Part.BASE, Part.TOKENS}
+        if not at_work and _includes(settings, entry, registry):
             raise UnsupportedError(
                 f"target_modules name {quoted(entry.path)}, but the file has no tensor for it; "
                 "it was saved in part"
             )
-    return tuple(sites)
+
+
+def _own_weight(settings: AdapterSettings, entry: Entry, parts: Parts) -> OwnWeight:
+    other = next(iter(parts.values()))
+    if isinstance(settings.method, NormSettings) and entry.kind is SiteKind.NORM:
+        wanted = settings.targets.includes(entry.path)
+    else:
+        wanted = settings.replaced.saves(entry.path)
+    if not wanted:
+        raise UnsupportedError(
+            f"tensor {quoted(other.name)} is a weight that modules_to_save leaves out; a change of the base "
+            "itself is not served"
+        )
+    _check_parts(parts, {Part.WEIGHT, *((Part.WEIGHT_BIAS,) if entry.has_bias else ())}, "modules_to_save")
+    weight, bias = parts[Part.WEIGHT], parts.get(Part.WEIGHT_BIAS)
+    is_norm = entry.kind is SiteKind.NORM
+    _check_shape(weight, (entry.out_features,) if is_norm else (entry.out_features, entry.in_features))
+    if bias is not None:
+        _check_shape(bias, (entry.out_features,))
+    return OwnWeight(weight, bias)
+
+
+def _on_the_base(
+    settings: AdapterSettings, entry: Entry, parts: Parts, registry: SiteRegistry, max_rank: int
+) -> tuple[Effect, ...]:
+    """What the method of the configuration does at an entry."""
+    method, tensor = settings.method, next(iter(parts.values()))
+    if not _includes(settings, entry, registry):
+        raise UnsupportedError(
+            f"tensor {quoted(tensor.name)} is for a module that target_modules leaves out; "
+            "PEFT would ignore it"
+        )
+    if isinstance(method, Ia3Settings):
+        return _ia3(method, entry, parts)
+    if not isinstance(method, LoraSettings):
+        raise UnsupportedError(f"tensor {quoted(tensor.name)} is no part of {settings.peft_type}")
+    if method.invocation_tokens and entry.kind is not SiteKind.PROJECTION:
+        raise UnsupportedError(
+            f"tensor {quoted(tensor.name)}: alora_invocation_tokens are for the layers' projections"
+        )
+    if Part.BIAS in parts and entry.out_features != registry.entries[entry.index].out_features:
+        raise UnsupportedError(
+            f"tensor {quoted(parts[Part.BIAS].name)} is beside rows of added tokens, which is not served; "
+            "save the head's pair without lora_bias"
+        )
+    return _lora(method, entry, parts, max_rank)
 
 
 def _lora(settings: LoraSettings, entry: Entry, parts: Parts, max_rank: int) -> tuple[Effect, ...]:
@@ -398,12 +564,10 @@ def _check_shape(tensor: TensorInfo, expected: tuple[int, ...]) -> None:
 
 def _why_not(tensor_name: str) -> str:
     reasons = (
-        ("lora_embedding_", "LoRA on embeddings is not served"),
         ("ia3_l", "the base model has no such module"),
         ("prompt_embeddings", "soft prompts come with a configuration of their own"),
-        ("embed_tokens", "embeddings of its own need a replacement, which is not served"),
-        ("lm_head", "LoRA on, or a copy of, the output head is not served"),
         (".experts", "adapters on stacked experts are not served"),
         ("lora_", "the base model has no such module"),
     )
-    return next((why for mark, why in reasons if mark in tensor_name), "it is no LoRA factor")
+    no_part = "it is no part of an adapter that the base model has a place for"
+    return next((why for mark, why in reasons if mark in tensor_name), no_part)

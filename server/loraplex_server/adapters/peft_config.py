@@ -1,4 +1,4 @@
-"""Reads PEFT's `adapter_config.json` for LoRA and IA3, and refuses every setting that would not be applied.
+"""Reads PEFT's `adapter_config.json`, and refuses every setting that would not be applied.
 
 Patterns mean what they mean to PEFT:
 
@@ -6,13 +6,15 @@ Patterns mean what they mean to PEFT:
   regular expression, either whole or from a "." on;
 - `target_modules` and `exclude_modules`: a string is a regular expression for the whole path (or
   "all-linear"), a list names whole paths or their endings from a "." on;
-- `layers_to_transform` counts only where `target_modules` is a list and the module is not named whole.
+- `layers_to_transform` counts only where `target_modules` is a list and the module is not named whole;
+- `modules_to_save`, and the keys of `trainable_token_indices`, name the endings of paths, from any letter on.
 
 Configurations come from outside, so matching has a time limit.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -35,19 +37,13 @@ _QUICK_SECONDS = 0.02
 _WITHOUT_REPEATS = re.compile(r"[\w.\\\[\]-]{0,4096}")
 """Patterns without repetition, choice or groups: they cannot take long, and `re` is faster than `regex`."""
 
-_REPLACEMENT = "a replacement of weights"
-
 _KINDS: dict[str, str] = {
     "MULTITASK_PROMPT_TUNING": "its prompt depends on a task id",
     "CPT": "CPT needs soft prompts of known tokens",
-    "TRAINABLE_TOKENS": f"trainable tokens need {_REPLACEMENT}",
-    "LN_TUNING": f"layer-norm tuning needs {_REPLACEMENT}",
 }
 
 _SETTINGS: dict[str, str] = {
     "use_qalora": "QALoRA pools the inputs",
-    "modules_to_save": f"modules_to_save needs {_REPLACEMENT}",
-    "trainable_token_indices": f"trainable_token_indices needs {_REPLACEMENT}",
     "target_parameters": "target_parameters acts on stacked expert parameters",
     "layer_replication": "layer_replication changes the base model's layers",
     "megatron_config": "a megatron_config shards the layers",
@@ -68,7 +64,6 @@ _WITHOUT_EFFECT = frozenset(
         "encoder_hidden_size",
         "encoder_num_layers",
         "encoder_reparameterization_type",
-        "ensure_weight_tying",
         "eva_config",
         "inference_mode",
         "init_ia3_weights",
@@ -98,6 +93,7 @@ _READ = frozenset(
         "alora_invocation_tokens",
         "alpha_pattern",
         "bias",
+        "ensure_weight_tying",
         "exclude_modules",
         "feedforward_modules",
         "init_lora_weights",
@@ -107,6 +103,7 @@ _READ = frozenset(
         "peft_type",
         "r",
         "lora_bias",
+        "modules_to_save",
         "num_attention_heads",
         "num_layers",
         "num_transformer_submodules",
@@ -114,6 +111,8 @@ _READ = frozenset(
         "rank_pattern",
         "target_modules",
         "token_dim",
+        "token_indices",
+        "trainable_token_indices",
         "use_dora",
         "use_rslora",
     }
@@ -123,6 +122,8 @@ _HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 """Initialisations under which B A begins at zero and the base weights stay what they were."""
 
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+_MAX_TOKEN = 1 << 24
 
 _HEADS = frozenset({"lm_head", "embed_out", "output"})
 
@@ -204,8 +205,8 @@ class Targets:
     layers_pattern: tuple[str, ...]
     patterns: Patterns
 
-    def includes(self, path: str) -> bool:
-        """Whether the linear module at `path` is one of them."""
+    def includes(self, path: str, *, linear: bool = True) -> bool:
+        """Whether the module at `path` is one of them; `linear` as "all-linear" means it."""
         if self._excludes(path):
             return False
         target = self.modules
@@ -213,7 +214,7 @@ class Targets:
             return True
         if isinstance(target, str):
             if target.lower() == "all-linear":
-                return path.rpartition(".")[2] not in _HEADS
+                return linear and path.rpartition(".")[2] not in _HEADS
             return self.patterns.fullmatch(target, path)
         if path in target:
             return True
@@ -301,7 +302,44 @@ class PrefixSettings:
     width: int | None
 
 
-Method = LoraSettings | Ia3Settings | PromptSettings | PrefixSettings
+@dataclass(frozen=True)
+class NormSettings:
+    """LN_TUNING: norms of the adapter's own."""
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """TRAINABLE_TOKENS: rows of the embedding."""
+
+
+Method = LoraSettings | Ia3Settings | PromptSettings | PrefixSettings | NormSettings | TokenSettings
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What a configuration takes from the base and has of its own, whatever its method.
+
+    Attributes:
+        modules: `modules_to_save`.
+        tokens: ids of trainable tokens by the ending of a path; "" is the embedding.
+        tied: what is done to the embedding is done to a head that is tied to it.
+    """
+
+    modules: tuple[str, ...] = ()
+    tokens: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    tied: bool = False
+
+    def saves(self, path: str) -> bool:
+        """Whether the module at `path`, or one that holds it, is to be saved whole."""
+        parts = path.split(".")
+        holders = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        return any(holder.endswith(name) for holder in holders for name in self.modules)
+
+    def tokens_at(self, path: str, *, embedding: bool) -> tuple[int, ...] | None:
+        """The trainable tokens at a path, None where it is not named."""
+        if embedding and "" in self.tokens:
+            return self.tokens[""]
+        return next((ids for name, ids in self.tokens.items() if name and path.endswith(name)), None)
 
 
 @dataclass(frozen=True)
@@ -316,6 +354,7 @@ class AdapterSettings:
     peft_type: str
     targets: Targets
     method: Method
+    replaced: Replaced
     canonical: str
 
 
@@ -337,6 +376,8 @@ def parse_config(text: bytes) -> AdapterSettings:
         "P_TUNING": _prompt,
         "PREFIX_TUNING": _prefix,
         "CARTRIDGE": _prefix,
+        "LN_TUNING": lambda config, patterns: NormSettings(),
+        "TRAINABLE_TOKENS": lambda config, patterns: TokenSettings(),
     }
     if peft_type not in methods:
         reason = _KINDS.get(peft_type, f"only {', '.join(methods)} are")
@@ -355,10 +396,12 @@ def parse_config(text: bytes) -> AdapterSettings:
         raise UnsupportedError("layers_to_transform and layers_pattern need target_modules to be a list")
     if targets.layers_pattern and not targets.layers:
         raise UnsupportedError("layers_pattern needs layers_to_transform")
+    method = methods[peft_type](config, patterns)
     return AdapterSettings(
         peft_type=peft_type,
         targets=targets,
-        method=methods[peft_type](config, patterns),
+        method=method,
+        replaced=_replaced(config, method),
         canonical=json.dumps(config, sort_keys=True, separators=(",", ":")),
     )
 
@@ -384,6 +427,35 @@ def _lora(config: Mapping[str, Any], patterns: Patterns) -> LoraSettings:
 
 def _ia3(config: Mapping[str, Any], patterns: Patterns) -> Ia3Settings:
     return Ia3Settings(_modules(config, "feedforward_modules"), patterns)
+
+
+def _replaced(config: Mapping[str, Any], method: Method) -> Replaced:
+    for key, kind in (("token_indices", TokenSettings), ("trainable_token_indices", LoraSettings)):
+        if config.get(key) and not isinstance(method, kind):
+            raise UnsupportedError(f"{key} is no setting of {config['peft_type']}")
+    modules = _names(config, "modules_to_save")
+    if "" in modules:
+        raise UnsupportedError("modules_to_save has an empty name")
+    trainable = config.get("trainable_token_indices")
+    tokens: dict[str, tuple[int, ...]] = {}
+    if isinstance(method, TokenSettings):
+        tokens[""] = _ids(config, "token_indices")
+    elif isinstance(trainable, dict) and "" not in trainable:
+        tokens = {name: _token_ids("trainable_token_indices", ids) for name, ids in trainable.items()}
+    elif trainable is not None:
+        tokens[""] = _ids(config, "trainable_token_indices")
+    for ids in tokens.values():
+        if len(set(ids)) < len(ids) or any(token > _MAX_TOKEN for token in ids):
+            raise UnsupportedError("trainable tokens name an id twice, or one that no vocabulary has")
+    tokens = {name: ids for name, ids in tokens.items() if ids}
+    if (modules or tokens) and isinstance(method, PromptSettings):
+        raise UnsupportedError("modules_to_save, trainable_token_indices beside a soft prompt are not served")
+    if (modules or tokens) and isinstance(method, LoraSettings) and method.invocation_tokens:
+        raise UnsupportedError(
+            "modules_to_save and trainable_token_indices beside alora_invocation_tokens are not served: they "
+            "would change what comes before the invocation"
+        )
+    return Replaced(modules, tokens, _flag(config, "ensure_weight_tying"))
 
 
 def _prompt(config: Mapping[str, Any], patterns: Patterns) -> PromptSettings:
@@ -496,7 +568,10 @@ def _layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 
 def _ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    value = config.get(key)
+    return _token_ids(key, config.get(key))
+
+
+def _token_ids(key: str, value: object) -> tuple[int, ...]:
     if value is None:
         return ()
     if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):

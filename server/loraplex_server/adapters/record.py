@@ -189,6 +189,11 @@ class AdapterHandle:
         return self.record.manifest.num_virtual_tokens
 
     @property
+    def added_tokens(self) -> int:
+        """How many token ids it adds to the base's vocabulary."""
+        return self.record.manifest.added_tokens
+
+    @property
     def num_prefix_tokens(self) -> int:
         """How many of them need no computing: their keys and values come with the adapter."""
         return self.record.manifest.num_prefix_tokens

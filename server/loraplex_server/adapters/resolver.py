@@ -36,7 +36,17 @@ from loraplex_server.adapters.remote.uri import (
     parse_uri,
     scheme_of,
 )
-from loraplex_server.adapters.sources import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, resolve_folder
+from loraplex_server.adapters.sources import (
+    BOTTLENECK_FILE,
+    CONFIG_FILE,
+    HEAD_FILES,
+    INTERFACE_FILE,
+    PICKLE_FILES,
+    WEIGHTS_FILE,
+    head_refusal,
+    pickle_refusal,
+    resolve_folder,
+)
 from loraplex_server.adapters.tensor_file import quoted
 from loraplex_server.config import AdapterConfig
 from loraplex_server.errors import (
@@ -54,6 +64,7 @@ _log = logging.getLogger(__name__)
 MAX_EXTRA_FILE_BYTES = 32 << 20
 """Largest file that may come along, which is what the tokenizer of a large vocabulary takes."""
 
+_WEIGHTS_FILES = (WEIGHTS_FILE, BOTTLENECK_FILE)
 _MOVING_TARGET_TRIES = 3
 
 
@@ -311,12 +322,18 @@ class AdapterSources:
             FailedPreconditionError: one is too large.
         """
         files = [self._stat(remote, CONFIG_FILE), self._stat_weights(remote)]
-        for name in self._config.extra_files:
+        optional = self._config.extra_files
+        if files[1].name == BOTTLENECK_FILE:
+            optional = tuple(dict.fromkeys((*optional, INTERFACE_FILE)))
+            for name in HEAD_FILES:
+                if self._is_there(remote, name):
+                    raise FailedPreconditionError(head_refusal(name))
+        for name in optional:
             with contextlib.suppress(NotFoundError):
                 files.append(self._stat(remote, name))
         for file in files:
             limit = MAX_CONFIG_BYTES if file.name == CONFIG_FILE else MAX_EXTRA_FILE_BYTES
-            if file.name != WEIGHTS_FILE and file.size > limit:
+            if file.name not in _WEIGHTS_FILES and file.size > limit:
                 raise FailedPreconditionError(f"{file.name} has {file.size} bytes; at most {limit} are taken")
         total = sum(file.size for file in files)
         if total > self._config.download_max_bytes:
@@ -329,15 +346,21 @@ class AdapterSources:
     def _stat_weights(self, remote: RemoteFolder) -> RemoteFile:
         try:
             return self._stat(remote, WEIGHTS_FILE)
-        except NotFoundError as missing:
-            try:
-                self._stat(remote, PICKLE_FILE)
-            except ServerError:
-                raise missing from None
-        raise FailedPreconditionError(
-            f"{PICKLE_FILE} is a pickle, which can run code when it is read; re-save the adapter as "
-            "safetensors (save_pretrained with safe_serialization=True)"
-        )
+        except NotFoundError:
+            with contextlib.suppress(NotFoundError):
+                return self._stat(remote, BOTTLENECK_FILE)
+            for name in PICKLE_FILES:
+                if self._is_there(remote, name):
+                    raise FailedPreconditionError(pickle_refusal(name)) from None
+            raise
+
+    def _is_there(self, remote: RemoteFolder, name: str) -> bool:
+        try:
+            self._stat(remote, name)
+        except (NotFoundError, PermissionDeniedError):
+            # Object stores may call forbidden what is not there.
+            return False
+        return True
 
     def _stat(self, remote: RemoteFolder, name: str) -> RemoteFile:
         return self._downloader.attempt(lambda: remote.stat(name), remote.attempts)
@@ -354,7 +377,7 @@ class AdapterSources:
             return None
         digests: dict[str, str] = self._cache.record(folder)["sha256"]
         for name, pin in _pins(uri).items():
-            if pin and digests[name] != pin:
+            if pin and digests.get(name, pin) != pin:
                 self._cache.release(folder)
                 raise FailedPreconditionError(f"{name} has SHA-256 {digests[name]}, and {pin} was asked for")
         return folder
@@ -436,7 +459,7 @@ def default_cache_dir() -> Path:
 
 
 def _pins(uri: SourceUri) -> dict[str, str]:
-    return {WEIGHTS_FILE: uri.sha256, CONFIG_FILE: uri.config_sha256}
+    return {**dict.fromkeys(_WEIGHTS_FILES, uri.sha256), CONFIG_FILE: uri.config_sha256}
 
 
 def _path_of_file_uri(source: str) -> str:

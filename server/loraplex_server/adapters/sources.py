@@ -24,13 +24,17 @@ from loraplex_server.errors import (
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
 
-# As the `adapters` library names its files.
+# As the `adapters` library names its files; the configuration is named alike.
 BOTTLENECK_FILE = "adapter.safetensors"
-BOTTLENECK_PICKLE = "pytorch_adapter.bin"
 INTERFACE_FILE = "adapter_interface.json"
 HEAD_FILES = ("model_head.safetensors", "pytorch_model_head.bin")
+
+PICKLE_FILES = {
+    "adapter_model.bin": "save_pretrained with safe_serialization=True",
+    "pytorch_adapter.bin": "save_adapter with use_safetensors=True",
+}
+"""What is never read, and how the adapter is saved otherwise."""
 
 _NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,128}")
 
@@ -54,14 +58,12 @@ def resolve_folder(source: str | Path, roots: Iterable[Path]) -> Path:
         PermissionDeniedError: it does not lie under one of `roots`, whether it exists or not.
         NotFoundError: there is no such folder.
     """
-    real_roots = [Path(root).resolve() for root in roots]
+    real_roots = [os.path.realpath(root) for root in roots]
     try:
-        path = Path(source)
-        candidates = (
-            [path.resolve()] if path.is_absolute() else [(root / path).resolve() for root in real_roots]
-        )
-        inside = [path for path in candidates if any(path.is_relative_to(root) for root in real_roots)]
-        found = next((path for path in inside if path.is_dir()), None)
+        absolute = os.path.isabs(source)
+        candidates = [source] if absolute else [os.path.join(root, source) for root in real_roots]
+        inside = [path for path in map(os.path.realpath, candidates) if _is_inside(path, real_roots)]
+        found = next((path for path in inside if os.path.isdir(path)), None)
     except (OSError, ValueError, RuntimeError) as error:
         raise InvalidArgumentError.field("source", f"{quoted(str(source))} cannot be a path") from error
     if not str(source) or not inside:
@@ -71,7 +73,7 @@ def resolve_folder(source: str | Path, roots: Iterable[Path]) -> Path:
         )
     if found is None:
         raise NotFoundError(f"source {quoted(str(source))} is no folder", resource=("source", str(source)))
-    return found
+    return Path(found)
 
 
 def open_file(folder: Path, filename: str, roots: Iterable[Path]) -> tuple[BinaryIO, int]:
@@ -83,8 +85,8 @@ def open_file(folder: Path, filename: str, roots: Iterable[Path]) -> tuple[Binar
         UnavailableError: the file system failed.
     """
     try:
-        real = (folder / filename).resolve(strict=True)
-        if not any(real.is_relative_to(Path(root).resolve()) for root in roots):
+        real = os.path.realpath(os.path.join(folder, filename), strict=True)
+        if not _is_inside(real, [os.path.realpath(root) for root in roots]):
             raise PermissionDeniedError(f"{filename} links to a place outside the allowed roots")
         # O_NONBLOCK: opening a pipe must not wait for a writer.
         descriptor = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
@@ -99,6 +101,27 @@ def open_file(folder: Path, filename: str, roots: Iterable[Path]) -> tuple[Binar
         os.close(descriptor)
         raise FailedPreconditionError(f"{filename} is no regular file")
     return os.fdopen(descriptor, "rb"), status.st_size
+
+
+def pickle_refusal(name: str) -> str:
+    """Why one of `PICKLE_FILES` is not read."""
+    return (
+        f"{name} is a pickle, which can run code when it is read; re-save the adapter as safetensors "
+        f"({PICKLE_FILES[name]})"
+    )
+
+
+def head_refusal(name: str) -> str:
+    """Why an adapter with one of `HEAD_FILES` beside it is not served."""
+    return (
+        f"{name} is a head of its own, which is not served; save the adapter with with_head=False, or take "
+        "the file away if it is the base's head"
+    )
+
+
+def _is_inside(path: str, roots: Iterable[str]) -> bool:
+    """Whether a real path is one of `roots`, real ones, or under it. Strings: thousands are registered."""
+    return any(path == root or path.startswith(root.rstrip(os.sep) + os.sep) for root in roots)
 
 
 def stamp(folder: Path) -> Stamp:

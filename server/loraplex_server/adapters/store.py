@@ -26,18 +26,19 @@ import builtins
 import collections
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from loraplex_kernels.lora.layouts import MAX_RANK, LoraPool
+from loraplex_kernels.lora.layouts import MAX_RANK, AdapterLayout, LoraPool
 from loraplex_server.adapters.base import FrozenBase
 from loraplex_server.adapters.composition import Composer, Member, check_member
 from loraplex_server.adapters.device_tier import DeviceTier
 from loraplex_server.adapters.host_tier import HostTier
 from loraplex_server.adapters.loading import Loading
-from loraplex_server.adapters.manifest import AdapterManifest, read_manifest, refusal
+from loraplex_server.adapters.manifest import AdapterManifest, Kind, read_manifest, refusal
 from loraplex_server.adapters.pins import Pins
 from loraplex_server.adapters.popularity import Popularity
 from loraplex_server.adapters.record import (
@@ -151,6 +152,8 @@ class AdapterStore:
         self._host = HostTier(config.host_bytes, lambda record: self._note("evict_host", record))
         self._popularity = Popularity(_HALF_LIFE * self._device.num_slots)
 
+        self._kinds: weakref.WeakValueDictionary[bytes, Kind] = weakref.WeakValueDictionary()
+        self._layouts: weakref.WeakKeyDictionary[Kind, AdapterLayout] = weakref.WeakKeyDictionary()
         self._records: dict[str, Record] = {}
         self._retired: set[Record] = set()
         self._inspecting: dict[str, Inspection] = {}
@@ -749,7 +752,8 @@ class AdapterStore:
         self._touch(name)
 
     def _inspect(self, name: str, folder: Path) -> AdapterManifest:
-        return read_manifest(name, folder, self._registry, self._sources.roots, self._max_rank)
+        roots = self._sources.roots
+        return read_manifest(name, folder, self._registry, roots, self._max_rank, self._kinds, self._base)
 
     def _was_inspected(self, name: str, inspection: Inspection, outcome: Outcome[AdapterManifest]) -> None:
         manifest = outcome.result
@@ -784,7 +788,7 @@ class AdapterStore:
     def _admit(self, name: str, source: str, manifest: AdapterManifest, *, candidate: bool = False) -> Record:
         """Registers a checked adapter that fits both budgets, or makes it the candidate for a swap."""
         itemsize = self._dtype.itemsize
-        layout = lay_out(manifest, self._device.alignment, scaled=self._device.pool.scaled)
+        layout = self._layout(manifest)
         units, host_bytes = self._device.padded(layout.num_elements), layout.num_elements * itemsize
         for option, needed, budget in (
             ("--adapter-device-bytes", units * itemsize, self._device.capacity_units * itemsize),
@@ -792,6 +796,12 @@ class AdapterStore:
         ):
             if needed > budget:
                 raise refusal(name, f"it takes {needed} bytes of {budget}; give the server more {option}")
+            if 0 < self._config.max_bytes < needed:
+                raise refusal(
+                    name,
+                    f"it takes {needed} bytes, and one adapter may take {self._config.max_bytes} "
+                    "(--adapter-max-bytes)",
+                )
         self._sources.retain(manifest.folder)
         record = Record(name, source, manifest, layout, units, host_bytes)
         if candidate:
@@ -836,6 +846,15 @@ class AdapterStore:
     def _all(self) -> builtins.list[Record]:
         """Every version that may hold memory."""
         return [*self._records.values(), *self._candidates.values(), *self._retired]
+
+    def _layout(self, manifest: AdapterManifest) -> AdapterLayout:
+        """Adapters of one kind share one."""
+        layout = None if manifest.kind is None else self._layouts.get(manifest.kind)
+        if layout is None:
+            layout = lay_out(manifest, self._device.alignment, scaled=self._device.pool.scaled)
+            if manifest.kind is not None:
+                self._layouts[manifest.kind] = layout
+        return layout
 
     def _check_free(self, name: str, source: str) -> None:
         if name in self._records:

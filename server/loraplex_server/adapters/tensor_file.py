@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+import numpy as np
+
 MAX_HEADER_BYTES = 32 << 20
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -60,6 +62,15 @@ def read_header(file: BinaryIO, file_bytes: int) -> TensorFileHeader:
     Raises:
         MalformedFileError: it is not what the format promises, or a dtype is not in `ITEM_BYTES`.
     """
+    return parse_header(read_header_bytes(file, file_bytes), file_bytes)
+
+
+def read_header_bytes(file: BinaryIO, file_bytes: int) -> bytes:
+    """The bytes before the tensors, unchecked but for their number.
+
+    Raises:
+        MalformedFileError: the file is too short for what it promises, or the header is too long.
+    """
     prefix = file.read(8)
     if len(prefix) < 8:
         raise MalformedFileError(f"the file has {len(prefix)} bytes and no header")
@@ -70,8 +81,18 @@ def read_header(file: BinaryIO, file_bytes: int) -> TensorFileHeader:
     data_begin = 8 + header_bytes
     if len(text) < header_bytes or data_begin > file_bytes:
         raise MalformedFileError(f"the header claims {header_bytes} bytes, but the file ends before")
+    return prefix + text
+
+
+def parse_header(header: bytes, file_bytes: int) -> TensorFileHeader:
+    """What `read_header_bytes` gave, checked.
+
+    Raises:
+        MalformedFileError: as for `read_header`.
+    """
+    data_begin = len(header)
     tensors = []
-    for name, description in parse_object(text, "the header").items():
+    for name, description in parse_object(header[8:], "the header").items():
         if name != "__metadata__":
             tensors.append(_tensor(name, description, data_begin, file_bytes))
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
@@ -84,7 +105,19 @@ def read_header(file: BinaryIO, file_bytes: int) -> TensorFileHeader:
         position = tensor.end
     if position != file_bytes:
         raise MalformedFileError(f"the tensors end at byte {position} of {file_bytes}")
-    return TensorFileHeader(tuple(tensors), data_begin, file_bytes, hashlib.sha256(prefix + text).digest())
+    return TensorFileHeader(tuple(tensors), data_begin, file_bytes, header_digest(header))
+
+
+def header_digest(header: bytes) -> bytes:
+    """What `TensorFileHeader.digest` is of these bytes."""
+    return hashlib.sha256(header).digest()
+
+
+def decode(dtype: str, raw: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The elements of a tensor's bytes, flat, as float32; `dtype` is one of `ITEM_BYTES`."""
+    if dtype == "BF16":
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(raw, "<f2" if dtype == "F16" else "<f4").astype(np.float32, copy=False)
 
 
 def parse_object(text: bytes, what: str) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -28,13 +28,25 @@ from loraplex_server.adapters.effects import (
     LowRankAdd,
     Magnitude,
     OutputScale,
+    OwnWeight,
     Prefix,
     SiteEffects,
     SoftPrompt,
+    TokenRows,
 )
 from loraplex_server.adapters.manifest import AdapterManifest, refusal
+from loraplex_server.adapters.sites import Entry, SiteKind
 from loraplex_server.adapters.sources import open_file
-from loraplex_server.adapters.tensor_file import MalformedFileError, TensorInfo, quoted, read_header
+from loraplex_server.adapters.tensor_file import (
+    ITEM_BYTES,
+    MalformedFileError,
+    TensorInfo,
+    decode,
+    header_digest,
+    quoted,
+    read_header_bytes,
+)
+from loraplex_server.adapters.token_tables import blocks, check_unchanged
 from loraplex_server.errors import InternalError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,11 +70,9 @@ def lay_out(manifest: AdapterManifest, alignment: int, *, scaled: bool = False) 
     """The layout of an adapter for a pool whose extents all begin at multiples of `alignment`; `scaled` for a
     pool in 8 bits.
     """
-    layout = adapter_layout(
-        manifest.shapes, vectors=manifest.vectors, scaled=scaled, bottleneck=manifest.bottleneck
+    return adapter_layout(
+        manifest.shapes, alignment, manifest.vectors, scaled=scaled, bottleneck=manifest.bottleneck
     )
-    # Where the model's own alignment was given up as out of proportion, an adapter's is as well.
-    return layout if alignment % layout.alignment == 0 else dataclasses.replace(layout, alignment=alignment)
 
 
 def read_weights(
@@ -90,28 +100,31 @@ def read_weights(
         raise ValueError(f"the layout has {len(layout.scale_offset)} blocks of scales, but dtype is {dtype}")
     data = torch.zeros(layout.num_elements, dtype=dtype, pin_memory=pin_memory)
     elements = data.view(torch.int16).numpy().view(np.uint16) if dtype == torch.bfloat16 else data.numpy()
-    sites: dict[str, _Site | _Prompt] = {}
+    takers: dict[str, list[_Taker]] = {}
     for effects in manifest.sites:
-        site = _Site(elements, layout, effects, base)
-        sites |= {name: site for effect in effects.effects for name in _named(effect)}
+        for taker, names in _takers(elements, layout, effects, base):
+            for name in names:
+                takers.setdefault(name, []).append(taker)
+    for entry, table in manifest.base_tables:
+        takers.setdefault(table.name, []).append(_BaseTable(entry, base))
     match manifest.prompt:
         case SoftPrompt(tensor) | Prefix(tensor):
-            sites[tensor.name] = _Prompt(elements, layout)
+            takers[tensor.name] = [_Prompt(elements, layout)]
     content = hashlib.sha256(manifest.config.encode() + b"\0")
     file, size = open_file(manifest.folder, manifest.weights_file, roots)
     try:
         with file:
-            header = read_header(file, size)
-            if header.digest != manifest.header.digest:
+            header, header_bytes = manifest.header, read_header_bytes(file, size)
+            if header_digest(header_bytes) != header.digest or size != header.file_bytes:
                 raise MalformedFileError(
                     f"{manifest.weights_file} was changed since it was registered; load it anew"
                 )
-            file.seek(0)
-            content.update(_read(file, header.data_begin))
+            content.update(header_bytes)
             for tensor in header.tensors:
                 raw = _read(file, tensor.end - tensor.begin)
                 content.update(raw)
-                sites[tensor.name].take(tensor, raw)
+                for taker in takers.get(tensor.name, (_Unused(),)):
+                    taker.take(tensor, raw)
     except MalformedFileError as error:
         raise refusal(manifest.name, str(error)) from error
     return HostBlob(data, content.hexdigest())
@@ -122,6 +135,135 @@ def _read(file: BinaryIO, size: int) -> bytes:
     if len(data) < size:
         raise MalformedFileError("the weight file ended while it was read")
     return data
+
+
+class _Taker(Protocol):
+    """Puts tensors where they belong."""
+
+    def take(self, tensor: TensorInfo, raw: bytes) -> None: ...
+
+
+def _takers(
+    target: np.ndarray[Any, Any], layout: AdapterLayout, site: SiteEffects, base: FrozenBase | None
+) -> Iterator[tuple[_Taker, Iterable[str]]]:
+    """Who takes the tensors of one entry, and their names."""
+    rows = next((effect for effect in site.effects if isinstance(effect, TokenRows)), None)
+    others = tuple(effect for effect in site.effects if effect is not rows)
+    if others:
+        taken = [name for effect in others for name in _named(effect)]
+        yield _Site(target, layout, SiteEffects(site.entry, others), base), taken
+    if rows is not None:
+        pair = next((effect for effect in others if isinstance(effect, LowRankAdd)), None)
+        yield (
+            _Rows(target, layout, site.entry, rows, pair, base),
+            [
+                *_named(rows),
+                *(_named(pair) if pair is not None else ()),
+            ],
+        )
+
+
+class _Rows:
+    """Rows of the vocabulary. What a pair adds to those of added tokens is added here: a pair in the pool has
+    the base's tokens alone.
+    """
+
+    def __init__(
+        self,
+        target: np.ndarray[Any, Any],
+        layout: AdapterLayout,
+        entry: Entry,
+        rows: TokenRows,
+        pair: LowRankAdd | None,
+        base: FrozenBase | None,
+    ) -> None:
+        self._entry = entry
+        self._rows = rows
+        self._base = base
+        self._tokens = np.asarray(rows.tokens, np.int64)
+        self._trained = np.asarray(rows.trained_tokens, np.int64)
+        embedding = entry.kind is SiteKind.EMBEDDING
+        self._vocabulary = entry.in_features if embedding else entry.out_features
+        hidden = entry.out_features if embedding else entry.in_features
+        self._pair = pair if len(self._tokens) and self._tokens[-1] >= self._vocabulary else None
+        # Rows of added tokens, and the parts of the pair for them: `[tokens, rank]`, `[rank, hidden]`.
+        self._added: list[tuple[np.ndarray[Any, Any], Array]] = []
+        self._ranks: Array | None = None
+        self._hidden: Array | None = None
+        vectors = zip(layout.vectors, layout.vector_offset, strict=True)
+        offset = next(o for v, o in vectors if (v.entry, v.kind) == (entry.index, VectorKind.TOKEN_ROWS))
+        size = len(self._tokens) * hidden
+        table = target[offset : offset + size]
+        if target.dtype == np.int8:
+            table = target[offset : offset + size * SCALE_BYTES].view(np.float32)
+        self._target = table.reshape(-1, hidden)
+
+    def take(self, tensor: TensorInfo, raw: bytes) -> None:
+        if tensor == self._rows.table:
+            self._take_table(tensor, raw)
+        elif tensor == self._rows.trained:
+            self._put(tensor, self._trained, _finite(tensor, raw))
+        elif self._pair is not None:
+            values = _finite(tensor, raw)
+            columns = values.T if self._entry.kind is SiteKind.EMBEDDING else values
+            if (tensor.name == self._pair.a.name) == (self._entry.kind is SiteKind.EMBEDDING):
+                self._ranks = columns[self._vocabulary :] * np.float32(self._pair.scale)
+            else:
+                self._hidden = columns.copy()
+        if self._pair is not None and self._ranks is not None and self._hidden is not None and self._added:
+            with np.errstate(over="ignore", invalid="ignore"):
+                for tokens, rows in self._added:
+                    summed = rows + self._ranks[tokens - self._vocabulary] @ self._hidden
+                    self._put(tensor, tokens, summed)
+            self._added.clear()
+
+    def _take_table(self, table: TensorInfo, raw: bytes) -> None:
+        width = table.shape[1] * ITEM_BYTES[table.dtype]
+        own = np.setdiff1d(self._tokens, self._trained, assume_unique=True)
+        whole = len(self._tokens) == table.shape[0]
+        for first, count in blocks(table):
+            block = _finite(
+                dataclasses.replace(table, shape=(count, table.shape[1])),
+                raw[first * width : (first + count) * width],
+            )
+            if self._base is not None and not whole:
+                check_unchanged(self._base, self._entry, first, block, self._tokens)
+            tokens = own[np.searchsorted(own, first) : np.searchsorted(own, first + count)]
+            known = len(tokens) if self._pair is None else int(np.searchsorted(tokens, self._vocabulary))
+            if known:
+                self._put(table, tokens[:known], block[tokens[:known] - first])
+            if known < len(tokens):
+                self._added.append((tokens[known:], block[tokens[known:] - first]))
+
+    def _put(self, tensor: TensorInfo, tokens: np.ndarray[Any, Any], values: Array) -> None:
+        with np.errstate(over="ignore"):
+            encoded = _encode(np.ascontiguousarray(values), self._target.dtype)
+        if _overflowed(encoded):
+            raise _too_large(tensor)
+        self._target[np.searchsorted(self._tokens, tokens)] = encoded
+
+
+class _BaseTable:
+    """A table that was the base's when it was registered: it must still be."""
+
+    def __init__(self, entry: Entry, base: FrozenBase | None) -> None:
+        self._entry = entry
+        self._base = base
+
+    def take(self, tensor: TensorInfo, raw: bytes) -> None:
+        width = tensor.shape[1] * ITEM_BYTES[tensor.dtype]
+        none = np.empty(0, np.int64)
+        for first, count in blocks(tensor):
+            block = decode(tensor.dtype, raw[first * width : (first + count) * width]).reshape(count, -1)
+            if self._base is not None:
+                check_unchanged(self._base, self._entry, first, block, none)
+
+
+class _Unused:
+    """A tensor without effect, which must be whole all the same."""
+
+    def take(self, tensor: TensorInfo, raw: bytes) -> None:
+        _finite(tensor, raw)
 
 
 class _Prompt:
@@ -193,10 +335,15 @@ class _Site:
                 self._put_vector(VectorKind.OUTPUT_SCALE, tensor, values - 1)
             case BiasAdd(scale):
                 self._put_vector(VectorKind.BIAS, tensor, values * np.float32(scale))
+            case OwnWeight(weight) if tensor.name == weight.name:
+                self._put_vector(VectorKind.WEIGHT, tensor, values)
+            case OwnWeight():
+                self._put_vector(VectorKind.WEIGHT_BIAS, tensor, values)
+            # Added tokens, beyond the entry's widths, are not the pair's.
             case LowRankAdd(_, scale, a) if tensor.name == a.name:
-                self._put_rows(self._a, tensor, values)
+                self._put_rows(self._a, tensor, values[:, : self._entry.in_features])
             case LowRankAdd(_, scale):
-                self._put_rows(self._b, tensor, (values * np.float32(scale)).T)
+                self._put_rows(self._b, tensor, (values[: self._entry.out_features] * np.float32(scale)).T)
 
     def _put_dora(self, magnitude: TensorInfo, scale: np.float32, a: TensorInfo, b: TensorInfo) -> None:
         """With W + B A = V and lengths m: y = (m / |V|) (W x + B A x) + bias, the base's own."""
@@ -253,7 +400,7 @@ class _Site:
 
 
 def _finite(tensor: TensorInfo, raw: bytes) -> Array:
-    values = _decode(tensor.dtype, raw)
+    values = decode(tensor.dtype, raw)
     if not np.isfinite(values).all():
         raise MalformedFileError(f"tensor {quoted(tensor.name)} holds NaN or infinity")
     return values.reshape(tensor.shape)
@@ -270,6 +417,13 @@ def _named(effect: Effect) -> tuple[str, ...]:
             return (a.name, b.name)
         case BiasAdd(_, bias):
             return (bias.name,)
+        case OwnWeight(weight, None):
+            return (weight.name,)
+        case OwnWeight(weight, bias):
+            assert bias is not None
+            return (weight.name, bias.name)
+        case TokenRows(_, table, trained):
+            return tuple(tensor.name for tensor in (table, trained) if tensor is not None)
         case Bottleneck(down, down_bias, up, up_bias, scale):
             named = (down, down_bias, up, up_bias, *((scale,) if isinstance(scale, TensorInfo) else ()))
             return tuple(tensor.name for tensor in named)
@@ -298,12 +452,6 @@ def _quantize(rows: Array) -> tuple[np.ndarray[Any, np.dtype[np.int8]], Array]:
     # So small a row that its step is no normal number counts as zero.
     steps[steps < np.finfo(np.float32).tiny] = 1
     return np.rint(rows / steps[:, None]).astype(np.int8), steps
-
-
-def _decode(dtype: str, raw: bytes) -> Array:
-    if dtype == "BF16":
-        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
-    return np.frombuffer(raw, "<f2" if dtype == "F16" else "<f4").astype(np.float32, copy=False)
 
 
 def _encode(values: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:

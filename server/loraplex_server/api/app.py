@@ -36,6 +36,7 @@ from loraplex_server.api.generator import Generator
 from loraplex_server.api.interceptors import CallInterceptor
 from loraplex_server.api.lifecycle import Backend, Lifecycle
 from loraplex_server.api.model_service import ModelService
+from loraplex_server.api.restarts import AdapterJournal, RestartBudget
 from loraplex_server.api.tokenizer import Tokenizer
 from loraplex_server.api.uploads import UploadDesk
 from loraplex_server.config import ApiConfig, EngineConfig, ServerConfig, is_loopback
@@ -115,6 +116,10 @@ class _Server:
     def __init__(self, config: ServerConfig, stack: contextlib.AsyncExitStack) -> None:
         self._config = config
         self._stack = stack
+        self._engine_stack = contextlib.AsyncExitStack()
+        stack.push_async_exit(self._engine_stack)
+        self._journal = AdapterJournal()
+        self._tokenizer: Tokenizer | None = None
         self._lifecycle = Lifecycle()
         self._metrics = Metrics()
         self._health = health.aio.HealthServicer()
@@ -130,17 +135,9 @@ class _Server:
         http_port = await self._listen_http()
         metrics_port = self._expose_metrics()
         stop = asyncio.create_task(signals.get())
-        start = asyncio.create_task(self._start_engine(launch))
-        await asyncio.wait({stop, start}, return_when=asyncio.FIRST_COMPLETED)
-        if not start.done():
-            start.cancel()
-            await asyncio.gather(start, return_exceptions=True)
+        engine = await self._start_unless(stop, launch)
+        if engine is None:
             return EXIT_OK
-        try:
-            engine = start.result()
-        except BaseException:
-            stop.cancel()
-            raise
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         # The tokenizer's and torch's objects are here to stay; collections need not look at them again.
         gc.freeze()
@@ -150,16 +147,54 @@ class _Server:
         http = "" if http_port is None else f" http={_address(api.host, http_port)}"
         print(f"loraplex ready grpc={_address(api.host, grpc_port)} metrics={metrics}{http}", flush=True)
 
-        lost = asyncio.create_task(engine.wait_closed())
-        await asyncio.wait({stop, lost}, return_when=asyncio.FIRST_COMPLETED)
-        if lost.done():
-            stop.cancel()
-            return await self._engine_lost()
+        budget = RestartBudget(api.max_engine_restarts)
+        while True:
+            lost = asyncio.create_task(engine.wait_closed())
+            await asyncio.wait({stop, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if stop.done():
+                break
+            pause_s = budget.take()
+            if pause_s is None:
+                stop.cancel()
+                return await self._engine_lost()
+            engine = await self._restart_engine(stop, launch, pause_s)
+            if engine is None:
+                return EXIT_OK
         again = asyncio.create_task(signals.get())
         code = await self._drain(again, lost)
         for task in (again, lost):
             task.cancel()
         return code
+
+    async def _start_unless(self, stop: asyncio.Task[int], launch: LaunchEngine) -> EngineClient | None:
+        """A running engine; None if `stop` came first."""
+        start = asyncio.create_task(self._start_engine(launch))
+        await asyncio.wait({stop, start}, return_when=asyncio.FIRST_COMPLETED)
+        if not start.done():
+            start.cancel()
+            await asyncio.gather(start, return_exceptions=True)
+            return None
+        try:
+            return start.result()
+        except BaseException:
+            stop.cancel()
+            raise
+
+    async def _restart_engine(
+        self, stop: asyncio.Task[int], launch: LaunchEngine, pause_s: float
+    ) -> EngineClient | None:
+        """A new engine in the place of one that died; None if `stop` came first."""
+        _log.error("the engine has died; it is started again in %g s", pause_s)
+        self._lifecycle.suspend()
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._engine_stack.aclose()
+        await asyncio.wait({stop}, timeout=pause_s)
+        engine = None if stop.done() else await self._start_unless(stop, launch)
+        if engine is not None:
+            await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+            self._metrics.observe_restart()
+            _log.info("the engine serves again")
+        return engine
 
     async def _listen(self) -> int:
         """Starts the gRPC server, which refuses all calls but health and reflection for now."""
@@ -282,9 +317,9 @@ class _Server:
         """Launches the engine and, while it loads, the tokenizer; then lets calls in."""
         config = self._config.engine
         handle = launch(config)
-        self._stack.push_async_callback(_end_engine, handle)
+        self._engine_stack.push_async_callback(_end_engine, handle)
         ready = asyncio.create_task(asyncio.to_thread(handle.wait_ready))
-        loading = asyncio.create_task(asyncio.to_thread(_load_tokenizer, config.model.model))
+        loading = asyncio.create_task(asyncio.to_thread(self._load_tokenizer))
         try:
             await asyncio.gather(ready, loading)
         except BaseException:
@@ -293,8 +328,9 @@ class _Server:
             await asyncio.gather(ready, loading, return_exceptions=True)
             raise
         tokenizer = loading.result()
-        engine = await EngineClient.connect(handle.socket_path, handle.token)
-        self._stack.push_async_callback(engine.shutdown)
+        engine = await EngineClient.connect(handle.socket_path, handle.token, self._journal.note)
+        self._engine_stack.push_async_callback(engine.shutdown)
+        await self._journal.replay(engine)
         self._metrics.set_info(engine.info, self._version)
         engine.on_stats(self._metrics.observe_stats)
         limits = Limits(
@@ -305,9 +341,15 @@ class _Server:
             defaults=engine.info.sampling_defaults,
         )
         chat = ChatPrompts(engine, tokenizer, limits.max_prompt_chars)
-        self._stack.push_async_callback(chat.close)
+        self._engine_stack.push_async_callback(chat.close)
         self._lifecycle.serve(Backend(engine, tokenizer, limits, chat))
         return engine
+
+    def _load_tokenizer(self) -> Tokenizer:
+        """Once: another engine serves the same model."""
+        if self._tokenizer is None:
+            self._tokenizer = _load_tokenizer(self._config.engine.model.model)
+        return self._tokenizer
 
     async def _drain(self, again: asyncio.Task[int], lost: asyncio.Task[None]) -> int:
         drain_s = self._config.api.drain_s
@@ -322,7 +364,7 @@ class _Server:
         return EXIT_FAILED if lost.done() else EXIT_OK
 
     async def _engine_lost(self) -> int:
-        _log.error("the engine has died; the server ends")
+        _log.error("the engine has died too often; the server ends")
         self._lifecycle.drain()
         await self._health.enter_graceful_shutdown()
         return EXIT_FAILED

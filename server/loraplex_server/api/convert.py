@@ -100,8 +100,9 @@ def check_generate(message: generation_pb2.GenerateRequest, limits: Limits) -> N
     found = _Violations()
     _check_prompt(found, message, limits)
     _check_adapters(found, message, limits)
-    _check_sampling(found, message.sampling, limits)
-    _check_stopping(found, message.stopping, limits)
+    adapted = bool(message.adapters)
+    _check_sampling(found, message.sampling, limits, adapters=adapted)
+    _check_stopping(found, message.stopping, limits, adapters=adapted)
     if message.HasField("logprobs") and message.logprobs > MAX_LOGPROBS:
         found.add("logprobs", f"{message.logprobs} is more than {MAX_LOGPROBS}")
     if message.HasField("request_id") and not valid_request_id(message.request_id):
@@ -425,7 +426,7 @@ def _check_prompt(found: _Violations, message: generation_pb2.GenerateRequest, l
             if not ids:
                 found.add("token_ids.ids", "is empty; give at least one token")
             _check_prompt_length(found, "token_ids.ids", len(ids), limits)
-            _check_token_ids(found, "token_ids.ids", ids, limits)
+            _check_token_ids(found, "token_ids.ids", ids, limits, adapters=bool(message.adapters))
         case "chat":
             _check_chat(found, message.chat.messages, limits)
         case _:
@@ -459,8 +460,16 @@ def _check_prompt_length(found: _Violations, field: str, num_tokens: int, limits
         )
 
 
-def _check_token_ids(found: _Violations, field: str, ids: Sequence[int], limits: Limits) -> None:
-    if ids and max(ids) >= limits.vocab_size:
+def _check_token_ids(
+    found: _Violations,
+    field: str,
+    ids: Sequence[int],
+    limits: Limits,
+    *,
+    adapters: bool,
+) -> None:
+    # Adapters may add tokens; the engine knows which of them do.
+    if ids and not adapters and max(ids) >= limits.vocab_size:
         for index, token_id in enumerate(ids):
             if token_id >= limits.vocab_size:
                 found.add(
@@ -489,7 +498,9 @@ def _check_adapters(found: _Violations, message: generation_pb2.GenerateRequest,
             found.add(f"adapters[{index}].weight", "has to be finite")
 
 
-def _check_sampling(found: _Violations, sampling: generation_pb2.SamplingParams, limits: Limits) -> None:
+def _check_sampling(
+    found: _Violations, sampling: generation_pb2.SamplingParams, limits: Limits, *, adapters: bool
+) -> None:
     if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
         found.add("sampling.temperature", "has to be 0 (greedy) or more, and finite")
     if sampling.HasField("top_p") and not 0 < sampling.top_p <= 1:
@@ -505,7 +516,7 @@ def _check_sampling(found: _Violations, sampling: generation_pb2.SamplingParams,
     if len(sampling.logit_bias) > MAX_LOGIT_BIAS:
         found.add("sampling.logit_bias", f"{len(sampling.logit_bias)} tokens are more than {MAX_LOGIT_BIAS}")
     else:
-        _check_token_ids(found, "sampling.logit_bias", list(sampling.logit_bias), limits)
+        _check_token_ids(found, "sampling.logit_bias", list(sampling.logit_bias), limits, adapters=adapters)
         if not all(-MAX_BIAS <= value <= MAX_BIAS for value in sampling.logit_bias.values()):
             found.add("sampling.logit_bias", f"values have to be {-MAX_BIAS:g} to {MAX_BIAS:g}")
     if len(sampling.bad_words) > MAX_BAD_WORDS:
@@ -515,7 +526,9 @@ def _check_sampling(found: _Violations, sampling: generation_pb2.SamplingParams,
             found.add(f"sampling.bad_words[{index}]", f"has to have 1 to {MAX_BAD_WORD_CHARS} characters")
 
 
-def _check_stopping(found: _Violations, stopping: generation_pb2.StoppingCriteria, limits: Limits) -> None:
+def _check_stopping(
+    found: _Violations, stopping: generation_pb2.StoppingCriteria, limits: Limits, *, adapters: bool
+) -> None:
     if stopping.HasField("max_tokens"):
         if stopping.max_tokens < 1:
             found.add("stopping.max_tokens", "has to be at least 1")
@@ -532,7 +545,7 @@ def _check_stopping(found: _Violations, stopping: generation_pb2.StoppingCriteri
             f"{len(stopping.stop_token_ids)} tokens are more than {MAX_STOP_TOKENS}",
         )
     else:
-        _check_token_ids(found, "stopping.stop_token_ids", stopping.stop_token_ids, limits)
+        _check_token_ids(found, "stopping.stop_token_ids", stopping.stop_token_ids, limits, adapters=adapters)
 
 
 def _enum_text(kind: Any, number: int) -> str:

@@ -61,6 +61,12 @@ class Lifecycle:
         self._backend = backend
         self._open = True
 
+    def suspend(self) -> None:
+        """Refuses calls until `serve`: the engine is being started again."""
+        self._open = False
+        self._backend = None
+        self._refusal = UnavailableError("the engine is being started again", retry_after_s=2.0)
+
     def drain(self) -> None:
         """Refuses new calls; those that are in go on."""
         self._open = False

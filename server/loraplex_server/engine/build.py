@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import cast
 
@@ -23,7 +24,7 @@ from loraplex_server.model import architecture, loader, memory
 from loraplex_server.model.frozen import FrozenProjections
 from loraplex_server.model.generation_config import sampling_defaults
 from loraplex_server.model.graphs import ladder
-from loraplex_server.model.loader import EmptyModel
+from loraplex_server.model.loader import BaseModel, EmptyModel
 from loraplex_server.model.runner import ModelRunner
 from loraplex_server.model.selfcheck import check_ragged
 
@@ -63,7 +64,7 @@ def build_engine(
         # What quantising took is in the allocator's hands, in pieces.
         torch.cuda.empty_cache()
     adapters = AdapterStore(
-        registry, config.adapters, device=device, dtype=dtype, base=FrozenProjections(base.groups), wake=wake
+        registry, config.adapters, device=device, dtype=dtype, base=_frozen_base(base), wake=wake
     )
     block_size = config.scheduler.kv_block_size
     num_blocks = plan.num_blocks
@@ -79,14 +80,16 @@ def build_engine(
         block_size=block_size,
         max_batch_tokens=config.scheduler.max_batch_tokens,
         max_pairs_per_token=config.adapters.max_per_request,
+        max_samples=memory.max_samples(config),
         layers=layers,
     )
     insisted = config.model.cuda_graphs == "on"
     _ready_device(runner, sizes, limit, on_gpu=device.type == "cuda", insisted=insisted)
     memory.reserve_workspace(plan, device)
     for folder in config.adapters.folders:
+        begin = time.perf_counter()
         names = adapters.register_folder(folder)
-        _log.info("registered %d adapters from %s", len(names), folder)
+        _log.info("registered %d adapters from %s in %.3f s", len(names), folder, time.perf_counter() - begin)
     _log.info(
         "base model: %.1f M parameters in %.1f MiB (%s, activations %s) on %s, kernels %s",
         base.parameters / 1e6,
@@ -109,7 +112,7 @@ def build_engine(
         dtype=str(dtype).removeprefix("torch."),
         device=device.type,
         kernels=kernels,
-        vocab_size=base.model.get_input_embeddings().weight.shape[0],
+        vocab_size=base.vocabulary.size,
         max_model_len=limit,
         parameters=base.parameters,
         weight_bytes=base.weight_bytes,
@@ -161,16 +164,34 @@ def _ready_device(
 
 
 def _registry(empty: EmptyModel) -> SiteRegistry:
-    """The places of a model where adapters act."""
+    """The places of a model where adapters act, numbered as its parts are once they are loaded."""
     projections = [projection for group in empty.grouped for projection in group]
+    ends = empty.ends
+    biased = {p.path for p in projections if p.has_bias}
+    biased |= {norm.path for norm in empty.norms if norm.has_bias}
     return SiteRegistry(
         ((p.path, p.in_features, p.out_features) for p in projections),
-        biased={p.path for p in projections if p.has_bias},
-        hidden_size=empty.model.get_input_embeddings().weight.shape[1],
+        biased=biased | ({ends.head_path} if ends.head_has_bias else set()),
+        hidden_size=ends.hidden_size,
         sharing={p.path for group in empty.grouped if len(group) > 1 for p in group},
+        norms=((norm.path, norm.width) for norm in empty.norms),
+        embedding=ends.embedding_path,
+        head=ends.head_path,
+        vocabulary=ends.tokens,
+        tied=ends.tied,
         kv_shapes=empty.kv_shapes,
         model_type=empty.config.model_type,
         residual=empty.residual,
+    )
+
+
+def _frozen_base(base: BaseModel) -> FrozenProjections:
+    """A base model's weights as the loading of adapters asks for them."""
+    ends = base.vocabulary
+    return FrozenProjections(
+        base.groups,
+        (ends.embedding_path, ends.table),
+        (ends.head_path, ends.head_table, ends.head_bias),
     )
 
 

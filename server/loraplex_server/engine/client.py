@@ -46,8 +46,15 @@ class EngineClient:
     holds back nobody else; `stream` joins what has piled up.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, info: EngineInfo) -> None:
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        info: EngineInfo,
+        note: Callable[[AdapterCommand, AdapterReply], None] | None = None,
+    ) -> None:
         self.info = info
+        self._note = note
         self._reader = reader
         self._writer = writer
         self._streams: dict[str, asyncio.Queue[TokenDelta | ServerError]] = {}
@@ -61,8 +68,13 @@ class EngineClient:
         self._task = asyncio.create_task(self._receive(), name="engine-client")
 
     @classmethod
-    async def connect(cls, socket_path: str, token: str) -> EngineClient:
+    async def connect(
+        cls, socket_path: str, token: str, note: Callable[[AdapterCommand, AdapterReply], None] | None = None
+    ) -> EngineClient:
         """Connects to the engine listening at `socket_path`.
+
+        Args:
+            note: called with each adapter command that succeeded.
 
         Raises:
             UnavailableError: nobody listens there, or it speaks another version.
@@ -76,7 +88,7 @@ class EngineClient:
             raise UnavailableError(f"the engine cannot be reached: {error}") from error
         if not isinstance(message, Welcome) or message.version != PROTOCOL_VERSION:
             raise UnavailableError("the engine speaks another protocol version; run one release of both")
-        return cls(reader, writer, message.info)
+        return cls(reader, writer, message.info, note)
 
     @property
     def alive(self) -> bool:
@@ -211,10 +223,19 @@ class EngineClient:
         return (await self._adapter_command(op, **fields)).adapters
 
     async def _adapter_command(self, op: str, **fields: Any) -> AdapterReply:
-        reply = await self._call(lambda call_id: AdapterCommand(call_id, op, **fields))
+        return await self._command(AdapterCommand(0, op, **fields))
+
+    async def repeat(self, command: AdapterCommand, *, inplace: bool = False) -> None:
+        """Runs a command again, as it was sent to another engine."""
+        await self._command(msgspec.structs.replace(command, inplace=inplace))
+
+    async def _command(self, command: AdapterCommand) -> AdapterReply:
+        reply = await self._call(lambda call_id: msgspec.structs.replace(command, call_id=call_id))
         assert isinstance(reply, AdapterReply)
         if reply.error is not None:
             raise from_info(reply.error)
+        if self._note is not None:
+            self._note(command, reply)
         return reply
 
     async def _call(self, make: Callable[[int], ToEngine]) -> AdapterReply | IntegrityReply:
@@ -237,7 +258,9 @@ class EngineClient:
             while True:
                 self._dispatch(await _read(self._reader))
         except (OSError, asyncio.IncompleteReadError):
-            self._lose(UnavailableError("the engine has stopped; the server has to be restarted"))
+            self._lose(
+                UnavailableError("the engine has stopped; try again when it is back", retry_after_s=2.0)
+            )
         except msgspec.DecodeError as error:
             self._lose(InternalError(f"the engine sent what is no message: {error}"))
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import msgspec
 
+from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.adapters.store import AdapterStore
 from loraplex_server.config import EngineConfig
 from loraplex_server.core.request import FinishReason, Request
@@ -201,8 +202,8 @@ class Engine:
     def _advance(self, step: _Step) -> None:
         """Takes what a launched step computes as computed, and its tokens as there, though not known yet.
 
-        A request that ends with it, or whose sampling must know it, gets no such token: it is not scheduled
-        until it is known.
+        A request that ends with it, or that cannot go on without knowing it, gets no such token: it is not
+        scheduled until it is known.
         """
         samples = 0
         for item, is_sampled in step.scheduled:
@@ -211,10 +212,13 @@ class Engine:
             if sequence.status is Status.FINISHED:
                 continue
             sequence.num_computed += item.num_tokens
-            needs_it = sequence.request.sampling.penalised or self._is_last(sequence, 1)
-            if is_sampled and self._runner.asynchronous and not needs_it:
+            if is_sampled and self._runner.asynchronous and not self._must_know(sequence):
                 sequence.token_ids.append(0)
                 sequence.awaited = samples - 1
+
+    def _must_know(self, sequence: Sequence) -> bool:
+        """Whether the host has to know a sequence's next token before there can be another."""
+        return self._is_last(sequence, 1) or sequence.request.sampling.penalised
 
     def _is_last(self, sequence: Sequence, more: int = 0) -> bool:
         """Whether with `more` tokens than it has a sequence is as long as it may be."""
@@ -310,7 +314,7 @@ class Engine:
             raise InvalidArgumentError.field(
                 "prompt", f"has {len(request.prompt_token_ids)} tokens; this server takes fewer than {limit}"
             )
-        if not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < self.info.vocab_size:
+        if min(request.prompt_token_ids) < 0:
             raise InvalidArgumentError.field(
                 "prompt", f"has a token id outside the vocabulary of {self.info.vocab_size}"
             )
@@ -329,6 +333,11 @@ class Engine:
             )
         weights = [use.weight for use in request.adapters]
         handles = self.adapters.resolve(names, weights)
+        try:
+            self._check_tokens(request, handles)
+        except ServerError:
+            self.adapters.release(handles)
+            raise
         sequence = Sequence(request, client, handles, caches=self._prefix_cache and request.cache_prefix)
         if sequence.num_prompt >= limit:
             self.adapters.release(handles)
@@ -339,6 +348,21 @@ class Engine:
             )
         self._sequences[client, request.request_id] = sequence
         self.scheduler.add(sequence)
+
+    def _check_tokens(self, request: Request, handles: tuple[AdapterHandle, ...]) -> None:
+        """Every token id that the request names is the base's, or one that its adapter adds."""
+        known = self.info.vocab_size + max((handle.added_tokens for handle in handles), default=0)
+        for field, ids in (
+            ("prompt", request.prompt_token_ids),
+            ("stop_token_ids", request.sampling.stop_token_ids),
+            ("logit_bias", [token for token, _ in request.sampling.logit_bias]),
+        ):
+            if ids and max(ids) >= known:
+                raise InvalidArgumentError.field(
+                    field,
+                    f"has a token id outside the vocabulary of {known}"
+                    + (", the adapter's added tokens included" if known > self.info.vocab_size else ""),
+                )
 
     def _batch_position(self, item: Scheduled) -> tuple[bool, list[int]]:
         """Decodes first, then chunks; within either, one adapter's rows together: fewer, larger tiles."""

@@ -8,7 +8,7 @@ so nobody is overtaken for ever, whatever the others ask for. Priorities are str
 Within a round, requests whose adapter is on the device go before those that need a swap: one swap then serves
 a quantum's worth of requests.
 
-Accounts that had nothing waiting begin again, at most, a quantum behind the others (start-time fair
+Accounts that had nothing in the engine begin again in the round where the others are (start-time fair
 queueing): time in which nobody else wanted anything is neither held against a tenant nor saved up by it.
 """
 
@@ -99,8 +99,8 @@ class Ledger:
     def wait(self, sequence: Sequence) -> None:
         """A sequence is put into the queue."""
         for account, parent in _flow(sequence).lineage():
-            if not account.waiting:
-                account.served = max(account.served, self._floor(parent))
+            floor = self._floor(parent, idle=account.live == 1)
+            account.served = max(account.served, floor)
             account.waiting += 1
 
     def admit(self, sequence: Sequence, now_s: float) -> None:
@@ -124,16 +124,15 @@ class Ledger:
             if len(parent.parts) > _MAX_IDLE_ACCOUNTS + parent.live:
                 self._forget(parent)
 
-    def _floor(self, parent: Account) -> float:
-        """The least that a part that comes back counts as given: that before the round before this one.
-
-        A round's quantum so stays open to those who ask for little at a time.
+    def _floor(self, parent: Account, *, idle: bool) -> float:
+        """The least that a part counts as given: all before this round, once it had nothing left in the
+        engine; else all before the last one, so that its quantum stays open to who asks for little at a time.
         """
-        return float((parent.round - 1) * self._rounds.quantum)
+        return float((parent.round if idle else parent.round - 1) * self._rounds.quantum)
 
     def _forget(self, parent: Account) -> None:
         """Drops accounts that are not in use; those first that would begin at the floor anyway."""
-        floor = self._floor(parent)
+        floor = self._floor(parent, idle=True)
         kept = {name: part for name, part in parent.parts.items() if part.live or part.served > floor}
         if len(kept) > _MAX_IDLE_ACCOUNTS // 2 + parent.live:
             kept = {name: part for name, part in kept.items() if part.live}
@@ -288,7 +287,7 @@ def _take_turns(tenants: list[_Tenant], passed: Container[Account]) -> Iterator[
 
 def _by_priority(sequences: list[Sequence]) -> Iterable[tuple[int, list[Sequence]]]:
     first = sequences[0].request.priority
-    if all(sequence.request.priority == first for sequence in sequences):
+    if len(sequences) == 1 or all(sequence.request.priority == first for sequence in sequences):
         return ((first, sequences),)
     found: defaultdict[int, list[Sequence]] = defaultdict(list)
     for sequence in sequences:

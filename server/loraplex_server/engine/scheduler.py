@@ -9,8 +9,8 @@ not waited for.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable
 from typing import Protocol
 
@@ -30,10 +30,18 @@ iterated; it need not offer their requests any more.
 """
 
 _MAX_BLOCKED = 8
-"""Requests without room for their adapters in one step; behind so many, nobody gets an adapter swapped in."""
+"""Requests without room for their adapters in one step, behind which nobody gets an adapter swapped in."""
 
-_ALL_TURNS = 16
-"""So many times its patience later, a request that needs room has all adapters freed."""
+_ALONE_AFTER = 8
+"""Waiting for so many times its patience, a request is the only one to get room."""
+
+_DOUBLE_AFTER = 4
+"""After every so many times its patience, twice as many adapters are freed for a request that needs room."""
+
+_MAX_DOUBLINGS = 16
+
+_VAIN_AFTER = 8
+"""An adapter that gets no new requests for so long and is not idle yet is left alone before others."""
 
 
 def fifo_within_priority(
@@ -112,6 +120,7 @@ class Scheduler:
         rounds = DeficitRoundRobin(config.fair_quantum, config.fair_aging_s)
         self._order = order or rounds
         self._ledger = Ledger(rounds)
+        self._holds: dict[str, _Hold] = {}
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.prefix_queries = 0
@@ -203,26 +212,54 @@ class Scheduler:
     ) -> None:
         filling = [one for one in self.running if one.caches and one.num_pending > 1]
         admission = _Admission(scheduled, failed, filling, budget, now_s)
-        if not self._full(admission) and not self._offer(self.waiting, admission):
-            self._offer([one for one in self.waiting if admission.may_join(one)], admission)
+        if self._full(admission):
+            return
+        passed = admission.passed
+        candidates = self.waiting
+        if urgent := self._urgent(now_s):
+            self._offer(urgent, admission)
+            self._make_room([one for one in urgent if not one.reserved], admission)
+            candidates = [one for one in candidates if admission.may_join(one)]
+        if not self._offer(self._order(candidates, now_s, passed), admission):
+            there = [one for one in self.waiting if admission.may_join(one, resident=True)]
+            self._offer(self._order(there, now_s, passed), admission)
+
+    def _urgent(self, now_s: float) -> list[Sequence]:
+        """Those who have waited for room on the device beyond their patience; a few, the longest first.
+
+        One who has waited for a multiple of it stands alone: who needs much room must not have it taken away
+        piece by piece.
+        """
+        patience_s = self._config.max_adapter_wait_s
+        waits = [
+            (-sequence.request.priority, sequence.adapter_wait_start_s, number)
+            for number, sequence in enumerate(self.waiting)
+            if sequence.adapter_wait_start_s is not None
+            and now_s - sequence.adapter_wait_start_s > patience_s
+            and not sequence.reserved
+        ]
+        if not waits:
+            return []
+        alone = now_s - min(waits)[1] > _ALONE_AFTER * patience_s > 0
+        return [self.waiting[number] for *_, number in heapq.nsmallest(1 if alone else _MAX_BLOCKED, waits)]
 
     def _full(self, admission: _Admission) -> bool:
         # Who waits for blocks that are coming has a place already.
         places = self._config.max_num_requests - admission.num_coming
         return admission.budget <= 0 or len(self.running) >= places
 
-    def _offer(self, candidates: list[Sequence], admission: _Admission) -> bool:
-        """Admits those of the candidates that can run; False if for want of room on the device the rest can
-        only be those who need none that is not theirs already."""
+    def _offer(self, ordered: Iterable[Sequence], admission: _Admission) -> bool:
+        """Admits those that can run. False if so many found no room on the device that only those are left
+        who need none."""
         passed, now_s = admission.passed, admission.now_s
-        for sequence in self._order(candidates, now_s, passed):
+        for sequence in ordered:
             if self._full(admission):
                 break
             flow = sequence.flow
             assert flow is not None
             if flow in passed:
                 continue
-            match self._readiness(sequence):
+            match self._readiness(sequence, now_s):
                 case Readiness.FAILED:
                     error = self._adapters.failure(sequence.handles) or InternalError("no reason was given")
                     self.finish(sequence)
@@ -236,7 +273,7 @@ class Scheduler:
                     self._note_wait(sequence, now_s)
                     passed.add(flow)
                     admission.num_blocked += 1
-                    if self._make_room(sequence, admission) or admission.num_blocked >= _MAX_BLOCKED:
+                    if admission.num_blocked >= _MAX_BLOCKED:
                         return False
                     continue
                 case Readiness.READY:
@@ -264,27 +301,34 @@ class Scheduler:
             admission.budget -= num_tokens
         return True
 
-    def _make_room(self, sequence: Sequence, admission: _Admission) -> bool:
-        """Sees to it that a sequence without room on the device gets some; whether that takes more than time.
+    def _make_room(self, urgent: list[Sequence], admission: _Admission) -> None:
+        """Sees to it that those without room on the device get some.
 
-        At first it waits for an adapter that falls idle by itself. Once it has waited for long, adapters in
-        use get no new requests from those behind it, one first, and the longer the more, until one that can
-        be evicted leaves room enough; and room that is idle is left to it.
+        Until its patience has run out, a request waits for an adapter that falls idle by itself. Then an
+        adapter in use gets no new requests, for each that waits one at first, and the longer it waits, the
+        more; room that is idle is left to them. Adapters go in and out by turns of at least that patience,
+        so that each swap serves all who wait for it.
         """
-        patience_s, started_s = self._config.max_adapter_wait_s, sequence.adapter_wait_start_s
-        assert started_s is not None
-        waited_s = admission.now_s - started_s
-        if waited_s <= patience_s:
-            return False
-        turns = min(_ALL_TURNS, int(waited_s / patience_s)) if patience_s > 0 else _ALL_TURNS
-        holders = (one for one in (*self.running, *self.waiting) if one.reserved)
-        held = Counter(handle.name for one in holders for handle in one.handles)
-        # Those that the fewest requests hold are idle soonest.
-        drained = sorted(held, key=lambda name: (held[name], name))[: (1 << turns) - 1]
-        admission.open_adapters = held.keys() - set(drained)
-        return True
+        if not urgent:
+            return
+        patience_s, now_s = self._config.max_adapter_wait_s, admission.now_s
+        count = 0
+        for one in urgent:
+            assert one.adapter_wait_start_s is not None
+            beyond_s = now_s - one.adapter_wait_start_s - patience_s
+            doublings = int(beyond_s / (_DOUBLE_AFTER * patience_s)) if patience_s > 0 else _MAX_DOUBLINGS
+            count += 1 << min(doublings, _MAX_DOUBLINGS)
+        due = [hold for hold in self._holds.values() if now_s - hold.since_s >= patience_s]
+        # Those that the fewest requests hold are idle soonest, but for those where that was tried in vain.
+        vain_s = _VAIN_AFTER * patience_s
+        due.sort(key=lambda hold: (hold.drained_longer_than(vain_s, now_s), hold.count))
+        for hold in due[:count]:
+            hold.drained_s = now_s if hold.drained_s is None else hold.drained_s
+        drained = {hold.name for hold in due[:count]}
+        admission.open_adapters = self._holds.keys() - drained
+        admission.priority = max(one.request.priority for one in urgent)
 
-    def _readiness(self, sequence: Sequence) -> Readiness:
+    def _readiness(self, sequence: Sequence, now_s: float) -> Readiness:
         if not sequence.handles:
             return Readiness.READY
         if sequence.reserved:
@@ -292,6 +336,8 @@ class Scheduler:
         else:
             readiness = self._adapters.reserve(sequence.handles)
             sequence.reserved = readiness in (Readiness.READY, Readiness.LOADING)
+            if sequence.reserved:
+                self._hold(sequence, now_s)
         return readiness
 
     def _is_coming(self, sequence: Sequence, filling: list[Sequence]) -> bool:
@@ -359,6 +405,15 @@ class Scheduler:
         if sequence.reserved:
             self._adapters.unreserve(sequence.handles)
             sequence.reserved = False
+            for handle in sequence.handles:
+                hold = self._holds[handle.name]
+                hold.count -= 1
+                if not hold.count:
+                    del self._holds[handle.name]
+
+    def _hold(self, sequence: Sequence, now_s: float) -> None:
+        for handle in sequence.handles:
+            self._holds.setdefault(handle.name, _Hold(handle.name, now_s)).count += 1
 
     @staticmethod
     def _note_wait(sequence: Sequence, now_s: float) -> None:
@@ -406,6 +461,25 @@ class Scheduler:
         return problems
 
 
+@dataclasses.dataclass
+class _Hold:
+    """An adapter in use.
+
+    Attributes:
+        count: requests that run with it, or wait with its room set aside.
+        since_s: when the first of them got it; it was in use ever since.
+        drained_s: when it was first refused to others, to fall idle.
+    """
+
+    name: str
+    since_s: float
+    count: int = 0
+    drained_s: float | None = None
+
+    def drained_longer_than(self, seconds: float, now_s: float) -> bool:
+        return self.drained_s is not None and now_s - self.drained_s > seconds
+
+
 class _Admission:
     """One step's admission so far.
 
@@ -414,7 +488,8 @@ class _Admission:
         passed: flows whose next request has to wait.
         num_coming: sequences that wait for blocks which those are about to compute.
         num_blocked: how many there was no room on the device for.
-        open_adapters: those that may get more requests; None for all that are on the device.
+        open_adapters: those that may get more requests; None for all.
+        priority: of those that room is kept for; higher ones are not concerned.
     """
 
     def __init__(
@@ -434,11 +509,20 @@ class _Admission:
         self.num_blocked = 0
         self.num_coming = 0
         self.open_adapters: Collection[str] | None = None
+        self.priority = 0
 
-    def may_join(self, sequence: Sequence) -> bool:
-        """Whether a sequence takes no room from those that wait for some."""
-        if sequence.reserved:
+    def may_join(self, sequence: Sequence, *, resident: bool = False) -> bool:
+        """Whether a sequence takes no room from those that it is kept for; `resident`: and needs none."""
+        handles = sequence.handles
+        if not handles or sequence.reserved:
             return True
-        if self.open_adapters is None:
-            return all(handle.resident for handle in sequence.handles)
-        return all(handle.resident and handle.name in self.open_adapters for handle in sequence.handles)
+        # One at a time: thousands may wait.
+        names = self.open_adapters
+        if names is None or sequence.request.priority > self.priority:
+            if not resident:
+                return True
+            names = None
+        for handle in handles:
+            if not handle.resident or (names is not None and handle.name not in names):
+                return False
+        return True

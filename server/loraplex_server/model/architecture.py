@@ -29,6 +29,27 @@ class Projection:
     has_bias: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """One norm over the hidden size."""
+
+    path: str
+    width: int
+    has_bias: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Ends:
+    """Where token ids go in and come out. `tied`: both are one table."""
+
+    embedding_path: str
+    head_path: str
+    tokens: int
+    hidden_size: int
+    head_has_bias: bool
+    tied: bool
+
+
 def check(config: PreTrainedConfig) -> None:
     """Refuses what is known not to work, before anything is built.
 
@@ -139,6 +160,45 @@ def find_groups(model: PreTrainedModel) -> list[tuple[Projection, ...]]:
         taken.update(member.path for member in group)
         groups.append(group)
     return groups
+
+
+def find_norms(model: PreTrainedModel) -> list[Norm]:
+    """Every norm over the hidden size, with its path: a module of a weight, perhaps a bias, as long as it.
+
+    Norms of single heads see their rows in an order that differs from family to family, and are left out.
+    """
+    hidden = model.get_input_embeddings().weight.shape[1]
+    found = []
+    for path, module in model.named_modules():
+        parameters = dict(module.named_parameters())
+        shapes = {tuple(parameter.shape) for parameter in parameters.values()}
+        if "weight" in parameters and parameters.keys() <= {"weight", "bias"} and shapes == {(hidden,)}:
+            found.append(Norm(path, hidden, "bias" in parameters))
+    return found
+
+
+def find_ends(model: PreTrainedModel) -> Ends:
+    """The embedding and the head.
+
+    Raises:
+        FailedPreconditionError: the head is something else than a linear module with a row for each token.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tokens, hidden = embedding.weight.shape
+    if not isinstance(head, torch.nn.Linear) or head.weight.shape != embedding.weight.shape:
+        raise _refusal(
+            model.config.model_type,
+            f"its head is no nn.Linear of {hidden} inputs and {tokens} outputs, as its embedding has",
+        )
+    paths = {module: path for path, module in model.named_modules()}
+    return Ends(
+        embedding_path=paths[embedding],
+        head_path=paths[head],
+        tokens=tokens,
+        hidden_size=hidden,
+        head_has_bias=head.bias is not None,
+        tied=bool(getattr(model.config, "tie_word_embeddings", False)),
+    )
 
 
 def residual_norms(model: PreTrainedModel) -> dict[str, str]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from loraplex_kernels.attention import AttentionBatch, LayerShape
-from loraplex_server.model.effects import Effect
+from loraplex_server.model.effects import Effect, NormEffect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,9 @@ class StepContext:
         kv_caches: one tensor a layer, [num_blocks, 2, num_kv_heads, block_size, head_dim].
         attended: (query, key) pairs of the batch, a measure of the attention's cost.
         effects: what adapters do at each site in this step, in order; empty in a base-only step.
+        norms: what they do at each norm; empty where none has one of its own.
+        head: what they do at the head, of whose input only the sampled rows are there.
+        added_tokens: most that one of them adds to the vocabulary.
         seen: where given, each layer notes here what it asks of the attention.
     """
 
@@ -32,6 +35,9 @@ class StepContext:
     kv_caches: tuple[torch.Tensor, ...]
     effects: tuple[Effect, ...] = ()
     attended: int = 0
+    norms: tuple[NormEffect, ...] = ()
+    head: tuple[Effect, ...] = ()
+    added_tokens: int = 0
     seen: dict[int, LayerShape] | None = None
 
 

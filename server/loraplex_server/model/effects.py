@@ -1,16 +1,20 @@
-"""What adapters do to the projections of a step. The runner and the linears know only `Effect`."""
+"""What adapters do in a step. The runner and the model's stand-ins know only `Effect` and its two kin."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from loraplex_kernels import bottleneck, lora, vectors
+from loraplex_kernels import bottleneck, lora, replacement, vectors, vocabulary
 from loraplex_kernels.lora import LoraBatch, LoraPool, LoraSite
 from loraplex_server.model.residual import ResidualStream
+
+if TYPE_CHECKING:
+    from loraplex_server.model.norm import NormSite
+    from loraplex_server.model.vocabulary import Vocabulary
 
 
 class Effect(Protocol):
@@ -25,6 +29,20 @@ class Effect(Protocol):
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
         """Changes the output [T, out] in place; `x` is what the frozen weight saw."""
+
+
+class EmbeddingEffect(Protocol):
+    """What an adapter does where token ids become vectors."""
+
+    def embed(self, site: Vocabulary, ids: torch.Tensor, x: torch.Tensor) -> None:
+        """Changes the embeddings x [T, hidden] of the token ids [T] in place."""
+
+
+class NormEffect(Protocol):
+    """What an adapter does at a norm."""
+
+    def norm(self, site: NormSite, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Changes the output y [T, width] in place; x is the input."""
 
 
 Kinds = tuple[type[Effect], ...]
@@ -57,6 +75,9 @@ class LowRankAdd(_Pooled):
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
         lora.apply(x, y, self.pool, site, self.batch)
 
+    def embed(self, site: Vocabulary, ids: torch.Tensor, x: torch.Tensor) -> None:
+        vocabulary.add_low_rank(x, ids, self.pool, site.embedding, self.batch, site.scale)
+
 
 class InputScale(_Pooled):
     """IA3 on a feed-forward's input: x times the token's vector."""
@@ -71,12 +92,37 @@ class OutputScale(_Pooled):
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
         vectors.scale_output(y, self.pool, site, self.batch)
 
+    def embed(self, site: Vocabulary, ids: torch.Tensor, x: torch.Tensor) -> None:
+        vectors.scale_output(x, self.pool, site.embedding, self.batch)
+
 
 class BiasAdd(_Pooled):
     """A LoRA pair's bias: y += weight * b."""
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
         vectors.add_bias(y, self.pool, site, self.batch)
+
+
+class OwnWeights(_Pooled):
+    """modules_to_save: projections and norms with weights of the adapter's own."""
+
+    def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
+        replacement.linear(x, y, self.pool, site, self.batch)
+
+    def norm(self, site: NormSite, x: torch.Tensor, y: torch.Tensor) -> None:
+        for own in replacement.own_weights(self.pool, self.batch, site.entry, 1, site.width):
+            rows = site.compute(x.index_select(0, own.tokens), own.weight[0], own.bias)
+            y.index_copy_(0, own.tokens, rows)
+
+
+class TokenRows(_Pooled):
+    """Rows of the embedding and of the head that are the adapter's own: trained, or of added tokens."""
+
+    def embed(self, site: Vocabulary, ids: torch.Tensor, x: torch.Tensor) -> None:
+        vocabulary.place_rows(x, ids, self.pool, site.embedding, self.batch, site.scale)
+
+    def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
+        vocabulary.replace_logits(x, y, self.pool, site, self.batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +150,41 @@ def effects_of(
     if not vectors.any_vectors(pool, batch):
         return (pairs,)
     # The magnitude of DoRA scales the base's output alone: its pair, scaled at load, comes after.
-    effects = (InputScale(pool, batch), OutputScale(pool, batch), pairs, BiasAdd(pool, batch))
+    effects: tuple[Effect, ...] = (
+        InputScale(pool, batch),
+        OutputScale(pool, batch),
+        pairs,
+        BiasAdd(pool, batch),
+    )
+    if replacement.any_weights(pool, batch):
+        effects = (OwnWeights(pool, batch), *effects)
     if not bottleneck.any_networks(pool, batch):
         return effects
     if residual is not None:
         residual.watch()
     return (*effects, Bottlenecks(pool, batch, residual))
+
+
+def acts_outside(pool: LoraPool, batch: LoraBatch) -> bool:
+    """Whether an adapter of the batch acts at a norm, the embedding or the head."""
+    return bool(pool.host.outside[batch.host.segment[:, 0]].any())
+
+
+def norm_effects(pool: LoraPool, batch: LoraBatch) -> tuple[NormEffect, ...]:
+    """What the adapters of a batch do at norms."""
+    return (OwnWeights(pool, batch),) if replacement.any_weights(pool, batch) else ()
+
+
+def embedding_effects(pool: LoraPool, batch: LoraBatch, site: Vocabulary) -> tuple[EmbeddingEffect, ...]:
+    """What the adapters of a batch do at the embedding, in order."""
+    if not vocabulary.acts_at(pool, batch, site.embedding.first_entry):
+        return ()
+    return (TokenRows(pool, batch), OutputScale(pool, batch), LowRankAdd(pool, batch))
+
+
+def head_effects(pool: LoraPool, batch: LoraBatch, site: Vocabulary) -> tuple[Effect, ...]:
+    """What the adapters of a batch of sampled rows do at the head, in order."""
+    entry = site.head.first_entry
+    if not vocabulary.acts_at(pool, batch, entry):
+        return ()
+    return (TokenRows(pool, batch), OutputScale(pool, batch), LowRankAdd(pool, batch), BiasAdd(pool, batch))

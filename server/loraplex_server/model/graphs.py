@@ -26,7 +26,7 @@ from loraplex_kernels.attention import AttentionBuffers, LayerShape
 from loraplex_kernels.lora import LoraBatchBuffers, LoraPool
 from loraplex_server.core.step import StepPlan
 from loraplex_server.model.context import StepContext
-from loraplex_server.model.effects import Kinds, effects_of, kinds
+from loraplex_server.model.effects import Effect, Kinds, acts_outside, effects_of, kinds
 from loraplex_server.model.recording import Work, recorder
 from loraplex_server.model.transfer import pins, send
 
@@ -135,7 +135,12 @@ class DecodeGraphs:
         bucket = self._bucket(plan)
         if bucket is None:
             return None
-        effects = effects_of(self._pool, bucket.lora.fill(plan.runs)) if len(plan.run_start) else ()
+        effects: tuple[Effect, ...] = ()
+        if len(plan.run_start):
+            pairs = bucket.lora.fill(plan.runs)
+            if acts_outside(self._pool, pairs):
+                return None
+            effects = effects_of(self._pool, pairs)
         replay = bucket.replays.get(kinds(effects))
         if replay is None:
             return None

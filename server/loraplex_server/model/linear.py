@@ -72,15 +72,27 @@ class SiteGroup:
 class FrozenHead(torch.nn.Module):
     """The output embeddings, unquantised, in the place of an `nn.Linear` that shares its parameters."""
 
-    def __init__(self, linear: torch.nn.Linear) -> None:
+    def __init__(self, linear: torch.nn.Linear, site: LoraSite) -> None:
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
+        self._site = site
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., hidden] to [..., vocabulary]."""
+        """[..., hidden] to [..., vocabulary], and the tokens that adapters of this step add; of those, only
+        where a row's adapter has them are logits what they seem.
+        """
         with parallel.threads_for(_product_us(x, self.weight.shape[0])):
-            return dense.linear(x, self.weight, self.bias)
+            y = dense.linear(x, self.weight, self.bias)
+        step = context.current()
+        if not step.head:
+            return y
+        if step.added_tokens:
+            y = torch.nn.functional.pad(y, (0, step.added_tokens))
+        rows, logits = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        for effect in step.head:
+            effect.after(self._site, rows, logits)
+        return y
 
 
 class SiteLinear(torch.nn.Module):

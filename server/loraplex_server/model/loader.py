@@ -25,10 +25,12 @@ from loraplex_kernels.lora import LoraSite
 from loraplex_server.config import ModelConfig
 from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError
 from loraplex_server.model import architecture
-from loraplex_server.model.architecture import Projection
+from loraplex_server.model.architecture import Ends, Norm, Projection
 from loraplex_server.model.checkpoint import Checkpoint, locate
 from loraplex_server.model.linear import FrozenHead, SiteGroup, SiteLinear
+from loraplex_server.model.norm import NormSite, attach
 from loraplex_server.model.residual import ResidualStream
+from loraplex_server.model.vocabulary import Vocabulary
 from loraplex_server.model.weights import FrozenWeight, WeightFormat
 
 
@@ -56,6 +58,8 @@ class BaseModel:
         model: the transformers model; call it inside a `context.running` block only.
         groups: its projections; entries of the adapter tables are numbered in this order.
         projections: (path, in, out) of each entry.
+        norms: its norms, whose entries follow.
+        vocabulary: embedding and head, whose entries are the last two.
         kv_shapes: (KV heads, head dimension) of each layer.
         residual: what sub-blocks' outputs are added to, for the adapters that read it.
         parameters: of the unquantised model.
@@ -66,6 +70,8 @@ class BaseModel:
     format: WeightFormat
     groups: tuple[SiteGroup, ...]
     projections: tuple[Projection, ...]
+    norms: tuple[NormSite, ...]
+    vocabulary: Vocabulary
     kv_shapes: tuple[tuple[int, int], ...]
     eos_token_ids: tuple[int, ...]
     parameters: int
@@ -135,6 +141,8 @@ class EmptyModel:
     Attributes:
         model: its parameters are on the meta device.
         grouped: projections that will be held as one, siblings of one input together, in layer order.
+        norms: over the hidden size.
+        ends: embedding and head.
         residual: path of the projection that ends a sub-block, to that of the norm that begins it.
         parameters: of the unquantised model.
     """
@@ -143,6 +151,8 @@ class EmptyModel:
     config: PreTrainedConfig
     format: WeightFormat
     grouped: tuple[tuple[Projection, ...], ...]
+    norms: tuple[Norm, ...]
+    ends: Ends
     kv_shapes: tuple[tuple[int, int], ...]
     residual: dict[str, str]
     parameters: int
@@ -170,6 +180,8 @@ class EmptyModel:
             config=config,
             format=weight_format,
             grouped=tuple(architecture.find_groups(model)),
+            norms=tuple(architecture.find_norms(model)),
+            ends=architecture.find_ends(model),
             kv_shapes=tuple(architecture.kv_shapes(model)),
             residual=architecture.residual_norms(model),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -215,16 +227,20 @@ class EmptyModel:
         model = self.model
         expected = set(model.state_dict())
         groups = _Filler(model, list(self.grouped), self.format).fill(source, expected, progress)
-        head = model.get_output_embeddings()
-        if isinstance(head, torch.nn.Linear):
-            model.set_output_embeddings(FrozenHead(head))
         model.to(self.format.device)
+        entries = sum(len(group) for group in self.grouped)
+        norms = tuple(
+            attach(model.get_submodule(norm.path), norm, entries + index)
+            for index, norm in enumerate(self.norms)
+        )
         return BaseModel(
             model=model,
             config=self.config,
             format=self.format,
             groups=tuple(groups),
             projections=tuple(projection for group in self.grouped for projection in group),
+            norms=norms,
+            vocabulary=_vocabulary(model, self.ends, entries + len(norms)),
             kv_shapes=self.kv_shapes,
             residual=ResidualStream(model, self._residual_norms()),
             eos_token_ids=self.eos_token_ids,
@@ -262,6 +278,25 @@ def load(config: ModelConfig, *, progress: bool = True) -> BaseModel:
     """
     empty, checkpoint = prepare(config)
     return empty.fill(checkpoint, progress=progress)
+
+
+def _vocabulary(model: PreTrainedModel, ends: Ends, first_entry: int) -> Vocabulary:
+    """The embedding and the head, which is replaced by its stand-in."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    site = LoraSite(first_entry + 1, ends.hidden_size, ((0, ends.tokens),))
+    model.set_output_embeddings(FrozenHead(head, site))
+    scale, table = getattr(embedding, "embed_scale", None), embedding.weight
+    return Vocabulary(
+        embedding=LoraSite(first_entry, ends.tokens, ((0, ends.hidden_size),)),
+        embedding_path=ends.embedding_path,
+        head=site,
+        head_path=ends.head_path,
+        head_bias=head.bias,
+        table=table,
+        head_table=head.weight,
+        # As the module multiplies: rounded to the activations' type.
+        scale=1.0 if scale is None else float(torch.as_tensor(scale).to("cpu", table.dtype)),
+    )
 
 
 class _Filler:

@@ -116,8 +116,7 @@ def make_plan(
     if narrow and triton and device.type == "cuda":
         _check_narrow_floats(device)
     adapters = _adapter_bytes(registry, config, dtype)
-    samples = min(scheduler.max_num_requests, scheduler.max_batch_tokens)
-    step = StepSize(scheduler.max_batch_tokens, samples, _max_pairs(config), adapters.max_rank)
+    step = StepSize(scheduler.max_batch_tokens, max_samples(config), _max_pairs(config), adapters.max_rank)
     fixed = [
         Part(
             f"base weights ({empty.format.quantization})",
@@ -151,6 +150,8 @@ def make_plan(
             )
         )
     if device.type == "cuda":
+        # What this process has let go of is its allocator's, and not in use.
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         fixed = [
             Part("in use already", total - free),
@@ -205,9 +206,12 @@ def allocate_kv(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[torch.Tensor, ...]:
-    """One cache a layer, of the attention op's `kv_cache_shape`."""
+    """One cache a layer, of the attention op's `kv_cache_shape`; written, so that its memory is really there.
+
+    Else a system that gives memory when it is first written might be found to have too little in mid-service.
+    """
     return tuple(
-        torch.zeros(kv_cache_shape(num_blocks, block_size, heads, width), dtype=dtype, device=device)
+        torch.empty(kv_cache_shape(num_blocks, block_size, heads, width), dtype=dtype, device=device).zero_()
         for heads, width in kv_shapes
     )
 
@@ -248,13 +252,23 @@ def _adapter_bytes(registry: SiteRegistry, config: EngineConfig, dtype: torch.dt
     segments = LoraBatchBuffers(
         max_tokens=config.scheduler.max_batch_tokens, max_pairs=_max_pairs(config), device=meta
     )
+    sampled = LoraBatchBuffers(
+        max_tokens=max_samples(config),
+        max_pairs=max_samples(config) * config.adapters.max_per_request,
+        device=meta,
+    )
     return _AdapterBytes(
         arena=pool.arena.nbytes,
         tables=pool.nbytes - pool.arena.nbytes,
-        segments=segments.nbytes,
+        segments=segments.nbytes + sampled.nbytes,
         max_rank=pool.max_rank,
         num_slots=pool.num_slots,
     )
+
+
+def max_samples(config: EngineConfig) -> int:
+    """Most rows of a step whose next token is sampled."""
+    return min(config.scheduler.max_num_requests, config.scheduler.max_batch_tokens)
 
 
 def _total_bytes(device: torch.device) -> int:

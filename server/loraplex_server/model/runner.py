@@ -10,13 +10,20 @@ import numpy as np
 import torch
 
 from loraplex_kernels import parallel, vectors
+from loraplex_kernels import vocabulary as ends
 from loraplex_kernels.attention import AttentionBatch, LayerShape
-from loraplex_kernels.lora import LoraBatchBuffers, LoraPool
-from loraplex_server.core.step import StepOutput, StepPlan
+from loraplex_kernels.lora import LoraBatch, LoraBatchBuffers, LoraPool
+from loraplex_server.core.step import Ints, StepOutput, StepPlan
 from loraplex_server.model import context, sampler, warmup
 from loraplex_server.model.clock import DeviceClock, Span
 from loraplex_server.model.context import StepContext
-from loraplex_server.model.effects import Effect, effects_of
+from loraplex_server.model.effects import (
+    acts_outside,
+    effects_of,
+    embedding_effects,
+    head_effects,
+    norm_effects,
+)
 from loraplex_server.model.graphs import DecodeGraphs, GraphLimits
 from loraplex_server.model.loader import BaseModel
 from loraplex_server.model.prefix import place_prefixes
@@ -52,9 +59,12 @@ class ModelRunner:
         block_size: int,
         max_batch_tokens: int,
         max_pairs_per_token: int,
+        max_samples: int = 0,
         layers: Iterable[LayerShape] = (),
     ) -> None:
-        """`layers`: shapes of the attention, as the self-check saw them; their tables travel together."""
+        """`max_samples`: most rows sampled in a step, 0 for all of its tokens. `layers`: shapes of the
+        attention, as the self-check saw them; their tables travel together.
+        """
         self._base = base
         self._kv_caches = kv_caches
         self._pool = pool
@@ -66,10 +76,9 @@ class ModelRunner:
         self._embed = base.model.get_input_embeddings()
         # An elementwise op on the widest activation: four times the hidden size, eight bytes a nanosecond.
         self._token_us = 4 * self._embed.weight.shape[-1] * 4 / 8_000
-        self._segments = LoraBatchBuffers(
-            max_tokens=max_batch_tokens,
-            max_pairs=max_batch_tokens * max_pairs_per_token,
-            device=self._device,
+        self._segments, self._sampled_segments = (
+            LoraBatchBuffers(max_tokens=tokens, max_pairs=tokens * max_pairs_per_token, device=self._device)
+            for tokens in (max_batch_tokens, max_samples or max_batch_tokens)
         )
         self._clock = DeviceClock(self._device)
         self._graphs: DecodeGraphs | None = None
@@ -91,7 +100,13 @@ class ModelRunner:
         """
         started_s = time.monotonic()
         plans = list(
-            warmup.plans(self._max_batch_tokens, max_context, self._pool.num_slots, self._block_size)
+            warmup.plans(
+                self._max_batch_tokens,
+                max_context,
+                self._pool.num_slots,
+                self._max_pairs_per_token,
+                self._block_size,
+            )
         )
         for done, plan in enumerate(plans, 1):
             self.run(plan)
@@ -153,9 +168,16 @@ class ModelRunner:
 
     def _eager(self, plan: StepPlan) -> Callable[[], torch.Tensor]:
         """The step kernel by kernel."""
-        ids = np.maximum(plan.token_ids, 0)
-        token_ids, positions, rows, fed_row, fed_from = send(
-            [ids, plan.positions, plan.sample_row, plan.fed_row, plan.fed_from], self._device
+        batch = self._segments.fill(plan.runs) if len(plan.run_start) else None
+        # Most steps have adapters of the layers' projections alone, or none, and pay for nothing else.
+        outside = batch if batch is not None and acts_outside(self._pool, batch) else None
+        sampled = None if outside is None else self._sampled(plan, outside)
+        added = self._added_tokens(plan, sampled)
+        vocabulary, ids = self._base.vocabulary, np.maximum(plan.token_ids, 0)
+        if outside is not None and (ids >= vocabulary.size).any():
+            ends.check_ids(ids, self._pool, vocabulary.embedding, outside)
+        token_ids, positions, rows, fed_row, fed_from, added_to = send(
+            [ids, plan.positions, plan.sample_row, plan.fed_row, plan.fed_from, added], self._device
         )
         if len(plan.fed_row):
             assert self._tokens is not None
@@ -172,13 +194,23 @@ class ModelRunner:
                 layers=self._layers,
             ),
             kv_caches=self._kv_caches,
-            effects=self._effects(plan),
             attended=int(np.diff(plan.query_start) @ plan.context_len),
+            # Nothing is launched for a step without adapters.
+            effects=() if batch is None else effects_of(self._pool, batch, self._base.residual),
+            norms=() if outside is None else norm_effects(self._pool, outside),
+            head=() if sampled is None else head_effects(self._pool, sampled, vocabulary),
+            added_tokens=int(added.max(initial=0)),
         )
 
         def forward() -> torch.Tensor:
             with parallel.threads_for(plan.num_tokens * self._token_us):
-                return self._forward(step, self._embeddings(plan, token_ids), positions, rows)
+                embeddings = self._embeddings(plan, token_ids, batch, outside)
+                logits = self._forward(step, embeddings, positions, rows)
+                if step.added_tokens:
+                    columns = torch.arange(step.added_tokens, device=self._device)
+                    missing = columns >= added_to[:, None]
+                    logits[:, vocabulary.size :].masked_fill_(missing, -torch.inf)
+                return logits
 
         return forward
 
@@ -204,16 +236,37 @@ class ModelRunner:
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def _embeddings(self, plan: StepPlan, token_ids: torch.Tensor) -> torch.Tensor:
-        """[T, hidden]; a negative token id is a row of a soft prompt."""
-        found: torch.Tensor = self._embed(token_ids)
-        if (plan.token_ids < 0).any():
-            virtual = torch.from_numpy(plan.token_ids)
-            vectors.place_soft_prompts(found, virtual, self._pool, self._segments.fill(plan.runs))
+    def _embeddings(
+        self, plan: StepPlan, token_ids: torch.Tensor, batch: LoraBatch | None, outside: LoraBatch | None
+    ) -> torch.Tensor:
+        """[T, hidden]; a negative token id is a row of a soft prompt, one past the base's an adapter's."""
+        site = self._base.vocabulary
+        of_base = token_ids if outside is None else token_ids.clamp(max=site.size - 1)
+        found: torch.Tensor = self._embed(of_base)
+        if outside is not None:
+            for effect in embedding_effects(self._pool, outside, site):
+                effect.embed(site, token_ids, found)
+        if batch is not None and (plan.token_ids < 0).any():
+            vectors.place_soft_prompts(found, torch.from_numpy(plan.token_ids), self._pool, batch)
         return found
 
-    def _effects(self, plan: StepPlan) -> tuple[Effect, ...]:
-        """What adapters do in this step; nothing is launched for a step without adapters."""
-        if not len(plan.run_start):
-            return ()
-        return effects_of(self._pool, self._segments.fill(plan.runs), self._base.residual)
+    def _sampled(self, plan: StepPlan, batch: LoraBatch) -> LoraBatch | None:
+        """The batch of the sampled rows alone, None where no adapter does anything at the head."""
+        runs = plan.runs
+        owner = np.searchsorted(plan.run_start, plan.sample_row, "right") - 1
+        inside = (owner >= 0) & (plan.sample_row < plan.run_end[owner])
+        found = [
+            (row, row + 1, runs[run][2])
+            for row, (run, has) in enumerate(zip(owner.tolist(), inside.tolist(), strict=True))
+            if has
+        ]
+        return self._sampled_segments.fill(found) if found else None
+
+    def _added_tokens(self, plan: StepPlan, sampled: LoraBatch | None) -> Ints:
+        """[S]: how many tokens each sampled row's adapter adds to the vocabulary."""
+        added: Ints = np.zeros(len(plan.sample_row), np.int64)
+        if sampled is not None:
+            site = self._base.vocabulary
+            found = ends.added_tokens(self._pool, sampled, site.head.first_entry, site.size)
+            added[: len(found)] = found
+        return added

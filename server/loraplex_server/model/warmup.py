@@ -1,8 +1,8 @@
 """Steps that between them take every kernel variant that a request could meet, so that none waits for one.
 
 Variants are chosen by numbers of rows, of adapters and of keys: the steps go through powers of two of the
-first, each without adapters, with one for all tokens, and with as many as there can be. All that they write
-goes to block 0, and slots that hold no adapter do nothing.
+first, each without adapters, with one and more, up to as many as there can be, and with several for each
+token. All that they write goes to block 0, and slots that hold no adapter do nothing.
 """
 
 from __future__ import annotations
@@ -17,29 +17,55 @@ from loraplex_server.core.step import StepPlan
 _LONG_CONTEXT = 4096
 
 
-def plans(max_tokens: int, max_context: int, num_slots: int, block_size: int) -> Iterator[StepPlan]:
-    """The steps, for a server of at most so many tokens a step, tokens a request and adapters."""
-    for tokens in row_counts(max_tokens):
-        for adapters in dict.fromkeys((0, 1, min(tokens, num_slots))):
-            yield _plan(tokens, tokens, adapters, block_size)
+def plans(
+    max_tokens: int, max_context: int, num_slots: int, max_pairs_per_token: int, block_size: int
+) -> Iterator[StepPlan]:
+    """The steps, for a server of at most so many tokens a step, tokens a request, adapters, and adapters of
+    one token.
+    """
+    powers = _doublings(max_tokens)
+    for tokens in steps_up_to(max_tokens):
+        yield _plan(tokens, tokens, 0, 1, num_slots, block_size)
+        if tokens in powers or tokens == max_tokens:
+            # Fewer tokens with several adapters are as many pairs as more tokens with one.
+            most = min(num_slots, max_pairs_per_token) if tokens == max_tokens else 1
+            for several in _doublings(most):
+                for runs in steps_up_to(min(tokens, num_slots)):
+                    yield _plan(tokens, tokens, runs, several, num_slots, block_size)
     for tokens in (1, max_tokens):
-        yield _plan(tokens, tokens + min(max_context, _LONG_CONTEXT), 0, block_size, sampled=True)
+        context = tokens + min(max_context, _LONG_CONTEXT)
+        yield _plan(tokens, context, 0, 1, num_slots, block_size, sampled=True)
 
 
-def row_counts(most: int) -> list[int]:
+def _doublings(most: int) -> list[int]:
+    """Powers of two up to `most`."""
+    return [1 << exponent for exponent in range(most.bit_length())]
+
+
+def steps_up_to(most: int) -> list[int]:
     """Powers of two up to `most`, the numbers half-way between them, and `most`."""
-    powers = [1 << exponent for exponent in range(most.bit_length())]
+    powers = _doublings(most)
     return sorted({*powers, *(power * 3 // 2 for power in powers if power * 3 // 2 <= most), most})
 
 
-def _plan(tokens: int, context: int, adapters: int, block_size: int, *, sampled: bool = False) -> StepPlan:
-    """One sequence of `tokens` queries and `context` keys, `adapters` of them side by side in its tokens.
+def _plan(
+    tokens: int,
+    context: int,
+    runs: int,
+    several: int,
+    num_slots: int,
+    block_size: int,
+    *,
+    sampled: bool = False,
+) -> StepPlan:
+    """One sequence of `tokens` queries and `context` keys, in `runs` stretches with `several` adapters each.
 
     With `sampled` its token is drawn, among others, with log-probabilities and a ban; else it is the best.
     """
     positions = np.arange(context - tokens, context)
     blocks = np.zeros(-(-context // block_size), np.int64)
-    bounds = np.arange(adapters + 1) * tokens // max(adapters, 1)
+    bounds = np.arange(runs + 1) * tokens // max(runs, 1)
+    pairs = runs * several
     one = np.ones(1)
     return StepPlan(
         token_ids=np.zeros(tokens, np.int64),
@@ -51,9 +77,9 @@ def _plan(tokens: int, context: int, adapters: int, block_size: int, *, sampled:
         blocks=blocks,
         run_start=bounds[:-1],
         run_end=bounds[1:],
-        run_pair_start=np.arange(adapters + 1),
-        pair_slot=np.arange(adapters),
-        pair_weight=np.ones(adapters),
+        run_pair_start=np.arange(runs + 1) * several,
+        pair_slot=np.arange(pairs) % num_slots,
+        pair_weight=np.ones(pairs),
         sample_row=np.array([tokens - 1]),
         temperature=one if sampled else one - 1,
         top_k=np.array([0]),

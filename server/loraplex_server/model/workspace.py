@@ -106,9 +106,8 @@ def _forward_bytes(empty: EmptyModel, size: StepSize) -> int:
         install(model, group, first, [_Sized(shape, empty.format)], None)
         first += len(group)
     head = model.get_output_embeddings()
-    if isinstance(head, torch.nn.Linear):
-        model.set_output_embeddings(FrozenHead(head))
-    hidden = model.get_input_embeddings().weight.shape[-1]
+    hidden = empty.ends.hidden_size
+    model.set_output_embeddings(FrozenHead(head, LoraSite(first, hidden, ((0, empty.ends.tokens),))))
     # The attention's stand-in needs no tables.
     step = StepContext(cast(AttentionBatch, None), (), effects=(_Adapters(empty.format, size),))
     bytes_ = LiveBytes()

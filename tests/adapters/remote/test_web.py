@@ -60,6 +60,32 @@ def test_only_the_adapters_files_are_fetched_once(
     assert len(published.bodies(AT)) == 1, "the second was served from the cache"
 
 
+def test_a_bottleneck_adapter_comes_with_its_interface(
+    published: Any, make_sources: MakeSources, content: Content, tmp_path: Path
+) -> None:
+    saved = Path(__file__).parents[1] / "saved" / "bottleneck-qwen2"
+    published.publish(saved, "/a/bottleneck")
+    sources = make_sources(f"{published.url}/a")
+    source = f"{published.url}/a/bottleneck"
+    digest = hashlib.sha256((saved / "adapter.safetensors").read_bytes()).hexdigest()
+    folder = sources.resolve(f"{source}#sha256={digest}")
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == {
+        path.name: (folder / path.name).read_bytes() for path in saved.iterdir()
+    }
+    assert sources.resolve(source) == folder
+    with pytest.raises(FailedPreconditionError, match="SHA-256"):
+        sources.resolve(f"{source}#sha256={'0' * 64}")
+    published.files["/a/bottleneck/model_head.safetensors"] = b"x"
+    with pytest.raises(FailedPreconditionError, match="with_head=False"):
+        sources.resolve(source)
+    del published.files["/a/bottleneck/adapter.safetensors"]
+    with pytest.raises(NotFoundError, match=WEIGHTS):
+        sources.resolve(source)
+    published.files["/a/bottleneck/pytorch_adapter.bin"] = b"x"
+    with pytest.raises(FailedPreconditionError, match="use_safetensors=True"):
+        sources.resolve(source)
+
+
 def test_new_content_is_a_new_folder(
     sources: AdapterSources, published: Any, content: Content, tmp_path: Path, write_adapter: Any
 ) -> None:

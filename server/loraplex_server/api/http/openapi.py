@@ -69,11 +69,17 @@ def document(version: str) -> dict[str, Any]:
         },
         "paths": {
             "/v1/completions": {
-                "post": _generation("createCompletion", "Continues a text", "CompletionBody", "Completion")
+                "post": _generation(
+                    "createCompletion", "Continues a text", "CompletionBody", "Completion", "Completion"
+                )
             },
             "/v1/chat/completions": {
                 "post": _generation(
-                    "createChatCompletion", "Continues a conversation", "ChatBody", "ChatCompletion"
+                    "createChatCompletion",
+                    "Continues a conversation",
+                    "ChatBody",
+                    "ChatCompletion",
+                    "ChatChunk",
                 )
             },
             "/v1/models": {
@@ -114,13 +120,17 @@ def document(version: str) -> dict[str, Any]:
     }
 
 
-def _generation(operation: str, summary: str, body: str, answer: str) -> dict[str, Any]:
+def _generation(operation: str, summary: str, body: str, answer: str, event: str) -> dict[str, Any]:
     answers: dict[str, Any] = {
         **_content(answer),
         _EVENTS: {
             "schema": {
-                "type": "string",
-                "description": "With `stream`: events, a `Completion` or `ChatChunk` each, then [DONE].",
+                "type": "object",
+                "description": "With `stream`: each event; after the last one comes one that is [DONE].",
+                "properties": {
+                    "data": {"type": "string", "description": f"A `{event}` or an `ErrorBody`, as JSON."}
+                },
+                "required": ["data"],
             }
         },
     }

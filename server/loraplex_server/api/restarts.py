@@ -1,0 +1,96 @@
+"""What a restarted engine has to be told again, and how often it may be restarted."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import time
+
+from loraplex_server.engine.client import EngineClient
+from loraplex_server.engine.messages import AdapterCommand, AdapterReply
+from loraplex_server.errors import ServerError
+
+_log = logging.getLogger(__name__)
+
+_WINDOW_S = 600.0
+_FIRST_PAUSE_S = 0.5
+
+
+class RestartBudget:
+    """At most `most` restarts in ten minutes, each after a longer pause: a fault that stays must not loop."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._at_s: collections.deque[float] = collections.deque()
+
+    def take(self) -> float | None:
+        """Seconds to wait before the next restart; None if there is none left."""
+        now_s = time.monotonic()
+        while self._at_s and now_s - self._at_s[0] > _WINDOW_S:
+            self._at_s.popleft()
+        if len(self._at_s) >= self._most:
+            return None
+        self._at_s.append(now_s)
+        return float(_FIRST_PAUSE_S * 2 ** (len(self._at_s) - 1))
+
+
+class AdapterJournal:
+    """The adapter operations that took effect, as far as a new engine does not know of them from its start.
+
+    Of each name the last registration counts, and whether it is pinned.
+    """
+
+    def __init__(self) -> None:
+        self._registered: dict[str, AdapterCommand] = {}
+        self._uploaded: dict[str, None] = {}
+        self._unloaded: dict[str, None] = {}
+        self._pins: dict[str, bool] = {}
+
+    def note(self, command: AdapterCommand, _reply: AdapterReply) -> None:
+        """Takes in a command that succeeded."""
+        match command.op:
+            case "load" | "compose":
+                self._register(command)
+            case "adopt":
+                self._forget(command.name)
+                self._uploaded[command.name] = None
+            case "unload":
+                self._forget(command.name)
+                self._unloaded[command.name] = None
+            case "pin":
+                self._pins[command.name] = command.pinned
+
+    def _register(self, command: AdapterCommand) -> None:
+        pinned = self._pins.get(command.name)
+        # Anew, and so last: what a composition is made of has to come before it.
+        self._forget(command.name)
+        self._registered[command.name] = command
+        if pinned is not None:
+            self._pins[command.name] = pinned
+
+    def _forget(self, name: str) -> None:
+        for known in (self._registered, self._uploaded, self._unloaded, self._pins):
+            known.pop(name, None)
+
+    async def replay(self, engine: EngineClient) -> None:
+        """Brings a new engine to where the old one was; what cannot be had again is logged."""
+        if not (self._uploaded or self._unloaded or self._registered or self._pins):
+            return
+        known = {status.name for status in await engine.list_adapters()}
+        for name in self._uploaded:
+            _log.error("adapter %r was uploaded and has to be sent again: the engine was restarted", name)
+        for name in list(self._unloaded):
+            if name in known:
+                await self._try(name, engine.repeat(AdapterCommand(0, "unload", name)))
+        for name, command in list(self._registered.items()):
+            await self._try(name, engine.repeat(command, inplace=name in known))
+        for name, pinned in list(self._pins.items()):
+            if name not in self._uploaded:
+                await self._try(name, engine.repeat(AdapterCommand(0, "pin", name, pinned=pinned)))
+
+    @staticmethod
+    async def _try(name: str, done: collections.abc.Awaitable[None]) -> None:
+        try:
+            await done
+        except ServerError as error:
+            _log.error("adapter %r is not what it was before the engine was restarted: %s", name, error)
