@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from loraplex_server.adapters import composition_job
-from loraplex_server.adapters.composition import check_member
+from loraplex_server.adapters.composition import check_member, sites_of
 from loraplex_server.adapters.manifest import read_manifest
 from loraplex_server.adapters.sites import SiteRegistry
 from loraplex_server.adapters.store import AdapterStore
@@ -61,7 +61,7 @@ def combine(registry: SiteRegistry, members: Path) -> Callable[..., tuple[dict[s
         output.mkdir()
         files = ("adapter_config.json", "adapter_model.safetensors")
         spec = {
-            "sites": [(entry.path, entry.in_features, entry.out_features) for entry in registry],
+            "sites": sites_of(registry),
             "members": [
                 {
                     "folder": str(members / name),

@@ -30,10 +30,13 @@ COMPOSITIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def pair(tiny: Callable[[str], Any], tmp_path: Path) -> tuple[Any, Path]:
-    """The tiny Llama, and two adapters of one rank for it."""
+@pytest.fixture(params=["layers", "vocabulary"])
+def pair(request: pytest.FixtureRequest, tiny: Callable[[str], Any], tmp_path: Path) -> tuple[Any, Path]:
+    """The tiny Llama, and two adapters of one rank for it: of all its layers, or of its two ends as well."""
     model = tiny("Llama")
+    if request.param == "vocabulary":
+        save_both_ends(model.base, tmp_path / "pair")
+        return model, tmp_path / "pair"
     for seed, name in enumerate(WEIGHTS):
         shutil.copytree(model.adapters / "r6", tmp_path / "pair" / name)
         file = tmp_path / "pair" / name / "adapter_model.safetensors"
@@ -44,6 +47,23 @@ def pair(tiny: Callable[[str], Any], tmp_path: Path) -> tuple[Any, Path]:
         }
         save_file(tensors, file, metadata={"format": "pt"})
     return model, tmp_path / "pair"
+
+
+def save_both_ends(base: Path, folder: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    for seed, name in enumerate(WEIGHTS):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        targets = ["embed_tokens", "q_proj", "down_proj", "lm_head"]
+        torch.manual_seed(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft = get_peft_model(model, LoraConfig(r=5, lora_alpha=5, target_modules=targets))
+            for key, parameter in peft.named_parameters():
+                if "lora_" in key:
+                    parameter.data.normal_(std=0.3)
+            peft.save_pretrained(folder / name, save_embedding_layers=False)
 
 
 def with_peft(base: Path, folder: Path) -> dict[str, list[int]]:

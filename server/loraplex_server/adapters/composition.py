@@ -25,7 +25,7 @@ from loraplex_server.adapters.effects import LowRankAdd
 from loraplex_server.adapters.manifest import AdapterManifest, refusal
 from loraplex_server.adapters.remote.cache import entry_key
 from loraplex_server.adapters.resolver import Resolver
-from loraplex_server.adapters.sites import SiteRegistry
+from loraplex_server.adapters.sites import SiteKind, SiteRegistry
 from loraplex_server.adapters.sources import CONFIG_FILE, WEIGHTS_FILE, open_file
 from loraplex_server.core.composition import Composition
 from loraplex_server.errors import (
@@ -63,6 +63,16 @@ def check_member(manifest: AdapterManifest) -> None:
         )
 
 
+def sites_of(registry: SiteRegistry) -> list[tuple[str, int, int, str]]:
+    """(path, in, out, kind) of all that LoRA acts on, in the order of the base's modules, as PEFT draws."""
+    order = (SiteKind.EMBEDDING, SiteKind.PROJECTION, SiteKind.HEAD)
+    return [
+        (entry.path, entry.in_features, entry.out_features, kind.value)
+        for kind in order
+        for entry in registry.of_kind(kind)
+    ]
+
+
 class Composer:
     """Makes compositions, one at a time. `make` may be called from any thread.
 
@@ -72,7 +82,7 @@ class Composer:
     """
 
     def __init__(self, registry: SiteRegistry, sources: Resolver) -> None:
-        self._sites = [(entry.path, entry.in_features, entry.out_features) for entry in registry]
+        self._sites = sites_of(registry)
         self._sources = sources
         self._turn = threading.Lock()
         self._places = threading.BoundedSemaphore(_MAX_WAITING)

@@ -20,6 +20,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load, save_file
 
+from loraplex_server.adapters.sites import SiteKind
 from loraplex_server.adapters.sources import CONFIG_FILE, WEIGHTS_FILE
 
 _RESULT = "result"
@@ -99,29 +100,33 @@ def _read(member: dict[str, str]) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
     return config, load(contents[WEIGHTS_FILE])
 
 
-def _shell(sites: Iterable[tuple[str, int, int]]) -> torch.nn.Module:
-    """The base model's projections by path, all of their weights one zero."""
+def _shell(sites: Iterable[tuple[str, int, int, str]]) -> torch.nn.Module:
+    """The base model's projections, embedding and head by path, all of their weights one zero."""
     root = torch.nn.Module()
-    for path, in_features, out_features in sites:
-        parent, _, leaf = path.rpartition(".")
+    for path, in_features, out_features, kind in sites:
+        *parents, leaf = path.split(".")
         node = root
-        for part in parent.split("."):
+        for part in parents:
             if part not in dict(node.named_children()):
                 node.add_module(part, torch.nn.Module())
             node = node.get_submodule(part)
-        linear = torch.nn.Linear(in_features, out_features, bias=False, device="meta")
-        weight = torch.zeros(1, 1).expand(out_features, in_features)
-        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-        node.add_module(leaf, linear)
+        module: torch.nn.Linear | torch.nn.Embedding
+        if kind == SiteKind.EMBEDDING.value:
+            module = torch.nn.Embedding(in_features, out_features, device="meta")
+        else:
+            module = torch.nn.Linear(in_features, out_features, bias=False, device="meta")
+        weight = torch.zeros(1, 1).expand(module.weight.shape)
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)
+        node.add_module(leaf, module)
     return root
 
 
 def _check_whole(model: PeftModel, names: Iterable[str]) -> None:
     """Every module that a member acts on has its part of the result."""
     for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and _RESULT not in module.lora_A:
-            acting = [name for name in names if name in module.lora_A]
-            if acting:
+        if isinstance(module, LoraLayer):
+            acting = {*module.lora_A, *module.lora_embedding_A}
+            if _RESULT not in acting and acting & set(names):
                 raise ValueError(
                     f"the result would leave out {path.removeprefix('base_model.model.')}, on which a member "
                     "acts: it gets layers_to_transform and exclude_modules from the first member"
