@@ -171,27 +171,26 @@ class Composer:
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
         }
-        process = subprocess.Popen(
+        text: str | None = json.dumps(spec)
+        with subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", _JOB],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
-        )
-        text: str | None = json.dumps(spec)
-        try:
-            while True:
-                try:
-                    out, log = process.communicate(text, timeout=_LOOK_EVERY_S)
-                    break
-                except subprocess.TimeoutExpired:
-                    text = None
-                    self._check_wanted(unwanted)
-        finally:
-            if process.poll() is None:
+        ) as process:
+            try:
+                while True:
+                    try:
+                        out, log = process.communicate(text, timeout=_LOOK_EVERY_S)
+                        break
+                    except subprocess.TimeoutExpired:
+                        text = None
+                        self._check_wanted(unwanted)
+            except BaseException:
                 process.kill()
-                process.wait()
+                raise
         if process.returncode:
             _log.error("a composition failed with exit code %d: %s", process.returncode, log[-2000:])
             raise InternalError(f"the composition's process ended with exit code {process.returncode}")
