@@ -276,12 +276,14 @@ def oracle(tiny: Callable[[str], TinyModel]) -> Callable[..., Oracle]:
 
 @pytest.fixture(scope="session")
 def judge() -> Callable[..., Oracle]:
-    """`judge(base, adapters, quantization, added_tokens=0)`: an oracle for the adapters in one folder, all of
-    one method, and all with so many tokens of their own.
+    """`judge(base, adapters, quantization, added_tokens=0, dtype="float32")`: an oracle for the adapters in
+    one folder, all of one method, and all with so many tokens of their own.
     """
 
-    def make(base: Path, adapters: Path, quantization: str, added_tokens: int = 0) -> Oracle:
-        return Oracle(TinyModel(base, adapters), quantization, added_tokens=added_tokens)
+    def make(
+        base: Path, adapters: Path, quantization: str, added_tokens: int = 0, dtype: str = "float32"
+    ) -> Oracle:
+        return Oracle(TinyModel(base, adapters), quantization, dtype, added_tokens)
 
     return make
 
@@ -394,13 +396,15 @@ class BottleneckOracle(Oracle):
     Held to the `adapters` library: on each of its models the same arithmetic gave its logits bit for bit.
     """
 
-    def __init__(self, tiny: TinyModel, quantization: str, adapter: Path) -> None:
+    def __init__(self, tiny: TinyModel, quantization: str, adapter: Path, dtype: str = "float32") -> None:
         import json
 
+        import torch
         from safetensors.torch import load_file
 
-        super().__init__(tiny, quantization)
-        self._tensors = load_file(adapter / "adapter.safetensors")
+        super().__init__(tiny, quantization, dtype)
+        tensors = load_file(adapter / "adapter.safetensors")
+        self._tensors = {name: value.to(getattr(torch, dtype)) for name, value in tensors.items()}
         self._settings = json.loads((adapter / "adapter_config.json").read_text())["config"]
         self._streams: dict[str, Any] = {}
         for layer, block in enumerate(self._model.get_base_model().model.layers):
@@ -446,6 +450,9 @@ class BottleneckOracle(Oracle):
         with torch.inference_mode(), self._model.disable_adapter():
             return self._generate(prompt, max_tokens)
 
+    def logits(self, tokens: Sequence[int], adapter: str | None) -> Any:
+        return super().logits(tokens, None)
+
 
 _BOTTLENECK_PARTS = (
     "adapter_down.0.weight",
@@ -457,10 +464,14 @@ _BOTTLENECK_PARTS = (
 
 @pytest.fixture(scope="session")
 def bottlenecks() -> tuple[Callable[..., None], Callable[..., BottleneckOracle]]:
-    """`save(base, folder, settings, seed)`, and `judge(base, peft_folder, quantization, adapter)`."""
-    return save_bottleneck, lambda base, peft, quantization, adapter: BottleneckOracle(
-        TinyModel(base, peft), quantization, adapter
-    )
+    """`save(base, folder, settings, seed)`, and `judge(base, peft_folder, quantization, adapter, dtype)`."""
+
+    def judge(
+        base: Path, peft: Path, quantization: str, adapter: Path, dtype: str = "float32"
+    ) -> BottleneckOracle:
+        return BottleneckOracle(TinyModel(base, peft), quantization, adapter, dtype)
+
+    return save_bottleneck, judge
 
 
 @dataclasses.dataclass(frozen=True)

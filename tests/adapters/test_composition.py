@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from loraplex_server.adapters import composition_job
-from loraplex_server.adapters.composition import check_member, sites_of
+from loraplex_server.adapters.composition import check_member
 from loraplex_server.adapters.manifest import read_manifest
 from loraplex_server.adapters.sites import SiteRegistry
 from loraplex_server.adapters.store import AdapterStore
@@ -61,10 +61,11 @@ def combine(registry: SiteRegistry, members: Path) -> Callable[..., tuple[dict[s
         output.mkdir()
         files = ("adapter_config.json", "adapter_model.safetensors")
         spec = {
-            "sites": sites_of(registry),
+            "sites": [(entry.path, entry.in_features, entry.out_features, False) for entry in registry],
             "members": [
                 {
                     "folder": str(members / name),
+                    "base_tables": [],
                     **{f: hashlib.sha256((members / name / f).read_bytes()).hexdigest() for f in files},
                 }
                 for name in names
@@ -159,6 +160,7 @@ def test_what_peft_refuses_is_refused(combine: Any, save_peft: Callable[..., Any
         "adapter_model.safetensors": "00",
         "adapter_config.json": "00",
         "folder": str(members / "a"),
+        "base_tables": [],
     }
     with pytest.raises(ValueError, match="was changed while it was read"):
         composition_job.combine({"sites": [], "members": [spec_of_before]})

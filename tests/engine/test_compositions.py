@@ -30,13 +30,10 @@ COMPOSITIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=["layers", "vocabulary"])
-def pair(request: pytest.FixtureRequest, tiny: Callable[[str], Any], tmp_path: Path) -> tuple[Any, Path]:
-    """The tiny Llama, and two adapters of one rank for it: of all its layers, or of its two ends as well."""
+@pytest.fixture
+def pair(tiny: Callable[[str], Any], tmp_path: Path) -> tuple[Any, Path]:
+    """The tiny Llama, and two adapters of one rank for it."""
     model = tiny("Llama")
-    if request.param == "vocabulary":
-        save_both_ends(model.base, tmp_path / "pair")
-        return model, tmp_path / "pair"
     for seed, name in enumerate(WEIGHTS):
         shutil.copytree(model.adapters / "r6", tmp_path / "pair" / name)
         file = tmp_path / "pair" / name / "adapter_model.safetensors"
@@ -49,21 +46,23 @@ def pair(request: pytest.FixtureRequest, tiny: Callable[[str], Any], tmp_path: P
     return model, tmp_path / "pair"
 
 
-def save_both_ends(base: Path, folder: Path) -> None:
+@pytest.fixture
+def ends(tiny: Callable[[str], Any], tmp_path: Path) -> tuple[Any, Path]:
+    """Two adapters of the embedding and the head, saved with copies of the base's tables as PEFT does."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    for seed, name in enumerate(WEIGHTS):
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        targets = ["embed_tokens", "q_proj", "down_proj", "lm_head"]
-        torch.manual_seed(seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            peft = get_peft_model(model, LoraConfig(r=5, lora_alpha=5, target_modules=targets))
-            for key, parameter in peft.named_parameters():
-                if "lora_" in key:
-                    parameter.data.normal_(std=0.3)
-            peft.save_pretrained(folder / name, save_embedding_layers=False)
+    model = tiny("Llama")
+    generator = torch.Generator().manual_seed(7)
+    for name in WEIGHTS:
+        base = AutoModelForCausalLM.from_pretrained(model.base, dtype=torch.float32)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["embed_tokens", "lm_head", "q_proj"])
+        peft = get_peft_model(base, config)
+        for path, parameter in peft.named_parameters():
+            if "lora_" in path:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        peft.save_pretrained(tmp_path / "ends" / name)
+    return model, tmp_path / "ends"
 
 
 def with_peft(base: Path, folder: Path) -> dict[str, list[int]]:
@@ -100,15 +99,17 @@ def with_peft(base: Path, folder: Path) -> dict[str, list[int]]:
     return answers
 
 
+@pytest.mark.parametrize("adapters", ["pair", "ends"])
 def test_answers_are_those_of_pefts_own_combination(
-    pair: tuple[Any, Path],
+    adapters: str,
+    request: pytest.FixtureRequest,
     harness: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, folder = pair
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        model, folder = request.getfixturevalue(adapters)
         expected = with_peft(model.base, folder)
         one = harness(model, adapters={"folders": (folder,), "cache_dir": tmp_path / "cache"})
         # What the process of its own runs, run here: the process is tested with the store.

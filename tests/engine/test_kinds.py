@@ -450,6 +450,63 @@ def test_every_kind_equals_peft(
         assert again >= whole - BLOCK
 
 
+@pytest.fixture(scope="module")
+def in_bf16(
+    tiny: Any, saved: Any, module_harness: Any
+) -> tuple[list[tuple[int, ...]], dict[tuple[str, int], torch.Tensor]]:
+    """Prompts, and the log-probabilities [vocabulary] after each, by kind: one mixed batch in bf16 on nf4."""
+    folders = saved("Llama")
+    random_ = random.Random(12)
+    drawn = [tuple(random_.randrange(10, 211) for _ in range(12)) + INVOCATION for _ in range(16)]
+    served = module_harness(
+        tiny("Llama"),
+        "nf4",
+        model={"dtype": "bfloat16"},
+        scheduler={"kv_block_size": BLOCK, "kv_cache_bytes": 8 << 20, "max_batch_tokens": 256},
+        adapters={"folders": tuple(folders.values())},
+    )
+    answers = {
+        (name, index): served.submit(f"{name}-{index}", prompt, kind.uses, max_tokens=1, logprobs=1 << 20)
+        for name, kind in KINDS.items()
+        for index, prompt in enumerate(drawn)
+    }
+    served.run()
+    found = {}
+    for key, answer in answers.items():
+        assert answer.error is None, answer.error
+        ((step,),) = (answer.logprobs,)
+        found[key] = torch.tensor([top.logprob for top in sorted(step.top, key=lambda top: top.token_id)])
+    return drawn, found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_as_near_in_bf16_as_peft(
+    kind: str, tiny: Any, saved: Any, judge: Any, bottlenecks: Any, in_bf16: Any
+) -> None:
+    """Level (ii): the error against fp32 is at most 1.5 times that of transformers + PEFT in bf16."""
+    drawn, found = in_bf16
+    base, folders = tiny("Llama").base, saved("Llama")
+
+    def peer_in(dtype: str) -> Any:
+        if KINDS[kind].bottleneck:
+            return bottlenecks[1](base, folders["plain"], "nf4", folders[kind] / kind, dtype)
+        return judge(base, folders[kind], "nf4", KINDS[kind].added_tokens, dtype)
+
+    exact, peer = peer_in("float32"), peer_in("bfloat16")
+    ours, theirs = [], []
+    for index, prompt in enumerate(drawn):
+        truth, other = (
+            oracle.generate(prompt, KINDS[kind].uses, 1)[1][0].float().log_softmax(-1)
+            for oracle in (exact, peer)
+        )
+        # Beyond the vocabulary are the tokens that adapters of this kind, or of others, added.
+        ours.append(found[kind, index][: len(truth)] - truth)
+        theirs.append(other - truth)
+    error, peers = (float(torch.cat(parts).double().square().mean().sqrt()) for parts in (ours, theirs))
+    print(f"\nlevel (ii) {KINDS[kind].label}: {error / peers:.2f} of the error of PEFT in bf16, {peers:.1e}")
+    assert error <= 1.5 * peers
+
+
 @pytest.mark.parametrize("name", COLUMNS)
 def test_the_base_among_them_equals_transformers(
     name: str, truth: Any, column: Any, parity_cell: Any

@@ -91,6 +91,19 @@ def test_generate_sends_every_option(command: Command, server: Any) -> None:
     )
 
 
+def test_generate_in_a_conversation(command: Command, server: Any) -> None:
+    code, out, _ = command("generate", "Hallo", "--chat", "--system", "Be brief.")
+    assert (code, out) == (0, "Grüße\n")
+    said = [(message.role, message.content) for message in server.requests[0].chat.messages]
+    assert said == [("system", "Be brief."), ("user", "Hallo")]
+    assert command("generate", "Hallo", "--chat")[0] == 0
+    assert len(server.requests[1].chat.messages) == 1
+    code, _, err = command("generate", "Hallo", "--system", "Be brief.")
+    assert code != 0
+    assert "--chat" in err
+    assert len(server.requests) == 2
+
+
 def test_generate_reads_stdin(command: Command, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
     assert command("generate", "-")[0] == 0

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from loraplex import _extras, errors
 
 if TYPE_CHECKING:
-    from loraplex import AdapterInfo, Client, GenerationChunk
+    from loraplex import AdapterInfo, Client, GenerateOptions, GenerationChunk
 
 # Beyond 3 the numbers are those of sysexits.h: EX_UNAVAILABLE, EX_TEMPFAIL, EX_NOPERM.
 EXIT_CODES: dict[type[errors.LoraplexError], int] = {
@@ -68,6 +68,7 @@ LORAPLEX_SERVER and LORAPLEX_TOKEN stand in for --server and --token.
 GENERATE_EXAMPLES = """\
 examples:
   loraplex generate "The capital of France is" --max-tokens 16
+  loraplex generate --chat "What is the capital of France?" --system "Be brief."
   loraplex generate "Dear Sir" --adapter sql --adapter polite=0.5 --temperature 0.8 --seed 1
   git diff | loraplex generate - --adapter commit-message --stop $'\\n\\n'
 """
@@ -190,6 +191,12 @@ def _add_generate(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads it from stdin")
+    command.add_argument(
+        "--chat",
+        action="store_true",
+        help="what a user says, put into the adapter's or model's chat template",
+    )
+    command.add_argument("--system", metavar="TEXT", help="with --chat: what the system says before")
     command.add_argument(
         "--adapter",
         action="append",
@@ -372,27 +379,32 @@ def _connect(args: argparse.Namespace) -> Client:
 
 def _generate(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if args.system is not None and not args.chat:
+        raise errors.InvalidRequestError.for_field("--system", "goes with --chat")
+    options: GenerateOptions = {
+        "adapters": args.adapter,
+        "max_tokens": args.max_tokens,
+        "min_tokens": args.min_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty,
+        "presence_penalty": args.presence_penalty,
+        "frequency_penalty": args.frequency_penalty,
+        "bad_words": args.bad_word,
+        "seed": args.seed,
+        "stop": args.stop,
+        "include_stop": args.include_stop,
+        "ignore_eos": args.ignore_eos,
+        "priority": args.priority,
+    }
+    said = [{"role": "user", "content": prompt}]
+    if args.system is not None:
+        said.insert(0, {"role": "system", "content": args.system})
     with (
         _connect(args) as client,
-        client.stream(
-            prompt,
-            adapters=args.adapter,
-            max_tokens=args.max_tokens,
-            min_tokens=args.min_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
-            presence_penalty=args.presence_penalty,
-            frequency_penalty=args.frequency_penalty,
-            bad_words=args.bad_word,
-            seed=args.seed,
-            stop=args.stop,
-            include_stop=args.include_stop,
-            ignore_eos=args.ignore_eos,
-            priority=args.priority,
-        ) as stream,
+        client.stream_chat(said, **options) if args.chat else client.stream(prompt, **options) as stream,
     ):
         if args.json:
             print(json.dumps(dataclasses.asdict(stream.collect()), ensure_ascii=False))

@@ -63,16 +63,6 @@ def check_member(manifest: AdapterManifest) -> None:
         )
 
 
-def sites_of(registry: SiteRegistry) -> list[tuple[str, int, int, str]]:
-    """(path, in, out, kind) of all that LoRA acts on, in the order of the base's modules, as PEFT draws."""
-    order = (SiteKind.EMBEDDING, SiteKind.PROJECTION, SiteKind.HEAD)
-    return [
-        (entry.path, entry.in_features, entry.out_features, kind.value)
-        for kind in order
-        for entry in registry.of_kind(kind)
-    ]
-
-
 class Composer:
     """Makes compositions, one at a time. `make` may be called from any thread.
 
@@ -82,7 +72,13 @@ class Composer:
     """
 
     def __init__(self, registry: SiteRegistry, sources: Resolver) -> None:
-        self._sites = sites_of(registry)
+        # In the order of the model's modules, in which PEFT draws. Norms are no place for what it combines.
+        kinds = (SiteKind.EMBEDDING, SiteKind.PROJECTION, SiteKind.HEAD)
+        self._sites = [
+            (entry.path, entry.in_features, entry.out_features, kind is SiteKind.EMBEDDING)
+            for kind in kinds
+            for entry in registry.of_kind(kind)
+        ]
         self._sources = sources
         self._turn = threading.Lock()
         self._places = threading.BoundedSemaphore(_MAX_WAITING)
@@ -127,8 +123,8 @@ class Composer:
         """Ends what `make` is at, which raises UnavailableError."""
         self._stop.set()
 
-    def _member(self, member: Member) -> dict[str, str]:
-        """Where a member's files are, and the SHA-256 of each."""
+    def _member(self, member: Member) -> dict[str, Any]:
+        """Where a member's files are, the SHA-256 of each, and which tensors are the base's own."""
         manifest = member.manifest
         content = hashlib.sha256(manifest.config.encode() + b"\0")
         digests = {}
@@ -143,7 +139,8 @@ class Composer:
             digests[name] = digest.hexdigest()
         if member.content_hash not in ("", content.hexdigest()):
             raise refusal(manifest.name, "its weights were changed on disk; load it in place first")
-        return {"folder": str(manifest.folder), **digests}
+        base_tables = sorted({tensor.name for _, tensor in manifest.base_tables})
+        return {"folder": str(manifest.folder), "base_tables": base_tables, **digests}
 
     @contextlib.contextmanager
     def _waiting(self, unwanted: threading.Event) -> Iterator[None]:

@@ -34,10 +34,14 @@ class ResidualStream:
             self._watching = True
             for entry, path in self._norms.items():
                 norm = self._model.get_submodule(path)
-                norm.register_forward_pre_hook(functools.partial(self._note, entry))
+                norm.register_forward_pre_hook(functools.partial(self._note, entry, norm))
 
-    def _note(self, entry: int, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        self._entry, self._stream = entry, args[0]
+    def _note(
+        self, entry: int, norm: torch.nn.Module, called: torch.nn.Module, args: tuple[Any, ...]
+    ) -> None:
+        # A copy has the hook too, and may be given other rows.
+        if called is norm:
+            self._entry, self._stream = entry, args[0]
 
     def at(self, site: LoraSite) -> torch.Tensor:
         """What the output [T, hidden] of this site's sub-block will be added to, [T, hidden].
