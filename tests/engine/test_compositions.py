@@ -113,7 +113,8 @@ def test_answers_are_those_of_pefts_own_combination(
         expected = with_peft(model.base, folder)
         one = harness(model, adapters={"folders": (folder,), "cache_dir": tmp_path / "cache"})
         # What the process of its own runs, run here: the process is tested with the store.
-        monkeypatch.setattr(one.engine.adapters._composer, "_run", composition_job.combine)
+        composer = one.engine.adapters._composer
+        monkeypatch.setattr(composer, "_run", lambda spec, unwanted: composition_job.combine(spec))
         uses = tuple(AdapterUse(*use) for use in WEIGHTS.items())
         outcomes: list[Any] = []
         for kind, settings in COMPOSITIONS.items():

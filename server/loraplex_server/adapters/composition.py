@@ -29,6 +29,7 @@ from loraplex_server.adapters.sites import SiteKind, SiteRegistry
 from loraplex_server.adapters.sources import CONFIG_FILE, WEIGHTS_FILE, open_file
 from loraplex_server.core.composition import Composition
 from loraplex_server.errors import (
+    CancelledError,
     FailedPreconditionError,
     InternalError,
     ResourceExhaustedError,
@@ -83,8 +84,11 @@ class Composer:
         self._places = threading.BoundedSemaphore(_MAX_WAITING)
         self._stop = threading.Event()
 
-    def make(self, composition: Composition, members: Sequence[Member]) -> Path:
+    def make(self, composition: Composition, members: Sequence[Member], unwanted: threading.Event) -> Path:
         """The folder with the result, held until it is released; computed unless the cache has it.
+
+        Args:
+            unwanted: once it is set, the computation ends with CancelledError.
 
         Raises:
             FailedPreconditionError: PEFT is not installed, or refuses to combine these.
@@ -104,13 +108,13 @@ class Composer:
         }
         contents = [{**member, "folder": ""} for member in files]
         key = entry_key("composition", _peft_version(), json.dumps({**spec, "members": contents}))
-        with self._waiting():
+        with self._waiting(unwanted):
             folder = self._sources.landed(key)
             if folder is not None:
                 return folder
             staged = self._sources.stage()
             try:
-                self._run({**spec, "output": str(staged)})
+                self._run({**spec, "output": str(staged)}, unwanted)
                 return self._sources.land(key, staged, str(composition))
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
@@ -139,7 +143,7 @@ class Composer:
         return {"folder": str(manifest.folder), "base_tables": base_tables, **digests}
 
     @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def _waiting(self, unwanted: threading.Event) -> Iterator[None]:
         """One at a time: each may need as much memory as its members and a layer's full delta."""
         if not self._places.acquire(blocking=False):
             raise ResourceExhaustedError(
@@ -148,43 +152,42 @@ class Composer:
             )
         try:
             while not self._turn.acquire(timeout=_LOOK_EVERY_S):
-                self._check_stopped()
+                self._check_wanted(unwanted)
             try:
-                self._check_stopped()
+                self._check_wanted(unwanted)
                 yield
             finally:
                 self._turn.release()
         finally:
             self._places.release()
 
-    def _run(self, spec: dict[str, Any]) -> None:
+    def _run(self, spec: dict[str, Any], unwanted: threading.Event) -> None:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
         }
-        process = subprocess.Popen(
+        text: str | None = json.dumps(spec)
+        with subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", _JOB],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
-        )
-        text: str | None = json.dumps(spec)
-        try:
-            while True:
-                try:
-                    out, log = process.communicate(text, timeout=_LOOK_EVERY_S)
-                    break
-                except subprocess.TimeoutExpired:
-                    text = None
-                    self._check_stopped()
-        finally:
-            if process.poll() is None:
+        ) as process:
+            try:
+                while True:
+                    try:
+                        out, log = process.communicate(text, timeout=_LOOK_EVERY_S)
+                        break
+                    except subprocess.TimeoutExpired:
+                        text = None
+                        self._check_wanted(unwanted)
+            except BaseException:
                 process.kill()
-                process.wait()
+                raise
         if process.returncode:
             _log.error("a composition failed with exit code %d: %s", process.returncode, log[-2000:])
             raise InternalError(f"the composition's process ended with exit code {process.returncode}")
@@ -192,9 +195,11 @@ class Composer:
         if refused:
             raise FailedPreconditionError(f"PEFT cannot combine these adapters so: {refused}")
 
-    def _check_stopped(self) -> None:
+    def _check_wanted(self, unwanted: threading.Event) -> None:
         if self._stop.is_set():
             raise UnavailableError("the server stops")
+        if unwanted.is_set():
+            raise CancelledError("nobody waits for the composition any more")
 
 
 def _peft_version() -> str:
