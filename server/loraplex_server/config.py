@@ -126,7 +126,7 @@ class SchedulerConfig:
     gpu_memory_utilization: float = 0.9
     kv_block_size: int = 16
     prefix_cache: bool = True
-    max_adapter_wait_s: float = 1.0
+    max_adapter_wait_s: float = 5.0
     fair_quantum: int = 512
     fair_aging_s: float = 5.0
 
