@@ -251,6 +251,11 @@ def render(result: SoakResult) -> str:
     return "\n\n".join(blocks)
 
 
+def possible_tasks(versions: Sequence[Version], begin_s: float, end_s: float) -> list[str]:
+    """What a request that was sent at `begin_s` and answered at `end_s` may have been answered by."""
+    return [one.task for one in versions if one.from_s <= end_s and one.until_s >= begin_s]
+
+
 def memory_check(samples: Sequence[MemorySample], duration_s: float) -> Check:
     """Whether anonymous memory stayed flat after a warm-up of a quarter of the run."""
     name = "memory flat"
@@ -554,9 +559,8 @@ class _Soak:
             return
         end_s = time.monotonic()
         judgements = [
-            self._book.judge(version.task, line, answer.text)
-            for version in self._versions
-            if version.from_s <= end_s and version.until_s >= begin_s
+            self._book.judge(task, line, answer.text)
+            for task in possible_tasks(self._versions, begin_s, end_s)
         ]
         best = next((one for one in judgements if one.verdict is Verdict.RIGHT), judgements[-1])
         self._judged(CHANGING, line, answer.text, best)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from loraplex_bench.soak import MemorySample, SoakConfig, memory_check, render, soak
+from loraplex_bench.soak import (
+    MemorySample,
+    SoakConfig,
+    Version,
+    memory_check,
+    possible_tasks,
+    render,
+    soak,
+)
 
 MIB = 1 << 20
 
@@ -34,9 +42,18 @@ def test_more_slots_than_adapters_is_refused():
         soak(SoakConfig(adapters=3, slots=3))
 
 
+def test_a_request_after_a_replacement_may_not_be_answered_by_the_old_version():
+    old, new = Version("rot13", 0.0, 10.0), Version("leet", 9.0)
+    assert possible_tasks([old, new], 1.0, 2.0) == ["rot13"]
+    assert possible_tasks([old, new], 8.5, 9.5) == ["rot13", "leet"]
+    assert possible_tasks([old, new], 9.9, 30.0) == ["rot13", "leet"]
+    assert possible_tasks([old, new], 10.1, 30.0) == ["leet"]
+
+
 @pytest.mark.slow
 def test_a_short_soak_of_the_real_server_leaves_nothing_behind():
     result = soak(SoakConfig(duration_s=20.0, concurrency=12, crash_interval_s=3.0))
     assert result.passed, render(result)
     assert result.events["answers: right"] > 50
+    assert result.events["adapters replaced in place"] > 3
     assert len(result.memory) > 10
