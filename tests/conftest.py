@@ -474,12 +474,6 @@ def bottlenecks() -> tuple[Callable[..., None], Callable[..., BottleneckOracle]]
     return save_bottleneck, judge
 
 
-@pytest.fixture(scope="session")
-def judge_in() -> Callable[[str, Path, Path, str], Oracle]:
-    """`judge_in(dtype, base, adapters, quantization)`: an oracle that computes in another dtype."""
-    return lambda dtype, base, adapters, quantization: Oracle(TinyModel(base, adapters), quantization, dtype)
-
-
 @dataclasses.dataclass(frozen=True)
 class S3Server:
     """An S3 server on loopback (moto), and what a client needs in its environment."""

@@ -176,6 +176,8 @@ def test_what_a_network_reads(
         ({"reduction_factor": {"0": 8}}, "reduction_factor says nothing of layer 1"),
         ({"reduction_factor": {"x": 8}}, "which is no layer"),
         ({"reduction_factor": 0}, "no usable factor"),
+        ({"reduction_factor": 1e-320}, "no usable factor"),
+        ({"reduction_factor": 10**400}, "no usable factor"),
         ({"scaling": 2.0}, "scaling' is not asked for"),
         ({"scaling": "channel"}, "need [32]"),
         ({"scaling": "other"}, "no usable factor"),
@@ -251,6 +253,9 @@ def test_files_that_cannot_be_served_are_named(folder: Any, refused: Any) -> Non
     save_file({**tensors, name.removeprefix("model."): tensors[name].clone()}, path / "adapter.safetensors")
     assert "comes twice" in refused("llama")
     save_file({**tensors, "invertible_adapters.tiny.F.weight": torch.ones(2)}, path / "adapter.safetensors")
+    assert "no part of a bottleneck adapter" in refused("llama")
+    elsewhere = {key.replace("model.", "other.", 1): value for key, value in tensors.items()}
+    save_file(elsewhere, path / "adapter.safetensors")
     assert "no part of a bottleneck adapter" in refused("llama")
     (path / "adapter.safetensors").unlink()
     assert "adapter.safetensors is missing" in refused("llama")

@@ -26,6 +26,7 @@ from loraplex_server.core.composition import COMBINATION_TYPES, Composition, pru
 from loraplex_server.core.request import AdapterUse
 from loraplex_server.engine.messages import AdapterStatus
 from loraplex_server.errors import (
+    CancelledError,
     FailedPreconditionError,
     NotFoundError,
     ResourceExhaustedError,
@@ -60,10 +61,11 @@ def combine(registry: SiteRegistry, members: Path) -> Callable[..., tuple[dict[s
         output.mkdir()
         files = ("adapter_config.json", "adapter_model.safetensors")
         spec = {
-            "sites": [(entry.path, entry.in_features, entry.out_features) for entry in registry],
+            "sites": [(entry.path, entry.in_features, entry.out_features, False) for entry in registry],
             "members": [
                 {
                     "folder": str(members / name),
+                    "base_tables": [],
                     **{f: hashlib.sha256((members / name / f).read_bytes()).hexdigest() for f in files},
                 }
                 for name in names
@@ -158,6 +160,7 @@ def test_what_peft_refuses_is_refused(combine: Any, save_peft: Callable[..., Any
         "adapter_model.safetensors": "00",
         "adapter_config.json": "00",
         "folder": str(members / "a"),
+        "base_tables": [],
     }
     with pytest.raises(ValueError, match="was changed while it was read"):
         composition_job.combine({"sites": [], "members": [spec_of_before]})
@@ -260,7 +263,7 @@ def test_a_composition_is_an_adapter_like_any_other(
     store.close()
 
     again = make()
-    monkeypatch.setattr(again._composer, "_run", composition_job.combine)
+    monkeypatch.setattr(again._composer, "_run", lambda spec, unwanted: composition_job.combine(spec))
     store_hash = status.content_hash
     found = answer()
     again.compose("both", both, found)
@@ -280,7 +283,7 @@ def test_only_so_many_wait(make: Any, answer: Any, monkeypatch: pytest.MonkeyPat
     store = make()
     let_go = threading.Event()
 
-    def slow(spec: dict[str, Any]) -> None:
+    def slow(spec: dict[str, Any], unwanted: threading.Event) -> None:
         assert let_go.wait(60)
         composition_job.combine(spec)
 
@@ -296,6 +299,21 @@ def test_only_so_many_wait(make: Any, answer: Any, monkeypatch: pytest.MonkeyPat
     let_go.set()
     outcomes = [run(store, done) for done in answers]
     assert sum(isinstance(outcome, AdapterStatus) for outcome in outcomes) == 8
+
+
+def test_an_unload_ends_the_computation(make: Any, members: Path, answer: Any) -> None:
+    """The process is killed, so that it holds up no other composition."""
+    store = make()
+    done, freed = answer(), answer()
+    store.compose("both", of("svd", ("a", 1.0), ("b", 1.0)), done)
+    store.unload("both", freed)
+    assert freed.calls == 1
+    assert isinstance(done.value, CancelledError)
+    assert store._composer._turn.acquire(timeout=60)
+    store._composer._turn.release()
+    assert not list(members.glob("cache/entries/*"))
+    with pytest.raises(NotFoundError):
+        store.get("both")
 
 
 def test_a_composition_ends_with_the_store(make: Any, answer: Any) -> None:

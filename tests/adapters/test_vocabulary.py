@@ -230,7 +230,8 @@ def change(tmp_path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     path = tmp_path / "a" / "adapter_model.safetensors"
     tensors = load_file(path)
     edit(tensors)
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    whole = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(whole, path, metadata={"format": "pt"})
 
 
 def settings(tmp_path: Path, **values: Any) -> None:
@@ -408,3 +409,20 @@ def test_a_row_that_is_not_finite_is_refused(make: Callable[..., Any], tmp_path:
     manifest = read()
     with pytest.raises(FailedPreconditionError, match=r"lm_head\.weight' holds NaN or infinity"):
         read_weights(manifest, lay_out(manifest, 96), torch.float32, [tmp_path], base=read.base)
+
+
+def test_what_a_table_decides_is_not_taken_from_an_adapter_of_the_same_form(
+    make: Callable[..., Any], tmp_path: Path, whole_registry: SiteRegistry
+) -> None:
+    read = make(lora(target_modules=["embed_tokens", "lm_head"]))
+    known: dict[bytes, Any] = {}
+    found = []
+    for row in (None, 2):
+        if row is not None:
+            change(tmp_path, lambda tensors: tensors[f"{TABLE}.base_layer.weight"][2].add_(1))
+        folder = tmp_path / "a"
+        manifest = read_manifest("a", folder, whole_registry, [tmp_path], 64, known, read.base)
+        found.append((manifest.header.digest, rows_of(manifest)))
+    (digest, none), (same, one) = found
+    assert digest == same
+    assert (none, one) == ({}, {"embed_tokens": [2]})

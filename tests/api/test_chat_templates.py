@@ -12,6 +12,7 @@ import pytest
 from loraplex_server.api.chat.process import OverLimitError, RendererProcess
 from loraplex_server.api.chat.prompts import variables_of
 from loraplex_server.api.chat.renderer import Render, render
+from loraplex_server.errors import UnavailableError
 
 MESSAGES = [
     {"role": "system", "content": 'Be <kind> & "brief".'},
@@ -113,6 +114,8 @@ def test_time_and_memory_are_bounded_and_the_next_one_is_served(renderer: Render
         assert time.monotonic() - started < 30
         await renderer.close()
         await renderer.close()
+        with pytest.raises(UnavailableError):
+            await renderer.render(job("late"))
 
     asyncio.run(main())
 

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import openai
 import pytest
 from transformers import AutoTokenizer
 
 from loraplex.v1 import generation_pb2
-from loraplex_server.api.http import events
 from loraplex_server.core.request import AdapterUse, FinishReason, Request
 from loraplex_server.engine.messages import (
     AdapterReply,
@@ -33,6 +31,9 @@ from loraplex_server.engine.messages import (
     TopLogprob,
 )
 from loraplex_server.errors import ErrorInfo
+
+pytest.importorskip("uvicorn", reason="needs the server extra: uvicorn")
+openai = pytest.importorskip("openai", reason="needs the dev extra: openai")
 
 TIMES = Times(
     queue_s=0.25, adapter_wait_s=0.125, first_token_s=0.5, total_s=1.0, preemptions=2, cached_prompt_tokens=3
@@ -565,7 +566,7 @@ def test_a_client_that_hangs_up_ends_its_requests(speaking: Any, stream: bool) -
 
 
 def test_a_client_that_does_not_read_is_given_up(speaking: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "_STALL_S", 0.2)
+    monkeypatch.setattr("loraplex_server.api.http.events._STALL_S", 0.2)
     top = tuple(TopLogprob(token_id, -1.0) for token_id in range(40, 60))
 
     async def script(engine: Any, request: Request) -> None:

@@ -17,6 +17,8 @@ from loraplex_server.api.reloaded import Reloaded
 from loraplex_server.config import TlsFiles
 from loraplex_server.core.request import FinishReason, Request
 
+pytest.importorskip("uvicorn", reason="needs the server extra: uvicorn")
+
 TOKEN, OTHER = "s3cret-of-alice", "s3cret-of-bob"
 BODY = json.dumps({"model": "parrot", "prompt": "hello"})
 

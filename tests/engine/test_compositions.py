@@ -46,6 +46,25 @@ def pair(tiny: Callable[[str], Any], tmp_path: Path) -> tuple[Any, Path]:
     return model, tmp_path / "pair"
 
 
+@pytest.fixture
+def ends(tiny: Callable[[str], Any], tmp_path: Path) -> tuple[Any, Path]:
+    """Two adapters of the embedding and the head, saved with copies of the base's tables as PEFT does."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = tiny("Llama")
+    generator = torch.Generator().manual_seed(7)
+    for name in WEIGHTS:
+        base = AutoModelForCausalLM.from_pretrained(model.base, dtype=torch.float32)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["embed_tokens", "lm_head", "q_proj"])
+        peft = get_peft_model(base, config)
+        for path, parameter in peft.named_parameters():
+            if "lora_" in path:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        peft.save_pretrained(tmp_path / "ends" / name)
+    return model, tmp_path / "ends"
+
+
 def with_peft(base: Path, folder: Path) -> dict[str, list[int]]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -80,19 +99,22 @@ def with_peft(base: Path, folder: Path) -> dict[str, list[int]]:
     return answers
 
 
+@pytest.mark.parametrize("adapters", ["pair", "ends"])
 def test_answers_are_those_of_pefts_own_combination(
-    pair: tuple[Any, Path],
+    adapters: str,
+    request: pytest.FixtureRequest,
     harness: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, folder = pair
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        model, folder = request.getfixturevalue(adapters)
         expected = with_peft(model.base, folder)
         one = harness(model, adapters={"folders": (folder,), "cache_dir": tmp_path / "cache"})
         # What the process of its own runs, run here: the process is tested with the store.
-        monkeypatch.setattr(one.engine.adapters._composer, "_run", composition_job.combine)
+        composer = one.engine.adapters._composer
+        monkeypatch.setattr(composer, "_run", lambda spec, unwanted: composition_job.combine(spec))
         uses = tuple(AdapterUse(*use) for use in WEIGHTS.items())
         outcomes: list[Any] = []
         for kind, settings in COMPOSITIONS.items():

@@ -23,9 +23,9 @@ from loraplex_kernels.attention import LayerShape
 from loraplex_kernels.lora import LoraPool
 from loraplex_server.core.step import StepPlan
 from loraplex_server.model import graphs, sampler
-from loraplex_server.model.linear import FrozenHead
-from loraplex_server.model.loader import BaseModel, EmptyModel, install
+from loraplex_server.model.loader import BaseModel, EmptyModel, attach_ends, install
 from loraplex_server.model.memory import allocate_kv
+from loraplex_server.model.norm import attach
 from loraplex_server.model.runner import ModelRunner
 from loraplex_server.model.weights import Blocked, Dense, FrozenWeight, WeightFormat
 
@@ -153,15 +153,28 @@ def build(config: Any, *, quantized: bool = True) -> ModelRunner:
             weight = Blocked(on_meta(fourbit.arrange_nf4(parts)))
         groups.append(install(model, group, first, [weight], None))
         first += len(group)
-    head = model.get_output_embeddings()
-    assert isinstance(head, torch.nn.Linear)
-    model.set_output_embeddings(FrozenHead(head))
-    projections = tuple(projection for group in empty.grouped for projection in group)
+    norms = tuple(
+        attach(model.get_submodule(norm.path), norm, first + index) for index, norm in enumerate(empty.norms)
+    )
     base = BaseModel(
-        model, config, weight_format, tuple(groups), projections, empty.kv_shapes, (), empty.parameters
+        model=model,
+        config=config,
+        format=weight_format,
+        groups=tuple(groups),
+        projections=tuple(projection for group in empty.grouped for projection in group),
+        norms=norms,
+        vocabulary=attach_ends(model, empty.ends, first + len(norms)),
+        kv_shapes=empty.kv_shapes,
+        eos_token_ids=(),
+        parameters=empty.parameters,
     )
     pool = LoraPool.allocate(
-        num_elements=1 << 12, num_slots=8, num_entries=first, dtype=torch.bfloat16, device=META
+        num_elements=1 << 12,
+        num_slots=8,
+        num_entries=first + len(norms) + 2,
+        dtype=torch.bfloat16,
+        device=META,
+        num_projections=first,
     )
     caches = allocate_kv(base.kv_shapes, 16, BLOCK, torch.bfloat16, META)
     return ModelRunner(

@@ -463,3 +463,35 @@ def test_in_bf16_answers_are_near(tiny: Any, harness: Any, saved: Any, judge: An
         served.run()
         exact = logits.log_softmax(-1)[0, answer.tokens[0]]
         assert answer.logprobs[0].logprob == pytest.approx(float(exact), abs=0.1)
+
+
+def test_tokens_that_only_the_device_knows(tiny: Any, harness: Any, saved: Any) -> None:
+    """A step launched before the last one's tokens are known finds their rows all the same."""
+    adapters = {"folders": tuple(saved("Llama").values())}
+
+    class Ahead:
+        asynchronous = True
+
+        def __init__(self, runner: Any) -> None:
+            self.runner = runner
+            self.fed = 0
+
+        def launch(self, plan: Any) -> Any:
+            self.fed += len(plan.fed_row)
+            return self.runner.launch(plan)
+
+        def weight_checksum(self) -> Any:
+            return self.runner.weight_checksum()
+
+    kinds = ("added_copies", "added_lora", "rows_alone", "ends", "dora_ends")
+    answers = []
+    for ahead in (False, True):
+        served = harness(tiny("Llama"), "none", adapters=adapters)
+        runner = served.engine._runner = Ahead(served.engine._runner) if ahead else served.engine._runner
+        for kind in kinds:
+            served.submit(kind, (5, 17, 9), [(kind, 1.0)], max_tokens=12, ignore_eos=True)
+        served.run()
+        answers.append({kind: served.answers[kind].tokens for kind in kinds})
+    assert answers[0] == answers[1]
+    assert max(token for kind in ADDING[:2] for token in answers[0][kind]) >= VOCABULARY
+    assert runner.fed > 5 * len(kinds)

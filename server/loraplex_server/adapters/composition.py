@@ -25,10 +25,11 @@ from loraplex_server.adapters.effects import LowRankAdd
 from loraplex_server.adapters.manifest import AdapterManifest, refusal
 from loraplex_server.adapters.remote.cache import entry_key
 from loraplex_server.adapters.resolver import Resolver
-from loraplex_server.adapters.sites import SiteRegistry
+from loraplex_server.adapters.sites import SiteKind, SiteRegistry
 from loraplex_server.adapters.sources import CONFIG_FILE, WEIGHTS_FILE, open_file
 from loraplex_server.core.composition import Composition
 from loraplex_server.errors import (
+    CancelledError,
     FailedPreconditionError,
     InternalError,
     ResourceExhaustedError,
@@ -71,14 +72,23 @@ class Composer:
     """
 
     def __init__(self, registry: SiteRegistry, sources: Resolver) -> None:
-        self._sites = [(entry.path, entry.in_features, entry.out_features) for entry in registry]
+        # In the order of the model's modules, in which PEFT draws. Norms are no place for what it combines.
+        kinds = (SiteKind.EMBEDDING, SiteKind.PROJECTION, SiteKind.HEAD)
+        self._sites = [
+            (entry.path, entry.in_features, entry.out_features, kind is SiteKind.EMBEDDING)
+            for kind in kinds
+            for entry in registry.of_kind(kind)
+        ]
         self._sources = sources
         self._turn = threading.Lock()
         self._places = threading.BoundedSemaphore(_MAX_WAITING)
         self._stop = threading.Event()
 
-    def make(self, composition: Composition, members: Sequence[Member]) -> Path:
+    def make(self, composition: Composition, members: Sequence[Member], unwanted: threading.Event) -> Path:
         """The folder with the result, held until it is released; computed unless the cache has it.
+
+        Args:
+            unwanted: once it is set, the computation ends with CancelledError.
 
         Raises:
             FailedPreconditionError: PEFT is not installed, or refuses to combine these.
@@ -98,13 +108,13 @@ class Composer:
         }
         contents = [{**member, "folder": ""} for member in files]
         key = entry_key("composition", _peft_version(), json.dumps({**spec, "members": contents}))
-        with self._waiting():
+        with self._waiting(unwanted):
             folder = self._sources.landed(key)
             if folder is not None:
                 return folder
             staged = self._sources.stage()
             try:
-                self._run({**spec, "output": str(staged)})
+                self._run({**spec, "output": str(staged)}, unwanted)
                 return self._sources.land(key, staged, str(composition))
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
@@ -113,8 +123,8 @@ class Composer:
         """Ends what `make` is at, which raises UnavailableError."""
         self._stop.set()
 
-    def _member(self, member: Member) -> dict[str, str]:
-        """Where a member's files are, and the SHA-256 of each."""
+    def _member(self, member: Member) -> dict[str, Any]:
+        """Where a member's files are, the SHA-256 of each, and which tensors are the base's own."""
         manifest = member.manifest
         content = hashlib.sha256(manifest.config.encode() + b"\0")
         digests = {}
@@ -129,10 +139,11 @@ class Composer:
             digests[name] = digest.hexdigest()
         if member.content_hash not in ("", content.hexdigest()):
             raise refusal(manifest.name, "its weights were changed on disk; load it in place first")
-        return {"folder": str(manifest.folder), **digests}
+        base_tables = sorted({tensor.name for _, tensor in manifest.base_tables})
+        return {"folder": str(manifest.folder), "base_tables": base_tables, **digests}
 
     @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def _waiting(self, unwanted: threading.Event) -> Iterator[None]:
         """One at a time: each may need as much memory as its members and a layer's full delta."""
         if not self._places.acquire(blocking=False):
             raise ResourceExhaustedError(
@@ -141,43 +152,42 @@ class Composer:
             )
         try:
             while not self._turn.acquire(timeout=_LOOK_EVERY_S):
-                self._check_stopped()
+                self._check_wanted(unwanted)
             try:
-                self._check_stopped()
+                self._check_wanted(unwanted)
                 yield
             finally:
                 self._turn.release()
         finally:
             self._places.release()
 
-    def _run(self, spec: dict[str, Any]) -> None:
+    def _run(self, spec: dict[str, Any], unwanted: threading.Event) -> None:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
         }
-        process = subprocess.Popen(
+        text: str | None = json.dumps(spec)
+        with subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", _JOB],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
-        )
-        text: str | None = json.dumps(spec)
-        try:
-            while True:
-                try:
-                    out, log = process.communicate(text, timeout=_LOOK_EVERY_S)
-                    break
-                except subprocess.TimeoutExpired:
-                    text = None
-                    self._check_stopped()
-        finally:
-            if process.poll() is None:
+        ) as process:
+            try:
+                while True:
+                    try:
+                        out, log = process.communicate(text, timeout=_LOOK_EVERY_S)
+                        break
+                    except subprocess.TimeoutExpired:
+                        text = None
+                        self._check_wanted(unwanted)
+            except BaseException:
                 process.kill()
-                process.wait()
+                raise
         if process.returncode:
             _log.error("a composition failed with exit code %d: %s", process.returncode, log[-2000:])
             raise InternalError(f"the composition's process ended with exit code {process.returncode}")
@@ -185,9 +195,11 @@ class Composer:
         if refused:
             raise FailedPreconditionError(f"PEFT cannot combine these adapters so: {refused}")
 
-    def _check_stopped(self) -> None:
+    def _check_wanted(self, unwanted: threading.Event) -> None:
         if self._stop.is_set():
             raise UnavailableError("the server stops")
+        if unwanted.is_set():
+            raise CancelledError("nobody waits for the composition any more")
 
 
 def _peft_version() -> str:

@@ -88,39 +88,49 @@ def combine(spec: dict[str, Any]) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=1, sort_keys=True))
 
 
-def _read(member: dict[str, str]) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
-    contents = {name: (Path(member["folder"]) / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
+def _read(member: dict[str, Any]) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    contents: dict[str, bytes] = {
+        name: (Path(member["folder"]) / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)
+    }
     for name, content in contents.items():
         if hashlib.sha256(content).hexdigest() != member[name]:
             raise ValueError(f"{name} of a member was changed while it was read; try again")
     config = PeftConfig.from_peft_type(**json.loads(contents[CONFIG_FILE]))
     config.inference_mode = True
     config.task_type = None
-    return config, load(contents[WEIGHTS_FILE])
+    tensors = load(contents[WEIGHTS_FILE])
+    return config, {name: tensor for name, tensor in tensors.items() if name not in member["base_tables"]}
 
 
-def _shell(sites: Iterable[tuple[str, int, int]]) -> torch.nn.Module:
-    """The base model's projections by path, all of their weights one zero."""
+def _shell(sites: Iterable[tuple[str, int, int, bool]]) -> torch.nn.Module:
+    """The base model's projections, head and embedding (the last of each site) by path, all of their weights
+    one zero.
+    """
     root = torch.nn.Module()
-    for path, in_features, out_features in sites:
+    for path, in_features, out_features, is_embedding in sites:
         parent, _, leaf = path.rpartition(".")
         node = root
-        for part in parent.split("."):
+        for part in filter(None, parent.split(".")):
             if part not in dict(node.named_children()):
                 node.add_module(part, torch.nn.Module())
             node = node.get_submodule(part)
-        linear = torch.nn.Linear(in_features, out_features, bias=False, device="meta")
-        weight = torch.zeros(1, 1).expand(out_features, in_features)
-        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-        node.add_module(leaf, linear)
+        made: torch.nn.Linear | torch.nn.Embedding
+        if is_embedding:
+            made = torch.nn.Embedding(in_features, out_features, device="meta")
+        else:
+            made = torch.nn.Linear(in_features, out_features, bias=False, device="meta")
+        weight = torch.zeros(1, 1).expand(made.weight.shape)
+        made.weight = torch.nn.Parameter(weight, requires_grad=False)
+        node.add_module(leaf, made)
     return root
 
 
 def _check_whole(model: PeftModel, names: Iterable[str]) -> None:
     """Every module that a member acts on has its part of the result."""
     for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and _RESULT not in module.lora_A:
-            acting = [name for name in names if name in module.lora_A]
+        if isinstance(module, LoraLayer):
+            held = {*module.lora_A, *module.lora_embedding_A}
+            acting = [name for name in names if name in held and _RESULT not in held]
             if acting:
                 raise ValueError(
                     f"the result would leave out {path.removeprefix('base_model.model.')}, on which a member "

@@ -11,9 +11,8 @@ in part answers wrongly without anyone noticing.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -273,14 +272,19 @@ def read_manifest(
         prompt: SoftPrompt | Prefix | None = None
         sites: tuple[SiteEffects, ...] = ()
         rows: dict[Entry, TokenRows] = {}
+        compared: list[TensorInfo] = []
         if isinstance(method, PromptSettings):
             prompt = _soft_prompt(method, header, registry)
         elif isinstance(method, PrefixSettings):
             prompt = _prefix(method, header, registry)
         else:
             located = _located(header, registry)
-            tables = functools.partial(changed_tokens, folder, roots, base)
-            rows = token_rows(settings, located, registry, tables)
+
+            def changed(entry: Entry, table: TensorInfo) -> Sequence[int]:
+                compared.append(table)
+                return changed_tokens(folder, roots, base, entry, table)
+
+            rows = token_rows(settings, located, registry, changed)
             sites = _sites(settings, located, rows, registry, max_rank)
     except (MalformedFileError, UnsupportedError) as error:
         raise refusal(name, str(error)) from error
@@ -301,7 +305,7 @@ def read_manifest(
         ),
         chat_template=chat_template,
     )
-    if known is None or rows:
+    if known is None or compared:
         return manifest
     known[key] = kind = Kind(manifest)
     return replace(manifest, kind=kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from pathlib import Path
 
 from loraplex_server.adapters.record import StatusCallback
@@ -29,12 +30,19 @@ class Inspection:
     Attributes:
         read: its weights are wanted in host memory next; if not, it is registered even if it is broken.
         inplace: it is to replace the adapter that is registered under its name.
+        unwanted: set when nobody waits for it any more; whoever makes its files may stop.
     """
 
     source: str
     done: StatusCallback
     read: bool = True
     inplace: bool = False
+    unwanted: threading.Event = dataclasses.field(default_factory=threading.Event, compare=False)
+
+    def give_up(self, error: ServerError) -> None:
+        """Answers that it will not be."""
+        self.unwanted.set()
+        self.done(error)
 
 
 @dataclasses.dataclass(frozen=True)

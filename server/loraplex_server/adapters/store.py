@@ -396,20 +396,22 @@ class AdapterStore:
             check_member(record.manifest)
         members = [Member(record.manifest, record.content_hash) for record in records]
 
+        inspection = Inspection(str(composition), done, inplace=inplace)
+
         def release() -> None:
             for member in members:
                 self._sources.release(member.manifest.folder)
 
         def make() -> Path:
             try:
-                return self._composer.make(composition, members)
+                return self._composer.make(composition, members, inspection.unwanted)
             finally:
                 release()
 
         for member in members:
             self._sources.retain(member.manifest.folder)
         try:
-            self._look_at(name, Inspection(str(composition), done, inplace=inplace), make, slow=True)
+            self._look_at(name, inspection, make, slow=True)
         except ServerError:
             release()
             raise
@@ -469,7 +471,7 @@ class AdapterStore:
         if record is not None:
             draining.append(record)
         elif inspection is not None:
-            inspection.done(unloaded(name))
+            inspection.give_up(unloaded(name))
         elif self._broken.pop(name, None) is None and not draining:
             raise not_found(name)
         left = len(draining)
@@ -670,7 +672,7 @@ class AdapterStore:
         self._fetchers.close(_STOP_FETCHES_S)
         error = UnavailableError("the engine stops")
         for inspection in [*self._inspecting.values(), *self._replacing.values()]:
-            inspection.done(error)
+            inspection.give_up(error)
         self._inspecting.clear()
         self._replacing.clear()
         for record in self._all():
@@ -835,7 +837,7 @@ class AdapterStore:
         """Gives up what was to replace the adapter of this name."""
         inspection = self._replacing.pop(name, None)
         if inspection is not None:
-            inspection.done(error)
+            inspection.give_up(error)
         candidate = self._candidates.get(name)
         if candidate is not None:
             self._answer(candidate, error)

@@ -162,6 +162,8 @@ class _Server:
                 return EXIT_OK
         again = asyncio.create_task(signals.get())
         code = await self._drain(again, lost)
+        # Before the ports close: so calls that are cut off are told why.
+        await self._engine_stack.aclose()
         for task in (again, lost):
             task.cancel()
         return code

@@ -240,7 +240,7 @@ class EmptyModel:
             groups=tuple(groups),
             projections=tuple(projection for group in self.grouped for projection in group),
             norms=norms,
-            vocabulary=_vocabulary(model, self.ends, entries + len(norms)),
+            vocabulary=attach_ends(model, self.ends, entries + len(norms)),
             kv_shapes=self.kv_shapes,
             residual=ResidualStream(model, self._residual_norms()),
             eos_token_ids=self.eos_token_ids,
@@ -280,12 +280,13 @@ def load(config: ModelConfig, *, progress: bool = True) -> BaseModel:
     return empty.fill(checkpoint, progress=progress)
 
 
-def _vocabulary(model: PreTrainedModel, ends: Ends, first_entry: int) -> Vocabulary:
+def attach_ends(model: PreTrainedModel, ends: Ends, first_entry: int) -> Vocabulary:
     """The embedding and the head, which is replaced by its stand-in."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     site = LoraSite(first_entry + 1, ends.hidden_size, ((0, ends.tokens),))
     model.set_output_embeddings(FrozenHead(head, site))
-    scale, table = getattr(embedding, "embed_scale", None), embedding.weight
+    table = embedding.weight
+    scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
     return Vocabulary(
         embedding=LoraSite(first_entry, ends.tokens, ((0, ends.hidden_size),)),
         embedding_path=ends.embedding_path,

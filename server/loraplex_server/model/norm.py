@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -37,9 +36,6 @@ def attach(norm: torch.nn.Module, described: Norm, entry: int) -> NormSite:
     """Makes `norm` of a model ask the step's adapters, and returns the site that they know it by."""
     plain = copy.copy(norm)
     plain._parameters = dict(norm._parameters)
-    # Who watches the model's norm (the residual stream) must not be shown some adapter's rows.
-    plain._forward_pre_hooks = OrderedDict()
-    plain._forward_hooks = OrderedDict()
     site = NormSite(entry, described.width, plain)
     compute = norm.forward
 

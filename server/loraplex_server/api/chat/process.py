@@ -10,7 +10,7 @@ import sys
 import msgspec
 
 from loraplex_server.api.chat.renderer import Render, Rendered
-from loraplex_server.errors import InternalError
+from loraplex_server.errors import InternalError, UnavailableError
 
 _START_S = 60.0
 _RENDER_S = 2.0
@@ -33,6 +33,7 @@ class RendererProcess:
         self._render_s = render_s
         self._turn = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
+        self._closed = False
 
     async def render(self, job: Render) -> Rendered:
         """What the renderer makes of `job`.
@@ -40,8 +41,11 @@ class RendererProcess:
         Raises:
             OverLimitError: it took too much time or memory; the process has been ended.
             InternalError: no renderer could be started.
+            UnavailableError: it is closed.
         """
         async with self._turn:
+            if self._closed:
+                raise UnavailableError("the engine has stopped", retry_after_s=1.0)
             process = self._process or await self._start()
             self._process = None
             try:
@@ -57,8 +61,9 @@ class RendererProcess:
             return answer
 
     async def close(self) -> None:
-        """Ends the process, if there is one."""
+        """Ends the process, if there is one; none is started again."""
         async with self._turn:
+            self._closed = True
             process, self._process = self._process, None
             if process is not None:
                 await _end(process)
