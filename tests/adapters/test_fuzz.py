@@ -28,7 +28,7 @@ from loraplex_server.adapters.sites import SiteKind, SiteRegistry
 from loraplex_server.adapters.weights import lay_out, read_weights
 from loraplex_server.errors import ServerError
 
-FAILED_ONCE: tuple[int, ...] = (1795278554547034,)
+FAILED_ONCE: tuple[int, ...] = (1795278554547034, 1795278821072657)
 INPUTS = int(os.environ.get("LORAPLEX_FUZZ_INPUTS", "2000"))
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BOTTLENECK, INTERFACE = "adapter.safetensors", "adapter_interface.json"

@@ -199,6 +199,11 @@ class _Rows:
         self._target = table.reshape(-1, hidden)
 
     def take(self, tensor: TensorInfo, raw: bytes) -> None:
+        # What overflows is found, and named, once it is encoded.
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._take(tensor, raw)
+
+    def _take(self, tensor: TensorInfo, raw: bytes) -> None:
         if tensor == self._rows.table:
             self._take_table(tensor, raw)
         elif tensor == self._rows.trained:
@@ -211,10 +216,9 @@ class _Rows:
             else:
                 self._hidden = columns.copy()
         if self._pair is not None and self._ranks is not None and self._hidden is not None and self._added:
-            with np.errstate(over="ignore", invalid="ignore"):
-                for tokens, rows in self._added:
-                    summed = rows + self._ranks[tokens - self._vocabulary] @ self._hidden
-                    self._put(tensor, tokens, summed)
+            for tokens, rows in self._added:
+                summed = rows + self._ranks[tokens - self._vocabulary] @ self._hidden
+                self._put(tensor, tokens, summed)
             self._added.clear()
 
     def _take_table(self, table: TensorInfo, raw: bytes) -> None:
@@ -236,8 +240,7 @@ class _Rows:
                 self._added.append((tokens[known:], block[tokens[known:] - first]))
 
     def _put(self, tensor: TensorInfo, tokens: np.ndarray[Any, Any], values: Array) -> None:
-        with np.errstate(over="ignore"):
-            encoded = _encode(np.ascontiguousarray(values), self._target.dtype)
+        encoded = _encode(np.ascontiguousarray(values), self._target.dtype)
         if _overflowed(encoded):
             raise _too_large(tensor)
         self._target[np.searchsorted(self._tokens, tokens)] = encoded
