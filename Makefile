@@ -39,8 +39,8 @@ test-kernels: $(STAMP) ## The wide sweep of the Triton kernels, under the interp
 	$(TEST_ENV) $(PY) -m pytest -q -m kernels_wide tests/ops
 
 fuzz: $(STAMP) ## 100,000 spoiled adapter files, as many random messages, 8,000 HTTP requests: a typed error or a whole answer
-	$(TEST_ENV) LORAPLEX_FUZZ_INPUTS=100000 $(PY) -m pytest -q -s -k 'fuzz or description' tests/adapters/test_fuzz.py \
-	  tests/e2e/test_fuzz_requests.py tests/e2e/test_openai.py
+	$(TEST_ENV) LORAPLEX_FUZZ_INPUTS=100000 $(PY) -m pytest -q -s -k 'fuzz or description or spoiled' tests/adapters/test_fuzz.py \
+	  tests/e2e/test_spoiled_adapters.py tests/e2e/test_fuzz_requests.py tests/e2e/test_openai.py
 
 bench: $(STAMP) ## The benches that fit this machine, side by side with their peers; results in bench/results
 	$(VENV)/bin/loraplex bench side-by-side --output bench/results
