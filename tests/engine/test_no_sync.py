@@ -285,6 +285,22 @@ def test_a_replayed_step_is_a_few_copies(adapters: bool, architecture: Any, laun
     assert again.to_device == 2, "adapters that stay are not sent again"
 
 
+@pytest.mark.parametrize("queries", [[1, 1, 1], [1, 5, 1]])
+def test_a_step_without_adapters_launches_none_of_their_kernels(
+    queries: list[int], architecture: Any, launches: Counter[str]
+) -> None:
+    """Replayed (a decode step) and kernel by kernel (one with prefill); steps with adapters launch both."""
+    runner = build(architecture("Llama"))
+    runner.record_graphs((4,), 32)
+    for adapters in (True, False):
+        launches.clear()
+        with Watch():
+            runner.launch(plan(queries, adapters=adapters))
+        assert launches["attend_kernel"] > 0
+        found = {name for name in launches if "shrink" in name or "expand" in name}
+        assert len(found) == (2 if adapters else 0), found
+
+
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_step_with_prefill_waits_for_nothing(
     adapters: bool, architecture: Any, launches: Counter[str]
