@@ -230,6 +230,7 @@ class Engine:
     def _collect(self, step: _Step) -> None:
         """Waits for a launched step, writes its results into the sequences, and emits."""
         output = step.launched.result()
+        received_s = time.monotonic()
         self._commit(step, output)
         now_s = time.monotonic()
         begun_s, self._collected_s = max(step.started_s, self._collected_s), now_s
@@ -239,6 +240,10 @@ class Engine:
                 seconds=now_s - begun_s,
                 device_seconds=output.device_s,
                 idle_seconds=output.waited_s if step.in_stride else None,
+                prepare_seconds=output.prepare_s,
+                run_seconds=output.run_s,
+                sample_seconds=output.sample_s,
+                emit_seconds=now_s - received_s,
             )
         )
 
