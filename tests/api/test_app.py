@@ -254,8 +254,10 @@ def test_a_signal_while_starting_ends_the_engine(new_engine: Any, start_server: 
     async def main() -> None:
         async with new_engine() as engine:
             engine.may_be_ready.clear()
+            before = signal.getsignal(signal.SIGINT)
             task, _ = start_server(engine)
-            await asyncio.sleep(0.05)
+            while signal.getsignal(signal.SIGINT) is before:
+                await asyncio.sleep(0.01)
             os.kill(os.getpid(), signal.SIGINT)
             assert await asyncio.wait_for(task, 10) == 0
             assert engine.terminated

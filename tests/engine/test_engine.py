@@ -127,18 +127,21 @@ def test_a_full_queue_says_when_to_come_back(tiny: Any, harness: Any) -> None:
     assert all(len(answer.tokens) == 2 for answer in answers[:2])
 
 
-def test_cancelled_and_expired_requests_hold_nothing_after_one_step(tiny: Any, harness: Any) -> None:
+def test_cancelled_and_expired_requests_hold_nothing_after_one_step(
+    tiny: Any, harness: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     served = harness(tiny("Llama"))
     keeps = {"max_tokens": 100, "ignore_eos": True}
     running = served.submit("running", PROMPT, [("r6", 1.0)], **keeps)
-    expiring = served.submit("expiring", PROMPT, [("r8", 1.0)], deadline_s=time.time() + 0.3, **keeps)
+    deadline_s = time.time() + 60
+    expiring = served.submit("expiring", PROMPT, [("r8", 1.0)], deadline_s=deadline_s, **keeps)
     while not (running.tokens and expiring.tokens):
         if not served.engine.step():
             served.engine.adapters.wait_event(0.05)
     served.submit("waiting", PROMPT, [("r12", 1.0)], **keeps)
     for name in ("running", "waiting"):
         served.engine.cancel("test", name)
-    time.sleep(0.35)
+    monkeypatch.setattr(time, "time", lambda: deadline_s + 1)
     served.engine.step()
     assert expiring.error.code == "DEADLINE_EXCEEDED"
     served.assert_clean()
