@@ -254,6 +254,7 @@ class Engine:
         except Exception as error:
             self._give_up([item.sequence for item, _ in step.scheduled], error)
             return
+        received_s = time.monotonic()
         self._commit(step, output)
         now_s = time.monotonic()
         begun_s, self._collected_s = max(step.started_s, self._collected_s), now_s
@@ -263,6 +264,10 @@ class Engine:
                 seconds=now_s - begun_s,
                 device_seconds=output.device_s,
                 idle_seconds=output.waited_s if step.in_stride else None,
+                prepare_seconds=output.prepare_s,
+                run_seconds=output.run_s,
+                sample_seconds=output.sample_s,
+                emit_seconds=now_s - received_s,
             )
         )
 
