@@ -83,6 +83,9 @@ class Metrics:
         self._step_adapters = self._histogram(
             "loraplex_step_adapters", "Different adapters in a step.", (0, *_COUNT_BUCKETS[:9])
         )
+        self._failed_steps = self._counter(
+            "loraplex_failed_steps", "Steps that failed, and with them every request in them."
+        )
         self._prefill_tokens = self._counter("loraplex_prefill_tokens", "Prompt tokens computed.")
         self._decode_tokens = self._counter("loraplex_decode_tokens", "Decode tokens computed.")
         self._preemptions = self._counter("loraplex_preemptions", "Requests preempted, to be recomputed.")
@@ -229,6 +232,7 @@ class Metrics:
             self._prefill_tokens.inc(step.prefill_tokens)
             self._decode_tokens.inc(step.decode_tokens)
             self._preemptions.inc(step.preemptions)
+        self._failed_steps.inc(stats.failed_steps)
         for swap in stats.swaps:
             if swap.kind.startswith("evict_"):
                 self._adapter_evictions.labels(swap.kind.removeprefix("evict_")).inc()

@@ -289,6 +289,7 @@ class Stats(_Message, frozen=True):
         kv_blocks_cached: blocks that no request holds and a later one may find its prompt in.
         prefix_queries: prompt tokens that were looked up in the prefix cache.
         prefix_hits: how many of them were there.
+        failed_steps: steps that failed, and all requests in them.
     """
 
     steps: tuple[StepRecord, ...]
@@ -312,6 +313,7 @@ class Stats(_Message, frozen=True):
     kv_blocks_cached: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    failed_steps: int = 0
 
 
 FromEngine = Welcome | Tokens | Failed | AdapterReply | AdapterChanges | IntegrityReply | Stats

@@ -178,6 +178,20 @@ class ModelRunner:
         """Next-token logits [S, vocabulary] of the plan's `sample_row`, valid until the next step."""
         return self._prepare(plan)()
 
+    def usable(self) -> bool:
+        """Whether the device still computes, asked after a step that failed.
+
+        An illegal access, say, leaves a CUDA context in which every call fails from then on.
+        """
+        if self._device.type != "cuda":
+            return True
+        try:
+            torch.cuda.synchronize(self._device)
+            return int(torch.ones(1, device=self._device).sum()) == 1
+        except RuntimeError:
+            _log.exception("the device does not compute any more")
+            return False
+
     def weight_checksum(self) -> Generator[None, None, str]:
         """SHA-256 over the resident base weights, in pieces: yields between them, returns it at the end."""
         return self._base.checksum_steps()
