@@ -85,6 +85,11 @@ class Answer:
         self._times: Times | None = None
         self.num_tokens = 0
 
+    @property
+    def times(self) -> Times | None:
+        """The engine's last."""
+        return self._times
+
     def push(self, delta: TokenDelta) -> Piece:
         """Takes new tokens in. After a piece with `finish` nothing more may be pushed."""
         text = ""

@@ -15,6 +15,7 @@ from loraplex_server import log
 from loraplex_server.api import authentication, convert
 from loraplex_server.api.answer import Answer, End, Piece
 from loraplex_server.api.lifecycle import Backend, Lifecycle
+from loraplex_server.api.tracing.spans import Generated, Tracing
 from loraplex_server.core.request import Request
 from loraplex_server.engine.messages import Times
 from loraplex_server.errors import DeadlineExceededError, InternalError, ServerError
@@ -31,20 +32,23 @@ class Accepted:
         stops: strings that end the answer; the engine does not know of them.
         arrived_s: `time.perf_counter()` of its arrival.
         include_stop: the one that ends it is part of it.
+        chat: the prompt is a conversation.
     """
 
     request: Request
     stops: tuple[str, ...]
     arrived_s: float
     include_stop: bool = False
+    chat: bool = False
 
 
 class Generator:
     """Takes requests in and runs them on the engine."""
 
-    def __init__(self, lifecycle: Lifecycle, metrics: Metrics) -> None:
+    def __init__(self, lifecycle: Lifecycle, metrics: Metrics, tracing: Tracing) -> None:
         self._lifecycle = lifecycle
         self._metrics = metrics
+        self._tracing = tracing
         self._serial = itertools.count(1)
 
     @property
@@ -86,7 +90,8 @@ class Generator:
         )
         requests = [first, *(self._another(first, index) for index in range(1, choices))]
         stops, included = tuple(message.stopping.stop), message.stopping.include_stop
-        return [Accepted(request, stops, arrived_s, included) for request in requests]
+        chat = message.WhichOneof("prompt") == "chat"
+        return [Accepted(request, stops, arrived_s, included, chat) for request in requests]
 
     async def tokenize(
         self, message: generation_pb2.TokenizeRequest | generation_pb2.CountTokensRequest
@@ -121,6 +126,10 @@ class Generator:
         outcome: str | None = None
         times: Times | None = None
         first_token_s: float | None = None
+        waited_s = time.perf_counter() - accepted.arrived_s
+        span = self._tracing.generation(
+            request, chat=accepted.chat, request_id=log.request_id.get(), seconds=waited_s
+        )
         deltas = backend.engine.stream(request)
         try:
             async with contextlib.aclosing(deltas):
@@ -156,6 +165,7 @@ class Generator:
             # A caller that is gone closes this generator, or cancels the task that runs it.
             if outcome is None:
                 outcome = why_left()
+            span.end(Generated(outcome, answer.num_tokens, answer.times, first_token_s))
             total_s = time.perf_counter() - accepted.arrived_s
             self._metrics.observe_request(
                 request,
