@@ -40,8 +40,9 @@ def to_status(error: ErrorInfo, request_id: str) -> grpc.Status:
         f"internal error; the server's log has it under {request_id}" if code == "INTERNAL" else error.message
     )
     message = _shorten(message, _MAX_MESSAGE_CHARS)
+    reason = code if code == "INTERNAL" else error.reason or code
     details: list[Any] = [
-        error_details_pb2.ErrorInfo(reason=code, domain=_DOMAIN),
+        error_details_pb2.ErrorInfo(reason=reason, domain=_DOMAIN),
         error_details_pb2.RequestInfo(request_id=request_id),
     ]
     if code != "INTERNAL":
