@@ -131,11 +131,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 _log.exception("%s failed", method)
             else:
                 _log.info("%s: %s: %s", method, code, error)
+            self._metrics.observe_error(error.info)
             await _abort(context, error.info)
         except Exception:
             code = InternalError.code
             _log.exception("%s failed", method)
-            await _abort(context, ErrorInfo(code, ""))
+            info = ErrorInfo(code, "")
+            self._metrics.observe_error(info)
+            await _abort(context, info)
         finally:
             self._metrics.observe_call(method, code, time.perf_counter() - started)
 
