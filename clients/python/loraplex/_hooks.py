@@ -31,7 +31,7 @@ class CallHook:
     ...     def on_request(self, call):
     ...         call.metadata["traceparent"] = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     ...     def on_response(self, call, error):
-    ...         print(call.method, "failed:" if error else "succeeded", error or "")
+    ...         print(call.method, error or "succeeded")
     >>> with Client("127.0.0.1:50051", hooks=[Tracing()]) as traced:
     ...     answer = traced.generate("Hello", max_tokens=1)
     loraplex.v1.GenerationService/GenerateUnary succeeded
