@@ -18,7 +18,7 @@ from loraplex_server.api import authentication
 from loraplex_server.api.authentication import Authenticator
 from loraplex_server.api.convert import valid_request_id
 from loraplex_server.api.lifecycle import Lifecycle
-from loraplex_server.api.status import code_of_cancellation, to_status
+from loraplex_server.api.status import code_of_cancellation, retry_pushback, to_status
 from loraplex_server.errors import (
     ErrorInfo,
     InternalError,
@@ -196,7 +196,7 @@ def _request_id(context: _Context) -> str:
 async def _abort(context: _Context, error: ErrorInfo) -> None:
     request_id = log.request_id.get()
     status = to_status(error, request_id)
-    metadata = (*status.trailing_metadata, (_REQUEST_ID_KEY, request_id))
+    metadata = (*status.trailing_metadata, *retry_pushback(error), (_REQUEST_ID_KEY, request_id))
     try:
         await context.abort(status.code, status.details, metadata)
     except (grpc.aio.UsageError, grpc.aio.InternalError) as gone:
