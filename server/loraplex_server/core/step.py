@@ -92,6 +92,11 @@ class StepPlan:
     # this one sampled for its `sample_row[fed_from]`. [F] each.
     fed_row: Ints = dataclasses.field(default_factory=_nothing)
     fed_from: Ints = dataclasses.field(default_factory=_nothing)
+    # Rows of the batch, each with the known token that follows it, whose log-probability is asked for, and
+    # how many alternatives beside it. [Q] each.
+    score_row: Ints = dataclasses.field(default_factory=_nothing)
+    score_id: Ints = dataclasses.field(default_factory=_nothing)
+    score_top: Ints = dataclasses.field(default_factory=_nothing)
 
     @property
     def num_tokens(self) -> int:
@@ -100,6 +105,11 @@ class StepPlan:
     @property
     def num_sequences(self) -> int:
         return len(self.context_len)
+
+    @property
+    def logit_row(self) -> Ints:
+        """Rows of the batch whose logits are wanted: those sampled, then those scored, [S + Q]."""
+        return np.concatenate([self.sample_row, self.score_row]) if len(self.score_row) else self.sample_row
 
     @property
     def runs(self) -> list[tuple[int, int, tuple[tuple[int, float], ...]]]:
@@ -149,6 +159,7 @@ class StepOutput:
     """What the runner gives back: one token for each of the plan's `sample_row`.
 
     Attributes:
+        scored: the token of each of the plan's `score_row`, with its log-probability.
         device_s: from the step's first kernel to its last result, by the device's clock; None without one.
         waited_s: how long the device had nothing to do since the step before; None without one.
     """
@@ -156,3 +167,4 @@ class StepOutput:
     sampled: tuple[SampledToken, ...]
     device_s: float | None = None
     waited_s: float | None = None
+    scored: tuple[SampledToken, ...] = ()

@@ -43,6 +43,8 @@ class Sequence:
         num_virtual: rows of a soft prompt or a prefix, which come first.
         num_prefix: how many of these are a prefix's: copied to the cache when it is admitted, not computed.
         num_computed: how many of them have their keys and values in the cache.
+        scored_to: the tokens that follow those before this position have their log-probabilities, as far as
+            they are asked for.
         block_table: KV blocks it holds, in the order of positions.
         block_keys: keys of its full blocks of known tokens, as far as they were asked for.
         num_named: blocks at the beginning of the table whose keys the pool was told.
@@ -62,6 +64,7 @@ class Sequence:
     num_virtual: int = 0
     num_prefix: int = 0
     num_computed: int = 0
+    scored_to: int = 0
     status: Status = Status.WAITING
     block_table: list[int] = dataclasses.field(default_factory=list)
     block_keys: list[bytes] = dataclasses.field(default_factory=list)
@@ -88,6 +91,8 @@ class Sequence:
         self.num_prefix = sum(handle.num_prefix_tokens for handle in self.handles)
         self.token_ids = [*(-1 - row for row in range(self.num_virtual)), *prompt]
         self.num_prompt = len(self.token_ids)
+        scored = self.request.sampling.prompt_logprobs is not None
+        self.scored_to = self.num_virtual if scored else self.num_prompt - 1
         uses = zip(self.handles, self.request.adapters, strict=True)
         spans = [(*_span(handle, prompt), handle, use.weight) for handle, use in uses]
         edges = {edge for start, end, *_ in spans for edge in (start, end)}
@@ -106,6 +111,22 @@ class Sequence:
         """Tokens known and not yet computed: 1 when decoding, more when prefilling."""
         return len(self.token_ids) - self.num_computed
 
+    @property
+    def num_unscored(self) -> int:
+        """Tokens of the prompt whose log-probabilities are still to be computed."""
+        return self.num_prompt - 1 - self.scored_to
+
+    def scored_in(self, num_tokens: int) -> range:
+        """Positions, of the next `num_tokens` computed, whose following token is scored."""
+        end = min(self.num_computed + num_tokens, self.num_prompt - 1)
+        return range(max(self.num_computed, self.scored_to), end)
+
+    def most_tokens(self, scores: int) -> int:
+        """Tokens that can be computed next with no more than so many of them scored."""
+        if self.num_unscored <= scores:
+            return self.num_pending
+        return max(0, self.scored_to - self.num_computed) + scores
+
     def adapters_at(self, position: int) -> Composition:
         """The adapters, with weights, that apply to the token at `position`.
 
@@ -123,10 +144,11 @@ class Sequence:
         """Keys, in order, of the full blocks that it need not compute itself if they are cached.
 
         Its adapters have to be READY: before, their content is not known. The last known token is always
-        computed: its logits are wanted.
+        computed: its logits are wanted, as are those of the tokens whose next is scored.
         """
         if self.caches:
-            for index in range((len(self.token_ids) - 1) // block_size):
+            end = self.scored_to if self.num_unscored else len(self.token_ids) - 1
+            for index in range(end // block_size):
                 yield self._key(index, block_size)
 
     def will_fill(self, index: int, key: bytes, block_size: int) -> bool:
