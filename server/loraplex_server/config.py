@@ -104,8 +104,8 @@ class SchedulerConfig:
     Attributes:
         max_batch_tokens: tokens computed in one step, prefill and decode together.
         max_num_requests: requests running at once.
-        max_scored_tokens: tokens of prompts whose log-probabilities are computed in one step: each takes a row
-            of logits as wide as the vocabulary. Prompts that ask for them are computed in smaller chunks.
+        max_scored_tokens: tokens of prompts whose log-probabilities are computed in one step: each takes a
+            row of logits as wide as the vocabulary. Prompts that ask for them are computed in smaller chunks.
         max_queue: requests that may wait; more are refused with RESOURCE_EXHAUSTED.
         max_model_len: prompt and answer together; 0 takes the model's own limit.
         kv_cache_bytes: 0 takes all that is left on a GPU, and on a CPU what `max_num_requests` of moderate

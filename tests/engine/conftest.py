@@ -60,6 +60,7 @@ class Harness:
         deadline_s: float | None = None,
         tenant: str = "default",
         cache_prefix: bool = True,
+        group: str = "",
         **sampling: Any,
     ) -> Answer:
         self.answers[name] = Answer()
@@ -67,7 +68,7 @@ class Harness:
         params = SamplingParams(**sampling)
         self.engine.submit(
             "test",
-            Request(name, tuple(prompt), params, uses, tenant, priority, deadline_s, cache_prefix),
+            Request(name, tuple(prompt), params, uses, tenant, priority, deadline_s, cache_prefix, group),
         )
         return self.answers[name]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,16 +27,13 @@ def assert_scores(answer: Any, prompt: tuple[int, ...], logits: torch.Tensor, to
     near = 1e-4 * logits.abs().max().item()
     for score, exact in zip(scores, logprobs, strict=False):
         assert score.logprob == pytest.approx(exact[score.token_id].item(), abs=near)
-        assert [best.logprob for best in score.top] == pytest.approx(
-            exact.topk(top).values.tolist(), abs=near
-        )
-        assert [best.logprob for best in score.top] == pytest.approx(
-            [exact[best.token_id].item() for best in score.top], abs=near
-        )
+        best = [other.logprob for other in score.top]
+        assert best == pytest.approx(exact.topk(top).values.tolist(), abs=near)
+        assert best == pytest.approx([exact[other.token_id].item() for other in score.top], abs=near)
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def plans(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
     """`plans(served)`: the list that every plan its engine launches is added to."""
 
     def watch(served: Any) -> list[Any]:
@@ -50,7 +47,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(served.engine._runner, "launch", watched)
         return launched
 
-    yield watch
+    return watch
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

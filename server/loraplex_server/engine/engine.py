@@ -341,7 +341,9 @@ class Engine:
         except ServerError:
             self.adapters.release(handles)
             raise
-        sequence = Sequence(request, client, handles, caches=self._prefix_cache and request.cache_prefix)
+        public = self._prefix_cache and request.cache_prefix
+        group = (client, request.group) if request.group and not public else None
+        sequence = Sequence(request, client, handles, caches=public or group is not None, group=group)
         if sequence.num_prompt >= limit:
             self.adapters.release(handles)
             raise InvalidArgumentError.field(
@@ -383,8 +385,7 @@ class Engine:
             # Cancelled, or complete one step before: what was computed ahead is dropped.
             if sequence.status is Status.FINISHED:
                 continue
-            for block, key in sequence.new_block_keys(self._blocks.block_size):
-                self._blocks.set_key(block, key)
+            self.scheduler.name_blocks(sequence)
             if token is not None:
                 deltas[sequence.client].append(self._append(sequence, token, scores, now_s))
             elif scores:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable
 from typing import Protocol
 
@@ -126,6 +127,7 @@ class Scheduler:
         self._order = order or rounds
         self._ledger = Ledger(rounds)
         self._holds: dict[str, _Hold] = {}
+        self._groups: dict[tuple[str, str], _Group] = {}
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.prefix_queries = 0
@@ -143,6 +145,8 @@ class Scheduler:
         """Puts a sequence in the queue."""
         self.waiting.append(sequence)
         self._ledger.enter(sequence)
+        if sequence.group is not None:
+            self._groups.setdefault(sequence.group, _Group()).count += 1
 
     def finish(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is, and frees all that it holds. Harmless if it is out."""
@@ -153,7 +157,15 @@ class Scheduler:
         self._ledger.leave(sequence, waiting=not running)
         self._free_blocks(sequence)
         self._unreserve(sequence)
+        self._leave_group(sequence)
         sequence.status = Status.FINISHED
+
+    def name_blocks(self, sequence: Sequence) -> None:
+        """Tells the pool what is in the blocks that became full, for others to find."""
+        for block, key in sequence.new_block_keys(self._blocks.block_size):
+            self._blocks.set_key(block, key)
+            if sequence.group is not None:
+                self._groups[sequence.group].keys.append(key)
 
     def schedule(self, now_s: float | None = None) -> Schedule:
         """Chooses the next step's tokens; moves sequences between the queues and takes their blocks.
@@ -381,6 +393,8 @@ class Scheduler:
             return False
         if sequence.caches and sequence.first_scheduled_s is None and not sequence.num_unscored:
             sequence.cached_prompt_tokens = max(0, sequence.num_computed - sequence.num_virtual)
+            if sequence.group is not None:
+                return True
             self.prefix_queries += sequence.num_prompt - sequence.num_virtual
             self.prefix_hits += sequence.cached_prompt_tokens
         return True
@@ -413,6 +427,15 @@ class Scheduler:
         self._blocks.release(sequence.block_table)
         sequence.block_table = []
         sequence.num_named = 0
+
+    def _leave_group(self, sequence: Sequence) -> None:
+        if sequence.group is None:
+            return
+        group = self._groups[sequence.group]
+        group.count -= 1
+        if not group.count:
+            self._blocks.forget(group.keys)
+            del self._groups[sequence.group]
 
     def _unreserve(self, sequence: Sequence) -> None:
         if sequence.reserved:
@@ -466,12 +489,28 @@ class Scheduler:
             if sequence.status is not status
         ]
         problems += self._ledger.check_integrity(self.waiting, self.running)
+        members = Counter(sequence.group for sequence in (*self.running, *self.waiting) if sequence.group)
+        if members != {key: group.count for key, group in self._groups.items()}:
+            problems.append("groups count other members than there are")
         problems += [
             f"request {sequence.request.request_id} runs without its adapters"
             for sequence in self.running
             if sequence.handles and not sequence.reserved
         ]
         return problems
+
+
+@dataclasses.dataclass
+class _Group:
+    """Requests with one prompt, apart from the prefix cache.
+
+    Attributes:
+        count: members in the queues.
+        keys: of the blocks that one of them has filled.
+    """
+
+    count: int = 0
+    keys: list[bytes] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass

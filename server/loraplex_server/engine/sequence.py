@@ -49,6 +49,8 @@ class Sequence:
         block_keys: keys of its full blocks of known tokens, as far as they were asked for.
         num_named: blocks at the beginning of the table whose keys the pool was told.
         caches: its blocks may be had by others, and it may have theirs.
+        group: those others, where they are not all whose prompts begin alike: the prompt's blocks are for the
+            members of the group, and nobody finds them after the last.
         cached_prompt_tokens: tokens of its prompt that it found in the cache when it was first admitted.
         reserved: it holds device references to its adapters.
         awaited: its last token is not known yet: it is this one of those that the step in flight samples.
@@ -70,6 +72,7 @@ class Sequence:
     block_keys: list[bytes] = dataclasses.field(default_factory=list)
     num_named: int = 0
     caches: bool = False
+    group: tuple[str, str] | None = None
     cached_prompt_tokens: int = 0
     reserved: bool = False
     awaited: int | None = None
@@ -148,21 +151,25 @@ class Sequence:
         """
         if self.caches:
             end = self.scored_to if self.num_unscored else len(self.token_ids) - 1
-            for index in range(end // block_size):
+            for index in range(self._shared(end, block_size)):
                 yield self._key(index, block_size)
 
     def will_fill(self, index: int, key: bytes, block_size: int) -> bool:
         """Whether computing its known tokens will fill the block at `index` of the table as `key` says."""
-        ahead = self.num_named <= index < len(self.token_ids) // block_size
+        ahead = self.num_named <= index < self._shared(len(self.token_ids), block_size)
         return ahead and self._key(index, block_size) == key
 
     def new_block_keys(self, block_size: int) -> list[tuple[int, bytes]]:
         """(block, key) of each block that became full since the last call."""
-        first, full = self.num_named, self.num_computed // block_size
-        if first == full or not self.caches:
+        first, full = self.num_named, self._shared(self.num_computed, block_size)
+        if first >= full or not self.caches:
             return []
         self.num_named = full
         return [(self.block_table[index], self._key(index, block_size)) for index in range(first, full)]
+
+    def _shared(self, num_tokens: int, block_size: int) -> int:
+        """How many of the full blocks of the first `num_tokens` others may have."""
+        return (num_tokens if self.group is None else min(num_tokens, self.num_prompt)) // block_size
 
     def _key(self, index: int, block_size: int) -> bytes:
         """Key of the block at `index` of the table, and of those before it, each computed once."""
@@ -176,7 +183,7 @@ class Sequence:
 
     def _namespace(self, begin: int, end: int) -> bytes:
         """Whose KV the positions from `begin` to `end` are: the tenant, content and weight of each adapter in
-        order, and where in the block it changes."""
+        order, where in the block it changes, and the group."""
         changes: tuple[int, ...] = ()
         place: tuple[int, ...] = ()
         if self._changes and begin < self._changes[-1]:
@@ -187,7 +194,8 @@ class Sequence:
                 (start - begin, [(_content(handle), weight) for handle, weight in self.adapters_at(start)])
                 for start in (begin, *changes)
             ]
-            self._namespaces[place] = repr((self.request.tenant, EFFECT_VERSION, parts)).encode()
+            group = () if self.group is None else (self.group,)
+            self._namespaces[place] = repr((self.request.tenant, EFFECT_VERSION, parts, *group)).encode()
         return self._namespaces[place]
 
 
