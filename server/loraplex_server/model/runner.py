@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable
@@ -35,20 +36,42 @@ from loraplex_server.model.transfer import send
 _log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class LaunchTimes:
+    """Seconds of the host: for the inputs, in the forward pass, in the sampler."""
+
+    prepare_s: float
+    forward_s: float
+    sample_s: float
+
+
 class Pending:
     """A step that was launched, and that the device may still be computing."""
 
-    def __init__(self, sampling: Sampling | None, scoring: Scoring | None, span: Span | None) -> None:
+    def __init__(
+        self,
+        sampling: Sampling | None,
+        span: Span | None,
+        times: LaunchTimes,
+        scoring: Scoring | None = None,
+    ) -> None:
         self._sampling = sampling
         self._scoring = scoring
         self._span = span
+        self._times = times
 
     def result(self) -> StepOutput:
         """What the step sampled and scored, once it is there."""
+        started_s = time.perf_counter()
         sampled = () if self._sampling is None else self._sampling.result()
         scored = () if self._scoring is None else self._scoring.result()
-        device_s, waited_s = (None, None) if self._span is None else self._span.seconds()
-        return StepOutput(sampled, device_s, waited_s, scored)
+        times, fetch_s = self._times, time.perf_counter() - started_s
+        if self._span is None:
+            inline = times.prepare_s, times.forward_s, times.sample_s + fetch_s
+            return StepOutput(sampled, None, None, *inline, scored)
+        device_s, waited_s = self._span.seconds()
+        launching_s = times.prepare_s + times.forward_s + times.sample_s
+        return StepOutput(sampled, device_s, waited_s, launching_s, device_s, fetch_s, scored)
 
 
 class ModelRunner:
@@ -148,19 +171,38 @@ class ModelRunner:
 
         On a GPU all of it is queued, in order, and nothing waits; elsewhere it is done on return.
         """
+        started_s = time.perf_counter()
         forward = self._prepare(plan)
         self._clock.begin()
+        prepared_s = time.perf_counter()
         logits = forward()
+        forwarded_s = time.perf_counter()
         count = len(plan.sample_row)
         sampling = sampler.launch(logits[:count], plan) if count else None
         scoring = scoring_of.launch(logits[count:], plan) if len(plan.score_row) else None
         self._tokens = None if sampling is None else sampling.tokens
-        return Pending(sampling, scoring, self._clock.end())
+        span, sampled_s = self._clock.end(), time.perf_counter()
+        times = LaunchTimes(prepared_s - started_s, forwarded_s - prepared_s, sampled_s - forwarded_s)
+        return Pending(sampling, span, times, scoring)
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """Next-token logits [S + Q, vocabulary] of the plan's `logit_row`, valid until the next step."""
         return self._prepare(plan)()
+
+    def usable(self) -> bool:
+        """Whether the device still computes, asked after a step that failed.
+
+        An illegal access, say, leaves a CUDA context in which every call fails from then on.
+        """
+        if self._device.type != "cuda":
+            return True
+        try:
+            torch.cuda.synchronize(self._device)
+            return int(torch.ones(1, device=self._device).sum()) == 1
+        except RuntimeError:
+            _log.exception("the device does not compute any more")
+            return False
 
     def weight_checksum(self) -> Generator[None, None, str]:
         """SHA-256 over the resident base weights, in pieces: yields between them, returns it at the end."""
