@@ -32,7 +32,13 @@ _MAX_VIOLATION_CHARS = 120
 
 
 def to_status(error: ErrorInfo, request_id: str) -> grpc.Status:
-    """The status to end a call with.
+    """The status to end a call with."""
+    result: grpc.Status = rpc_status.to_status(to_message(error, request_id))
+    return result
+
+
+def to_message(error: ErrorInfo, request_id: str) -> status_pb2.Status:
+    """The status as a message, with its details.
 
     An INTERNAL error's own text may name files and is for the log alone: the caller gets the id to ask
     about.
@@ -54,8 +60,7 @@ def to_status(error: ErrorInfo, request_id: str) -> grpc.Status:
         packed = any_pb2.Any()
         packed.Pack(detail)
         status.details.append(packed)
-    result: grpc.Status = rpc_status.to_status(status)
-    return result
+    return status
 
 
 def retry_pushback(error: ErrorInfo) -> tuple[tuple[str, str], ...]:

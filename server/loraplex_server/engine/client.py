@@ -349,6 +349,7 @@ def _join(first: TokenDelta, second: TokenDelta) -> TokenDelta:
         finish=second.finish,
         stop_token=second.stop_token,
         times=second.times or first.times,
+        prompt_logprobs=first.prompt_logprobs + second.prompt_logprobs,
     )
 
 
