@@ -169,6 +169,12 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("batching")
     _count(group, "--max-batch-tokens", scheduler.max_batch_tokens, "tokens computed in one step")
     _count(group, "--max-num-requests", scheduler.max_num_requests, "requests running at once")
+    _count(
+        group,
+        "--max-scored-tokens",
+        scheduler.max_scored_tokens,
+        "tokens of prompts that get log-probabilities in one step",
+    )
     _count(group, "--max-queue", scheduler.max_queue, "requests that may wait; more are refused")
     _count(
         group,
@@ -397,6 +403,7 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
             scheduler=SchedulerConfig(
                 max_batch_tokens=arguments.max_batch_tokens,
                 max_num_requests=arguments.max_num_requests,
+                max_scored_tokens=arguments.max_scored_tokens,
                 max_queue=arguments.max_queue,
                 max_model_len=arguments.max_model_len,
                 kv_cache_bytes=arguments.kv_cache_bytes,

@@ -288,7 +288,7 @@ class Metrics:
         if times is not None:
             self._queue_seconds.observe(times.queue_s)
             self._adapter_wait_seconds.observe(times.adapter_wait_s)
-        if completion_tokens:
+        if completion_tokens or times is not None:
             # Only now are the names known to be those of adapters, not of a caller's making.
             for label in self._labels_of(request):
                 self._prompt_tokens.labels(label).inc(len(request.prompt_token_ids))
@@ -301,7 +301,7 @@ class Metrics:
 
     def observe_error(self, error: ErrorInfo) -> None:
         """A caller is answered with it."""
-        self._errors.labels(error.code).inc()
+        self._errors.labels(error.reason or error.code).inc()
 
     def observe_http(self, route: str, status: int, seconds: float) -> None:
         """An HTTP request has ended; 499 is one whose client had gone."""
