@@ -334,7 +334,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=api.metrics_host,
         help=f"address of the metrics (default: {api.metrics_host})",
     )
-    _count(group, "--metrics-port", api.metrics_port, "Prometheus port; 0 picks a free one, -1 is none")
+    _count(
+        group, "--metrics-port", api.metrics_port, "of Prometheus and a page; 0 picks a free one, -1 is none"
+    )
     _size(group, "--max-message-bytes", api.max_message_bytes, "longest gRPC message or HTTP body")
     _seconds(group, "--drain-seconds", api.drain_s, "time that running calls have after SIGTERM")
     _seconds(

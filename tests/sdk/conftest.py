@@ -92,6 +92,10 @@ class ScriptedServer(
         self._record("Generate", request, context)
         yield from self.answers["Generate"](request, context)
 
+    def GenerateBatch(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
+        self._record("GenerateBatch", request, context)
+        yield from self.answers["GenerateBatch"](request, context)
+
     def GenerateUnary(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         self._record("GenerateUnary", request, context)
         whole = generation_pb2.GenerateUnaryResponse()

@@ -17,6 +17,7 @@ from typing import Protocol
 import msgspec
 
 from loraplex_server.adapters.record import AdapterHandle
+from loraplex_server.adapters.registration import unloaded
 from loraplex_server.adapters.store import AdapterStore
 from loraplex_server.config import EngineConfig
 from loraplex_server.core.request import FinishReason, Request
@@ -39,9 +40,9 @@ from loraplex_server.engine.planning import build_plan
 from loraplex_server.engine.scheduler import Scheduled, Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.errors import (
-    CancelledError,
     InternalError,
     InvalidArgumentError,
+    Reason,
     ResourceExhaustedError,
     ServerError,
 )
@@ -379,7 +380,10 @@ class Engine:
             raise InvalidArgumentError.field("request_id", f"{request.request_id!r} is running already")
         if len(self.scheduler.waiting) >= self._max_queue:
             raise ResourceExhaustedError(
-                f"{len(self.scheduler.waiting)} requests wait already; try again later", retry_after_s=1.0
+                f"{len(self.scheduler.waiting)} requests wait already; try again later",
+                resource=("queue", "waiting requests"),
+                retry_after_s=1.0,
+                reason=Reason.QUEUE_FULL,
             )
         weights = [use.weight for use in request.adapters]
         handles = self.adapters.resolve(names, weights)
@@ -489,7 +493,7 @@ class Engine:
             if now_s < end_s:
                 continue
             self._drains.pop(key, None)
-            error = CancelledError(f"adapter {name!r} was unloaded", resource=("adapter", name))
+            error = unloaded(name)
             for sequence in list(self._sequences.values()):
                 if any(handle.draining and handle.name == name for handle in sequence.handles):
                     self._emit(sequence.client, Failed(sequence.request.request_id, error.info))

@@ -38,6 +38,7 @@ from loraplex_server.api.http.translate import chat_message, completion_messages
 from loraplex_server.api.lifecycle import Backend
 from loraplex_server.api.merging import merged
 from loraplex_server.errors import ErrorInfo, InternalError, ServerError
+from loraplex_server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
@@ -113,7 +114,8 @@ class GenerationEndpoint:
     status; later they are a stream's last event.
     """
 
-    def __init__(self, kind: Kind, generator: Generator, settings: HttpSettings) -> None:
+    def __init__(self, kind: Kind, generator: Generator, settings: HttpSettings, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._kind = kind
         self._generator = generator
         self._settings = settings
@@ -154,6 +156,7 @@ class GenerationEndpoint:
             else:
                 _log.info("a stream ends with %s: %s", error.code, error)
                 info = error.info
+            self._metrics.observe_error(info)
             await events.event(to_body(info, log.request_id.get(), job.body.model))
             await events.end(b"")
 
