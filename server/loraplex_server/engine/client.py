@@ -52,8 +52,10 @@ class EngineClient:
         writer: asyncio.StreamWriter,
         info: EngineInfo,
         note: Callable[[AdapterCommand, AdapterReply], None] | None = None,
+        max_joined: int = 256,
     ) -> None:
         self.info = info
+        self._max_joined = max_joined
         self._note = note
         self._reader = reader
         self._writer = writer
@@ -69,12 +71,18 @@ class EngineClient:
 
     @classmethod
     async def connect(
-        cls, socket_path: str, token: str, note: Callable[[AdapterCommand, AdapterReply], None] | None = None
+        cls,
+        socket_path: str,
+        token: str,
+        note: Callable[[AdapterCommand, AdapterReply], None] | None = None,
+        *,
+        max_joined: int = 256,
     ) -> EngineClient:
         """Connects to the engine listening at `socket_path`.
 
         Args:
             note: called with each adapter command that succeeded.
+            max_joined: most tokens in one delta of `stream`.
 
         Raises:
             UnavailableError: nobody listens there, or it speaks another version.
@@ -88,7 +96,7 @@ class EngineClient:
             raise UnavailableError(f"the engine cannot be reached: {error}") from error
         if not isinstance(message, Welcome) or message.version != PROTOCOL_VERSION:
             raise UnavailableError("the engine speaks another protocol version; run one release of both")
-        return cls(reader, writer, message.info, note)
+        return cls(reader, writer, message.info, note, max_joined)
 
     @property
     def alive(self) -> bool:
@@ -121,7 +129,7 @@ class EngineClient:
             self._send(Submit(request))
             while not finished:
                 item = await queue.get()
-                while isinstance(item, TokenDelta) and item.finish is None and not queue.empty():
+                while isinstance(item, TokenDelta) and item.finish is None and not queue.empty() and len(item.token_ids) < self._max_joined:
                     following = queue.get_nowait()
                     if isinstance(following, ServerError):
                         item = following
