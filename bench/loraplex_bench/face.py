@@ -167,16 +167,15 @@ def _goals(median: Mapping[str, Sample]) -> list[str]:
     if (sample := median.get("one a message")) is not None:
         server_us = sample.cpu_s[1] / sample.messages * 1e6
         bare = median.get("bare grpc.aio")
-        beside = "" if bare is None else f", {sample.messages_per_s / bare.messages_per_s:.0%} of bare grpc.aio"
+        share = None if bare is None else sample.messages_per_s / bare.messages_per_s
+        beside = "" if share is None else f", {share:.0%} of bare grpc.aio"
         lines += [
             _line(
                 f"one token a message: {sample.messages_per_s:.0f} messages/s{beside}",
                 f"{_GOAL_MESSAGES}",
                 sample.messages_per_s >= _GOAL_MESSAGES,
             ),
-            _line(
-                f"server CPU: {server_us:.1f} us a message", f"{_GOAL_CPU_US}", server_us <= _GOAL_CPU_US
-            ),
+            _line(f"server CPU: {server_us:.1f} us a message", f"{_GOAL_CPU_US}", server_us <= _GOAL_CPU_US),
         ]
     if (sample := median.get("slow")) is not None:
         lines.append(_line(f"not behind: {sample.joined} messages joined", "0", not sample.joined))

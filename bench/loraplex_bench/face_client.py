@@ -198,9 +198,9 @@ def _judge(
             position += count
         if tokens:
             places = [(index * STRIDE + step) % len(tokens) for step in range(order.tokens)]
-            right = [token for _, message in arrivals for token in message.token_ids] == [
-                tokens[place] for place in places
-            ] and "".join(message.text for _, message in arrivals) == "".join(texts[place] for place in places)
+            got = [token for _, message in arrivals for token in message.token_ids]
+            text = "".join(message.text for _, message in arrivals)
+            right = got == [tokens[place] for place in places] and text == "".join(texts[p] for p in places)
             wrong += not right
         else:
             wrong += position != order.tokens

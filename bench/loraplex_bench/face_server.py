@@ -1,5 +1,5 @@
-"""The servers that `loraplex bench face` compares: the real one on an engine that computes nothing, and a bare
-grpc.aio server that sends as many messages of the same size.
+"""The servers that `loraplex bench face` compares: the real one on an engine that computes nothing, and a
+bare grpc.aio server that sends as many messages of the same size.
 
     python -m loraplex_bench.face_server real FOLDER [FLAG VALUE ...]
     python -m loraplex_bench.face_server bare TEXT

@@ -336,6 +336,12 @@ def build_parser() -> argparse.ArgumentParser:
         api.max_tokens_per_message,
         "tokens that may come in one message while a client is behind; 1 never joins them",
     )
+    _count(
+        group,
+        "--max-unread-tokens",
+        api.max_unread_tokens,
+        "where more tokens wait for a client that reads too slowly, its call ends with RESOURCE_EXHAUSTED",
+    )
     _seconds(group, "--drain-seconds", api.drain_s, "time that running calls have after SIGTERM")
     _seconds(
         group,
@@ -446,6 +452,7 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
             max_connection_age_s=arguments.max_connection_age,
             max_engine_restarts=arguments.max_engine_restarts,
             max_tokens_per_message=arguments.max_tokens_per_message,
+            max_unread_tokens=arguments.max_unread_tokens,
         ),
     )
 

@@ -324,13 +324,15 @@ def to_generate_response(
     piece: Piece, finish: generation_pb2.Finish | None, token_text: Callable[[int], str], request_id: str
 ) -> generation_pb2.GenerateResponse:
     """One streamed message; `request_id` is empty on all but the first."""
-    return generation_pb2.GenerateResponse(
-        text=piece.text,
-        token_ids=piece.token_ids,
-        logprobs=[to_logprobs(entry, token_text) for entry in piece.logprobs],
-        finish=finish,
-        request_id=request_id,
-    )
+    message = generation_pb2.GenerateResponse(text=piece.text, token_ids=piece.token_ids)
+    # Most messages have none of these, and naming them costs as much as what they do have.
+    if piece.logprobs:
+        message.logprobs.extend(to_logprobs(entry, token_text) for entry in piece.logprobs)
+    if finish is not None:
+        message.finish.CopyFrom(finish)
+    if request_id:
+        message.request_id = request_id
+    return message
 
 
 def to_finish(end: End) -> generation_pb2.Finish:
