@@ -54,7 +54,7 @@ class _BareService:
 async def serve_bare(text: str) -> int:
     """Serves until SIGTERM; every message carries `text` and one token."""
     message = generation_pb2.GenerateResponse(text=text, token_ids=[4000]).SerializeToString()
-    handler = grpc.unary_stream_rpc_method_handler(_BareService(message).generate)
+    handler: Any = grpc.unary_stream_rpc_method_handler(_BareService(message).generate)
     _, service, method = METHOD.split("/")
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loraplex_server.core.request import FinishReason
-from loraplex_server.engine.deltas import DeltaQueue
+from loraplex_server.engine.deltas import BEHIND_S, SPACED_S, SPACING_S, DeltaQueue, Spacing
 from loraplex_server.engine.messages import FrameBuffer, Times, TokenDelta, TokenLogprobs, encode
 from loraplex_server.errors import ResourceExhaustedError, UnavailableError
 
@@ -64,6 +64,64 @@ def test_no_more_than_so_many_tokens_are_joined(limit: int) -> None:
         assert [token_id for ids in taken for token_id in ids] == list(range(21))
         assert all(len(ids) <= limit for ids in taken[:-1])
         assert len(taken) == -(-11 // limit) + 1
+
+    asyncio.run(main())
+
+
+def test_messages_of_a_stream_that_is_behind_come_apart_for_a_while() -> None:
+    spacing = Spacing()
+    spacing.sent(100.0)
+    assert spacing.pause_s(100.001) == 0.0
+    spacing.behind(100.001)
+    assert spacing.pause_s(100.001) == pytest.approx(SPACING_S - 0.001)
+    assert spacing.pause_s(100.0 + SPACING_S) == 0.0
+    spacing.sent(100.0 + SPACED_S)
+    assert spacing.pause_s(100.0 + SPACED_S) == pytest.approx(SPACING_S)
+    assert spacing.pause_s(100.0 + SPACED_S + 0.002) == 0.0
+
+
+@pytest.mark.parametrize("late_s", [BEHIND_S * 0.5, BEHIND_S * 2])
+def test_who_comes_late_gets_the_next_tokens_together(late_s: float) -> None:
+    clock = [50.0]
+
+    async def main() -> None:
+        queue = DeltaQueue(max_joined=256, max_unread=4096, clock=lambda: clock[0])
+        queue.put(delta(0))
+        clock[0] += late_s
+        assert (await queue.take()).token_ids == (0,)
+        # At once the next: by itself for who was not late, else with what comes while it waits.
+        queue.put(delta(1))
+        taking = asyncio.ensure_future(queue.take())
+        await asyncio.sleep(0)
+        behind = late_s > BEHIND_S
+        assert taking.done() != behind
+        queue.put(delta(2))
+        clock[0] += SPACING_S
+        assert (await taking).token_ids == ((1, 2) if behind else (1,))
+        clock[0] += SPACED_S
+        if behind:
+            queue.put(delta(2))
+        taking = asyncio.ensure_future(queue.take())
+        await asyncio.sleep(0)
+        assert taking.done()
+
+    asyncio.run(main())
+
+
+def test_the_end_and_what_cannot_be_joined_do_not_wait() -> None:
+    clock = [50.0]
+
+    async def main() -> None:
+        queue = DeltaQueue(max_joined=2, max_unread=4096, clock=lambda: clock[0])
+        queue.put(delta(0))
+        clock[0] += 2 * BEHIND_S
+        await queue.take()
+        for now in ((delta(1), delta(2)), (delta(3, finish=FinishReason.STOP),)):
+            for each in now:
+                queue.put(each)
+            taking = asyncio.ensure_future(queue.take())
+            await asyncio.sleep(0)
+            assert taking.done()
 
     asyncio.run(main())
 
