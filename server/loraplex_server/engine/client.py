@@ -38,7 +38,7 @@ from loraplex_server.engine.messages import (
     decode_from_engine,
     encode,
 )
-from loraplex_server.errors import InternalError, ServerError, UnavailableError, from_info
+from loraplex_server.errors import InternalError, Reason, ServerError, UnavailableError, from_info
 
 _READ_BYTES = 1 << 18
 
@@ -224,7 +224,7 @@ class EngineClient:
         self._writer.close()
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        self._lose(UnavailableError("the server is shutting down"))
+        self._lose(UnavailableError("the server is shutting down", reason=Reason.SERVER_DRAINING))
 
     async def chat_template(self, name: str) -> str:
         """The chat template that an adapter brings; "" where it brings none."""
@@ -273,7 +273,11 @@ class EngineClient:
             raise EOFError
         except (OSError, EOFError):
             self._lose(
-                UnavailableError("the engine has stopped; try again when it is back", retry_after_s=2.0)
+                UnavailableError(
+                    "the engine has stopped; try again when it is back",
+                    retry_after_s=2.0,
+                    reason=Reason.ENGINE_LOST,
+                )
             )
         except msgspec.DecodeError as error:
             self._lose(InternalError(f"the engine sent what is no message: {error}"))

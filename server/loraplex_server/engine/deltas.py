@@ -142,4 +142,5 @@ def _join(deltas: Sequence[TokenDelta]) -> TokenDelta:
         finish=last.finish,
         stop_token=last.stop_token,
         times=last.times or deltas[0].times,
+        prompt_logprobs=tuple(chain.from_iterable(delta.prompt_logprobs for delta in deltas)),
     )
