@@ -129,6 +129,7 @@ class Generator:
         )
         outcome: str | None = None
         times: Times | None = None
+        so_far: Times | None = None
         first_token_s: float | None = None
         echo = accepted.echo
         waited_s = time.perf_counter() - accepted.arrived_s
@@ -140,13 +141,13 @@ class Generator:
             async with contextlib.aclosing(deltas):
                 async for delta in deltas:
                     if delta.token_ids and first_token_s is None:
-                        first_token_s = time.perf_counter() - accepted.arrived_s
+                        first_token_s, so_far = time.perf_counter() - accepted.arrived_s, delta.times
                         self._metrics.observe_first_token(first_token_s)
                     piece = answer.push(delta)
                     if piece.empty:
                         continue
                     if echo is not None:
-                        piece, echo = dataclasses.replace(piece, prompt=echo), None
+                        piece, echo = msgspec.structs.replace(piece, prompt=echo), None
                     if piece.finish is None:
                         yield piece, None
                         continue
@@ -173,7 +174,7 @@ class Generator:
             # A caller that is gone closes this generator, or cancels the task that runs it.
             if outcome is None:
                 outcome = why_left()
-            span.end(Generated(outcome, answer.num_tokens, answer.times, first_token_s))
+            span.end(Generated(outcome, answer.num_tokens, times or so_far, first_token_s))
             total_s = time.perf_counter() - accepted.arrived_s
             self._metrics.observe_request(
                 request,
