@@ -22,7 +22,7 @@ from loraplex_kernels import dispatch, fourbit, nf4
 from loraplex_kernels.attention import LayerShape
 from loraplex_kernels.lora import LoraPool
 from loraplex_server.core.step import StepPlan
-from loraplex_server.model import graphs, sampler
+from loraplex_server.model import graphs, sampler, scoring
 from loraplex_server.model.loader import BaseModel, EmptyModel, attach_ends, install
 from loraplex_server.model.memory import allocate_kv
 from loraplex_server.model.norm import attach
@@ -342,6 +342,34 @@ def test_sampling_is_one_copy_each_way(name: str) -> None:
         )
     assert watch.faults == []
     assert (watch.to_device, watch.to_host) == (sent, 1)
+
+
+SCORES = {"score_row": np.array([1, 2]), "score_id": np.array([7, 9]), "score_top": np.array([0, 3])}
+
+
+def test_scoring_is_one_copy_each_way() -> None:
+    many = {name: np.tile(column, 20) for name, column in SCORES.items()}
+    with Watch() as watch:
+        scoring.launch(
+            torch.empty(40, 50, dtype=torch.bfloat16, device=META),
+            plan([1, 45], adapters=False, sampling=many),
+        )
+    assert watch.faults == []
+    assert (watch.to_device, watch.to_host) == (1, 1)
+
+
+@pytest.mark.parametrize("queries", [[1, 5, 1], [1, 1, 1]])
+def test_a_step_with_scores_waits_for_nothing_and_is_not_replayed(
+    queries: list[int], architecture: Any, launches: Counter[str]
+) -> None:
+    runner = build(architecture("Llama"))
+    runner.record_graphs((4,), 32)
+    launches.clear()
+    with Watch() as watch:
+        runner.launch(plan(queries, adapters=True, sampling=SCORES))
+    assert watch.faults == []
+    assert (watch.to_device, watch.to_host) == (4, 2)
+    assert launches["attend_kernel"] > 0
 
 
 def test_the_watch_sees_what_it_is_to_see(launches: Counter[str]) -> None:
