@@ -17,6 +17,9 @@ from loraplex_server.errors import ErrorInfo, InternalError, ServerError
 
 _log = logging.getLogger(__name__)
 
+# Of a call, in the ids of the requests of its batch.
+_MAX_ID_CHARS = 120
+
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Hands requests to the generator and its pieces to gRPC."""
@@ -86,6 +89,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, position: int, request: generation_pb2.GenerateRequest, context: Any
     ) -> generation_pb2.GenerateBatchResponse:
         """The answer to one request of a batch, or why there is none."""
+        log.request_id.set(f"{log.request_id.get()[:_MAX_ID_CHARS]}-{position}")
         try:
             answer = await self._whole(request, context)
             return generation_pb2.GenerateBatchResponse(position=position, answer=answer)
