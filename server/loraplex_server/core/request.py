@@ -74,6 +74,20 @@ class SamplingParams(msgspec.Struct, frozen=True):
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
+class Structure(msgspec.Struct, frozen=True):
+    """The form that an answer has to have. The API has validated every field.
+
+    Attributes:
+        kind: "json_schema", "json_object", "regex", "grammar" (Lark) or "choice".
+        text: the schema, the expression or the grammar.
+        choices: for "choice", the answers to choose from.
+    """
+
+    kind: str
+    text: str = ""
+    choices: tuple[str, ...] = ()
+
+
 class Request(msgspec.Struct, frozen=True):
     """One generation.
 
@@ -85,6 +99,7 @@ class Request(msgspec.Struct, frozen=True):
         priority: higher goes first.
         deadline_s: `time.time()` after which the answer is of no use.
         cache_prefix: whether it may have, and leave, keys and values in the prefix cache.
+        structure: the form of the answer; None is free text.
     """
 
     request_id: str
@@ -95,3 +110,4 @@ class Request(msgspec.Struct, frozen=True):
     priority: int = 0
     deadline_s: float | None = None
     cache_prefix: bool = True
+    structure: Structure | None = None

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator
+from concurrent.futures import Future, wait
 from typing import Protocol
 
 import msgspec
@@ -16,6 +17,8 @@ from loraplex_server.config import EngineConfig
 from loraplex_server.core.request import FinishReason, Request
 from loraplex_server.core.step import SampledToken, StepOutput, StepPlan
 from loraplex_server.engine.audit import Audit, finish
+from loraplex_server.engine.constraint import Constraint
+from loraplex_server.engine.grammars import Grammars, no_tokens
 from loraplex_server.engine.kv_blocks import KvBlockPool
 from loraplex_server.engine.messages import (
     EngineInfo,
@@ -34,10 +37,18 @@ from loraplex_server.engine.scheduler import Scheduled, Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.errors import (
     CancelledError,
+    DeadlineExceededError,
+    InternalError,
     InvalidArgumentError,
     ResourceExhaustedError,
     ServerError,
 )
+
+COMPILE_S = 30.0
+"""Longest that a request waits for its structure to be compiled."""
+
+# Longest that a step waits to learn what may come next; mostly it is known before.
+_FOLLOW_S = 0.005
 
 Emit = Callable[[str, Tokens | Failed], None]
 """Sends a message to the client of that id."""
@@ -85,7 +96,13 @@ class Engine:
     """Requests in, tokens out. Not thread-safe: one thread owns it."""
 
     def __init__(
-        self, config: EngineConfig, runner: Runner, adapters: AdapterStore, info: EngineInfo, emit: Emit
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        adapters: AdapterStore,
+        info: EngineInfo,
+        emit: Emit,
+        grammars: Grammars | None = None,
     ) -> None:
         self.info = info
         self.adapters = adapters
@@ -96,6 +113,11 @@ class Engine:
         self._blocks = KvBlockPool(info.kv_blocks, info.kv_block_size)
         self.scheduler = Scheduler(config.scheduler, self._blocks, adapters)
         self._sequences: dict[tuple[str, str], Sequence] = {}
+        self._grammars = grammars or Grammars(no_tokens, info.vocab_size)
+        # Requests that go to the scheduler once their structures are compiled.
+        self._compiling: dict[Sequence, Future[Constraint]] = {}
+        # Requests whose grammars look what may come after their last tokens.
+        self._following: dict[Future[None], Sequence] = {}
         self._steps: list[StepRecord] = []
         self._hits = self._misses = 0
         # The step that the device computes, where the engine is ahead of it.
@@ -109,7 +131,11 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._in_flight is not None
+        return self.scheduler.has_work or self._in_flight is not None or bool(self._compiling)
+
+    @property
+    def _num_waiting(self) -> int:
+        return len(self.scheduler.waiting) + len(self._compiling)
 
     def submit(self, client: str, request: Request) -> None:
         """Queues a request. One that cannot be served is answered with `Failed` at once."""
@@ -172,10 +198,11 @@ class Engine:
         """Plans and launches the next step; None if no request can be advanced."""
         self._end_drains(started_s)
         self.adapters.poll()
+        self._take_followed()
+        self._take_compiled(started_s)
         schedule = self.scheduler.schedule(started_s)
         for sequence, error in schedule.failed:
-            self._emit(sequence.client, Failed(sequence.request.request_id, error.info))
-            self._retire(sequence)
+            self._fail(sequence, error)
         if not schedule.scheduled:
             return None
         self._audit.worked()
@@ -218,7 +245,11 @@ class Engine:
 
     def _must_know(self, sequence: Sequence) -> bool:
         """Whether the host has to know a sequence's next token before there can be another."""
-        return self._is_last(sequence, 1) or sequence.request.sampling.penalised
+        return (
+            self._is_last(sequence, 1)
+            or sequence.request.sampling.penalised
+            or sequence.constraint is not None
+        )
 
     def _is_last(self, sequence: Sequence, more: int = 0) -> bool:
         """Whether with `more` tokens than it has a sequence is as long as it may be."""
@@ -259,7 +290,7 @@ class Engine:
         return Stats(
             steps=steps,
             swaps=tuple(adapters.drain_swaps()),
-            waiting=len(self.scheduler.waiting),
+            waiting=self._num_waiting,
             running=len(self.scheduler.running),
             waiting_for_adapter=self.scheduler.num_waiting_for_adapter,
             kv_blocks_used=self._blocks.num_used,
@@ -290,7 +321,7 @@ class Engine:
             call_id=call_id,
             problems=tuple(problems),
             running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
+            waiting=self._num_waiting,
             kv_blocks_used=self._blocks.num_used,
             adapter_references=self.adapters.references(),
             weight_checksum=checksum,
@@ -327,9 +358,9 @@ class Engine:
             raise InvalidArgumentError.field("adapters", "one adapter is named twice; add its weights up")
         if (client, request.request_id) in self._sequences:
             raise InvalidArgumentError.field("request_id", f"{request.request_id!r} is running already")
-        if len(self.scheduler.waiting) >= self._max_queue:
+        if self._num_waiting >= self._max_queue:
             raise ResourceExhaustedError(
-                f"{len(self.scheduler.waiting)} requests wait already; try again later", retry_after_s=1.0
+                f"{self._num_waiting} requests wait already; try again later", retry_after_s=1.0
             )
         weights = [use.weight for use in request.adapters]
         handles = self.adapters.resolve(names, weights)
@@ -347,7 +378,67 @@ class Engine:
                 f"than {limit}",
             )
         self._sequences[client, request.request_id] = sequence
-        self.scheduler.add(sequence)
+        if request.structure is None:
+            self.scheduler.add(sequence)
+        else:
+            self._compiling[sequence] = self._grammars.start(request.structure)
+
+    def _take_compiled(self, now_s: float) -> None:
+        """Queues the requests whose structures are compiled; ends those that cannot be, or wait too long."""
+        for sequence, compilation in list(self._compiling.items()):
+            deadline_s = sequence.request.deadline_s
+            try:
+                if compilation.done():
+                    sequence.constraint = compilation.result()
+                elif deadline_s is not None and deadline_s <= time.time():
+                    raise DeadlineExceededError("the deadline passed before the structure was compiled")
+                elif now_s - sequence.arrival_s > COMPILE_S:
+                    raise ResourceExhaustedError(
+                        f"the structure was not compiled in {COMPILE_S:g} s; make it simpler, or try again",
+                        retry_after_s=1.0,
+                    )
+                else:
+                    continue
+            except ServerError as error:
+                self._fail(sequence, error)
+                continue
+            del self._compiling[sequence]
+            self.scheduler.add(sequence)
+
+    def _take_followed(self) -> None:
+        """Ends the answers that are whole or cannot go on; the others are scheduled again.
+
+        Waits a moment for those that are not known yet, so that they need not sit out a step.
+        """
+        if not self._following:
+            return
+        for future in wait(self._following, _FOLLOW_S).done:
+            sequence = self._following.pop(future)
+            held, structure = sequence.constraint, sequence.request.structure
+            if sequence.status is Status.FINISHED:
+                continue
+            assert held is not None
+            assert structure is not None
+            if (raised := future.exception()) is not None:
+                self._fail(sequence, InternalError(f"the structure could not be followed: {raised}"))
+            elif held.complete:
+                self._finish(sequence, FinishReason.STOP)
+            elif self._is_last(sequence):
+                self._finish(sequence, FinishReason.LENGTH)
+            elif held.error:
+                # Whatever the others found out is too much for a new one, too.
+                self._grammars.forget(structure)
+                said = f"cannot be followed any further: {held.error}"
+                self._fail(sequence, InvalidArgumentError.field(f"structure.{structure.kind}", said))
+            else:
+                held.ready = True
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Ends a request all of whose tokens were emitted."""
+        times = _times(sequence, time.monotonic())
+        delta = TokenDelta(sequence.request.request_id, (), finish=reason, times=times)
+        self._emit(sequence.client, Tokens((delta,)))
+        self._retire(sequence)
 
     def _check_tokens(self, request: Request, handles: tuple[AdapterHandle, ...]) -> None:
         """Every token id that the request names is the base's, or one that its adapter adds."""
@@ -394,12 +485,17 @@ class Engine:
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
         request, sampling = sequence.request, sequence.request.sampling
+        held = sequence.constraint
         is_end = token.token_id in sampling.stop_token_ids or (
-            token.token_id in self.info.eos_token_ids and not sampling.ignore_eos
+            token.token_id in self.info.eos_token_ids and (not sampling.ignore_eos or held is not None)
         )
         finish: FinishReason | None = None
         if is_end:
             finish = FinishReason.STOP
+        elif held is not None:
+            # Whether it is the last is known once the grammar has seen it.
+            held.ready = False
+            self._following[self._grammars.follow(held, token.token_id)] = sequence
         elif self._is_last(sequence):
             finish = FinishReason.LENGTH
         logprobs: tuple[TokenLogprobs, ...] = ()
@@ -427,11 +523,18 @@ class Engine:
             error = CancelledError(f"adapter {name!r} was unloaded", resource=("adapter", name))
             for sequence in list(self._sequences.values()):
                 if any(handle.draining and handle.name == name for handle in sequence.handles):
-                    self._emit(sequence.client, Failed(sequence.request.request_id, error.info))
-                    self._retire(sequence)
+                    self._fail(sequence, error)
+
+    def _fail(self, sequence: Sequence, error: ServerError) -> None:
+        """Ends a request with an error."""
+        self._emit(sequence.client, Failed(sequence.request.request_id, error.info))
+        self._retire(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
         """Frees all that a sequence holds and forgets it; safe to call twice."""
+        if (compilation := self._compiling.pop(sequence, None)) is not None:
+            compilation.cancel()
+            sequence.status = Status.FINISHED
         self.scheduler.finish(sequence)
         if self._sequences.pop((sequence.client, sequence.request.request_id), None) is not None:
             self.adapters.release(sequence.handles)
