@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from loraplex_server.engine.constraint import WORD_BITS
 from loraplex_server.errors import FailedPreconditionError
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
+    from llguidance import LLTokenizer, TokenizerWrapper
 
 
 def load_token_trie(model: str, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
@@ -54,7 +54,8 @@ def load_token_trie(model: str, vocab_size: int, eos_token_ids: Sequence[int]) -
     try:
         decoder = json.loads(backend.to_str())["decoder"]
         if decoder is None or decoder["type"] == "Fuse":
-            return LLTokenizer(_PlainTokens(tokenizer, width, ends[0]), n_vocab=width, eos_token=ends)
+            plain = cast("TokenizerWrapper", _PlainTokens(tokenizer, width, ends[0]))
+            return LLTokenizer(plain, n_vocab=width, eos_token=ends)
         return LLTokenizer(backend.to_str(), n_vocab=width, eos_token=ends)
     except ValueError as error:
         raise FailedPreconditionError(

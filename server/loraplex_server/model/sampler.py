@@ -23,9 +23,9 @@ def launch(logits: torch.Tensor, plan: StepPlan) -> Sampling:
     """Samples one token a row; nothing waits for the device.
 
     Logits are changed in the order of transformers' processors: bias, penalties, bans, masks; then
-    temperature, top-k, top-p and min-p say what may be drawn. A drawn token is the first, in descending order of
-    probability, at which the cumulative mass of what is left exceeds the row's draw: no random generator, so
-    a row's token depends on its logits, its parameters and its draw alone.
+    temperature, top-k, top-p and min-p say what may be drawn. A drawn token is the first, in descending order
+    of probability, at which the cumulative mass of what is left exceeds the row's draw: no random generator,
+    so a row's token depends on its logits, its parameters and its draw alone.
 
     Args:
         logits: [S, vocabulary], any floating dtype; row i belongs to `plan.sample_row[i]`.
