@@ -22,7 +22,7 @@ from loraplex_server.engine import engine, grammars
 from loraplex_server.engine.constraint import Constraint
 from loraplex_server.engine.grammars import Grammars
 from loraplex_server.engine.token_trie import load_token_trie
-from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError, ServerError
+from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError
 from loraplex_server.model.sampler import sample
 
 llguidance = pytest.importorskip("llguidance", reason="needs the server extra: llguidance")
@@ -477,11 +477,48 @@ def test_tokenizers_of_every_make_are_known_as_bytes(tmp_path: Path) -> None:
         load_token_trie(str(tmp_path), 100, (EOS,))
 
 
-def test_errors_are_server_errors(trie: Any) -> None:
-    """Whatever goes wrong in the threads is told as an error of this server's kind."""
+def test_what_breaks_in_a_thread_ends_its_request_alone(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("of /a/folder")
 
-    def broken() -> Any:
-        raise RuntimeError("no")
+    with monkeypatch.context() as patch:
+        patch.setattr(Grammars, "_start", broken)
+        unborn = served.submit("unborn", PROMPT, structure=REGEX)
+        good = served.submit("good", PROMPT, max_tokens=3, ignore_eos=True)
+        served.run()
+    with monkeypatch.context() as patch:
+        patch.setattr(Constraint, "follow", broken)
+        broken_off = served.submit("broken off", PROMPT, structure=REGEX)
+        served.run()
+    assert (unborn.error.code, broken_off.error.code) == ("INTERNAL", "INTERNAL")
+    assert "folder" not in unborn.error.message + broken_off.error.message
+    assert (len(unborn.tokens), len(broken_off.tokens), len(good.tokens)) == (0, 1, 3)
 
-    with pytest.raises(ServerError, match="could not be compiled"):
-        compiled(Grammars(broken, VOCABULARY), REGEX)
+
+class Ahead:
+    """A runner whose steps are known when they are asked for, so that the engine is one ahead."""
+
+    asynchronous = True
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+
+def test_one_step_ahead_of_the_device(spoken: Model, served: Any, harness: Any) -> None:
+    """Who has a grammar waits for its token; the others do not, and every answer is the same."""
+
+    def ask(one: Any) -> list[Any]:
+        asked = [
+            one.submit(f"a{kind}", PROMPT, [("r8", 1.0)], structure=structure, temperature=1.0, seed=5)
+            for kind, (structure, _) in FORMS.items()
+        ]
+        asked.append(one.submit("a free", PROMPT, max_tokens=30, ignore_eos=True, temperature=1.0, seed=6))
+        one.run()
+        return [(answer.tokens, answer.finish) for answer in asked]
+
+    ahead = harness(spoken)
+    ahead.engine._runner = Ahead(ahead.engine._runner)
+    assert ask(ahead) == ask(served)

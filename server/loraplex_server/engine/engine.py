@@ -1,11 +1,16 @@
-"""The step loop's body: plan, run, commit, emit. The engine is the only owner of request state."""
+"""The step loop's body: plan, run, commit, emit. The engine is the only owner of request state.
+
+A step that fails ends the requests that were in it, and no others; a device that no longer computes ends the
+engine.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, wait
 from typing import Protocol
 
@@ -44,6 +49,8 @@ from loraplex_server.errors import (
     ServerError,
 )
 
+_log = logging.getLogger(__name__)
+
 COMPILE_S = 30.0
 """Longest that a request waits for its structure to be compiled."""
 
@@ -70,6 +77,9 @@ class Runner(Protocol):
 
     def launch(self, plan: StepPlan) -> Launched:
         """Computes the plan and samples, in the order of the calls; `fed_from` is of the call before."""
+
+    def usable(self) -> bool:
+        """Whether the device still computes; asked after a step that failed."""
 
     def weight_checksum(self) -> Generator[None, None, str]:
         """SHA-256 over the resident base weights, in pieces: yields between them, returns it at the end."""
@@ -119,6 +129,7 @@ class Engine:
         # Requests whose grammars look what may come after their last tokens.
         self._following: dict[Future[None], Sequence] = {}
         self._steps: list[StepRecord] = []
+        self._failed_steps = 0
         self._hits = self._misses = 0
         # The step that the device computes, where the engine is ahead of it.
         self._in_flight: _Step | None = None
@@ -180,8 +191,11 @@ class Engine:
 
         Where the runner is asynchronous it is one step ahead: the next step is launched before the tokens of
         the one that runs are there, and gets them on the device.
+
+        Raises:
+            Exception: whatever a step failed with, if the device does not compute any more.
         """
-        ahead = self._runner.asynchronous
+        ahead, failed = self._runner.asynchronous, self._failed_steps
         launched = self._launch(time.monotonic())
         due = launched
         if ahead:
@@ -192,10 +206,10 @@ class Engine:
             self._collect(due)
         if ahead and launched is not None:
             self._advance(launched)
-        return launched is not None or due is not None
+        return launched is not None or due is not None or self._failed_steps > failed
 
     def _launch(self, started_s: float) -> _Step | None:
-        """Plans and launches the next step; None if no request can be advanced."""
+        """Plans and launches the next step; None if no request can be advanced, or the step failed."""
         self._end_drains(started_s)
         self.adapters.poll()
         self._take_followed()
@@ -206,12 +220,17 @@ class Engine:
         if not schedule.scheduled:
             return None
         self._audit.worked()
-        scheduled = sorted(schedule.scheduled, key=self._batch_position)
-        plan = build_plan(scheduled, self._blocks.block_size, self.adapters.slot, self.info.eos_token_ids)
-        planned_s = time.monotonic()
+        try:
+            scheduled = sorted(schedule.scheduled, key=self._batch_position)
+            plan = build_plan(scheduled, self._blocks.block_size, self.adapters.slot, self.info.eos_token_ids)
+            planned_s = time.monotonic()
+            launched = self._runner.launch(plan)
+        except Exception as error:
+            self._give_up([item.sequence for item in schedule.scheduled], error)
+            return None
         prefill_tokens = sum(item.num_tokens for item in scheduled if item.sequence.num_pending > 1)
         return _Step(
-            launched=self._runner.launch(plan),
+            launched=launched,
             scheduled=[(item, item.samples) for item in scheduled],
             started_s=started_s,
             in_stride=self._in_flight is not None,
@@ -260,7 +279,12 @@ class Engine:
 
     def _collect(self, step: _Step) -> None:
         """Waits for a launched step, writes its results into the sequences, and emits."""
-        output = step.launched.result()
+        try:
+            output = step.launched.result()
+        except Exception as error:
+            self._give_up([item.sequence for item, _ in step.scheduled], error)
+            return
+        received_s = time.monotonic()
         self._commit(step, output)
         now_s = time.monotonic()
         begun_s, self._collected_s = max(step.started_s, self._collected_s), now_s
@@ -270,8 +294,28 @@ class Engine:
                 seconds=now_s - begun_s,
                 device_seconds=output.device_s,
                 idle_seconds=output.waited_s if step.in_stride else None,
+                prepare_seconds=output.prepare_s,
+                run_seconds=output.run_s,
+                sample_seconds=output.sample_s,
+                emit_seconds=now_s - received_s,
             )
         )
+
+    def _give_up(self, sequences: Iterable[Sequence], error: Exception) -> None:
+        """Ends the requests of a step that failed; what it wrote lies in blocks that only they had.
+
+        Raises:
+            Exception: `error`, if the device does not compute any more.
+        """
+        if not self._runner.usable():
+            raise error
+        self._failed_steps += 1
+        lost = [sequence for sequence in sequences if sequence.status is not Status.FINISHED]
+        _log.error("a step failed, and with it %s", [one.request.request_id for one in lost], exc_info=error)
+        failure = InternalError(f"the step failed: {error.__class__.__name__}")
+        for sequence in lost:
+            self._emit(sequence.client, Failed(sequence.request.request_id, failure.info))
+            self._retire(sequence)
 
     def idle(self) -> bool:
         """Looks after the engine while there is nothing to step; whether there is more to do at once."""
@@ -280,6 +324,7 @@ class Engine:
     def stats(self) -> Stats:
         """What happened since the last call, and the state now."""
         steps, self._steps = tuple(self._steps), []
+        failed_steps, self._failed_steps = self._failed_steps, 0
         adapters = self.adapters
         hits, misses = adapters.hits - self._hits, adapters.misses - self._misses
         self._hits, self._misses = adapters.hits, adapters.misses
@@ -289,6 +334,7 @@ class Engine:
         self._prefix_queries, self._prefix_hits = scheduler.prefix_queries, scheduler.prefix_hits
         return Stats(
             steps=steps,
+            failed_steps=failed_steps,
             swaps=tuple(adapters.drain_swaps()),
             waiting=self._num_waiting,
             running=len(self.scheduler.running),
@@ -366,17 +412,17 @@ class Engine:
         handles = self.adapters.resolve(names, weights)
         try:
             self._check_tokens(request, handles)
-        except ServerError:
+            caches = self._prefix_cache and request.cache_prefix
+            sequence = Sequence(request, client, handles, caches=caches)
+            if sequence.num_prompt >= limit:
+                raise InvalidArgumentError.field(
+                    "prompt",
+                    f"has {sequence.num_prompt} tokens with the adapter's soft prompt; this server takes "
+                    f"fewer than {limit}",
+                )
+        except BaseException:
             self.adapters.release(handles)
             raise
-        sequence = Sequence(request, client, handles, caches=self._prefix_cache and request.cache_prefix)
-        if sequence.num_prompt >= limit:
-            self.adapters.release(handles)
-            raise InvalidArgumentError.field(
-                "prompt",
-                f"has {sequence.num_prompt} tokens with the adapter's soft prompt; this server takes fewer "
-                f"than {limit}",
-            )
         self._sequences[client, request.request_id] = sequence
         if request.structure is None:
             self.scheduler.add(sequence)
@@ -389,6 +435,11 @@ class Engine:
             deadline_s = sequence.request.deadline_s
             try:
                 if compilation.done():
+                    # A panic in the grammar's library is no Exception.
+                    raised = compilation.exception()
+                    if raised is not None and not isinstance(raised, ServerError):
+                        _log.error("a structure could not be compiled", exc_info=raised)
+                        raise InternalError("the structure could not be compiled") from raised
                     sequence.constraint = compilation.result()
                 elif deadline_s is not None and deadline_s <= time.time():
                     raise DeadlineExceededError("the deadline passed before the structure was compiled")
@@ -420,7 +471,8 @@ class Engine:
             assert held is not None
             assert structure is not None
             if (raised := future.exception()) is not None:
-                self._fail(sequence, InternalError(f"the structure could not be followed: {raised}"))
+                _log.error("a structure could not be followed", exc_info=raised)
+                self._fail(sequence, InternalError("the structure could not be followed"))
             elif held.complete:
                 self._finish(sequence, FinishReason.STOP)
             elif self._is_last(sequence):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from loraplex_server.core.request import Structure
 from loraplex_server.engine.constraint import Constraint, reason
-from loraplex_server.errors import FailedPreconditionError, InternalError, InvalidArgumentError, ServerError
+from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from llguidance import LLParserLimits, LLTokenizer
@@ -61,7 +61,8 @@ class Grammars:
     def start(self, structure: Structure) -> Future[Constraint]:
         """The place before the first token of an answer that has this structure.
 
-        The future may be cancelled; it ends with a ServerError where there is no such grammar.
+        The future may be cancelled; it ends with a ServerError where there is no such grammar, and with
+        another exception where something is broken.
         """
         return self._told(self._compilers.submit(self._start, structure))
 
@@ -104,12 +105,8 @@ class Grammars:
                 raise InvalidArgumentError.field(field, reason(matcher.get_error()))
             first = Constraint(matcher, self._vocab_size, tokens.vocab_size)
             first.look()
-        except ServerError:
-            raise
         except ValueError as error:
             raise InvalidArgumentError.field(field, reason(str(error))) from error
-        except Exception as error:
-            raise InternalError(f"the structure could not be compiled: {error}") from error
         if first.error:
             raise InvalidArgumentError.field(field, f"cannot be followed: {first.error}")
         return first
