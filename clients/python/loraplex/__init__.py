@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loraplex._async import AsyncClient, AsyncGenerationStream
     from loraplex._config import Keepalive, RetryPolicy, TlsConfig
     from loraplex._convert import GenerateOptions
+    from loraplex._structure import Choice, Grammar, JsonObject, JsonSchema, Regex
     from loraplex._sync import Client, GenerationStream
     from loraplex._types import (
         AdapterChanges,
@@ -42,15 +43,20 @@ __all__ = [
     "AdapterState",
     "AsyncClient",
     "AsyncGenerationStream",
+    "Choice",
     "Client",
     "FinishReason",
     "GenerateOptions",
     "Generation",
     "GenerationChunk",
     "GenerationStream",
+    "Grammar",
+    "JsonObject",
+    "JsonSchema",
     "Keepalive",
     "LoraplexError",
     "ModelInfo",
+    "Regex",
     "RetryPolicy",
     "Timing",
     "TlsConfig",
@@ -65,6 +71,7 @@ _HOMES = {
     "_async": ("AsyncClient", "AsyncGenerationStream"),
     "_config": ("Keepalive", "RetryPolicy", "TlsConfig"),
     "_convert": ("GenerateOptions",),
+    "_structure": ("Choice", "Grammar", "JsonObject", "JsonSchema", "Regex"),
     "_sync": ("Client", "GenerationStream"),
     "_types": (
         "AdapterChanges",

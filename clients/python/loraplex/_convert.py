@@ -9,6 +9,7 @@ from typing import Any, TypedDict, TypeVar
 
 from google.protobuf.message import Message
 
+from loraplex._structure import Structure, structure_message
 from loraplex._types import (
     AdapterChanges,
     AdapterInfo,
@@ -105,6 +106,8 @@ class GenerateOptions(TypedDict, total=False):
     """Higher goes first."""
     cache_prefix: bool | None
     """False: the prompt is neither taken from nor left in the server's prefix cache."""
+    structure: Structure | None
+    """The form of the answer: JsonSchema, JsonObject, Regex, Grammar or Choice."""
     request_id: str | None
     """A name of your own, to find the request in the server's logs."""
 
@@ -133,6 +136,7 @@ def generate_request(
     logprobs: int | None = None,
     priority: int | None = None,
     cache_prefix: bool | None = None,
+    structure: Structure | None = None,
     request_id: str | None = None,
 ) -> generation_pb2.GenerateRequest:
     """The request as sent. Only types are checked here; what the values may be, the server knows.
@@ -177,6 +181,8 @@ def generate_request(
     assign(request, "logprobs", logprobs)
     assign(request, "priority", priority)
     assign(request, "cache_prefix", cache_prefix)
+    if structure is not None:
+        request.structure.CopyFrom(structure_message(structure))
     assign(request, "request_id", request_id)
     return request
 

@@ -80,7 +80,7 @@ class Structure(msgspec.Struct, frozen=True):
     Attributes:
         kind: "json_schema", "json_object", "regex", "grammar" (Lark) or "choice".
         text: the schema, the expression or the grammar.
-        choices: for "choice", the answers to choose from.
+        choices: for "choice", the texts to choose from.
     """
 
     kind: str
