@@ -451,7 +451,10 @@ def test_answers_of_a_given_form_beside_free_text(server: Server, client: Client
     pytest.importorskip("llguidance", reason="needs the server extra: llguidance")
     person = {
         "type": "object",
-        "properties": {"name": {"enum": ["ada", "grace"]}, "age": {"type": "integer", "maximum": 150}},
+        "properties": {
+            "name": {"enum": ["ada", "grace"]},
+            "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        },
         "required": ["name", "age"],
         "additionalProperties": False,
         "x-guidance": {"whitespace_flexible": False},
@@ -487,5 +490,5 @@ def test_answers_of_a_given_form_beside_free_text(server: Server, client: Client
     ):
         with pytest.raises(errors.InvalidRequestError) as caught:
             client.generate(prompt("a"), structure=form)
-        assert [violation.field for violation in caught.value.violations] == [field]
+        assert [violation.field for violation in caught.value.field_violations] == [field]
     assert idle(server)["loraplex_kv_cache_blocks_used"] == 0
