@@ -8,7 +8,15 @@ from typing import Any, get_type_hints
 import pytest
 
 import loraplex
-from loraplex import AsyncClient, AsyncGenerationStream, Client, GenerateOptions, GenerationStream
+from loraplex import (
+    AsyncClient,
+    AsyncGenerationMap,
+    AsyncGenerationStream,
+    Client,
+    GenerateOptions,
+    GenerationMap,
+    GenerationStream,
+)
 from loraplex._async import AsyncAdapters, AsyncAdapterWatch
 from loraplex._convert import generate_request
 from loraplex._sync import Adapters, AdapterWatch
@@ -20,13 +28,18 @@ def test_the_public_names() -> None:
         "AdapterInfo",
         "AdapterState",
         "AsyncClient",
+        "AsyncGenerationMap",
         "AsyncGenerationStream",
+        "CallHook",
+        "CallInfo",
         "Choice",
         "Client",
+        "Conversation",
         "FinishReason",
         "GenerateOptions",
         "Generation",
         "GenerationChunk",
+        "GenerationMap",
         "GenerationStream",
         "Grammar",
         "JsonObject",
@@ -36,6 +49,7 @@ def test_the_public_names() -> None:
         "ModelInfo",
         "Regex",
         "RetryPolicy",
+        "Timeouts",
         "Timing",
         "TlsConfig",
         "TokenLogprobs",
@@ -64,6 +78,7 @@ def public(kind: type) -> dict[str, Any]:
         (Client, AsyncClient),
         (Adapters, AsyncAdapters),
         (GenerationStream, AsyncGenerationStream),
+        (GenerationMap, AsyncGenerationMap),
         (AdapterWatch, AsyncAdapterWatch),
     ],
 )
@@ -77,7 +92,9 @@ def test_both_clients_have_one_shape(blocking: type, awaited: type) -> None:
         assert mine.parameters == other.parameters, name
         assert str(mine.return_annotation) == str(other.return_annotation).replace("Async", ""), name
         assert inspect.getdoc(member) == inspect.getdoc(theirs[name]), name
-        assert inspect.iscoroutinefunction(theirs[name]) is (not name.startswith(("stream", "watch"))), name
+        assert inspect.iscoroutinefunction(theirs[name]) is (
+            not name.startswith(("stream", "watch", "map"))
+        ), name
 
 
 def test_options_are_the_arguments_of_the_request() -> None:

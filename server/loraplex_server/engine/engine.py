@@ -12,11 +12,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, wait
+from itertools import islice
 from typing import Protocol
 
 import msgspec
 
 from loraplex_server.adapters.record import AdapterHandle
+from loraplex_server.adapters.registration import unloaded
 from loraplex_server.adapters.store import AdapterStore
 from loraplex_server.config import EngineConfig
 from loraplex_server.core.request import FinishReason, Request
@@ -41,10 +43,10 @@ from loraplex_server.engine.planning import build_plan
 from loraplex_server.engine.scheduler import Scheduled, Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.errors import (
-    CancelledError,
     DeadlineExceededError,
     InternalError,
     InvalidArgumentError,
+    Reason,
     ResourceExhaustedError,
     ServerError,
 )
@@ -90,13 +92,14 @@ class _Step:
     """A step from its launch until its tokens are there.
 
     Attributes:
-        scheduled: what it computes, in the order of the batch, and whether a token is sampled after it.
+        scheduled: what it computes, in the order of the batch, whether a token is sampled after it, and how
+            many tokens of the prompt are scored.
         in_stride: the device had the step before to compute when this one was launched.
         record: without the times that are known at its end.
     """
 
     launched: Launched
-    scheduled: list[tuple[Scheduled, bool]]
+    scheduled: list[tuple[Scheduled, bool, int]]
     started_s: float
     in_stride: bool
     record: StepRecord
@@ -231,7 +234,7 @@ class Engine:
         prefill_tokens = sum(item.num_tokens for item in scheduled if item.sequence.num_pending > 1)
         return _Step(
             launched=launched,
-            scheduled=[(item, item.samples) for item in scheduled],
+            scheduled=[(item, item.samples, len(item.scores)) for item in scheduled],
             started_s=started_s,
             in_stride=self._in_flight is not None,
             record=StepRecord(
@@ -252,12 +255,13 @@ class Engine:
         scheduled until it is known.
         """
         samples = 0
-        for item, is_sampled in step.scheduled:
+        for item, is_sampled, num_scores in step.scheduled:
             sequence = item.sequence
             samples += is_sampled
             if sequence.status is Status.FINISHED:
                 continue
             sequence.num_computed += item.num_tokens
+            sequence.scored_to += num_scores
             if is_sampled and self._runner.asynchronous and not self._must_know(sequence):
                 sequence.token_ids.append(0)
                 sequence.awaited = samples - 1
@@ -282,7 +286,7 @@ class Engine:
         try:
             output = step.launched.result()
         except Exception as error:
-            self._give_up([item.sequence for item, _ in step.scheduled], error)
+            self._give_up([item.sequence for item, *_ in step.scheduled], error)
             return
         received_s = time.monotonic()
         self._commit(step, output)
@@ -406,14 +410,18 @@ class Engine:
             raise InvalidArgumentError.field("request_id", f"{request.request_id!r} is running already")
         if self._num_waiting >= self._max_queue:
             raise ResourceExhaustedError(
-                f"{self._num_waiting} requests wait already; try again later", retry_after_s=1.0
+                f"{self._num_waiting} requests wait already; try again later",
+                resource=("queue", "waiting requests"),
+                retry_after_s=1.0,
+                reason=Reason.QUEUE_FULL,
             )
         weights = [use.weight for use in request.adapters]
         handles = self.adapters.resolve(names, weights)
         try:
             self._check_tokens(request, handles)
-            caches = self._prefix_cache and request.cache_prefix
-            sequence = Sequence(request, client, handles, caches=caches)
+            public = self._prefix_cache and request.cache_prefix
+            group = (client, request.group) if request.group and not public else None
+            sequence = Sequence(request, client, handles, caches=public or group is not None, group=group)
             if sequence.num_prompt >= limit:
                 raise InvalidArgumentError.field(
                     "prompt",
@@ -514,22 +522,38 @@ class Engine:
     def _commit(self, step: _Step, output: StepOutput) -> None:
         """Writes a step's tokens into the sequences, ends those that are complete, and emits."""
         deltas: defaultdict[str, list[TokenDelta]] = defaultdict(list)
-        sampled = iter(output.sampled)
+        sampled, scored = iter(output.sampled), iter(output.scored)
         now_s = time.monotonic()
-        for item, is_sampled in step.scheduled:
+        for item, is_sampled, num_scores in step.scheduled:
             sequence = item.sequence
             token = next(sampled) if is_sampled else None
+            scores = tuple(_logprobs(score) for score in islice(scored, num_scores))
             # Cancelled, or complete one step before: what was computed ahead is dropped.
             if sequence.status is Status.FINISHED:
                 continue
-            for block, key in sequence.new_block_keys(self._blocks.block_size):
-                self._blocks.set_key(block, key)
+            self.scheduler.name_blocks(sequence)
             if token is not None:
-                deltas[sequence.client].append(self._append(sequence, token, now_s))
+                deltas[sequence.client].append(self._append(sequence, token, scores, now_s))
+            elif scores:
+                delta = TokenDelta(sequence.request.request_id, (), prompt_logprobs=scores)
+                deltas[sequence.client].append(delta)
         for client, found in deltas.items():
             self._emit(client, Tokens(tuple(found)))
 
-    def _append(self, sequence: Sequence, token: SampledToken, now_s: float) -> TokenDelta:
+    def _append(
+        self, sequence: Sequence, token: SampledToken, scores: tuple[TokenLogprobs, ...], now_s: float
+    ) -> TokenDelta:
+        """Writes the next token into a sequence; what its client is told, with the `scores` of its prompt."""
+        if not sequence.request.sampling.max_tokens:
+            # There is no step without a token where a prompt ends: it is dropped.
+            self._retire(sequence)
+            return TokenDelta(
+                sequence.request.request_id,
+                (),
+                finish=FinishReason.LENGTH,
+                times=_times(sequence, now_s),
+                prompt_logprobs=scores,
+            )
         if sequence.awaited is not None:
             sequence.token_ids.pop()
             sequence.awaited = None
@@ -550,10 +574,7 @@ class Engine:
             self._following[self._grammars.follow(held, token.token_id)] = sequence
         elif self._is_last(sequence):
             finish = FinishReason.LENGTH
-        logprobs: tuple[TokenLogprobs, ...] = ()
-        if token.logprob is not None:
-            top = tuple(TopLogprob(token_id, logprob) for token_id, logprob in token.top)
-            logprobs = (TokenLogprobs(token.token_id, token.logprob, top),)
+        logprobs = () if token.logprob is None else (_logprobs(token),)
         times = _times(sequence, now_s) if finish is not None or sequence.num_generated == 1 else None
         if finish is not None:
             self._retire(sequence)
@@ -564,6 +585,7 @@ class Engine:
             finish=finish,
             stop_token=is_end,
             times=times,
+            prompt_logprobs=scores,
         )
 
     def _end_drains(self, now_s: float) -> None:
@@ -572,7 +594,7 @@ class Engine:
             if now_s < end_s:
                 continue
             self._drains.pop(key, None)
-            error = CancelledError(f"adapter {name!r} was unloaded", resource=("adapter", name))
+            error = unloaded(name)
             for sequence in list(self._sequences.values()):
                 if any(handle.draining and handle.name == name for handle in sequence.handles):
                     self._fail(sequence, error)
@@ -591,6 +613,12 @@ class Engine:
         if self._sequences.pop((sequence.client, sequence.request.request_id), None) is not None:
             self.adapters.release(sequence.handles)
         assert sequence.status is Status.FINISHED
+
+
+def _logprobs(token: SampledToken) -> TokenLogprobs:
+    assert token.logprob is not None
+    top = tuple(TopLogprob(token_id, logprob) for token_id, logprob in token.top)
+    return TokenLogprobs(token.token_id, token.logprob, top)
 
 
 def _adapter_names(sequences: list[Sequence]) -> tuple[str, ...]:
