@@ -17,7 +17,7 @@ from loraplex_server.api.answer import End, Piece
 from loraplex_server.api.generator import Generator
 from loraplex_server.api.http import unserved
 from loraplex_server.api.http.body import read_body
-from loraplex_server.api.http.errors import to_body
+from loraplex_server.api.http.errors import to_body, under
 from loraplex_server.api.http.events import (
     ClientGoneError,
     EventStream,
@@ -37,7 +37,7 @@ from loraplex_server.api.http.schema import ChatBody, CompletionBody, Generation
 from loraplex_server.api.http.translate import chat_message, completion_messages
 from loraplex_server.api.lifecycle import Backend
 from loraplex_server.api.merging import merged
-from loraplex_server.errors import ErrorInfo, InternalError, ServerError
+from loraplex_server.errors import ErrorInfo, InternalError, InvalidArgumentError, ServerError
 from loraplex_server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -124,7 +124,12 @@ class GenerationEndpoint:
         request = Request(scope, receive)
         job = await self._kind.read(request, self._generator.backend, self._settings)
         answer = self._stream(job, send) if job.body.stream else self._whole(job, scope, receive, send)
-        await while_connected(receive, answer)
+        try:
+            await while_connected(receive, answer)
+        except InvalidArgumentError as error:
+            if job.body.response_format is None:
+                raise
+            raise under(error, "structure.json_schema", "response_format.json_schema.schema") from error
 
     async def _outputs(self, job: _Job) -> AsyncGenerator[tuple[int, tuple[Piece, End | None]]]:
         accepted = []
