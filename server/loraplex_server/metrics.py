@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from loraplex_server.core.request import Request
 from loraplex_server.engine.messages import EngineInfo, Stats, Times
+from loraplex_server.errors import ErrorInfo
 from loraplex_server.gateway_metrics import GatewayCollector
 
 _MAX_ADAPTER_LABELS = 1000
@@ -45,6 +46,26 @@ class Metrics:
         self._plan_seconds = self._histogram(
             "loraplex_step_plan_seconds", "Part of a step spent planning it.", _STEP_BUCKETS
         )
+        self._prepare_seconds = self._histogram(
+            "loraplex_step_prepare_seconds",
+            "Part of a step spent on its inputs and, on a GPU, on launching it.",
+            _STEP_BUCKETS,
+        )
+        self._run_seconds = self._histogram(
+            "loraplex_step_run_seconds",
+            "Part of a step that the forward pass takes; on a GPU by its own clock, with sampling.",
+            _STEP_BUCKETS,
+        )
+        self._sample_seconds = self._histogram(
+            "loraplex_step_sample_seconds",
+            "Part of a step spent on sampling; on a GPU, on waiting for its tokens.",
+            (0.00005, 0.0001, 0.00025, *_STEP_BUCKETS),
+        )
+        self._emit_seconds = self._histogram(
+            "loraplex_step_emit_seconds",
+            "Part of a step spent on committing its tokens and handing them to their readers.",
+            (0.00005, 0.0001, 0.00025, *_STEP_BUCKETS),
+        )
         self._device_seconds = self._histogram(
             "loraplex_step_device_seconds", "Time of a step by the GPU's own clock.", _STEP_BUCKETS
         )
@@ -61,6 +82,9 @@ class Metrics:
         )
         self._step_adapters = self._histogram(
             "loraplex_step_adapters", "Different adapters in a step.", (0, *_COUNT_BUCKETS[:9])
+        )
+        self._failed_steps = self._counter(
+            "loraplex_failed_steps", "Steps that failed, and with them every request in them."
         )
         self._prefill_tokens = self._counter("loraplex_prefill_tokens", "Prompt tokens computed.")
         self._decode_tokens = self._counter("loraplex_decode_tokens", "Decode tokens computed.")
@@ -154,6 +178,9 @@ class Metrics:
             "loraplex_grpc_call_seconds", "Time of a call on the server.", _REQUEST_BUCKETS, "method"
         )
 
+        self._errors = self._counter(
+            "loraplex_errors", "Errors that callers were answered with, of gRPC and HTTP.", "reason"
+        )
         self._http_requests = self._counter(
             "loraplex_http_requests", "HTTP requests that ended.", "route", "status"
         )
@@ -189,16 +216,23 @@ class Metrics:
         for step in stats.steps:
             self._step_seconds.observe(step.seconds)
             self._plan_seconds.observe(step.plan_seconds)
-            if step.device_seconds is not None:
-                self._device_seconds.observe(step.device_seconds)
-            if step.idle_seconds is not None:
-                self._idle_seconds.observe(step.idle_seconds)
+            for histogram, seconds in (
+                (self._prepare_seconds, step.prepare_seconds),
+                (self._run_seconds, step.run_seconds),
+                (self._sample_seconds, step.sample_seconds),
+                (self._emit_seconds, step.emit_seconds),
+                (self._device_seconds, step.device_seconds),
+                (self._idle_seconds, step.idle_seconds),
+            ):
+                if seconds is not None:
+                    histogram.observe(seconds)
             self._step_requests.observe(step.requests)
             self._step_tokens.observe(step.prefill_tokens + step.decode_tokens)
             self._step_adapters.observe(step.adapters)
             self._prefill_tokens.inc(step.prefill_tokens)
             self._decode_tokens.inc(step.decode_tokens)
             self._preemptions.inc(step.preemptions)
+        self._failed_steps.inc(stats.failed_steps)
         for swap in stats.swaps:
             if swap.kind.startswith("evict_"):
                 self._adapter_evictions.labels(swap.kind.removeprefix("evict_")).inc()
@@ -254,7 +288,7 @@ class Metrics:
         if times is not None:
             self._queue_seconds.observe(times.queue_s)
             self._adapter_wait_seconds.observe(times.adapter_wait_s)
-        if completion_tokens:
+        if completion_tokens or times is not None:
             # Only now are the names known to be those of adapters, not of a caller's making.
             for label in self._labels_of(request):
                 self._prompt_tokens.labels(label).inc(len(request.prompt_token_ids))
@@ -264,6 +298,10 @@ class Metrics:
         """A call of any service has ended with the gRPC status `code`."""
         self._calls.labels(method, code).inc()
         self._call_seconds.labels(method).observe(seconds)
+
+    def observe_error(self, error: ErrorInfo) -> None:
+        """A caller is answered with it."""
+        self._errors.labels(error.code).inc()
 
     def observe_http(self, route: str, status: int, seconds: float) -> None:
         """An HTTP request has ended; 499 is one whose client had gone."""

@@ -24,6 +24,7 @@ class Answer:
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     finish: str | None = None
     error: Any = None
     times: Times | None = None
@@ -45,6 +46,7 @@ class Harness:
             assert answer.finish is None
             answer.tokens += delta.token_ids
             answer.logprobs += delta.logprobs
+            answer.prompt_logprobs += delta.prompt_logprobs
             if delta.finish is not None:
                 answer.finish, answer.times = delta.finish.value, delta.times
 
@@ -58,6 +60,7 @@ class Harness:
         deadline_s: float | None = None,
         tenant: str = "default",
         cache_prefix: bool = True,
+        group: str = "",
         **sampling: Any,
     ) -> Answer:
         self.answers[name] = Answer()
@@ -65,7 +68,7 @@ class Harness:
         params = SamplingParams(**sampling)
         self.engine.submit(
             "test",
-            Request(name, tuple(prompt), params, uses, tenant, priority, deadline_s, cache_prefix),
+            Request(name, tuple(prompt), params, uses, tenant, priority, deadline_s, cache_prefix, group),
         )
         return self.answers[name]
 

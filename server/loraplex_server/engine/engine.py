@@ -1,16 +1,23 @@
-"""The step loop's body: plan, run, commit, emit. The engine is the only owner of request state."""
+"""The step loop's body: plan, run, commit, emit. The engine is the only owner of request state.
+
+A step that fails ends the requests that were in it, and no others; a device that no longer computes ends the
+engine.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
+from itertools import islice
 from typing import Protocol
 
 import msgspec
 
 from loraplex_server.adapters.record import AdapterHandle
+from loraplex_server.adapters.registration import unloaded
 from loraplex_server.adapters.store import AdapterStore
 from loraplex_server.config import EngineConfig
 from loraplex_server.core.request import FinishReason, Request
@@ -33,11 +40,14 @@ from loraplex_server.engine.planning import build_plan
 from loraplex_server.engine.scheduler import Scheduled, Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.errors import (
-    CancelledError,
+    InternalError,
     InvalidArgumentError,
+    Reason,
     ResourceExhaustedError,
     ServerError,
 )
+
+_log = logging.getLogger(__name__)
 
 Emit = Callable[[str, Tokens | Failed], None]
 """Sends a message to the client of that id."""
@@ -60,6 +70,9 @@ class Runner(Protocol):
     def launch(self, plan: StepPlan) -> Launched:
         """Computes the plan and samples, in the order of the calls; `fed_from` is of the call before."""
 
+    def usable(self) -> bool:
+        """Whether the device still computes; asked after a step that failed."""
+
     def weight_checksum(self) -> Generator[None, None, str]:
         """SHA-256 over the resident base weights, in pieces: yields between them, returns it at the end."""
 
@@ -69,13 +82,14 @@ class _Step:
     """A step from its launch until its tokens are there.
 
     Attributes:
-        scheduled: what it computes, in the order of the batch, and whether a token is sampled after it.
+        scheduled: what it computes, in the order of the batch, whether a token is sampled after it, and how
+            many tokens of the prompt are scored.
         in_stride: the device had the step before to compute when this one was launched.
         record: without the times that are known at its end.
     """
 
     launched: Launched
-    scheduled: list[tuple[Scheduled, bool]]
+    scheduled: list[tuple[Scheduled, bool, int]]
     started_s: float
     in_stride: bool
     record: StepRecord
@@ -97,6 +111,7 @@ class Engine:
         self.scheduler = Scheduler(config.scheduler, self._blocks, adapters)
         self._sequences: dict[tuple[str, str], Sequence] = {}
         self._steps: list[StepRecord] = []
+        self._failed_steps = 0
         self._hits = self._misses = 0
         # The step that the device computes, where the engine is ahead of it.
         self._in_flight: _Step | None = None
@@ -154,8 +169,11 @@ class Engine:
 
         Where the runner is asynchronous it is one step ahead: the next step is launched before the tokens of
         the one that runs are there, and gets them on the device.
+
+        Raises:
+            Exception: whatever a step failed with, if the device does not compute any more.
         """
-        ahead = self._runner.asynchronous
+        ahead, failed = self._runner.asynchronous, self._failed_steps
         launched = self._launch(time.monotonic())
         due = launched
         if ahead:
@@ -166,10 +184,10 @@ class Engine:
             self._collect(due)
         if ahead and launched is not None:
             self._advance(launched)
-        return launched is not None or due is not None
+        return launched is not None or due is not None or self._failed_steps > failed
 
     def _launch(self, started_s: float) -> _Step | None:
-        """Plans and launches the next step; None if no request can be advanced."""
+        """Plans and launches the next step; None if no request can be advanced, or the step failed."""
         self._end_drains(started_s)
         self.adapters.poll()
         schedule = self.scheduler.schedule(started_s)
@@ -179,13 +197,18 @@ class Engine:
         if not schedule.scheduled:
             return None
         self._audit.worked()
-        scheduled = sorted(schedule.scheduled, key=self._batch_position)
-        plan = build_plan(scheduled, self._blocks.block_size, self.adapters.slot, self.info.eos_token_ids)
-        planned_s = time.monotonic()
+        try:
+            scheduled = sorted(schedule.scheduled, key=self._batch_position)
+            plan = build_plan(scheduled, self._blocks.block_size, self.adapters.slot, self.info.eos_token_ids)
+            planned_s = time.monotonic()
+            launched = self._runner.launch(plan)
+        except Exception as error:
+            self._give_up([item.sequence for item in schedule.scheduled], error)
+            return None
         prefill_tokens = sum(item.num_tokens for item in scheduled if item.sequence.num_pending > 1)
         return _Step(
-            launched=self._runner.launch(plan),
-            scheduled=[(item, item.samples) for item in scheduled],
+            launched=launched,
+            scheduled=[(item, item.samples, len(item.scores)) for item in scheduled],
             started_s=started_s,
             in_stride=self._in_flight is not None,
             record=StepRecord(
@@ -206,12 +229,13 @@ class Engine:
         scheduled until it is known.
         """
         samples = 0
-        for item, is_sampled in step.scheduled:
+        for item, is_sampled, num_scores in step.scheduled:
             sequence = item.sequence
             samples += is_sampled
             if sequence.status is Status.FINISHED:
                 continue
             sequence.num_computed += item.num_tokens
+            sequence.scored_to += num_scores
             if is_sampled and self._runner.asynchronous and not self._must_know(sequence):
                 sequence.token_ids.append(0)
                 sequence.awaited = samples - 1
@@ -229,7 +253,12 @@ class Engine:
 
     def _collect(self, step: _Step) -> None:
         """Waits for a launched step, writes its results into the sequences, and emits."""
-        output = step.launched.result()
+        try:
+            output = step.launched.result()
+        except Exception as error:
+            self._give_up([item.sequence for item, *_ in step.scheduled], error)
+            return
+        received_s = time.monotonic()
         self._commit(step, output)
         now_s = time.monotonic()
         begun_s, self._collected_s = max(step.started_s, self._collected_s), now_s
@@ -239,8 +268,28 @@ class Engine:
                 seconds=now_s - begun_s,
                 device_seconds=output.device_s,
                 idle_seconds=output.waited_s if step.in_stride else None,
+                prepare_seconds=output.prepare_s,
+                run_seconds=output.run_s,
+                sample_seconds=output.sample_s,
+                emit_seconds=now_s - received_s,
             )
         )
+
+    def _give_up(self, sequences: Iterable[Sequence], error: Exception) -> None:
+        """Ends the requests of a step that failed; what it wrote lies in blocks that only they had.
+
+        Raises:
+            Exception: `error`, if the device does not compute any more.
+        """
+        if not self._runner.usable():
+            raise error
+        self._failed_steps += 1
+        lost = [sequence for sequence in sequences if sequence.status is not Status.FINISHED]
+        _log.error("a step failed, and with it %s", [one.request.request_id for one in lost], exc_info=error)
+        failure = InternalError(f"the step failed: {error.__class__.__name__}")
+        for sequence in lost:
+            self._emit(sequence.client, Failed(sequence.request.request_id, failure.info))
+            self._retire(sequence)
 
     def idle(self) -> bool:
         """Looks after the engine while there is nothing to step; whether there is more to do at once."""
@@ -249,6 +298,7 @@ class Engine:
     def stats(self) -> Stats:
         """What happened since the last call, and the state now."""
         steps, self._steps = tuple(self._steps), []
+        failed_steps, self._failed_steps = self._failed_steps, 0
         adapters = self.adapters
         hits, misses = adapters.hits - self._hits, adapters.misses - self._misses
         self._hits, self._misses = adapters.hits, adapters.misses
@@ -258,6 +308,7 @@ class Engine:
         self._prefix_queries, self._prefix_hits = scheduler.prefix_queries, scheduler.prefix_hits
         return Stats(
             steps=steps,
+            failed_steps=failed_steps,
             swaps=tuple(adapters.drain_swaps()),
             waiting=len(self.scheduler.waiting),
             running=len(self.scheduler.running),
@@ -329,23 +380,27 @@ class Engine:
             raise InvalidArgumentError.field("request_id", f"{request.request_id!r} is running already")
         if len(self.scheduler.waiting) >= self._max_queue:
             raise ResourceExhaustedError(
-                f"{len(self.scheduler.waiting)} requests wait already; try again later", retry_after_s=1.0
+                f"{len(self.scheduler.waiting)} requests wait already; try again later",
+                resource=("queue", "waiting requests"),
+                retry_after_s=1.0,
+                reason=Reason.QUEUE_FULL,
             )
         weights = [use.weight for use in request.adapters]
         handles = self.adapters.resolve(names, weights)
         try:
             self._check_tokens(request, handles)
-        except ServerError:
+            public = self._prefix_cache and request.cache_prefix
+            group = (client, request.group) if request.group and not public else None
+            sequence = Sequence(request, client, handles, caches=public or group is not None, group=group)
+            if sequence.num_prompt >= limit:
+                raise InvalidArgumentError.field(
+                    "prompt",
+                    f"has {sequence.num_prompt} tokens with the adapter's soft prompt; this server takes "
+                    f"fewer than {limit}",
+                )
+        except BaseException:
             self.adapters.release(handles)
             raise
-        sequence = Sequence(request, client, handles, caches=self._prefix_cache and request.cache_prefix)
-        if sequence.num_prompt >= limit:
-            self.adapters.release(handles)
-            raise InvalidArgumentError.field(
-                "prompt",
-                f"has {sequence.num_prompt} tokens with the adapter's soft prompt; this server takes fewer "
-                f"than {limit}",
-            )
         self._sequences[client, request.request_id] = sequence
         self.scheduler.add(sequence)
 
@@ -371,22 +426,38 @@ class Engine:
     def _commit(self, step: _Step, output: StepOutput) -> None:
         """Writes a step's tokens into the sequences, ends those that are complete, and emits."""
         deltas: defaultdict[str, list[TokenDelta]] = defaultdict(list)
-        sampled = iter(output.sampled)
+        sampled, scored = iter(output.sampled), iter(output.scored)
         now_s = time.monotonic()
-        for item, is_sampled in step.scheduled:
+        for item, is_sampled, num_scores in step.scheduled:
             sequence = item.sequence
             token = next(sampled) if is_sampled else None
+            scores = tuple(_logprobs(score) for score in islice(scored, num_scores))
             # Cancelled, or complete one step before: what was computed ahead is dropped.
             if sequence.status is Status.FINISHED:
                 continue
-            for block, key in sequence.new_block_keys(self._blocks.block_size):
-                self._blocks.set_key(block, key)
+            self.scheduler.name_blocks(sequence)
             if token is not None:
-                deltas[sequence.client].append(self._append(sequence, token, now_s))
+                deltas[sequence.client].append(self._append(sequence, token, scores, now_s))
+            elif scores:
+                delta = TokenDelta(sequence.request.request_id, (), prompt_logprobs=scores)
+                deltas[sequence.client].append(delta)
         for client, found in deltas.items():
             self._emit(client, Tokens(tuple(found)))
 
-    def _append(self, sequence: Sequence, token: SampledToken, now_s: float) -> TokenDelta:
+    def _append(
+        self, sequence: Sequence, token: SampledToken, scores: tuple[TokenLogprobs, ...], now_s: float
+    ) -> TokenDelta:
+        """Writes the next token into a sequence; what its client is told, with the `scores` of its prompt."""
+        if not sequence.request.sampling.max_tokens:
+            # There is no step without a token where a prompt ends: it is dropped.
+            self._retire(sequence)
+            return TokenDelta(
+                sequence.request.request_id,
+                (),
+                finish=FinishReason.LENGTH,
+                times=_times(sequence, now_s),
+                prompt_logprobs=scores,
+            )
         if sequence.awaited is not None:
             sequence.token_ids.pop()
             sequence.awaited = None
@@ -402,10 +473,7 @@ class Engine:
             finish = FinishReason.STOP
         elif self._is_last(sequence):
             finish = FinishReason.LENGTH
-        logprobs: tuple[TokenLogprobs, ...] = ()
-        if token.logprob is not None:
-            top = tuple(TopLogprob(token_id, logprob) for token_id, logprob in token.top)
-            logprobs = (TokenLogprobs(token.token_id, token.logprob, top),)
+        logprobs = () if token.logprob is None else (_logprobs(token),)
         times = _times(sequence, now_s) if finish is not None or sequence.num_generated == 1 else None
         if finish is not None:
             self._retire(sequence)
@@ -416,6 +484,7 @@ class Engine:
             finish=finish,
             stop_token=is_end,
             times=times,
+            prompt_logprobs=scores,
         )
 
     def _end_drains(self, now_s: float) -> None:
@@ -424,7 +493,7 @@ class Engine:
             if now_s < end_s:
                 continue
             self._drains.pop(key, None)
-            error = CancelledError(f"adapter {name!r} was unloaded", resource=("adapter", name))
+            error = unloaded(name)
             for sequence in list(self._sequences.values()):
                 if any(handle.draining and handle.name == name for handle in sequence.handles):
                     self._emit(sequence.client, Failed(sequence.request.request_id, error.info))
@@ -436,6 +505,12 @@ class Engine:
         if self._sequences.pop((sequence.client, sequence.request.request_id), None) is not None:
             self.adapters.release(sequence.handles)
         assert sequence.status is Status.FINISHED
+
+
+def _logprobs(token: SampledToken) -> TokenLogprobs:
+    assert token.logprob is not None
+    top = tuple(TopLogprob(token_id, logprob) for token_id, logprob in token.top)
+    return TokenLogprobs(token.token_id, token.logprob, top)
 
 
 def _adapter_names(sequences: list[Sequence]) -> tuple[str, ...]:

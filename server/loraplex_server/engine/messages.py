@@ -157,6 +157,8 @@ class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         finish: set on the last delta of a request.
         times: set on the first delta, for clients that end at a stop string, and on the last.
+        prompt_logprobs: of the prompt's tokens after the first, in order, those that became known; a delta of
+            them alone has no token ids.
         stop_token: the last token id ended the generation (end of sequence or a stop token) and has
             no text.
     """
@@ -167,6 +169,7 @@ class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     finish: FinishReason | None = None
     stop_token: bool = False
     times: Times | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Tokens(_Message, frozen=True):
@@ -248,7 +251,8 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
     """One step, for metrics. Counts are of tokens unless named otherwise.
 
     `device_seconds` is the step's time by the device's clock, `idle_seconds` how long the device waited for
-    it although there was work; None without such a clock, or where there was none.
+    it although there was work; None without such a clock, or where there was none. `prepare_seconds`,
+    `run_seconds` and `sample_seconds` are `StepOutput`'s, `emit_seconds` is for committing and emitting.
     """
 
     seconds: float
@@ -260,6 +264,10 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
     preemptions: int
     device_seconds: float | None = None
     idle_seconds: float | None = None
+    prepare_seconds: float | None = None
+    run_seconds: float | None = None
+    sample_seconds: float | None = None
+    emit_seconds: float | None = None
 
 
 class SwapRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -284,6 +292,7 @@ class Stats(_Message, frozen=True):
         kv_blocks_cached: blocks that no request holds and a later one may find its prompt in.
         prefix_queries: prompt tokens that were looked up in the prefix cache.
         prefix_hits: how many of them were there.
+        failed_steps: steps that failed, and all requests in them.
     """
 
     steps: tuple[StepRecord, ...]
@@ -307,6 +316,7 @@ class Stats(_Message, frozen=True):
     kv_blocks_cached: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    failed_steps: int = 0
 
 
 FromEngine = Welcome | Tokens | Failed | AdapterReply | AdapterChanges | IntegrityReply | Stats

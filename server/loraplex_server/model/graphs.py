@@ -174,7 +174,7 @@ class DecodeGraphs:
     def _bucket(self, plan: StepPlan) -> _Bucket | None:
         """The smallest with room for the step, if every sequence of it computes one token that has an id."""
         count = plan.num_tokens
-        if count > self._largest or count != plan.num_sequences or not count:
+        if count > self._largest or count != plan.num_sequences or not count or len(plan.score_row):
             return None
         if (np.diff(plan.query_start) != 1).any() or (plan.token_ids < 0).any():
             return None
