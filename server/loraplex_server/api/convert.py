@@ -171,6 +171,7 @@ def to_request(
     limits: Limits,
     *,
     bad_words: tuple[tuple[int, ...], ...] = (),
+    end_token_ids: tuple[int, ...] = (),
     request_id: str,
     tenant: str,
     deadline_s: float | None,
@@ -179,6 +180,7 @@ def to_request(
 
     Args:
         bad_words: the message's, tokenised.
+        end_token_ids: end the answer like the model's own end-of-sequence tokens.
         tenant: who called.
         deadline_s: `time.time()` after which the answer is of no use.
 
@@ -215,7 +217,7 @@ def to_request(
             seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(63),
             max_tokens=max_tokens,
             min_tokens=min(stopping.min_tokens, max_tokens),
-            stop_token_ids=tuple(stopping.stop_token_ids),
+            stop_token_ids=(*stopping.stop_token_ids, *(() if stopping.ignore_eos else end_token_ids)),
             ignore_eos=stopping.ignore_eos,
             logprobs=message.logprobs if message.HasField("logprobs") else None,
             prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,

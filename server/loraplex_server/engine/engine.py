@@ -527,7 +527,7 @@ class Engine:
         for item, is_sampled, num_scores in step.scheduled:
             sequence = item.sequence
             token = next(sampled) if is_sampled else None
-            scores = tuple(_logprobs(score) for score in islice(scored, num_scores))
+            scores = tuple(map(_logprobs, islice(scored, num_scores))) if num_scores else ()
             # Cancelled, or complete one step before: what was computed ahead is dropped.
             if sequence.status is Status.FINISHED:
                 continue
