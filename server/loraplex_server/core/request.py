@@ -7,6 +7,10 @@ import enum
 import msgspec
 
 
+MAX_SPECULATIVE_TOKENS = 16
+"""Most tokens of an answer that are guessed in one step."""
+
+
 class FinishReason(enum.StrEnum):
     """Why a generation ended."""
 
@@ -85,6 +89,7 @@ class Request(msgspec.Struct, frozen=True):
         priority: higher goes first.
         deadline_s: `time.time()` after which the answer is of no use.
         cache_prefix: whether it may have, and leave, keys and values in the prefix cache.
+        speculative_tokens: most tokens that are guessed in a step; None is the server's default.
     """
 
     request_id: str
@@ -95,3 +100,4 @@ class Request(msgspec.Struct, frozen=True):
     priority: int = 0
     deadline_s: float | None = None
     cache_prefix: bool = True
+    speculative_tokens: int | None = None

@@ -16,6 +16,7 @@ from loraplex_server.config import EngineConfig
 from loraplex_server.core.request import FinishReason, Request
 from loraplex_server.core.step import SampledToken, StepOutput, StepPlan
 from loraplex_server.engine.audit import Audit, finish
+from loraplex_server.engine.drafts import Drafter
 from loraplex_server.engine.kv_blocks import KvBlockPool
 from loraplex_server.engine.messages import (
     EngineInfo,
@@ -69,13 +70,13 @@ class _Step:
     """A step from its launch until its tokens are there.
 
     Attributes:
-        scheduled: what it computes, in the order of the batch, and whether a token is sampled after it.
+        scheduled: what it computes, in the order of the batch, and how many tokens are sampled after it.
         in_stride: the device had the step before to compute when this one was launched.
         record: without the times that are known at its end.
     """
 
     launched: Launched
-    scheduled: list[tuple[Scheduled, bool]]
+    scheduled: list[tuple[Scheduled, int]]
     started_s: float
     in_stride: bool
     record: StepRecord
@@ -105,6 +106,7 @@ class Engine:
         self._drains: dict[object, tuple[str, float]] = {}
         self._prefix_cache = config.scheduler.prefix_cache
         self._prefix_queries = self._prefix_hits = 0
+        self._speculative_tokens = config.scheduler.speculative_tokens
         self._audit = Audit(self._problems, runner.weight_checksum, info.weight_checksum)
 
     @property
@@ -185,7 +187,7 @@ class Engine:
         prefill_tokens = sum(item.num_tokens for item in scheduled if item.sequence.num_pending > 1)
         return _Step(
             launched=self._runner.launch(plan),
-            scheduled=[(item, item.samples) for item in scheduled],
+            scheduled=[(item, item.num_samples) for item in scheduled],
             started_s=started_s,
             in_stride=self._in_flight is not None,
             record=StepRecord(
@@ -196,6 +198,7 @@ class Engine:
                 decode_tokens=plan.num_tokens - prefill_tokens,
                 adapters=len(set(plan.pair_slot.tolist())),
                 preemptions=schedule.preemptions,
+                drafted_tokens=sum(len(item.drafts) for item in scheduled),
             ),
         )
 
@@ -206,19 +209,26 @@ class Engine:
         scheduled until it is known.
         """
         samples = 0
-        for item, is_sampled in step.scheduled:
+        for item, num_samples in step.scheduled:
             sequence = item.sequence
-            samples += is_sampled
+            samples += num_samples
             if sequence.status is Status.FINISHED:
                 continue
             sequence.num_computed += item.num_tokens
-            if is_sampled and self._runner.asynchronous and not self._must_know(sequence):
+            if num_samples and self._runner.asynchronous and not self._must_know(item):
                 sequence.token_ids.append(0)
                 sequence.awaited = samples - 1
 
-    def _must_know(self, sequence: Sequence) -> bool:
+    def _must_know(self, item: Scheduled) -> bool:
         """Whether the host has to know a sequence's next token before there can be another."""
-        return self._is_last(sequence, 1) or sequence.request.sampling.penalised
+        sequence, sampling = item.sequence, item.sequence.request.sampling
+        return (
+            self._is_last(sequence, 1)
+            or sampling.penalised
+            or bool(sampling.bad_words)
+            or bool(item.drafts)
+            or self.scheduler.speculates(sequence, len(sequence.token_ids) + 1)
+        )
 
     def _is_last(self, sequence: Sequence, more: int = 0) -> bool:
         """Whether with `more` tokens than it has a sequence is as long as it may be."""
@@ -230,7 +240,7 @@ class Engine:
     def _collect(self, step: _Step) -> None:
         """Waits for a launched step, writes its results into the sequences, and emits."""
         output = step.launched.result()
-        self._commit(step, output)
+        accepted = self._commit(step, output)
         now_s = time.monotonic()
         begun_s, self._collected_s = max(step.started_s, self._collected_s), now_s
         self._steps.append(
@@ -239,6 +249,7 @@ class Engine:
                 seconds=now_s - begun_s,
                 device_seconds=output.device_s,
                 idle_seconds=output.waited_s if step.in_stride else None,
+                accepted_tokens=accepted,
             )
         )
 
@@ -339,6 +350,7 @@ class Engine:
             self.adapters.release(handles)
             raise
         sequence = Sequence(request, client, handles, caches=self._prefix_cache and request.cache_prefix)
+        sequence.drafter = self._drafter(sequence)
         if sequence.num_prompt >= limit:
             self.adapters.release(handles)
             raise InvalidArgumentError.field(
@@ -348,6 +360,17 @@ class Engine:
             )
         self._sequences[client, request.request_id] = sequence
         self.scheduler.add(sequence)
+
+    def _drafter(self, sequence: Sequence) -> Drafter | None:
+        request = sequence.request
+        most = request.speculative_tokens
+        most = self._speculative_tokens if most is None else most
+        if not most:
+            return None
+        limit = min(sequence.num_prompt + request.sampling.max_tokens, self.info.max_model_len)
+        # Where the engine runs ahead, who guesses sits out every other step.
+        worth = 2 if self._runner.asynchronous else 1
+        return Drafter(most, limit, first=sequence.num_virtual, worth=worth)
 
     def _check_tokens(self, request: Request, handles: tuple[AdapterHandle, ...]) -> None:
         """Every token id that the request names is the base's, or one that its adapter adds."""
@@ -368,53 +391,82 @@ class Engine:
         """Decodes first, then chunks; within either, one adapter's rows together: fewer, larger tiles."""
         return item.num_tokens > 1, [self.adapters.slot(handle) for handle in item.sequence.handles]
 
-    def _commit(self, step: _Step, output: StepOutput) -> None:
-        """Writes a step's tokens into the sequences, ends those that are complete, and emits."""
+    def _commit(self, step: _Step, output: StepOutput) -> int:
+        """Writes a step's tokens into the sequences, ends those that are complete, and emits. Returns how many
+        guesses were right.
+        """
         deltas: defaultdict[str, list[TokenDelta]] = defaultdict(list)
-        sampled = iter(output.sampled)
+        first = accepted = 0
         now_s = time.monotonic()
-        for item, is_sampled in step.scheduled:
-            sequence = item.sequence
-            token = next(sampled) if is_sampled else None
+        for item, num_samples in step.scheduled:
+            sequence, sampled = item.sequence, output.sampled[first : first + num_samples]
+            first += num_samples
             # Cancelled, or complete one step before: what was computed ahead is dropped.
             if sequence.status is Status.FINISHED:
                 continue
+            tokens, finish = self._extend(sequence, sampled, item.drafts)
+            if item.drafts:
+                accepted += self._settle(item, len(tokens) - 1)
             for block, key in sequence.new_block_keys(self._blocks.block_size):
                 self._blocks.set_key(block, key)
-            if token is not None:
-                deltas[sequence.client].append(self._append(sequence, token, now_s))
+            if tokens:
+                deltas[sequence.client].append(self._delta(sequence, tokens, finish, now_s))
         for client, found in deltas.items():
             self._emit(client, Tokens(tuple(found)))
+        return accepted
 
-    def _append(self, sequence: Sequence, token: SampledToken, now_s: float) -> TokenDelta:
-        if sequence.awaited is not None:
+    def _extend(
+        self, sequence: Sequence, sampled: tuple[SampledToken, ...], drafts: tuple[int, ...]
+    ) -> tuple[tuple[SampledToken, ...], FinishReason | None]:
+        """Writes tokens into a sequence up to the first that is not as guessed, or ends it. Returns those, and
+        why it ends.
+        """
+        if sampled and sequence.awaited is not None:
             sequence.token_ids.pop()
             sequence.awaited = None
-        sequence.token_ids.append(token.token_id)
-        if sequence.first_token_s is None:
+        for count, token in enumerate(sampled, 1):
+            sequence.token_ids.append(token.token_id)
+            finish = self._finish(sequence, token.token_id)
+            if finish is not None or drafts[count - 1 : count] != (token.token_id,):
+                return sampled[:count], finish
+        return (), None
+
+    def _finish(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        """Why a sequence ends with its last token, if it does."""
+        sampling = sequence.request.sampling
+        if token_id in sampling.stop_token_ids or (
+            token_id in self.info.eos_token_ids and not sampling.ignore_eos
+        ):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self._is_last(sequence) else None
+
+    def _settle(self, item: Scheduled, right: int) -> int:
+        """Keeps what was computed of so many right guesses and forgets the others. Returns the former."""
+        sequence = item.sequence
+        assert sequence.drafter is not None
+        sequence.drafter.judge(len(item.drafts), right, len(sequence.token_ids))
+        # Preempted since, it has nothing that is computed.
+        if sequence.status is Status.RUNNING:
+            sequence.num_computed += right
+            self.scheduler.give_back(sequence)
+        return right
+
+    def _delta(
+        self, sequence: Sequence, tokens: tuple[SampledToken, ...], finish: FinishReason | None, now_s: float
+    ) -> TokenDelta:
+        """What the client is told of new tokens; ends the sequence where that is due."""
+        first_there = sequence.first_token_s is None
+        if first_there:
             sequence.first_token_s = now_s
-        request, sampling = sequence.request, sequence.request.sampling
-        is_end = token.token_id in sampling.stop_token_ids or (
-            token.token_id in self.info.eos_token_ids and not sampling.ignore_eos
-        )
-        finish: FinishReason | None = None
-        if is_end:
-            finish = FinishReason.STOP
-        elif self._is_last(sequence):
-            finish = FinishReason.LENGTH
-        logprobs: tuple[TokenLogprobs, ...] = ()
-        if token.logprob is not None:
-            top = tuple(TopLogprob(token_id, logprob) for token_id, logprob in token.top)
-            logprobs = (TokenLogprobs(token.token_id, token.logprob, top),)
-        times = _times(sequence, now_s) if finish is not None or sequence.num_generated == 1 else None
+        times = _times(sequence, now_s) if finish is not None or first_there else None
         if finish is not None:
             self._retire(sequence)
         return TokenDelta(
-            request.request_id,
-            (token.token_id,),
-            logprobs,
+            sequence.request.request_id,
+            tuple(token.token_id for token in tokens),
+            tuple(_logprobs(token) for token in tokens if token.logprob is not None),
             finish=finish,
-            stop_token=is_end,
+            stop_token=finish is FinishReason.STOP,
             times=times,
         )
 
@@ -442,6 +494,12 @@ def _adapter_names(sequences: list[Sequence]) -> tuple[str, ...]:
     return tuple({handle.name for sequence in sequences for handle in sequence.handles})
 
 
+def _logprobs(token: SampledToken) -> TokenLogprobs:
+    assert token.logprob is not None
+    top = tuple(TopLogprob(token_id, logprob) for token_id, logprob in token.top)
+    return TokenLogprobs(token.token_id, token.logprob, top)
+
+
 def _times(sequence: Sequence, now_s: float) -> Times:
     arrival_s = sequence.arrival_s
     first_scheduled_s = sequence.first_scheduled_s or now_s
@@ -452,4 +510,6 @@ def _times(sequence: Sequence, now_s: float) -> Times:
         total_s=now_s - arrival_s,
         preemptions=sequence.preemptions,
         cached_prompt_tokens=sequence.cached_prompt_tokens,
+        drafted_tokens=sequence.drafter.drafted if sequence.drafter else 0,
+        accepted_tokens=sequence.drafter.accepted if sequence.drafter else 0,
     )

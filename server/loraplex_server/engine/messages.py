@@ -141,6 +141,8 @@ class Times(msgspec.Struct, frozen=True):
 
     Attributes:
         cached_prompt_tokens: not computed, since their keys and values were in the prefix cache.
+        drafted_tokens: guessed.
+        accepted_tokens: how many of them were right.
     """
 
     queue_s: float
@@ -149,6 +151,8 @@ class Times(msgspec.Struct, frozen=True):
     total_s: float
     preemptions: int
     cached_prompt_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -248,7 +252,8 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
     """One step, for metrics. Counts are of tokens unless named otherwise.
 
     `device_seconds` is the step's time by the device's clock, `idle_seconds` how long the device waited for
-    it although there was work; None without such a clock, or where there was none.
+    it although there was work; None without such a clock, or where there was none. `decode_tokens` has
+    `drafted_tokens` among them, of which `accepted_tokens` were guessed right.
     """
 
     seconds: float
@@ -260,6 +265,8 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
     preemptions: int
     device_seconds: float | None = None
     idle_seconds: float | None = None
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class SwapRecord(msgspec.Struct, frozen=True, array_like=True):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.core.random import uniform
-from loraplex_server.core.step import StepPlan
+from loraplex_server.core.request import SamplingParams
+from loraplex_server.core.step import Ints, StepPlan
 from loraplex_server.engine.scheduler import Scheduled
 from loraplex_server.engine.sequence import Sequence
 
@@ -31,19 +33,20 @@ def build_plan(
     blocks: list[int] = []
     num_blocks: list[int] = []
     runs: list[tuple[int, int, list[tuple[int, float]]]] = []
-    sampled: list[Sequence] = []
+    sampled: list[_Sampled] = []
     sample_row: list[int] = []
     prefixes: list[tuple[int, int, list[int]]] = []
     fed: list[tuple[int, int]] = []
     for item in scheduled:
         sequence, length = item.sequence, item.num_tokens
         first = sequence.num_computed
-        end = first + length
+        known, end = first + length, first + item.num_rows
         row = len(token_ids)
-        if sequence.awaited is not None and end == len(sequence.token_ids):
+        if sequence.awaited is not None and known == len(sequence.token_ids):
             fed.append((row + length - 1, sequence.awaited))
-        token_ids += sequence.token_ids[first:end]
-        lengths.append(length)
+        token_ids += sequence.token_ids[first:known]
+        token_ids += item.drafts
+        lengths.append(item.num_rows)
         contexts.append(end)
         table = sequence.block_table[: -(-end // block_size)]
         blocks += table
@@ -52,11 +55,11 @@ def build_plan(
             runs += _runs(item, row, slot_of)
         if item.num_copied:
             prefixes.append(_prefix(item, block_size, slot_of))
-        if item.samples:
-            sampled.append(sequence)
-            sample_row.append(row + length - 1)
-    params = [sequence.request.sampling for sequence in sampled]
-    banned = [_banned(sequence, eos_token_ids) for sequence in sampled]
+        for taken in range(item.num_samples):
+            sampled.append(_Sampled(sequence, item.drafts[:taken]))
+            sample_row.append(row + length - 1 + taken)
+    params = [one.params for one in sampled]
+    banned = [_banned(one, eos_token_ids) for one in sampled]
     query_start, block_start = _starts(lengths), _starts(num_blocks)
     context_len, block_ids = _ints(contexts), _ints(blocks)
     token_sequence = np.repeat(np.arange(len(lengths)), lengths)
@@ -79,7 +82,7 @@ def build_plan(
         temperature=_floats([sampling.temperature for sampling in params]),
         top_k=_ints([sampling.top_k for sampling in params]),
         top_p=_floats([sampling.top_p for sampling in params]),
-        uniform=_floats([_draw(sequence) for sequence in sampled]),
+        uniform=_floats([_draw(one) for one in sampled]),
         num_logprobs=_ints([-1 if sampling.logprobs is None else sampling.logprobs for sampling in params]),
         banned_start=_starts([len(ids) for ids in banned]),
         banned_ids=_ints([token for ids in banned for token in ids]),
@@ -93,10 +96,25 @@ def build_plan(
     )
 
 
+class _Sampled(NamedTuple):
+    """A row after which a token is sampled: the sequence as if some guesses were its tokens."""
+
+    sequence: Sequence
+    drafts: tuple[int, ...]
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.sequence.request.sampling
+
+    def ends_with(self, end: tuple[int, ...]) -> bool:
+        count = len(end)
+        return not end or (*self.sequence.token_ids[-count:], *self.drafts)[-count:] == end
+
+
 def _runs(item: Scheduled, row: int, slot_of: SlotOf) -> list[tuple[int, int, list[tuple[int, float]]]]:
     """(first row, end, [(slot, weight), ...]) of each stretch of equal, non-empty composition."""
     sequence, first = item.sequence, item.sequence.num_computed
-    end = first + item.num_tokens
+    end = first + item.num_rows
     changes = [position for position in sequence.adapter_changes if first < position < end]
     runs = []
     for start, stop in pairwise([first, *changes, end]):
@@ -116,9 +134,9 @@ def _prefix(item: Scheduled, block_size: int, slot_of: SlotOf) -> tuple[int, int
     return slot_of(handle), first, cells
 
 
-def _rare(sampled: list[Sequence]) -> dict[str, np.ndarray]:
+def _rare(sampled: list[_Sampled]) -> dict[str, np.ndarray]:
     """The sections of what few requests ask for; left out where none does."""
-    params = [sequence.request.sampling for sequence in sampled]
+    params = [one.params for one in sampled]
     sections: dict[str, np.ndarray] = {}
     if any(sampling.min_p for sampling in params):
         sections["min_p"] = _floats([sampling.min_p for sampling in params])
@@ -127,11 +145,7 @@ def _rare(sampled: list[Sequence]) -> dict[str, np.ndarray]:
         sections["bias_ids"] = _ints([token for sampling in params for token, _ in sampling.logit_bias])
         sections["bias_value"] = _floats([value for sampling in params for _, value in sampling.logit_bias])
     if any(sampling.penalised for sampling in params):
-        seen = [
-            sequence.token_counts.update(sequence.token_ids, sequence.num_prompt)
-            for sequence in sampled
-            if sequence.request.sampling.penalised
-        ]
+        seen = [_seen(one) for one in sampled if one.params.penalised]
         lengths = iter([len(ids) for ids, _ in seen])
         sections["seen_start"] = _starts([next(lengths) if sampling.penalised else 0 for sampling in params])
         sections["seen_ids"] = np.concatenate([ids for ids, _ in seen])
@@ -141,22 +155,28 @@ def _rare(sampled: list[Sequence]) -> dict[str, np.ndarray]:
     return sections
 
 
-def _draw(sequence: Sequence) -> float:
-    """The draw of the sequence's next token; greedy decoding needs none."""
-    sampling = sequence.request.sampling
-    return uniform(sampling.seed, len(sequence.token_ids)) if sampling.temperature > 0 else 0.0
+def _seen(one: _Sampled) -> tuple[Ints, Ints]:
+    """The tokens that a row has, and the times that it generated them."""
+    sequence = one.sequence
+    counts = sequence.token_counts
+    found = counts.update(sequence.token_ids, sequence.num_prompt)
+    return counts.with_more(one.drafts) if one.drafts else found
 
 
-def _banned(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
-    sampling = sequence.request.sampling
-    banned = [word[-1] for word in sampling.bad_words if _ends_with(sequence.token_ids, word[:-1])]
-    if sequence.num_generated < sampling.min_tokens:
+def _draw(one: _Sampled) -> float:
+    """The draw of a row's next token; greedy decoding needs none."""
+    sampling = one.params
+    if not sampling.temperature:
+        return 0.0
+    return uniform(sampling.seed, len(one.sequence.token_ids) + len(one.drafts))
+
+
+def _banned(one: _Sampled, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    sampling = one.params
+    banned = [word[-1] for word in sampling.bad_words if one.ends_with(word[:-1])]
+    if one.sequence.num_generated + len(one.drafts) < sampling.min_tokens:
         banned += [*eos_token_ids, *sampling.stop_token_ids]
     return tuple(dict.fromkeys(banned))
-
-
-def _ends_with(token_ids: list[int], end: tuple[int, ...]) -> bool:
-    return not end or tuple(token_ids[-len(end) :]) == end
 
 
 def _ints(values: list[int]) -> np.ndarray:

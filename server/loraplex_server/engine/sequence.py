@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.core.request import Request
+from loraplex_server.engine.drafts import Drafter
 from loraplex_server.engine.fairness import Account
 from loraplex_server.engine.kv_blocks import block_key
 from loraplex_server.engine.token_counts import TokenCounts
@@ -51,6 +52,7 @@ class Sequence:
         reserved: it holds device references to its adapters.
         awaited: its last token is not known yet: it is this one of those that the step in flight samples.
         flow: the account of what it is given; the scheduler's ledger sets it.
+        drafter: guesses its next tokens; None does not.
     """
 
     request: Request
@@ -71,6 +73,7 @@ class Sequence:
     reserved: bool = False
     awaited: int | None = None
     flow: Account | None = None
+    drafter: Drafter | None = None
     preemptions: int = 0
     adapter_wait_start_s: float | None = None
     adapter_wait_s: float = 0.0
