@@ -45,6 +45,26 @@ class Metrics:
         self._plan_seconds = self._histogram(
             "loraplex_step_plan_seconds", "Part of a step spent planning it.", _STEP_BUCKETS
         )
+        self._prepare_seconds = self._histogram(
+            "loraplex_step_prepare_seconds",
+            "Part of a step spent on its inputs and, on a GPU, on launching it.",
+            _STEP_BUCKETS,
+        )
+        self._run_seconds = self._histogram(
+            "loraplex_step_run_seconds",
+            "Part of a step that the forward pass takes; on a GPU by its own clock, with sampling.",
+            _STEP_BUCKETS,
+        )
+        self._sample_seconds = self._histogram(
+            "loraplex_step_sample_seconds",
+            "Part of a step spent on sampling; on a GPU, on waiting for its tokens.",
+            (0.00005, 0.0001, 0.00025, *_STEP_BUCKETS),
+        )
+        self._emit_seconds = self._histogram(
+            "loraplex_step_emit_seconds",
+            "Part of a step spent on committing its tokens and handing them to their readers.",
+            (0.00005, 0.0001, 0.00025, *_STEP_BUCKETS),
+        )
         self._device_seconds = self._histogram(
             "loraplex_step_device_seconds", "Time of a step by the GPU's own clock.", _STEP_BUCKETS
         )
@@ -61,6 +81,9 @@ class Metrics:
         )
         self._step_adapters = self._histogram(
             "loraplex_step_adapters", "Different adapters in a step.", (0, *_COUNT_BUCKETS[:9])
+        )
+        self._failed_steps = self._counter(
+            "loraplex_failed_steps", "Steps that failed, and with them every request in them."
         )
         self._prefill_tokens = self._counter("loraplex_prefill_tokens", "Prompt tokens computed.")
         self._decode_tokens = self._counter("loraplex_decode_tokens", "Decode tokens computed.")
@@ -191,10 +214,16 @@ class Metrics:
         for step in stats.steps:
             self._step_seconds.observe(step.seconds)
             self._plan_seconds.observe(step.plan_seconds)
-            if step.device_seconds is not None:
-                self._device_seconds.observe(step.device_seconds)
-            if step.idle_seconds is not None:
-                self._idle_seconds.observe(step.idle_seconds)
+            for histogram, seconds in (
+                (self._prepare_seconds, step.prepare_seconds),
+                (self._run_seconds, step.run_seconds),
+                (self._sample_seconds, step.sample_seconds),
+                (self._emit_seconds, step.emit_seconds),
+                (self._device_seconds, step.device_seconds),
+                (self._idle_seconds, step.idle_seconds),
+            ):
+                if seconds is not None:
+                    histogram.observe(seconds)
             self._step_requests.observe(step.requests)
             self._step_tokens.observe(step.prefill_tokens + step.decode_tokens)
             self._step_adapters.observe(step.adapters)
@@ -203,6 +232,7 @@ class Metrics:
             self._drafted_tokens.inc(step.drafted_tokens)
             self._accepted_tokens.inc(step.accepted_tokens)
             self._preemptions.inc(step.preemptions)
+        self._failed_steps.inc(stats.failed_steps)
         for swap in stats.swaps:
             if swap.kind.startswith("evict_"):
                 self._adapter_evictions.labels(swap.kind.removeprefix("evict_")).inc()

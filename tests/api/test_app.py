@@ -428,7 +428,7 @@ def test_metrics_of_engine_and_requests(serving: Any) -> None:
     stats = Stats(
         steps=(
             StepRecord(0.004, 0.001, 3, 20, 2, 2, 0),
-            StepRecord(0.003, 0.001, 3, 0, 3, 2, 1, device_seconds=0.002, idle_seconds=0.0005),
+            StepRecord(0.003, 0.001, 3, 0, 3, 2, 1, 0.002, 0.0005, 0.0003, 0.002, 0.0004, 0.0001),
         ),
         swaps=(
             SwapRecord("load", "sql", 0.02, 1000),
@@ -471,6 +471,10 @@ def test_metrics_of_engine_and_requests(serving: Any) -> None:
                 "loraplex_step_requests_sum": 12,
                 "loraplex_step_device_seconds_count": 2,
                 "loraplex_step_device_idle_seconds_sum": 0.001,
+                "loraplex_step_prepare_seconds_sum": 0.0006,
+                "loraplex_step_run_seconds_sum": 0.004,
+                "loraplex_step_sample_seconds_sum": 0.0008,
+                "loraplex_step_emit_seconds_sum": 0.0002,
                 "loraplex_prefill_tokens_total": 40,
                 "loraplex_decode_tokens_total": 10,
                 "loraplex_preemptions_total": 2,

@@ -52,6 +52,25 @@ def test_two_hundred_requests_over_twelve_adapters_in_three_slots(
     assert sum(swap.kind == "evict_device" for swap in stats.swaps) >= 9
 
 
+def test_a_step_says_where_its_time_went(tiny: Any, harness: Any) -> None:
+    served = harness(tiny("Llama"))
+    served.submit("a", PROMPT, [("r6", 1.0)], max_tokens=3, ignore_eos=True)
+    served.run()
+    steps = served.engine.stats().steps
+    assert len(steps) == 3
+    for step in steps:
+        parts = [
+            step.plan_seconds,
+            step.prepare_seconds,
+            step.run_seconds,
+            step.sample_seconds,
+            step.emit_seconds,
+        ]
+        assert all(seconds > 0 for seconds in parts)
+        # They do not overlap, and lie within the step; the slack is for rounding.
+        assert sum(parts) <= step.seconds + 1e-6
+
+
 def test_a_seed_fixes_the_answer_whatever_else_runs(tiny: Any, harness: Any) -> None:
     """The same seed alone, in a crowd, in chunks, and across a preemption; another seed answers otherwise."""
     sampling = {"temperature": 1.0, "top_k": 50, "top_p": 0.95, "max_tokens": 16, "ignore_eos": True}

@@ -13,6 +13,7 @@ import pytest
 
 from loraplex_server.core.step import StepOutput, StepPlan
 from loraplex_server.engine.messages import Failed
+from loraplex_server.model.runner import LaunchTimes, Pending
 
 PROMPT = range(5, 12)
 
@@ -175,3 +176,15 @@ def test_the_devices_wait_counts_where_there_was_work(ahead: Any) -> None:
     steps = served.engine.stats().steps
     assert [step.device_seconds for step in steps] == [0.01] * 4
     assert [step.idle_seconds for step in steps] == [None, 0.002, None, 0.004]
+
+
+def test_on_a_device_the_run_is_by_its_clock_and_the_host_waits_for_the_tokens() -> None:
+    class Span:
+        def seconds(self) -> tuple[float, float]:
+            return 0.25, 0.125
+
+    output = Pending(None, Span(), LaunchTimes(1.0, 2.0, 4.0)).result()  # type: ignore[arg-type]
+    assert (output.device_s, output.waited_s) == (0.25, 0.125)
+    assert (output.prepare_s, output.run_s) == (7.0, 0.25)
+    assert output.sample_s is not None
+    assert output.sample_s < 4.0

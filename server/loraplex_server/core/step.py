@@ -151,8 +151,14 @@ class StepOutput:
     Attributes:
         device_s: from the step's first kernel to its last result, by the device's clock; None without one.
         waited_s: how long the device had nothing to do since the step before; None without one.
+        prepare_s: the host's time for the step's inputs and, where the device runs by itself, for launching.
+        run_s: the forward pass; where the device runs by itself, `device_s`.
+        sample_s: sampling; where the device runs by itself, the host's wait for the tokens.
     """
 
     sampled: tuple[SampledToken, ...]
     device_s: float | None = None
     waited_s: float | None = None
+    prepare_s: float | None = None
+    run_s: float | None = None
+    sample_s: float | None = None

@@ -1,11 +1,16 @@
-"""The step loop's body: plan, run, commit, emit. The engine is the only owner of request state."""
+"""The step loop's body: plan, run, commit, emit. The engine is the only owner of request state.
+
+A step that fails ends the requests that were in it, and no others; a device that no longer computes ends the
+engine.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import Protocol
 
 import msgspec
@@ -35,10 +40,13 @@ from loraplex_server.engine.scheduler import Scheduled, Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.errors import (
     CancelledError,
+    InternalError,
     InvalidArgumentError,
     ResourceExhaustedError,
     ServerError,
 )
+
+_log = logging.getLogger(__name__)
 
 Emit = Callable[[str, Tokens | Failed], None]
 """Sends a message to the client of that id."""
@@ -60,6 +68,9 @@ class Runner(Protocol):
 
     def launch(self, plan: StepPlan) -> Launched:
         """Computes the plan and samples, in the order of the calls; `fed_from` is of the call before."""
+
+    def usable(self) -> bool:
+        """Whether the device still computes; asked after a step that failed."""
 
     def weight_checksum(self) -> Generator[None, None, str]:
         """SHA-256 over the resident base weights, in pieces: yields between them, returns it at the end."""
@@ -98,6 +109,7 @@ class Engine:
         self.scheduler = Scheduler(config.scheduler, self._blocks, adapters)
         self._sequences: dict[tuple[str, str], Sequence] = {}
         self._steps: list[StepRecord] = []
+        self._failed_steps = 0
         self._hits = self._misses = 0
         # The step that the device computes, where the engine is ahead of it.
         self._in_flight: _Step | None = None
@@ -156,8 +168,11 @@ class Engine:
 
         Where the runner is asynchronous it is one step ahead: the next step is launched before the tokens of
         the one that runs are there, and gets them on the device.
+
+        Raises:
+            Exception: whatever a step failed with, if the device does not compute any more.
         """
-        ahead = self._runner.asynchronous
+        ahead, failed = self._runner.asynchronous, self._failed_steps
         launched = self._launch(time.monotonic())
         due = launched
         if ahead:
@@ -168,10 +183,10 @@ class Engine:
             self._collect(due)
         if ahead and launched is not None:
             self._advance(launched)
-        return launched is not None or due is not None
+        return launched is not None or due is not None or self._failed_steps > failed
 
     def _launch(self, started_s: float) -> _Step | None:
-        """Plans and launches the next step; None if no request can be advanced."""
+        """Plans and launches the next step; None if no request can be advanced, or the step failed."""
         self._end_drains(started_s)
         self.adapters.poll()
         schedule = self.scheduler.schedule(started_s)
@@ -181,12 +196,17 @@ class Engine:
         if not schedule.scheduled:
             return None
         self._audit.worked()
-        scheduled = sorted(schedule.scheduled, key=self._batch_position)
-        plan = build_plan(scheduled, self._blocks.block_size, self.adapters.slot, self.info.eos_token_ids)
-        planned_s = time.monotonic()
+        try:
+            scheduled = sorted(schedule.scheduled, key=self._batch_position)
+            plan = build_plan(scheduled, self._blocks.block_size, self.adapters.slot, self.info.eos_token_ids)
+            planned_s = time.monotonic()
+            launched = self._runner.launch(plan)
+        except Exception as error:
+            self._give_up([item.sequence for item in schedule.scheduled], error)
+            return None
         prefill_tokens = sum(item.num_tokens for item in scheduled if item.sequence.num_pending > 1)
         return _Step(
-            launched=self._runner.launch(plan),
+            launched=launched,
             scheduled=[(item, item.num_samples) for item in scheduled],
             started_s=started_s,
             in_stride=self._in_flight is not None,
@@ -239,7 +259,12 @@ class Engine:
 
     def _collect(self, step: _Step) -> None:
         """Waits for a launched step, writes its results into the sequences, and emits."""
-        output = step.launched.result()
+        try:
+            output = step.launched.result()
+        except Exception as error:
+            self._give_up([item.sequence for item, _ in step.scheduled], error)
+            return
+        received_s = time.monotonic()
         accepted = self._commit(step, output)
         now_s = time.monotonic()
         begun_s, self._collected_s = max(step.started_s, self._collected_s), now_s
@@ -249,9 +274,29 @@ class Engine:
                 seconds=now_s - begun_s,
                 device_seconds=output.device_s,
                 idle_seconds=output.waited_s if step.in_stride else None,
+                prepare_seconds=output.prepare_s,
+                run_seconds=output.run_s,
+                sample_seconds=output.sample_s,
+                emit_seconds=now_s - received_s,
                 accepted_tokens=accepted,
             )
         )
+
+    def _give_up(self, sequences: Iterable[Sequence], error: Exception) -> None:
+        """Ends the requests of a step that failed; what it wrote lies in blocks that only they had.
+
+        Raises:
+            Exception: `error`, if the device does not compute any more.
+        """
+        if not self._runner.usable():
+            raise error
+        self._failed_steps += 1
+        lost = [sequence for sequence in sequences if sequence.status is not Status.FINISHED]
+        _log.error("a step failed, and with it %s", [one.request.request_id for one in lost], exc_info=error)
+        failure = InternalError(f"the step failed: {error.__class__.__name__}")
+        for sequence in lost:
+            self._emit(sequence.client, Failed(sequence.request.request_id, failure.info))
+            self._retire(sequence)
 
     def idle(self) -> bool:
         """Looks after the engine while there is nothing to step; whether there is more to do at once."""
@@ -260,6 +305,7 @@ class Engine:
     def stats(self) -> Stats:
         """What happened since the last call, and the state now."""
         steps, self._steps = tuple(self._steps), []
+        failed_steps, self._failed_steps = self._failed_steps, 0
         adapters = self.adapters
         hits, misses = adapters.hits - self._hits, adapters.misses - self._misses
         self._hits, self._misses = adapters.hits, adapters.misses
@@ -269,6 +315,7 @@ class Engine:
         self._prefix_queries, self._prefix_hits = scheduler.prefix_queries, scheduler.prefix_hits
         return Stats(
             steps=steps,
+            failed_steps=failed_steps,
             swaps=tuple(adapters.drain_swaps()),
             waiting=len(self.scheduler.waiting),
             running=len(self.scheduler.running),
@@ -346,18 +393,18 @@ class Engine:
         handles = self.adapters.resolve(names, weights)
         try:
             self._check_tokens(request, handles)
-        except ServerError:
+            caches = self._prefix_cache and request.cache_prefix
+            sequence = Sequence(request, client, handles, caches=caches)
+            sequence.drafter = self._drafter(sequence)
+            if sequence.num_prompt >= limit:
+                raise InvalidArgumentError.field(
+                    "prompt",
+                    f"has {sequence.num_prompt} tokens with the adapter's soft prompt; this server takes "
+                    f"fewer than {limit}",
+                )
+        except BaseException:
             self.adapters.release(handles)
             raise
-        sequence = Sequence(request, client, handles, caches=self._prefix_cache and request.cache_prefix)
-        sequence.drafter = self._drafter(sequence)
-        if sequence.num_prompt >= limit:
-            self.adapters.release(handles)
-            raise InvalidArgumentError.field(
-                "prompt",
-                f"has {sequence.num_prompt} tokens with the adapter's soft prompt; this server takes fewer "
-                f"than {limit}",
-            )
         self._sequences[client, request.request_id] = sequence
         self.scheduler.add(sequence)
 

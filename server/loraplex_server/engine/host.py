@@ -30,6 +30,7 @@ from loraplex_server.engine.messages import (
     AdapterStatus,
     Cancel,
     CheckIntegrity,
+    Failed,
     FromEngine,
     Hello,
     Shutdown,
@@ -174,7 +175,11 @@ class EngineHost:
                 if (gone := self._clients.pop(client_id, None)) is not None:
                     gone.close()
             case (client_id, message):
-                self._command(engine, client_id, message)
+                try:
+                    self._command(engine, client_id, message)
+                except Exception as error:
+                    _log.exception("a %s message failed", type(message).__name__)
+                    self._refuse(client_id, message, InternalError(f"it failed: {type(error).__name__}"))
 
     def _command(self, engine: Engine, client: str, message: ToEngine) -> None:
         match message:
@@ -190,6 +195,14 @@ class EngineHost:
                 self._stopping = True
             case Hello():
                 _log.warning("client %s said hello twice", client)
+
+    def _refuse(self, client: str, message: ToEngine, error: InternalError) -> None:
+        """Answers a message that met a fault of ours, so that nobody waits for its answer."""
+        match message:
+            case Submit(request):
+                self.emit(client, Failed(request.request_id, error.info))
+            case AdapterCommand(call_id):
+                self.emit(client, AdapterReply(call_id, error=error.info))
 
     def _adapter_command(self, engine: Engine, client: str, command: AdapterCommand) -> None:
         adapters = engine.adapters

@@ -252,8 +252,9 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
     """One step, for metrics. Counts are of tokens unless named otherwise.
 
     `device_seconds` is the step's time by the device's clock, `idle_seconds` how long the device waited for
-    it although there was work; None without such a clock, or where there was none. `decode_tokens` has
-    `drafted_tokens` among them, of which `accepted_tokens` were guessed right.
+    it although there was work; None without such a clock, or where there was none. `prepare_seconds`,
+    `run_seconds` and `sample_seconds` are `StepOutput`'s, `emit_seconds` is for committing and emitting.
+    `decode_tokens` has `drafted_tokens` among them, of which `accepted_tokens` were guessed right.
     """
 
     seconds: float
@@ -265,6 +266,10 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
     preemptions: int
     device_seconds: float | None = None
     idle_seconds: float | None = None
+    prepare_seconds: float | None = None
+    run_seconds: float | None = None
+    sample_seconds: float | None = None
+    emit_seconds: float | None = None
     drafted_tokens: int = 0
     accepted_tokens: int = 0
 
@@ -291,6 +296,7 @@ class Stats(_Message, frozen=True):
         kv_blocks_cached: blocks that no request holds and a later one may find its prompt in.
         prefix_queries: prompt tokens that were looked up in the prefix cache.
         prefix_hits: how many of them were there.
+        failed_steps: steps that failed, and all requests in them.
     """
 
     steps: tuple[StepRecord, ...]
@@ -314,6 +320,7 @@ class Stats(_Message, frozen=True):
     kv_blocks_cached: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    failed_steps: int = 0
 
 
 FromEngine = Welcome | Tokens | Failed | AdapterReply | AdapterChanges | IntegrityReply | Stats

@@ -129,10 +129,16 @@ def _main(
     threading.Thread(target=_follow_parent, args=(parent,), name="parent-watch", daemon=True).start()
     ready.send(None)
     ready.close()
-    host.run(engine)
-    # All is closed; what is left to torch's teardown takes seconds and frees what the exit frees.
+    code = 0
+    try:
+        host.run(engine)
+    except BaseException:
+        _log.critical("the engine ends", exc_info=True)
+        code = 1
+    # All is closed; what is left to torch's teardown takes seconds and frees what the exit frees; after a
+    # fault of the device it may never come back.
     logging.shutdown()
-    os._exit(0)
+    os._exit(code)
 
 
 def _follow_parent(parent: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable
@@ -33,18 +34,34 @@ from loraplex_server.model.transfer import send
 _log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class LaunchTimes:
+    """Seconds of the host: for the inputs, in the forward pass, in the sampler."""
+
+    prepare_s: float
+    forward_s: float
+    sample_s: float
+
+
 class Pending:
     """A step that was launched, and that the device may still be computing."""
 
-    def __init__(self, sampling: Sampling | None, span: Span | None) -> None:
+    def __init__(self, sampling: Sampling | None, span: Span | None, times: LaunchTimes) -> None:
         self._sampling = sampling
         self._span = span
+        self._times = times
 
     def result(self) -> StepOutput:
         """What the step sampled, once it is there."""
+        started_s = time.perf_counter()
         sampled = () if self._sampling is None else self._sampling.result()
-        device_s, waited_s = (None, None) if self._span is None else self._span.seconds()
-        return StepOutput(sampled, device_s, waited_s)
+        times, fetch_s = self._times, time.perf_counter() - started_s
+        if self._span is None:
+            inline = times.prepare_s, times.forward_s, times.sample_s + fetch_s
+            return StepOutput(sampled, None, None, *inline)
+        device_s, waited_s = self._span.seconds()
+        launching_s = times.prepare_s + times.forward_s + times.sample_s
+        return StepOutput(sampled, device_s, waited_s, launching_s, device_s, fetch_s)
 
 
 class ModelRunner:
@@ -144,17 +161,36 @@ class ModelRunner:
 
         On a GPU all of it is queued, in order, and nothing waits; elsewhere it is done on return.
         """
+        started_s = time.perf_counter()
         forward = self._prepare(plan)
         self._clock.begin()
+        prepared_s = time.perf_counter()
         logits = forward()
+        forwarded_s = time.perf_counter()
         sampling = sampler.launch(logits, plan) if len(plan.sample_row) else None
         self._tokens = None if sampling is None else sampling.tokens
-        return Pending(sampling, self._clock.end())
+        span, sampled_s = self._clock.end(), time.perf_counter()
+        times = LaunchTimes(prepared_s - started_s, forwarded_s - prepared_s, sampled_s - forwarded_s)
+        return Pending(sampling, span, times)
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """Next-token logits [S, vocabulary] of the plan's `sample_row`, valid until the next step."""
         return self._prepare(plan)()
+
+    def usable(self) -> bool:
+        """Whether the device still computes, asked after a step that failed.
+
+        An illegal access, say, leaves a CUDA context in which every call fails from then on.
+        """
+        if self._device.type != "cuda":
+            return True
+        try:
+            torch.cuda.synchronize(self._device)
+            return int(torch.ones(1, device=self._device).sum()) == 1
+        except RuntimeError:
+            _log.exception("the device does not compute any more")
+            return False
 
     def weight_checksum(self) -> Generator[None, None, str]:
         """SHA-256 over the resident base weights, in pieces: yields between them, returns it at the end."""
