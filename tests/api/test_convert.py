@@ -63,6 +63,7 @@ BAD = [
     (stopping(stop_token_ids=[1, 100]), "stopping.stop_token_ids[1]"),
     (stopping(stop_token_ids=[1] * 65), "stopping.stop_token_ids"),
     (OK | {"logprobs": 21}, "logprobs"),
+    (OK | {"speculative_tokens": 17}, "speculative_tokens"),
     (OK | {"request_id": "two words"}, "request_id"),
     (OK | {"request_id": ""}, "request_id"),
 ]
@@ -87,7 +88,7 @@ def test_a_bad_field_is_named(fields: dict[str, Any], path: str) -> None:
         sampling(temperature=0.0, top_p=1.0, top_k=2**32 - 1, seed=0),
         stopping(max_tokens=1, min_tokens=1, stop=["x" * 256] * 16, stop_token_ids=[99] * 64),
         stopping(min_tokens=1000),
-        OK | {"logprobs": 20, "request_id": "a" * 128, "priority": -(2**31)},
+        OK | {"logprobs": 20, "request_id": "a" * 128, "priority": -(2**31), "speculative_tokens": 16},
     ],
 )
 def test_the_edges_of_what_is_allowed(fields: dict[str, Any]) -> None:

@@ -169,8 +169,8 @@ class _Guesser(Drafter):
         return tuple(guess)
 
 
-@pytest.fixture
-def guess_from(monkeypatch: pytest.MonkeyPatch) -> Callable[[Harness, Callable[[str], Sequence[int]]], None]:
+@pytest.fixture(scope="session")
+def guess_from() -> Callable[[Harness, Callable[[str], Sequence[int]]], None]:
     """`guess_from(harness, answer)`: who speculates is given, often enough, tokens that are right, and often
     enough such that are not; `answer` gives a request's by its name.
     """
@@ -185,7 +185,7 @@ def guess_from(monkeypatch: pytest.MonkeyPatch) -> Callable[[Harness, Callable[[
             limit = min(sequence.num_prompt + request.sampling.max_tokens, served.engine.info.max_model_len)
             return _Guesser(answer(request.request_id), sequence.num_prompt, limit, rng)
 
-        monkeypatch.setattr(served.engine, "_drafter", make)
+        served.engine._drafter = make  # type: ignore[method-assign]
 
     return change
 

@@ -61,8 +61,8 @@ class AsyncClient(BaseClient):
             timeout: seconds for the whole call; None is the client's, infinity no limit.
             options: adapter, adapters, max_tokens, min_tokens, temperature, top_p, top_k, min_p,
                 repetition_penalty, presence_penalty, frequency_penalty, logit_bias, bad_words, seed, stop,
-                include_stop, stop_token_ids, ignore_eos, logprobs, priority, cache_prefix, request_id; see
-                GenerateOptions.
+                include_stop, stop_token_ids, ignore_eos, logprobs, priority, cache_prefix,
+                speculative_tokens, request_id; see GenerateOptions.
 
         Raises:
             LoraplexError: see loraplex.errors.

@@ -105,6 +105,8 @@ class GenerateOptions(TypedDict, total=False):
     """Higher goes first."""
     cache_prefix: bool | None
     """False: the prompt is neither taken from nor left in the server's prefix cache."""
+    speculative_tokens: int | None
+    """Most tokens guessed in a step from earlier text, 0 to 16: sooner where it copies, not otherwise."""
     request_id: str | None
     """A name of your own, to find the request in the server's logs."""
 
@@ -133,6 +135,7 @@ def generate_request(
     logprobs: int | None = None,
     priority: int | None = None,
     cache_prefix: bool | None = None,
+    speculative_tokens: int | None = None,
     request_id: str | None = None,
 ) -> generation_pb2.GenerateRequest:
     """The request as sent. Only types are checked here; what the values may be, the server knows.
@@ -177,6 +180,7 @@ def generate_request(
     assign(request, "logprobs", logprobs)
     assign(request, "priority", priority)
     assign(request, "cache_prefix", cache_prefix)
+    assign(request, "speculative_tokens", speculative_tokens)
     assign(request, "request_id", request_id)
     return request
 
@@ -435,7 +439,13 @@ def finish_reason(value: int) -> FinishReason:
 
 
 def usage(message: generation_pb2.Usage) -> Usage:
-    return Usage(message.prompt_tokens, message.completion_tokens, message.cached_prompt_tokens)
+    return Usage(
+        message.prompt_tokens,
+        message.completion_tokens,
+        message.cached_prompt_tokens,
+        message.drafted_tokens,
+        message.accepted_tokens,
+    )
 
 
 def timing(message: generation_pb2.Timing) -> Timing:

@@ -16,7 +16,14 @@ from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
 from loraplex_server.adapters.peft_config import MAX_CONFIG_BYTES
 from loraplex_server.api.answer import End, Piece
 from loraplex_server.core.composition import COMBINATION_TYPES, MAJORITY_SIGNS, Composition, prunes
-from loraplex_server.core.request import AdapterUse, FinishReason, Request, SamplingDefaults, SamplingParams
+from loraplex_server.core.request import (
+    MAX_SPECULATIVE_TOKENS,
+    AdapterUse,
+    FinishReason,
+    Request,
+    SamplingDefaults,
+    SamplingParams,
+)
 from loraplex_server.engine.messages import AdapterStatus, EngineInfo, TokenLogprobs
 from loraplex_server.errors import FieldViolation, InvalidArgumentError
 
@@ -105,6 +112,8 @@ def check_generate(message: generation_pb2.GenerateRequest, limits: Limits) -> N
     _check_stopping(found, message.stopping, limits, adapters=adapted)
     if message.HasField("logprobs") and message.logprobs > MAX_LOGPROBS:
         found.add("logprobs", f"{message.logprobs} is more than {MAX_LOGPROBS}")
+    if message.speculative_tokens > MAX_SPECULATIVE_TOKENS:
+        found.add("speculative_tokens", f"{message.speculative_tokens} is more than {MAX_SPECULATIVE_TOKENS}")
     if message.HasField("request_id") and not valid_request_id(message.request_id):
         found.add("request_id", "has to be 1 to 128 printable ASCII characters without spaces")
     found.raise_any()
@@ -196,6 +205,7 @@ def to_request(
         priority=message.priority,
         deadline_s=deadline_s,
         cache_prefix=message.cache_prefix if message.HasField("cache_prefix") else True,
+        speculative_tokens=message.speculative_tokens if message.HasField("speculative_tokens") else None,
     )
 
 
@@ -342,6 +352,8 @@ def to_finish(end: End) -> generation_pb2.Finish:
             prompt_tokens=end.prompt_tokens,
             completion_tokens=end.completion_tokens,
             cached_prompt_tokens=times.cached_prompt_tokens if times else 0,
+            drafted_tokens=times.drafted_tokens if times else 0,
+            accepted_tokens=times.accepted_tokens if times else 0,
         ),
         timing=generation_pb2.Timing(
             queue_seconds=times.queue_s if times else 0.0,

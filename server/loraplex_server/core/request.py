@@ -6,7 +6,6 @@ import enum
 
 import msgspec
 
-
 MAX_SPECULATIVE_TOKENS = 16
 """Most tokens of an answer that are guessed in one step."""
 

@@ -23,9 +23,9 @@ class Drafter:
     """Guesses for one row of tokens, and how many are worth their while.
 
     A guess that is right to its end is followed by one of twice the length; a wrong one by one of the length
-    that was right, and one more. After a guess that was worth nothing, or where there is nothing to guess from,
-    some tokens are waited for, twice as many each time (both as TCP does it, Jacobson, "Congestion avoidance
-    and control", 1988).
+    that was right, and one more. After a guess that was worth nothing, or where there is nothing to guess
+    from, some tokens are waited for, twice as many each time (both as TCP does it, Jacobson, "Congestion
+    avoidance and control", 1988).
 
     Attributes:
         drafted: tokens guessed so far.
@@ -87,7 +87,7 @@ class Drafter:
             self._pause(length)
 
     def read(self, token_ids: Sequence[int]) -> None:
-        """Takes in what is new of the row, all of it known, and of a long prompt a piece: then call it again."""
+        """Takes in what is new of the row, all of it known; of a long prompt a piece each time."""
         begin = self._indexed
         end = min(len(token_ids), begin + _AT_ONCE)
         if end == begin:

@@ -439,8 +439,9 @@ class Engine:
         return item.num_tokens > 1, [self.adapters.slot(handle) for handle in item.sequence.handles]
 
     def _commit(self, step: _Step, output: StepOutput) -> int:
-        """Writes a step's tokens into the sequences, ends those that are complete, and emits. Returns how many
-        guesses were right.
+        """Writes a step's tokens into the sequences, ends those that are complete, and emits.
+
+        Returns how many guesses were right.
         """
         deltas: defaultdict[str, list[TokenDelta]] = defaultdict(list)
         first = accepted = 0
@@ -465,8 +466,9 @@ class Engine:
     def _extend(
         self, sequence: Sequence, sampled: tuple[SampledToken, ...], drafts: tuple[int, ...]
     ) -> tuple[tuple[SampledToken, ...], FinishReason | None]:
-        """Writes tokens into a sequence up to the first that is not as guessed, or ends it. Returns those, and
-        why it ends.
+        """Writes tokens into a sequence up to the first that is not as guessed, or ends it.
+
+        Returns those, and why it ends.
         """
         if sampled and sequence.awaited is not None:
             sequence.token_ids.pop()

@@ -247,8 +247,8 @@ class Scheduler:
         return len(self.running) <= config.speculation_max_load * config.max_num_requests
 
     def _with_drafts(self, scheduled: list[Scheduled]) -> list[Scheduled]:
-        """Guesses for those that decode, from what the others leave of the step: for a guess no one waits, and
-        no one is preempted.
+        """Guesses for those that decode, from what is left of the step: no one waits for them, and no one is
+        preempted.
         """
         config = self._config
         rows = config.max_batch_tokens - sum(item.num_tokens for item in scheduled)

@@ -1,11 +1,11 @@
 """Decode steps as recordings: made for a few batch sizes at start, replayed padded to the next of them.
 
 A step in which every sequence computes one token is hundreds of small kernels, and launching them one by
-one takes longer than running them. Recorded, they are one launch. Guessed tokens are rows like others: each
-attends on its own to the blocks of its sequence, which has all of the step's keys and values by then. A recording's inputs lie at fixed
+one takes longer than running them. Recorded, they are one launch. A recording's inputs lie at fixed
 addresses: token ids, positions, the attention's tables, the adapters' segments. A step fills them, in three
 copies, and replays. Tokens past the step's own have the id 0, are written to no cell and belong to no
-adapter.
+adapter. Guessed tokens are rows like others: each attends on its own to the blocks of its sequence, which
+have all of the step's keys and values by then.
 
 There are two recordings for each size: for steps without adapters, which launch nothing for them, and for
 those with low-rank pairs of any number and mix. Whatever else an adapter does is not recorded: `prepare` then
@@ -133,7 +133,7 @@ class DecodeGraphs:
 
         `tokens` are those that the plan is fed from.
         """
-        rows = _rows(plan)
+        rows = row_by_row(plan)
         bucket = None if rows is None else self._bucket(plan, rows)
         if rows is None or bucket is None:
             return None
@@ -171,7 +171,7 @@ class DecodeGraphs:
 
         return launch
 
-    def _bucket(self, plan: StepPlan, rows: _Rows) -> _Bucket | None:
+    def _bucket(self, plan: StepPlan, rows: Rows) -> _Bucket | None:
         """The smallest with room for the step, if all of its tokens have an id."""
         count = plan.num_tokens
         if count > self._largest or not count or (plan.token_ids < 0).any():
@@ -200,7 +200,7 @@ class DecodeGraphs:
         return work
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """A step's attention, as of sequences of one token each."""
 
     query_start: Ints
@@ -209,13 +209,13 @@ class _Rows(NamedTuple):
     blocks: Ints
 
 
-def _rows(plan: StepPlan) -> _Rows | None:
+def row_by_row(plan: StepPlan) -> Rows | None:
     """A step whose every token is decoded, guessed ones included, row by row; None of any other."""
     count = plan.num_tokens
     if count == plan.num_sequences:
         if (np.diff(plan.query_start) != 1).any():
             return None
-        return _Rows(plan.query_start, plan.context_len, plan.block_start, plan.blocks)
+        return Rows(plan.query_start, plan.context_len, plan.block_start, plan.blocks)
     if len(plan.sample_row) != count:
         return None
     # Each row has its sequence's table once more.
@@ -224,7 +224,7 @@ def _rows(plan: StepPlan) -> _Rows | None:
     block_start = np.concatenate([[0], lengths.cumsum()])
     within = np.arange(block_start[-1]) - np.repeat(block_start[:-1], lengths)
     blocks = plan.blocks[np.repeat(plan.block_start[:-1][owner], lengths) + within]
-    return _Rows(np.arange(count + 1), plan.positions + 1, block_start, blocks)
+    return Rows(np.arange(count + 1), plan.positions + 1, block_start, blocks)
 
 
 class _Bucket:

@@ -129,6 +129,8 @@ def _message(
     stopping.include_stop = bool(body.include_stop_str_in_output)
     if body.cache_prefix is not None:
         message.cache_prefix = body.cache_prefix
+    if body.speculative_tokens is not None:
+        message.speculative_tokens = body.speculative_tokens
     return message
 
 
