@@ -170,6 +170,12 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("batching")
     _count(group, "--max-batch-tokens", scheduler.max_batch_tokens, "tokens computed in one step")
     _count(group, "--max-num-requests", scheduler.max_num_requests, "requests running at once")
+    _count(
+        group,
+        "--max-scored-tokens",
+        scheduler.max_scored_tokens,
+        "tokens of prompts that get log-probabilities in one step",
+    )
     _count(group, "--max-queue", scheduler.max_queue, "requests that may wait; more are refused")
     _count(
         group,
@@ -344,7 +350,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=api.metrics_host,
         help=f"address of the metrics (default: {api.metrics_host})",
     )
-    _count(group, "--metrics-port", api.metrics_port, "Prometheus port; 0 picks a free one, -1 is none")
+    _count(
+        group, "--metrics-port", api.metrics_port, "of Prometheus and a page; 0 picks a free one, -1 is none"
+    )
     _size(group, "--max-message-bytes", api.max_message_bytes, "longest gRPC message or HTTP body")
     _seconds(group, "--drain-seconds", api.drain_s, "time that running calls have after SIGTERM")
     _seconds(
@@ -404,6 +412,7 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
             scheduler=SchedulerConfig(
                 max_batch_tokens=arguments.max_batch_tokens,
                 max_num_requests=arguments.max_num_requests,
+                max_scored_tokens=arguments.max_scored_tokens,
                 max_queue=arguments.max_queue,
                 max_model_len=arguments.max_model_len,
                 kv_cache_bytes=arguments.kv_cache_bytes,

@@ -105,6 +105,8 @@ class SchedulerConfig:
     Attributes:
         max_batch_tokens: tokens computed in one step, prefill and decode together.
         max_num_requests: requests running at once.
+        max_scored_tokens: tokens of prompts whose log-probabilities are computed in one step: each takes a
+            row of logits as wide as the vocabulary. Prompts that ask for them are computed in smaller chunks.
         max_queue: requests that may wait; more are refused with RESOURCE_EXHAUSTED.
         max_model_len: prompt and answer together; 0 takes the model's own limit.
         kv_cache_bytes: 0 takes all that is left on a GPU, and on a CPU what `max_num_requests` of moderate
@@ -122,6 +124,7 @@ class SchedulerConfig:
 
     max_batch_tokens: int = 512
     max_num_requests: int = 64
+    max_scored_tokens: int = 128
     max_queue: int = 1024
     max_model_len: int = 0
     kv_cache_bytes: int = 0
@@ -138,6 +141,7 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         _at_least("max_batch_tokens", self.max_batch_tokens, 1)
         _at_least("max_num_requests", self.max_num_requests, 1)
+        _at_least("max_scored_tokens", self.max_scored_tokens, 1)
         _at_least("max_queue", self.max_queue, 1)
         _at_least("max_model_len", self.max_model_len, 0)
         _at_least("kv_cache_bytes", self.kv_cache_bytes, 0)

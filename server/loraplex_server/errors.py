@@ -11,6 +11,7 @@
     ├── DeadlineExceededError    DEADLINE_EXCEEDED     allow more time
     ├── CancelledError           CANCELLED             nothing
     ├── UnavailableError         UNAVAILABLE           try again, the server starts or stops
+    ├── UnimplementedError       UNIMPLEMENTED         use a method that this server has
     └── InternalError            INTERNAL              report it
 
 An error travels from the engine to the API as an `ErrorInfo` and becomes the same class there.
@@ -19,7 +20,37 @@ This module knows nothing of gRPC; `api/status.py` maps the codes.
 
 from __future__ import annotations
 
+import enum
+import errno
+
 import msgspec
+
+
+class Reason(enum.StrEnum):
+    """What a program may act on, finer than the code. An error without one has its code's name for a reason.
+
+    They are part of the API: one that callers know is never renamed, nor given another meaning.
+    """
+
+    ADAPTER_NOT_FOUND = "ADAPTER_NOT_FOUND"
+    SOURCE_NOT_FOUND = "SOURCE_NOT_FOUND"
+    ADAPTER_EXISTS = "ADAPTER_EXISTS"
+    SOURCE_NOT_ALLOWED = "SOURCE_NOT_ALLOWED"
+    UPLOADS_NOT_ALLOWED = "UPLOADS_NOT_ALLOWED"
+    ADAPTER_NOT_SERVABLE = "ADAPTER_NOT_SERVABLE"
+    ADAPTERS_NOT_ADDABLE = "ADAPTERS_NOT_ADDABLE"
+    NO_ROOM_TO_PIN = "NO_ROOM_TO_PIN"
+    NO_CHAT_TEMPLATE = "NO_CHAT_TEMPLATE"
+    QUEUE_FULL = "QUEUE_FULL"
+    TOO_MANY_JOBS = "TOO_MANY_JOBS"
+    TOO_MANY_ADAPTERS = "TOO_MANY_ADAPTERS"
+    CACHE_FULL = "CACHE_FULL"
+    DISK_FULL = "DISK_FULL"
+    ADAPTER_UNLOADED = "ADAPTER_UNLOADED"
+    SERVER_STARTING = "SERVER_STARTING"
+    SERVER_DRAINING = "SERVER_DRAINING"
+    ENGINE_RESTARTING = "ENGINE_RESTARTING"
+    ENGINE_LOST = "ENGINE_LOST"
 
 
 class FieldViolation(msgspec.Struct, frozen=True):
@@ -36,6 +67,7 @@ class ErrorInfo(msgspec.Struct, frozen=True):
         code: name of the gRPC status that fits.
         resource: kind and name of what was missing or in the way, for example ("adapter", "sql").
         retry_after_s: seconds after which trying again makes sense.
+        reason: a `Reason`, or "" where the code says it all.
     """
 
     code: str
@@ -43,6 +75,7 @@ class ErrorInfo(msgspec.Struct, frozen=True):
     violations: tuple[FieldViolation, ...] = ()
     resource: tuple[str, str] | None = None
     retry_after_s: float | None = None
+    reason: str = ""
 
 
 class ServerError(Exception):
@@ -57,9 +90,10 @@ class ServerError(Exception):
         violations: tuple[FieldViolation, ...] = (),
         resource: tuple[str, str] | None = None,
         retry_after_s: float | None = None,
+        reason: str = "",
     ) -> None:
         super().__init__(message)
-        self.info = ErrorInfo(self.code, message, violations, resource, retry_after_s)
+        self.info = ErrorInfo(self.code, message, violations, resource, retry_after_s, reason)
 
 
 class InvalidArgumentError(ServerError):
@@ -109,6 +143,10 @@ class UnavailableError(ServerError):
     code = "UNAVAILABLE"
 
 
+class UnimplementedError(ServerError):
+    code = "UNIMPLEMENTED"
+
+
 class InternalError(ServerError):
     code = "INTERNAL"
 
@@ -126,6 +164,7 @@ _BY_CODE: dict[str, type[ServerError]] = {
         DeadlineExceededError,
         CancelledError,
         UnavailableError,
+        UnimplementedError,
         InternalError,
     )
 }
@@ -138,4 +177,21 @@ def from_info(info: ErrorInfo) -> ServerError:
         violations=info.violations,
         resource=info.resource,
         retry_after_s=info.retry_after_s,
+        reason=info.reason,
     )
+
+
+def disk_error(what: str, error: OSError) -> ResourceExhaustedError | UnavailableError:
+    """The error for a write that failed.
+
+    Args:
+        what: lies on the disk, as operators call it.
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ResourceExhaustedError(
+            f"the disk of {what} is full",
+            resource=("disk", what),
+            retry_after_s=60.0,
+            reason=Reason.DISK_FULL,
+        )
+    return UnavailableError(f"the disk of {what} failed: {error.strerror}")

@@ -411,7 +411,6 @@ WRONG: list[tuple[str, dict[str, Any], str | None]] = [
     ("text", {"max_tokens": 5, "min_tokens": 6}, "min_tokens"),
     ("text", {"n": 129}, "n"),
     ("text", {"logprobs": 21}, "logprobs"),
-    ("text", {"logprobs": 1, "echo": True}, "echo"),
     ("text", {"stop": ["a", ""]}, "stop[1]"),
     ("text", {"stop": ["a"] * 17}, "stop"),
     ("text", {"stop_token_ids": [100000]}, "stop_token_ids[0]"),

@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry
 from loraplex_server.api.authentication import Authenticator
 from loraplex_server.api.interceptors import CallInterceptor
 from loraplex_server.api.lifecycle import Backend, Lifecycle
-from loraplex_server.errors import AlreadyExistsError
+from loraplex_server.api.status import retry_pushback
+from loraplex_server.errors import AlreadyExistsError, ErrorInfo
 from loraplex_server.metrics import Metrics
 
 KINDS = ["UnaryUnary", "UnaryStream", "UnaryWrites", "StreamUnary", "StreamStream"]
@@ -129,3 +130,17 @@ def test_answers_errors_metrics_and_drain(kind: str, caplog: pytest.LogCaptureFi
             assert counted(metrics.registry, kind, code) == times, code
 
     asyncio.run(main())
+
+
+def test_retries_wait_as_long_as_the_server_says() -> None:
+    """A little more, each its own: those who are refused together shall not come back together."""
+    pauses = set()
+    for _ in range(50):
+        ((key, value),) = retry_pushback(ErrorInfo("UNAVAILABLE", "starting", retry_after_s=2.0))
+        assert key == "grpc-retry-pushback-ms"
+        assert 2000 <= int(value) <= 2500
+        pauses.add(value)
+    assert len(pauses) > 1
+    assert retry_pushback(ErrorInfo("RESOURCE_EXHAUSTED", "full", retry_after_s=1.0))
+    assert not retry_pushback(ErrorInfo("UNAVAILABLE", "gone"))
+    assert not retry_pushback(ErrorInfo("ABORTED", "lost", retry_after_s=1.0))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import doctest
+import importlib
 import itertools
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -22,6 +26,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import loraplex
 from loraplex import Client, errors
 from loraplex_bench.demo.tasks import TASKS, data_dir, expected, make_lines, prompt
 
@@ -360,6 +365,42 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end_s
         time.sleep(0.05)
+
+
+class _Examples(doctest.DocTestParser):
+    """Examples name the address that a server has unasked; this one has another."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    def parse(self, string: str, name: str = "<string>") -> Any:
+        return super().parse(string.replace("127.0.0.1:50051", self._address), name)
+
+
+def test_the_examples_in_the_sdk_s_documentation(server: Server) -> None:
+    names = {name: getattr(loraplex, name) for name in loraplex.__all__} | vars(errors) | {"asyncio": asyncio}
+    finder = doctest.DocTestFinder(parser=_Examples(server.address))
+    runner = doctest.DocTestRunner()
+    report: list[str] = []
+    tried = set()
+    for module in pkgutil.iter_modules(loraplex.__path__, "loraplex."):
+        for test in finder.find(importlib.import_module(module.name), globs=dict(names)):
+            if test.examples:
+                runner.run(test, out=report.append)
+                tried.add(test.name)
+    for test in finder.find(loraplex, globs={}):
+        runner.run(test, out=report.append)
+        tried.add(test.name)
+    assert runner.summarize(verbose=False).failed == 0, "".join(report)
+    assert tried >= {
+        "loraplex",
+        "loraplex._async.AsyncClient",
+        "loraplex._config.Timeouts",
+        "loraplex._hooks.CallHook",
+        "loraplex._sync.Adapters",
+        "loraplex._sync.Client",
+        "loraplex.errors",
+    }
 
 
 def test_health_and_model(server: Server, client: Client) -> None:

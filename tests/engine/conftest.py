@@ -26,6 +26,7 @@ class Answer:
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     finish: str | None = None
     error: Any = None
     times: Times | None = None
@@ -47,6 +48,7 @@ class Harness:
             assert answer.finish is None
             answer.tokens += delta.token_ids
             answer.logprobs += delta.logprobs
+            answer.prompt_logprobs += delta.prompt_logprobs
             if delta.finish is not None:
                 answer.finish, answer.times = delta.finish.value, delta.times
 
@@ -60,6 +62,7 @@ class Harness:
         deadline_s: float | None = None,
         tenant: str = "default",
         cache_prefix: bool = True,
+        group: str = "",
         speculative_tokens: int | None = None,
         **sampling: Any,
     ) -> Answer:
@@ -76,6 +79,7 @@ class Harness:
                 priority,
                 deadline_s,
                 cache_prefix,
+                group,
                 speculative_tokens,
             ),
         )

@@ -668,3 +668,28 @@ def test_the_base_finds_what_an_activated_adapter_left(tiny: Any, harness: Any, 
         served.run()
         found[name] = answer.times.cached_prompt_tokens
     assert found == {"activated": 0, "base": 16, "other": 0, "weighed": 16}
+
+
+def test_prompts_are_scored_with_adapters_of_every_kind(
+    tiny: Any, harness: Any, saved: Any, truth: Any, prompts: Prompts
+) -> None:
+    """What PEFT answered, given as part of the prompt: its log-probabilities are those it was chosen with."""
+    served = harness(
+        tiny("Llama"),
+        scheduler={"kv_block_size": BLOCK, "max_batch_tokens": 16, "max_scored_tokens": 6},
+        adapters={"folders": tuple(saved("Llama").values())},
+    )
+    exact, length = truth("Llama", "none"), max(LENGTHS)
+    for kind in (*KINDS, None):
+        uses = KINDS[kind].uses if kind else []
+        told = (*prompts[length], *exact[kind, length][0])
+        served.submit(str(kind), told, uses, max_tokens=0, prompt_logprobs=0)
+    served.run()
+    for kind in (*KINDS, None):
+        tokens, logits = exact[kind, length]
+        answer = served.answers[str(kind)]
+        assert (answer.error, answer.tokens, answer.finish) == (None, [], "length")
+        assert [score.token_id for score in answer.prompt_logprobs] == [*prompts[length][1:], *tokens]
+        found = torch.tensor([score.logprob for score in answer.prompt_logprobs[-len(tokens) :]])
+        theirs = logits.log_softmax(-1)[range(len(tokens)), tokens]
+        assert (found - theirs).abs().max() <= 1e-4 * logits.abs().max(), kind

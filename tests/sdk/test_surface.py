@@ -8,7 +8,15 @@ from typing import Any, get_type_hints
 import pytest
 
 import loraplex
-from loraplex import AsyncClient, AsyncGenerationStream, Client, GenerateOptions, GenerationStream
+from loraplex import (
+    AsyncClient,
+    AsyncGenerationMap,
+    AsyncGenerationStream,
+    Client,
+    GenerateOptions,
+    GenerationMap,
+    GenerationStream,
+)
 from loraplex._async import AsyncAdapters, AsyncAdapterWatch
 from loraplex._convert import generate_request
 from loraplex._sync import Adapters, AdapterWatch
@@ -20,17 +28,23 @@ def test_the_public_names() -> None:
         "AdapterInfo",
         "AdapterState",
         "AsyncClient",
+        "AsyncGenerationMap",
         "AsyncGenerationStream",
+        "CallHook",
+        "CallInfo",
         "Client",
+        "Conversation",
         "FinishReason",
         "GenerateOptions",
         "Generation",
         "GenerationChunk",
+        "GenerationMap",
         "GenerationStream",
         "Keepalive",
         "LoraplexError",
         "ModelInfo",
         "RetryPolicy",
+        "Timeouts",
         "Timing",
         "TlsConfig",
         "TokenLogprobs",
@@ -59,6 +73,7 @@ def public(kind: type) -> dict[str, Any]:
         (Client, AsyncClient),
         (Adapters, AsyncAdapters),
         (GenerationStream, AsyncGenerationStream),
+        (GenerationMap, AsyncGenerationMap),
         (AdapterWatch, AsyncAdapterWatch),
     ],
 )
@@ -72,7 +87,9 @@ def test_both_clients_have_one_shape(blocking: type, awaited: type) -> None:
         assert mine.parameters == other.parameters, name
         assert str(mine.return_annotation) == str(other.return_annotation).replace("Async", ""), name
         assert inspect.getdoc(member) == inspect.getdoc(theirs[name]), name
-        assert inspect.iscoroutinefunction(theirs[name]) is (not name.startswith(("stream", "watch"))), name
+        assert inspect.iscoroutinefunction(theirs[name]) is (
+            not name.startswith(("stream", "watch", "map"))
+        ), name
 
 
 def test_options_are_the_arguments_of_the_request() -> None:

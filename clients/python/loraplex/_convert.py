@@ -34,7 +34,10 @@ ChatMessage = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in place of a prompt; a chat template makes them into text."""
+    """Messages in place of a prompt, for `map`; a chat template makes them into text.
+
+    >>> question = Conversation([{"role": "user", "content": "Which users are there?"}])
+    """
 
     messages: Iterable[ChatMessage]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from types import TracebackType
 from typing import Any
 
 import grpc
@@ -83,30 +81,3 @@ def _read_detail(packed: Any, found: dict[str, Any]) -> None:
         packed.Unpack(reason)
         found["reason"] = reason.reason
         found["metadata"] = dict(reason.metadata)
-
-
-class TranslatedErrors:
-    """A `with` around a call, or around an `await` of one, that lets no gRPC error out."""
-
-    def __init__(self, request_id: str = "") -> None:
-        self._request_id = request_id
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, grpc.RpcError):
-            raise error_from_call(error, self._request_id) from error
-        # grpc.aio answers with asyncio's CancelledError when a call was cancelled beside the task
-        # that awaits it. That task was not cancelled itself, and must not look as if it had been.
-        if isinstance(error, asyncio.CancelledError) and not _task_is_cancelled():
-            raise errors.RequestCancelledError(
-                "the call was cancelled on this side", request_id=self._request_id
-            ) from error
-
-
-def _task_is_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

@@ -6,27 +6,42 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack, overload
 
 import grpc
 
 from loraplex import _convert as convert
 from loraplex._base import BaseClient, Wait, stubs_on
+from loraplex._calls import PROBE, Call
+from loraplex._config import Timeout
 from loraplex._convert import AdapterMix, ChatMessage, Conversation, GenerateOptions, Prompt
-from loraplex._status import TranslatedErrors
+from loraplex._map import GenerationMap, MapItem, MapProgress, MapSource, PendingAnswer
 from loraplex._types import AdapterChanges, AdapterInfo, Generation, GenerationChunk, ModelInfo
 from loraplex._upload import Progress, upload_parts
-from loraplex.errors import DeadlineExceededError, UnavailableError
+from loraplex._watchdog import WATCHDOG
+from loraplex.errors import DeadlineExceededError, LoraplexError, UnavailableError
 from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
 
 
 class Client(BaseClient):
-    """A loraplex server, called from threads; one client serves any number of them.
+    r"""A loraplex server, called from threads; one client serves any number of them.
 
-    with Client("127.0.0.1:50051") as client:
-        print(client.generate("Dear Sir", adapter="polite", max_tokens=64).text)
-        for chunk in client.stream("Dear Sir", adapters=[("sql", 1.0), ("polite", 0.5)]):
-            print(chunk.text, end="", flush=True)
+    >>> with Client("127.0.0.1:50051") as client:
+    ...     answer = client.generate("hello world 42\n", adapter="upper", max_tokens=64)
+    ...     print(answer.text, answer.finish_reason, answer.usage.completion_tokens)
+    ...     for chunk in client.stream("hello world 42\n", adapters=[("redact", 1.0)], temperature=0):
+    ...         print(chunk.text, end="", flush=True)
+    HELLO WORLD 42 stop 15
+    hello world ##
+
+    Many prompts, so many at a time, their answers in order:
+
+    >>> prompts = ["hello world 42\n", ("good morning 7\n", {"adapter": "title"})]
+    >>> with Client("127.0.0.1:50051") as client:
+    ...     for answer in client.map(prompts, adapter="upper", concurrency=8):
+    ...         print(answer.text)
+    HELLO WORLD 42
+    Good Morning 7
     """
 
     def _open(self) -> None:
@@ -36,11 +51,13 @@ class Client(BaseClient):
             if settings.credentials is None
             else grpc.secure_channel(settings.target, settings.credentials, settings.options)
         )
+        if self._interceptors:
+            self._channel = grpc.intercept_channel(self._channel, *self._interceptors)
         self._stubs = stubs_on(self._channel)
         self.adapters = Adapters(self)
 
     def generate(
-        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, timeout: Timeout | None = None, **options: Unpack[GenerateOptions]
     ) -> Generation:
         """Generates an answer and returns it whole.
 
@@ -58,7 +75,7 @@ class Client(BaseClient):
         return self._generate(convert.generate_request(prompt, **options), timeout)
 
     def stream(
-        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, timeout: Timeout | None = None, **options: Unpack[GenerateOptions]
     ) -> GenerationStream:
         """Sends the request and returns its answer as an iterator of chunks. Arguments as `generate` takes.
 
@@ -71,7 +88,7 @@ class Client(BaseClient):
         self,
         messages: Iterable[ChatMessage],
         *,
-        timeout: float | None = None,
+        timeout: Timeout | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Generation:
         """Continues a conversation, through the chat template of the adapter or the model.
@@ -90,7 +107,7 @@ class Client(BaseClient):
         self,
         messages: Iterable[ChatMessage],
         *,
-        timeout: float | None = None,
+        timeout: Timeout | None = None,
         **options: Unpack[GenerateOptions],
     ) -> GenerationStream:
         """The same as an iterator of chunks. Arguments as `chat` takes.
@@ -100,12 +117,71 @@ class Client(BaseClient):
         """
         return self._stream(convert.generate_request(Conversation(messages), **options), timeout)
 
+    @overload
+    def map(
+        self,
+        prompts: Iterable[MapItem],
+        *,
+        concurrency: int = 32,
+        return_errors: Literal[False] = False,
+        progress: MapProgress | None = None,
+        timeout: Timeout | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerationMap[Generation]: ...
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[MapItem],
+        *,
+        concurrency: int = 32,
+        return_errors: bool,
+        progress: MapProgress | None = None,
+        timeout: Timeout | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerationMap[Generation | LoraplexError]: ...
+
+    def map(
+        self,
+        prompts: Iterable[MapItem],
+        *,
+        concurrency: int = 32,
+        return_errors: bool = False,
+        progress: MapProgress | None = None,
+        timeout: Timeout | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerationMap[Any]:
+        """Generates an answer to each prompt, so many at a time, and yields them in the order of the prompts.
+
+        Args:
+            prompts: any iterable of prompts, or of pairs of a prompt and options of its own. It is read as
+                answers are taken, at most twice `concurrency` ahead of them.
+            concurrency: most requests under way at once.
+            return_errors: yield a LoraplexError in the place of its answer and go on. Otherwise it is raised
+                there, and what still runs is cancelled.
+            progress: called with the answers that are finished, and all there are, or None while that is not
+                known; where the answers are taken.
+            timeout: of each answer, as of `generate`.
+            options: of all prompts, as those of `generate`.
+
+        Raises:
+            LoraplexError: see loraplex.errors; those of the answers come while iterating.
+        """
+        self._check_open()
+
+        def start(request: generation_pb2.GenerateRequest) -> PendingAnswer:
+            if self._limits_of(timeout).of_parts:
+                return self._stream(request, timeout)
+            return _Unary(self, request, timeout)
+
+        return GenerationMap(MapSource(prompts, options, concurrency, progress), start, return_errors)
+
     def tokenize(
         self,
         prompt: str | Iterable[ChatMessage],
         *,
         adapters: str | Sequence[str] = (),
-        timeout: float | None = None,
+        timeout: Timeout | None = None,
     ) -> list[int]:
         """The token ids of a text or a conversation, as `generate` and `chat` would use them.
 
@@ -116,7 +192,7 @@ class Client(BaseClient):
             LoraplexError: see loraplex.errors.
         """
         request = convert.tokenize_request(generation_pb2.TokenizeRequest, prompt, adapters)
-        response = self._call(self._stubs.generation.Tokenize, request, timeout)
+        response = self._call("GenerationService/Tokenize", request, timeout)
         return list(response.token_ids)
 
     def count_tokens(
@@ -124,16 +200,16 @@ class Client(BaseClient):
         prompt: str | Iterable[ChatMessage],
         *,
         adapters: str | Sequence[str] = (),
-        timeout: float | None = None,
+        timeout: Timeout | None = None,
     ) -> int:
         """How many tokens `tokenize` would return."""
         request = convert.tokenize_request(generation_pb2.CountTokensRequest, prompt, adapters)
-        response = self._call(self._stubs.generation.CountTokens, request, timeout)
+        response = self._call("GenerationService/CountTokens", request, timeout)
         return int(response.count)
 
-    def model(self, *, timeout: float | None = None) -> ModelInfo:
+    def model(self, *, timeout: Timeout | None = None) -> ModelInfo:
         """The base model and the server's limits."""
-        response = self._call(self._stubs.model.GetModel, model_pb2.GetModelRequest(), timeout)
+        response = self._call("ModelService/GetModel", model_pb2.GetModelRequest(), timeout)
         return convert.model_info(response.model)
 
     def wait_until_ready(self, timeout: float = 60.0) -> ModelInfo:
@@ -146,7 +222,7 @@ class Client(BaseClient):
         while True:
             try:
                 response = self._call(
-                    self._stubs.model.GetModel,
+                    "ModelService/GetModel",
                     model_pb2.GetModelRequest(),
                     wait.remaining(),
                     wait_for_ready=True,
@@ -170,24 +246,121 @@ class Client(BaseClient):
     ) -> None:
         self.close()
 
-    def _generate(self, request: generation_pb2.GenerateRequest, timeout: float | None) -> Generation:
+    def _generate(self, request: generation_pb2.GenerateRequest, timeout: Timeout | None) -> Generation:
+        if self._limits_of(timeout).of_parts:
+            return self._stream(request, timeout).collect()
         envelope = generation_pb2.GenerateUnaryRequest(request=request)
         response = self._call(
-            self._stubs.generation.GenerateUnary, envelope, timeout, request_id=request.request_id
+            "GenerationService/GenerateUnary", envelope, timeout, request_id=request.request_id
         )
         return convert.generation(request, response)
 
-    def _stream(self, request: generation_pb2.GenerateRequest, timeout: float | None) -> GenerationStream:
-        self._check_open()
-        call = self._stubs.generation.Generate(request, **self._call_options(timeout))
-        return GenerationStream(call, convert.AnswerReader(request))
+    def _stream(self, request: generation_pb2.GenerateRequest, timeout: Timeout | None) -> GenerationStream:
+        call = self._begin("GenerationService/Generate", timeout, request.request_id)
+        return GenerationStream(_Parts(self, call, request), convert.AnswerReader(request))
 
     def _call(
-        self, method: Any, request: Any, timeout: float | None, *, request_id: str = "", **how: Any
+        self, method: str, request: Any, timeout: Timeout | None, *, request_id: str = "", **how: Any
     ) -> Any:
-        self._check_open()
-        with TranslatedErrors(request_id):
-            return method(request, **self._call_options(timeout), **how)
+        call = self._begin(method, timeout, request_id)
+        with call:
+            self._connect(call)
+            response = self._stubs.method(method)(request, **call.options(), **how)
+        call.finish()
+        return response
+
+    def _connect(self, call: Call) -> None:
+        """Waits for a server to be there, if the call has a limit for that."""
+        if call.must_connect:
+            code = grpc.StatusCode.OK
+            try:
+                probe: Any = self._channel.unary_unary(PROBE)
+                probe(b"", **call.probe_options())
+            except grpc.RpcError as error:
+                code = error.code()
+            call.probed(code, self.server)
+
+
+class _Unary:
+    """A generation that one thread waits for and another may cancel."""
+
+    def __init__(
+        self, client: Client, request: generation_pb2.GenerateRequest, timeout: Timeout | None
+    ) -> None:
+        self._client = client
+        self._request = request
+        self._call = client._begin("GenerationService/GenerateUnary", timeout, request.request_id)
+        self._future: grpc.Future[Any] | None = None
+        self._closed = False
+
+    def collect(self) -> Generation:
+        envelope = generation_pb2.GenerateUnaryRequest(request=self._request)
+        with self._call:
+            self._client._connect(self._call)
+            method = self._client._stubs.generation.GenerateUnary
+            self._future = future = method.future(envelope, **self._call.options())
+            if self._closed:
+                future.cancel()
+            response = future.result()
+        self._call.finish()
+        return convert.generation(self._request, response)
+
+    def close(self) -> None:
+        self._closed = True
+        if self._future is not None:
+            self._future.cancel()
+
+
+class _Parts:
+    """The messages of one streamed answer, each waited for as long as the call's limits allow.
+
+    The call is made at once, or, where it may have to wait for a connection, with the first read.
+    """
+
+    def __init__(self, client: Client, call: Call, request: Any) -> None:
+        self.call = call
+        self._client = client
+        self._request = request
+        self._grpc: Any = None
+        self._closed = False
+        self._first = True
+        if not call.must_connect:
+            with call:
+                self._open()
+
+    def _open(self) -> None:
+        method = self._client._stubs.method(self.call.method)
+        self._grpc = method(self._request, **self.call.options())
+        if self._closed:
+            self._grpc.cancel()
+
+    def read(self) -> Any:
+        """The next message; None at the end."""
+        with self.call:
+            if self._grpc is None:
+                self._client._connect(self.call)
+                self._open()
+            phase, seconds = self.call.wait_phase(self._first)
+            self._first = False
+            if seconds is None:
+                return next(self._grpc, None)
+
+            def late() -> None:
+                self.call.expire(phase)
+                self._grpc.cancel()
+
+            wait = WATCHDOG.watch(seconds, late)
+            try:
+                return next(self._grpc, None)
+            finally:
+                WATCHDOG.forget(wait)
+
+    def close(self) -> None:
+        """Cancels the call, unless it has ended."""
+        self._closed = True
+        if self._grpc is not None:
+            self._grpc.cancel()
+        self.call.leave()
 
 
 class GenerationStream:
@@ -197,8 +370,8 @@ class GenerationStream:
     of the last reference.
     """
 
-    def __init__(self, call: Any, reader: convert.AnswerReader) -> None:
-        self._call = call
+    def __init__(self, parts: _Parts, reader: convert.AnswerReader) -> None:
+        self._parts = parts
         self._reader = reader
 
     @property
@@ -210,12 +383,15 @@ class GenerationStream:
         return self
 
     def __next__(self) -> GenerationChunk:
-        with TranslatedErrors(self.request_id):
-            response = next(self._call, None)
+        response = self._parts.read()
         if response is None:
-            self._reader.check_complete()
+            with self._parts.call:
+                self._reader.check_complete()
+            self._parts.call.finish()
             raise StopIteration
-        return self._reader.chunk(response)
+        chunk = self._reader.chunk(response)
+        self._parts.call.info.request_id = self._reader.request_id
+        return chunk
 
     def collect(self) -> Generation:
         """Reads what is left of the answer and returns that as one Generation."""
@@ -223,7 +399,7 @@ class GenerationStream:
 
     def close(self) -> None:
         """Cancels the generation, unless it has finished."""
-        self._call.cancel()
+        self._parts.close()
 
     def __enter__(self) -> Self:
         return self
@@ -234,28 +410,30 @@ class GenerationStream:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        # The constructor may have failed.
+        if (parts := getattr(self, "_parts", None)) is not None:
+            parts.close()
 
 
 class AdapterWatch:
     """What changes with the adapters: iterate over it. It ends by `with`, or by `close()`."""
 
-    def __init__(self, call: Any) -> None:
-        self._call = call
+    def __init__(self, parts: _Parts) -> None:
+        self._parts = parts
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> AdapterChanges:
-        with TranslatedErrors(""):
-            response = next(self._call, None)
+        response = self._parts.read()
         if response is None:
+            self._parts.call.finish()
             raise StopIteration
         return convert.adapter_changes(response)
 
     def close(self) -> None:
         """Ends it."""
-        self._call.cancel()
+        self._parts.close()
 
     def __enter__(self) -> Self:
         return self
@@ -267,12 +445,18 @@ class AdapterWatch:
 
 
 class Adapters:
-    """The adapters that the server knows: `client.adapters`."""
+    """The adapters that the server knows: `client.adapters`.
+
+    >>> with Client("127.0.0.1:50051") as client:
+    ...     print([adapter.name for adapter in client.adapters.list()][:3])
+    ...     print(client.adapters.pin("upper").pinned, client.adapters.pin("upper", False).pinned)
+    ['atbash', 'caesar1', 'caesar25']
+    True False
+    """
 
     def __init__(self, client: Client) -> None:
+        self._client = client
         self._call = client._call
-        self._options = client._call_options
-        self._stub = client._stubs.adapters
 
     def load(
         self,
@@ -280,14 +464,14 @@ class Adapters:
         source: str | os.PathLike[str],
         *,
         load_inplace: bool = False,
-        timeout: float | None = None,
+        timeout: Timeout | None = None,
     ) -> AdapterInfo:
         """Registers the adapter that PEFT saved in the folder `source`, a path on the server's machine.
 
         With `load_inplace` it replaces an adapter of that name, whose running requests finish on the old one.
         """
         request = convert.load_request(name, source, load_inplace)
-        response = self._call(self._stub.LoadAdapter, request, timeout)
+        response = self._call("AdapterService/LoadAdapter", request, timeout)
         return convert.adapter_info(response.adapter)
 
     def register_composition(
@@ -301,7 +485,7 @@ class Adapters:
         svd_rank: int | None = None,
         seed: int | None = None,
         load_inplace: bool = False,
-        timeout: float | None = None,
+        timeout: Timeout | None = None,
     ) -> AdapterInfo:
         """Registers what PEFT's `add_weighted_adapter` makes of several adapters as an adapter of its own.
 
@@ -317,7 +501,7 @@ class Adapters:
         request = convert.composition_request(
             name, combination_type, members, density, majority_sign, svd_rank, seed, load_inplace
         )
-        response = self._call(self._stub.RegisterComposition, request, timeout)
+        response = self._call("AdapterService/RegisterComposition", request, timeout)
         return convert.adapter_info(response.adapter)
 
     def upload(
@@ -327,7 +511,7 @@ class Adapters:
         *,
         load_inplace: bool = False,
         progress: Progress | None = None,
-        timeout: float | None = None,
+        timeout: Timeout | None = None,
     ) -> AdapterInfo:
         """Sends the adapter that PEFT saved in `folder`, on this machine, and registers it.
 
@@ -335,47 +519,48 @@ class Adapters:
             progress: called with the bytes sent so far, and all there are; perhaps on another thread.
         """
         parts = upload_parts(name, folder, load_inplace, progress)
-        response = self._call(self._stub.UploadAdapter, parts, timeout)
+        response = self._call("AdapterService/UploadAdapter", parts, timeout)
         return convert.adapter_info(response.adapter)
 
     def unload(
-        self, name: str, *, grace_seconds: float | None = None, timeout: float | None = None
+        self, name: str, *, grace_seconds: float | None = None, timeout: Timeout | None = None
     ) -> list[AdapterInfo]:
         """Waits for the adapter's running requests, frees it, and returns what is registered then.
 
         Requests that still run after `grace_seconds` are cancelled; None lets them run to their end.
         """
         request = convert.unload_request(name, grace_seconds)
-        response = self._call(self._stub.UnloadAdapter, request, timeout)
+        response = self._call("AdapterService/UnloadAdapter", request, timeout)
         return [convert.adapter_info(adapter) for adapter in response.remaining]
 
     def prefetch(
-        self, names: Sequence[str], *, host_only: bool = False, timeout: float | None = None
+        self, names: Sequence[str], *, host_only: bool = False, timeout: Timeout | None = None
     ) -> list[AdapterInfo]:
         """Hints that adapters will be wanted; they are brought in as far as there is room that nobody needs.
 
         Returns at once, with where they are now.
         """
-        response = self._call(self._stub.Prefetch, convert.prefetch_request(names, host_only), timeout)
+        response = self._call("AdapterService/Prefetch", convert.prefetch_request(names, host_only), timeout)
         return [convert.adapter_info(adapter) for adapter in response.adapters]
 
-    def watch(self, names: Sequence[str] = (), *, timeout: float | None = None) -> AdapterWatch:
+    def watch(self, names: Sequence[str] = (), *, timeout: Timeout | None = None) -> AdapterWatch:
         """All adapters, or those of these names, and then what changes with them, as an iterator."""
-        options = self._options(timeout)
-        return AdapterWatch(self._stub.Watch(convert.watch_request(names), **options))
+        request = convert.watch_request(names)
+        call = self._client._begin("AdapterService/Watch", timeout)
+        return AdapterWatch(_Parts(self._client, call, request))
 
-    def list(self, *, timeout: float | None = None) -> list[AdapterInfo]:
+    def list(self, *, timeout: Timeout | None = None) -> list[AdapterInfo]:
         """All registered adapters."""
-        response = self._call(self._stub.ListAdapters, adapters_pb2.ListAdaptersRequest(), timeout)
+        response = self._call("AdapterService/ListAdapters", adapters_pb2.ListAdaptersRequest(), timeout)
         return [convert.adapter_info(adapter) for adapter in response.adapters]
 
-    def get(self, name: str, *, timeout: float | None = None) -> AdapterInfo:
+    def get(self, name: str, *, timeout: Timeout | None = None) -> AdapterInfo:
         """One adapter."""
         request = convert.named(adapters_pb2.GetAdapterRequest, name)
-        response = self._call(self._stub.GetAdapter, request, timeout)
+        response = self._call("AdapterService/GetAdapter", request, timeout)
         return convert.adapter_info(response.adapter)
 
-    def pin(self, name: str, pinned: bool = True, *, timeout: float | None = None) -> AdapterInfo:
+    def pin(self, name: str, pinned: bool = True, *, timeout: Timeout | None = None) -> AdapterInfo:
         """Brings the adapter to the device and keeps it there; `pinned=False` lets it be evicted again."""
-        response = self._call(self._stub.PinAdapter, convert.pin_request(name, pinned), timeout)
+        response = self._call("AdapterService/PinAdapter", convert.pin_request(name, pinned), timeout)
         return convert.adapter_info(response.adapter)

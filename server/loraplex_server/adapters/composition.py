@@ -32,6 +32,7 @@ from loraplex_server.errors import (
     CancelledError,
     FailedPreconditionError,
     InternalError,
+    Reason,
     ResourceExhaustedError,
     UnavailableError,
 )
@@ -148,7 +149,9 @@ class Composer:
         if not self._places.acquire(blocking=False):
             raise ResourceExhaustedError(
                 f"{_MAX_WAITING} compositions are being made or wait for it; try again later",
+                resource=("jobs", "compositions"),
                 retry_after_s=10.0,
+                reason=Reason.TOO_MANY_JOBS,
             )
         try:
             while not self._turn.acquire(timeout=_LOOK_EVERY_S):

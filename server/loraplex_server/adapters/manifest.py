@@ -70,7 +70,7 @@ from loraplex_server.adapters.tensor_file import (
 )
 from loraplex_server.adapters.token_tables import changed_tokens
 from loraplex_server.adapters.vocabulary import Parts, added_tokens, token_rows
-from loraplex_server.errors import FailedPreconditionError, ServerError
+from loraplex_server.errors import FailedPreconditionError, Reason, ServerError
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,9 @@ def read_manifest(
 
 def refusal(name: str, reason: str) -> FailedPreconditionError:
     """The error for an adapter that cannot be served, with the remedy in `reason`."""
-    return FailedPreconditionError(f"adapter {name!r}: {reason}", resource=("adapter", name))
+    return FailedPreconditionError(
+        f"adapter {name!r}: {reason}", resource=("adapter", name), reason=Reason.ADAPTER_NOT_SERVABLE
+    )
 
 
 def _read_config(folder: Path, roots: tuple[Path, ...]) -> bytes:

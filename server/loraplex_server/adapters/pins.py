@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from loraplex_server.adapters.device_tier import DeviceTier
 from loraplex_server.adapters.record import Record
-from loraplex_server.errors import FailedPreconditionError
+from loraplex_server.errors import FailedPreconditionError, Reason
 
 
 class Pins:
@@ -86,6 +86,7 @@ class Pins:
                 f"{len(self.records)} adapters are pinned, and at most {self.most} may be: fewer than the "
                 f"slots, {self._device.num_slots}, and no more than --max-pinned-adapters; unpin one first",
                 resource=("adapter", record.name),
+                reason=Reason.NO_ROOM_TO_PIN,
             )
         largest = max((other for other in others if other not in pinned), key=_size, default=None)
         for group in {*map(frozenset, groups), frozenset([largest] if largest else [])}:
@@ -101,7 +102,8 @@ class Pins:
         capacity = self._device.capacity_units * self._itemsize
         raise FailedPreconditionError(
             f"{what} need {len(together)} slots and {needed} bytes on the device, pinned ones included; it "
-            f"has {self._device.num_slots} slots and {capacity} bytes, so {whose} is refused"
+            f"has {self._device.num_slots} slots and {capacity} bytes, so {whose} is refused",
+            reason=Reason.NO_ROOM_TO_PIN,
         )
 
 

@@ -17,6 +17,7 @@ from loraplex_server.errors import (
     InvalidArgumentError,
     NotFoundError,
     PermissionDeniedError,
+    Reason,
     ServerError,
 )
 
@@ -59,11 +60,15 @@ class Broken:
 
 
 def not_found(name: str) -> NotFoundError:
-    return NotFoundError(f"there is no adapter {name!r}", resource=("adapter", name))
+    return NotFoundError(
+        f"there is no adapter {name!r}", resource=("adapter", name), reason=Reason.ADAPTER_NOT_FOUND
+    )
 
 
 def unloaded(name: str) -> CancelledError:
-    return CancelledError(f"adapter {name!r} was unloaded", resource=("adapter", name))
+    return CancelledError(
+        f"adapter {name!r} was unloaded", resource=("adapter", name), reason=Reason.ADAPTER_UNLOADED
+    )
 
 
 def superseded(name: str) -> CancelledError:
@@ -76,6 +81,7 @@ def taken(name: str, source: str, other: str) -> AlreadyExistsError:
     return AlreadyExistsError(
         f"adapter {name!r} is registered from {source!r} and cannot come from {other!r} too",
         resource=("adapter", name),
+        reason=Reason.ADAPTER_EXISTS,
     )
 
 

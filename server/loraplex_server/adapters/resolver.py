@@ -55,6 +55,7 @@ from loraplex_server.errors import (
     InvalidArgumentError,
     NotFoundError,
     PermissionDeniedError,
+    Reason,
     ServerError,
     UnavailableError,
 )
@@ -181,8 +182,12 @@ class AdapterSources:
             if error.info.resource or error.info.violations:
                 raise
             text = str(error) if str(uri) in str(error) else f"source {quoted(str(uri))}: {error}"
+            missing = isinstance(error, NotFoundError)
             raise type(error)(
-                text, resource=("source", str(uri)), retry_after_s=error.info.retry_after_s
+                text,
+                resource=("source", str(uri)),
+                retry_after_s=error.info.retry_after_s,
+                reason=Reason.SOURCE_NOT_FOUND if missing else error.info.reason,
             ) from error
         except Exception as error:
             if self._stop.is_set():
@@ -254,6 +259,7 @@ class AdapterSources:
                 f"source {quoted(str(uri))}: this server loads nothing from elsewhere; its operator allows "
                 "it with --adapter-source",
                 resource=("source", str(uri)),
+                reason=Reason.SOURCE_NOT_ALLOWED,
             )
         self._allowed.check(uri)
         if uri.scheme == HUB and self._config.require_commit and not uri.is_pinned:

@@ -19,6 +19,7 @@ from loraplex_server.errors import (
     InvalidArgumentError,
     NotFoundError,
     PermissionDeniedError,
+    Reason,
     UnavailableError,
 )
 
@@ -70,9 +71,14 @@ def resolve_folder(source: str | Path, roots: Iterable[Path]) -> Path:
         raise PermissionDeniedError(
             f"source {quoted(str(source))} is not under an allowed root (--adapter-root)",
             resource=("source", str(source)),
+            reason=Reason.SOURCE_NOT_ALLOWED,
         )
     if found is None:
-        raise NotFoundError(f"source {quoted(str(source))} is no folder", resource=("source", str(source)))
+        raise NotFoundError(
+            f"source {quoted(str(source))} is no folder",
+            resource=("source", str(source)),
+            reason=Reason.SOURCE_NOT_FOUND,
+        )
     return Path(found)
 
 
@@ -87,13 +93,17 @@ def open_file(folder: Path, filename: str, roots: Iterable[Path]) -> tuple[Binar
     try:
         real = os.path.realpath(os.path.join(folder, filename), strict=True)
         if not _is_inside(real, [os.path.realpath(root) for root in roots]):
-            raise PermissionDeniedError(f"{filename} links to a place outside the allowed roots")
+            raise PermissionDeniedError(
+                f"{filename} links to a place outside the allowed roots", reason=Reason.SOURCE_NOT_ALLOWED
+            )
         # O_NONBLOCK: opening a pipe must not wait for a writer.
         descriptor = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError as error:
         raise FailedPreconditionError(f"{filename} is missing") from error
     except PermissionError as error:
-        raise PermissionDeniedError(f"{filename} may not be read by the server") from error
+        raise PermissionDeniedError(
+            f"{filename} may not be read by the server", reason=Reason.SOURCE_NOT_ALLOWED
+        ) from error
     except (OSError, RuntimeError) as error:
         raise UnavailableError(f"{filename} cannot be opened: {error.__class__.__name__}") from error
     status = os.fstat(descriptor)

@@ -76,6 +76,7 @@ from loraplex_server.errors import (
     InternalError,
     InvalidArgumentError,
     NotFoundError,
+    Reason,
     ResourceExhaustedError,
     ServerError,
     UnavailableError,
@@ -446,7 +447,9 @@ class AdapterStore:
         if uploaded >= self._config.max_uploaded and not inplace:
             raise ResourceExhaustedError(
                 f"{uploaded} adapters are registered that clients sent, which is the most "
-                "(--max-uploaded-adapters); unload one first"
+                "(--max-uploaded-adapters); unload one first",
+                resource=("adapters", "uploaded"),
+                reason=Reason.TOO_MANY_ADAPTERS,
             )
         key = entry_key("upload", *(f"{file} {digest}" for file, digest in sorted(sha256.items())))
         self._look_at(
@@ -1035,4 +1038,5 @@ def _check_composition(records: Sequence[Record], weights: Sequence[float]) -> N
                 f"({record.manifest.peft_type}): neither a weight nor a sum with others is defined for it; "
                 "name it alone, at weight 1",
                 resource=("adapter", record.name),
+                reason=Reason.ADAPTERS_NOT_ADDABLE,
             )

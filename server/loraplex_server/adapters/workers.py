@@ -13,7 +13,13 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from loraplex_server.errors import InternalError, ResourceExhaustedError, ServerError, UnavailableError
+from loraplex_server.errors import (
+    InternalError,
+    Reason,
+    ResourceExhaustedError,
+    ServerError,
+    UnavailableError,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +91,10 @@ class WorkerPool:
         self._threads = {thread for thread in self._threads if thread.is_alive()}
         if len(self._threads) >= self._size:
             raise ResourceExhaustedError(
-                f"{self._size} adapters are being fetched already; try again later", retry_after_s=5.0
+                f"{self._size} adapters are being fetched already; try again later",
+                resource=("jobs", "fetches"),
+                retry_after_s=5.0,
+                reason=Reason.TOO_MANY_JOBS,
             )
 
         def job() -> None:

@@ -10,7 +10,7 @@ from loraplex.v1 import adapters_pb2, adapters_pb2_grpc
 from loraplex_server.api import convert
 from loraplex_server.api.lifecycle import Lifecycle
 from loraplex_server.api.uploads import UploadDesk
-from loraplex_server.errors import AlreadyExistsError, ServerError
+from loraplex_server.errors import AlreadyExistsError, Reason, ServerError
 
 
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
@@ -64,6 +64,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             raise AlreadyExistsError(
                 f"adapter {name!r} is registered already; replace it with load_inplace",
                 resource=("adapter", name),
+                reason=Reason.ADAPTER_EXISTS,
             )
 
     async def UnloadAdapter(  # noqa: N802

@@ -25,11 +25,21 @@ class Finish:
 
 
 @dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What an answer continues."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Piece:
     """Text and tokens that became certain; `logprobs` is empty or has one entry a token.
 
     Attributes:
         offsets: for each token, the characters of the answer before its text.
+        prompt_logprobs: those of the prompt's tokens that became known.
+        prompt: on the first piece, where it is to be echoed; no part of `text` or `token_ids`.
     """
 
     text: str
@@ -37,10 +47,12 @@ class Piece:
     logprobs: tuple[TokenLogprobs, ...]
     finish: Finish | None
     offsets: tuple[int, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt: Prompt | None = None
 
     @property
     def empty(self) -> bool:
-        return not self.text and not self.token_ids and self.finish is None
+        return not (self.text or self.token_ids or self.prompt_logprobs) and self.finish is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +95,14 @@ class Answer:
         self._characters = 0
         self._released = 0
         self._times: Times | None = None
+        self._prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         self.num_tokens = 0
 
     def push(self, delta: TokenDelta) -> Piece:
         """Takes new tokens in. After a piece with `finish` nothing more may be pushed."""
         text = ""
         self._times = delta.times or self._times
+        self._prompt_logprobs = delta.prompt_logprobs
         last = len(delta.token_ids) - 1
         for index, token_id in enumerate(delta.token_ids):
             logprobs = delta.logprobs[index] if delta.logprobs else None
@@ -132,4 +146,5 @@ class Answer:
             logprobs=tuple(logprobs for _, _, logprobs in ready if logprobs is not None),
             finish=finish,
             offsets=tuple(offset for offset, _, _ in ready),
+            prompt_logprobs=self._prompt_logprobs,
         )

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
-import prometheus_client
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -31,6 +30,7 @@ from loraplex_server.api.adapter_service import AdapterService
 from loraplex_server.api.authentication import Authenticator
 from loraplex_server.api.chat.prompts import ChatPrompts
 from loraplex_server.api.convert import Limits
+from loraplex_server.api.dashboard.port import MetricsPort
 from loraplex_server.api.generation_service import GenerationService
 from loraplex_server.api.generator import Generator
 from loraplex_server.api.interceptors import CallInterceptor
@@ -297,23 +297,15 @@ class _Server:
         if api.metrics_port < 0:
             return None
         try:
-            server, thread = prometheus_client.start_http_server(
-                api.metrics_port, addr=api.metrics_host, registry=self._metrics.registry
-            )
+            server = MetricsPort(api.metrics_host, api.metrics_port, self._metrics.registry)
         except OSError as error:
             address = _address(api.metrics_host, api.metrics_port)
             raise FailedPreconditionError(
                 f"metrics cannot listen on {address} ({error.strerror}); choose another --metrics-host or "
                 "--metrics-port"
             ) from error
-
-        def close() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        self._stack.callback(close)
-        return int(server.server_port)
+        self._stack.callback(server.close)
+        return server.port
 
     async def _start_engine(self, launch: LaunchEngine) -> EngineClient:
         """Launches the engine and, while it loads, the tokenizer; then lets calls in."""

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 import secrets
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +41,8 @@ MAX_BAD_WORD_CHARS = 256
 MAX_CHAT_MESSAGES = 1024
 MAX_PREFETCH = 1024
 MAX_MEMBERS = 64
+MAX_CHOICES = 128
+MAX_BATCH = 1024
 DEFAULT_MAX_TOKENS = 256
 # A status travels in HTTP/2 trailers, which clients limit to 8 KiB.
 _MAX_VIOLATIONS = 16
@@ -110,12 +113,26 @@ def check_generate(message: generation_pb2.GenerateRequest, limits: Limits) -> N
     adapted = bool(message.adapters)
     _check_sampling(found, message.sampling, limits, adapters=adapted)
     _check_stopping(found, message.stopping, limits, adapters=adapted)
-    if message.HasField("logprobs") and message.logprobs > MAX_LOGPROBS:
-        found.add("logprobs", f"{message.logprobs} is more than {MAX_LOGPROBS}")
+    nothing = message.stopping.HasField("max_tokens") and message.stopping.max_tokens < 1
+    if nothing and not (message.HasField("prompt_logprobs") or message.echo):
+        found.add("stopping.max_tokens", "has to be at least 1; 0 goes with prompt_logprobs or echo")
+    for field in ("logprobs", "prompt_logprobs"):
+        if message.HasField(field) and getattr(message, field) > MAX_LOGPROBS:
+            found.add(field, f"{getattr(message, field)} is more than {MAX_LOGPROBS}")
+    if message.HasField("n") and not 1 <= message.n <= MAX_CHOICES:
+        found.add("n", f"has to be 1 to {MAX_CHOICES}")
     if message.speculative_tokens > MAX_SPECULATIVE_TOKENS:
         found.add("speculative_tokens", f"{message.speculative_tokens} is more than {MAX_SPECULATIVE_TOKENS}")
     if message.HasField("request_id") and not valid_request_id(message.request_id):
         found.add("request_id", "has to be 1 to 128 printable ASCII characters without spaces")
+    found.raise_any()
+
+
+def check_batch(message: generation_pb2.GenerateBatchRequest) -> None:
+    """Raises: InvalidArgumentError for no request, or too many."""
+    found = _Violations()
+    if not 1 <= len(message.requests) <= MAX_BATCH:
+        found.add("requests", f"has {len(message.requests)} requests; give 1 to {MAX_BATCH}")
     found.raise_any()
 
 
@@ -197,6 +214,7 @@ def to_request(
             stop_token_ids=tuple(stopping.stop_token_ids),
             ignore_eos=stopping.ignore_eos,
             logprobs=message.logprobs if message.HasField("logprobs") else None,
+            prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
         ),
         adapters=tuple(
             AdapterUse(use.adapter, use.weight if use.HasField("weight") else 1.0) for use in message.adapters
@@ -331,16 +349,56 @@ def check_adapter_name(name: str) -> None:
 
 
 def to_generate_response(
-    piece: Piece, finish: generation_pb2.Finish | None, token_text: Callable[[int], str], request_id: str
+    piece: Piece,
+    finish: generation_pb2.Finish | None,
+    token_text: Callable[[int], str],
+    request_id: str,
+    index: int = 0,
 ) -> generation_pb2.GenerateResponse:
-    """One streamed message; `request_id` is empty on all but the first."""
+    """One streamed message of answer `index`; `request_id` is empty on all but the first."""
     return generation_pb2.GenerateResponse(
-        text=piece.text,
+        index=index,
+        text=piece.text if piece.prompt is None else piece.prompt.text + piece.text,
+        prompt_logprobs=[to_logprobs(entry, token_text) for entry in piece.prompt_logprobs],
+        prompt_token_ids=() if piece.prompt is None else piece.prompt.token_ids,
         token_ids=piece.token_ids,
         logprobs=[to_logprobs(entry, token_text) for entry in piece.logprobs],
         finish=finish,
         request_id=request_id,
     )
+
+
+class WholeResponse:
+    """The messages of a stream, joined."""
+
+    def __init__(self) -> None:
+        self._first = generation_pb2.GenerateUnaryResponse()
+        self._others: dict[int, generation_pb2.Answer] = {}
+        self._texts: defaultdict[int, list[str]] = defaultdict(list)
+
+    def add(self, message: generation_pb2.GenerateResponse) -> None:
+        """Takes the next message in."""
+        part: generation_pb2.GenerateUnaryResponse | generation_pb2.Answer = self._first
+        if message.index:
+            part = self._others.setdefault(message.index, generation_pb2.Answer(index=message.index))
+        else:
+            self._first.prompt_token_ids.extend(message.prompt_token_ids)
+        self._texts[message.index].append(message.text)
+        part.token_ids.extend(message.token_ids)
+        part.logprobs.extend(message.logprobs)
+        self._first.prompt_logprobs.extend(message.prompt_logprobs)
+        if message.request_id:
+            self._first.request_id = message.request_id
+        if message.HasField("finish"):
+            part.finish.CopyFrom(message.finish)
+
+    def response(self) -> generation_pb2.GenerateUnaryResponse:
+        """All of them in one."""
+        self._first.text = "".join(self._texts[0])
+        for index, answer in sorted(self._others.items()):
+            answer.text = "".join(self._texts[index])
+            self._first.others.append(answer)
+        return self._first
 
 
 def to_finish(end: End) -> generation_pb2.Finish:
@@ -541,11 +599,8 @@ def _check_sampling(
 def _check_stopping(
     found: _Violations, stopping: generation_pb2.StoppingCriteria, limits: Limits, *, adapters: bool
 ) -> None:
-    if stopping.HasField("max_tokens"):
-        if stopping.max_tokens < 1:
-            found.add("stopping.max_tokens", "has to be at least 1")
-        elif stopping.min_tokens > stopping.max_tokens:
-            found.add("stopping.min_tokens", f"is more than max_tokens, {stopping.max_tokens}")
+    if stopping.HasField("max_tokens") and stopping.min_tokens > stopping.max_tokens:
+        found.add("stopping.min_tokens", f"is more than max_tokens, {stopping.max_tokens}")
     if len(stopping.stop) > MAX_STOPS:
         found.add("stopping.stop", f"{len(stopping.stop)} strings are more than {MAX_STOPS}")
     for index, stop in enumerate(stopping.stop):

@@ -70,6 +70,16 @@ class Detokenizer:
         return text
 
 
+def token_offsets(decoder: TokenDecoder, token_ids: Sequence[int]) -> list[int]:
+    """For each token, how many characters of the tokens' text are certain before it."""
+    detokenizer = Detokenizer(decoder)
+    offsets, characters = [], 0
+    for token_id in token_ids:
+        offsets.append(characters)
+        characters += len(detokenizer.push(token_id))
+    return offsets
+
+
 def _context(decoder: TokenDecoder, prompt_token_ids: Sequence[int]) -> tuple[list[int], int]:
     """The prompt's last tokens with text, from the boundary of a character on, and how many characters
     of their text belong to the prompt: all but one that is incomplete."""

@@ -13,7 +13,7 @@ import msgspec
 from loraplex.v1 import generation_pb2
 from loraplex_server import log
 from loraplex_server.api import authentication, convert
-from loraplex_server.api.answer import Answer, End, Piece
+from loraplex_server.api.answer import Answer, End, Piece, Prompt
 from loraplex_server.api.lifecycle import Backend, Lifecycle
 from loraplex_server.core.request import Request
 from loraplex_server.engine.messages import Times
@@ -31,12 +31,14 @@ class Accepted:
         stops: strings that end the answer; the engine does not know of them.
         arrived_s: `time.perf_counter()` of its arrival.
         include_stop: the one that ends it is part of it.
+        echo: the prompt, where the answer begins with it.
     """
 
     request: Request
     stops: tuple[str, ...]
     arrived_s: float
     include_stop: bool = False
+    echo: Prompt | None = None
 
 
 class Generator:
@@ -53,14 +55,12 @@ class Generator:
         return self._lifecycle.backend
 
     async def accept(
-        self, message: generation_pb2.GenerateRequest, *, remaining_s: float | None = None, choices: int = 1
+        self, message: generation_pb2.GenerateRequest, *, remaining_s: float | None = None
     ) -> list[Accepted]:
-        """Validates and tokenises; nothing has reached the engine yet.
+        """Validates and tokenises; nothing has reached the engine yet. One for each of the `n` answers.
 
         Args:
             remaining_s: after so many seconds nobody wants the answer; None is no limit.
-            choices: answers to the one prompt. The first is drawn with the seed, the others with those that
-                follow it.
 
         Raises:
             InvalidArgumentError: with one violation for each bad field.
@@ -75,18 +75,22 @@ class Generator:
             raise DeadlineExceededError("the deadline had passed when the request arrived")
         deadline_s = None if remaining_s is None else time.time() + remaining_s
         convert.check_generate(message, backend.limits)
+        prompt = await _tokenise(backend, message)
         first = convert.to_request(
             message,
-            await _tokenise(backend, message),
+            prompt.token_ids,
             backend.limits,
             bad_words=await _bad_words(backend, message.sampling.bad_words),
             request_id=self._engine_id(),
             tenant=authentication.tenant.get(),
             deadline_s=deadline_s,
         )
-        requests = [first, *(self._another(first, index) for index in range(1, choices))]
         stops, included = tuple(message.stopping.stop), message.stopping.include_stop
-        return [Accepted(request, stops, arrived_s, included) for request in requests]
+        echo = _echo(backend, prompt) if message.echo else None
+        return [
+            Accepted(request, stops, arrived_s, included, echo)
+            for request in self._requests(first, message.n if message.HasField("n") else 1)
+        ]
 
     async def tokenize(
         self, message: generation_pb2.TokenizeRequest | generation_pb2.CountTokensRequest
@@ -97,7 +101,7 @@ class Generator:
             ServerError: as `accept`, of the prompt's fields.
         """
         backend = self.backend
-        return await _tokenise(backend, convert.prompt_alone(message, backend.limits))
+        return (await _tokenise(backend, convert.prompt_alone(message, backend.limits))).token_ids
 
     async def run(
         self, accepted: Accepted, why_left: Callable[[], str]
@@ -121,6 +125,7 @@ class Generator:
         outcome: str | None = None
         times: Times | None = None
         first_token_s: float | None = None
+        echo = accepted.echo
         deltas = backend.engine.stream(request)
         try:
             async with contextlib.aclosing(deltas):
@@ -129,9 +134,12 @@ class Generator:
                         first_token_s = time.perf_counter() - accepted.arrived_s
                         self._metrics.observe_first_token(first_token_s)
                     piece = answer.push(delta)
+                    if piece.empty:
+                        continue
+                    if echo is not None:
+                        piece, echo = dataclasses.replace(piece, prompt=echo), None
                     if piece.finish is None:
-                        if not piece.empty:
-                            yield piece, None
+                        yield piece, None
                         continue
                     outcome, times = piece.finish.reason.value, piece.finish.times
                     # A stop string: the engine need not go on while the last message is sent.
@@ -170,10 +178,20 @@ class Generator:
         # A caller may send one id many times; the engine needs each to be another.
         return f"{log.request_id.get()}#{next(self._serial)}"
 
-    def _another(self, request: Request, index: int) -> Request:
-        seed = (request.sampling.seed + index) & _MAX_SEED
-        sampling = msgspec.structs.replace(request.sampling, seed=seed)
-        return msgspec.structs.replace(request, request_id=self._engine_id(), sampling=sampling)
+    def _requests(self, first: Request, count: int) -> list[Request]:
+        """`first`, and others that differ in the seed. They share one computation of the prompt, which the
+        first has scored, if any.
+        """
+        if count == 1:
+            return [first]
+        requests = [msgspec.structs.replace(first, group=first.request_id)]
+        for index in range(1, count):
+            seed = (first.sampling.seed + index) & _MAX_SEED
+            sampling = msgspec.structs.replace(first.sampling, seed=seed, prompt_logprobs=None)
+            requests.append(
+                msgspec.structs.replace(requests[0], request_id=self._engine_id(), sampling=sampling)
+            )
+        return requests
 
 
 async def _bad_words(backend: Backend, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
@@ -186,16 +204,23 @@ async def _bad_words(backend: Backend, words: Iterable[str]) -> tuple[tuple[int,
     return tuple(sorted(tokens for tokens in found if tokens))
 
 
-async def _tokenise(backend: Backend, message: generation_pb2.GenerateRequest) -> tuple[int, ...]:
+async def _tokenise(backend: Backend, message: generation_pb2.GenerateRequest) -> Prompt:
+    """The prompt's tokens, and its text, "" where it came as tokens."""
     match message.WhichOneof("prompt"):
         case "text":
-            return await backend.tokenizer.encode(message.text)
+            return Prompt(message.text, await backend.tokenizer.encode(message.text))
         case "chat":
             messages = [
                 {"role": said.role, "content": said.content, **({"name": said.name} if said.name else {})}
                 for said in message.chat.messages
             ]
             text = await backend.chat.prompt(messages, [use.adapter for use in message.adapters])
-            return await backend.tokenizer.encode(text, special=False)
+            return Prompt(text, await backend.tokenizer.encode(text, special=False))
         case _:
-            return tuple(message.token_ids.ids)
+            return Prompt("", tuple(message.token_ids.ids))
+
+
+def _echo(backend: Backend, prompt: Prompt) -> Prompt:
+    tokenizer = backend.tokenizer
+    known = [token_id for token_id in prompt.token_ids if tokenizer.has_text(token_id)]
+    return Prompt(prompt.text or tokenizer.decode(known), prompt.token_ids)

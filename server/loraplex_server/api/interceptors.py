@@ -18,8 +18,14 @@ from loraplex_server.api import authentication
 from loraplex_server.api.authentication import Authenticator
 from loraplex_server.api.convert import valid_request_id
 from loraplex_server.api.lifecycle import Lifecycle
-from loraplex_server.api.status import code_of_cancellation, to_status
-from loraplex_server.errors import ErrorInfo, InternalError, InvalidArgumentError, ServerError
+from loraplex_server.api.status import code_of_cancellation, retry_pushback, to_status
+from loraplex_server.errors import (
+    ErrorInfo,
+    InternalError,
+    InvalidArgumentError,
+    ServerError,
+    UnimplementedError,
+)
 from loraplex_server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -28,6 +34,9 @@ _REQUEST_ID_KEY = "x-request-id"
 # Health and reflection answer whatever the server is doing, and probes carry no token.
 _GUARDED = "/loraplex."
 _OPEN_TO_ALL = "/grpc.health."
+
+# Names that callers make up are no labels of metrics.
+_NO_METHOD = "/unknown"
 
 # How gRPC passes a message that cannot be decoded on to a handler of ours.
 _NO_MESSAGE = object()
@@ -54,7 +63,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         handler = await continuation(handler_call_details)
         if handler is None:
-            return None
+            return grpc.stream_stream_rpc_method_handler(self._unimplemented)
         method = handler_call_details.method
         codec = {
             "request_deserializer": _tolerant(handler.request_deserializer),
@@ -70,6 +79,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             behavior = self._unary(method, handler.stream_unary)
             return grpc.stream_unary_rpc_method_handler(behavior, **codec)
         return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), **codec)
+
+    async def _unimplemented(self, _requests: Any, context: _Context) -> None:
+        """gRPC's own answer would have no details."""
+        async with self._call(_NO_METHOD, context):
+            raise UnimplementedError("this server has no such method; is it older than its client?")
 
     def _unary(self, method: str, behavior: _Behavior) -> _Behavior:
         async def answer(request: Any, context: _Context) -> Any:
@@ -117,11 +131,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 _log.exception("%s failed", method)
             else:
                 _log.info("%s: %s: %s", method, code, error)
+            self._metrics.observe_error(error.info)
             await _abort(context, error.info)
         except Exception:
             code = InternalError.code
             _log.exception("%s failed", method)
-            await _abort(context, ErrorInfo(code, ""))
+            info = ErrorInfo(code, "")
+            self._metrics.observe_error(info)
+            await _abort(context, info)
         finally:
             self._metrics.observe_call(method, code, time.perf_counter() - started)
 
@@ -179,7 +196,7 @@ def _request_id(context: _Context) -> str:
 async def _abort(context: _Context, error: ErrorInfo) -> None:
     request_id = log.request_id.get()
     status = to_status(error, request_id)
-    metadata = (*status.trailing_metadata, (_REQUEST_ID_KEY, request_id))
+    metadata = (*status.trailing_metadata, *retry_pushback(error), (_REQUEST_ID_KEY, request_id))
     try:
         await context.abort(status.code, status.details, metadata)
     except (grpc.aio.UsageError, grpc.aio.InternalError) as gone:

@@ -12,7 +12,7 @@ from loraplex_server.api.chat.prompts import ChatPrompts
 from loraplex_server.api.convert import Limits
 from loraplex_server.api.tokenizer import Tokenizer
 from loraplex_server.engine.client import EngineClient
-from loraplex_server.errors import UnavailableError
+from loraplex_server.errors import Reason, UnavailableError
 
 T = TypeVar("T")
 
@@ -33,7 +33,9 @@ class Lifecycle:
     def __init__(self) -> None:
         self._backend: Backend | None = None
         self._open = False
-        self._refusal = UnavailableError("the server is starting", retry_after_s=2.0)
+        self._refusal = UnavailableError(
+            "the server is starting", retry_after_s=2.0, reason=Reason.SERVER_STARTING
+        )
         self._calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -65,12 +67,16 @@ class Lifecycle:
         """Refuses calls until `serve`: the engine is being started again."""
         self._open = False
         self._backend = None
-        self._refusal = UnavailableError("the engine is being started again", retry_after_s=2.0)
+        self._refusal = UnavailableError(
+            "the engine is being started again", retry_after_s=2.0, reason=Reason.ENGINE_RESTARTING
+        )
 
     def drain(self) -> None:
         """Refuses new calls; those that are in go on."""
         self._open = False
-        self._refusal = UnavailableError("the server is shutting down", retry_after_s=1.0)
+        self._refusal = UnavailableError(
+            "the server is shutting down", retry_after_s=1.0, reason=Reason.SERVER_DRAINING
+        )
         self._draining.set()
 
     async def until_draining(self, items: AsyncGenerator[T]) -> AsyncGenerator[T]:

@@ -22,8 +22,9 @@ from loraplex_server.errors import (
     DeadlineExceededError,
     InvalidArgumentError,
     PermissionDeniedError,
+    Reason,
     ResourceExhaustedError,
-    UnavailableError,
+    disk_error,
 )
 
 MAX_CHUNK_BYTES = 1 << 20
@@ -56,6 +57,7 @@ class UploadDesk:
             raise PermissionDeniedError(
                 "this server takes no adapters from clients; its operator allows it with --allow-uploads",
                 resource=("adapter", "upload"),
+                reason=Reason.UPLOADS_NOT_ALLOWED,
             )
 
     async def header(self, requests: Requests) -> adapters_pb2.UploadHeader:
@@ -78,12 +80,14 @@ class UploadDesk:
             ResourceExhaustedError: too many uploads are under way.
             InvalidArgumentError: what came is not what was announced.
             DeadlineExceededError: the client fell silent.
-            UnavailableError: the disk failed.
+            UnavailableError: the disk failed; ResourceExhaustedError: it is full.
         """
         if self._under_way >= self._config.max_uploads:
             raise ResourceExhaustedError(
                 f"{self._under_way} uploads are under way, which is the most (--max-uploads)",
+                resource=("jobs", "uploads"),
                 retry_after_s=1.0,
+                reason=Reason.TOO_MANY_JOBS,
             )
         self._under_way += 1
         folder: Path | None = None
@@ -91,7 +95,7 @@ class UploadDesk:
             folder = Path(await asyncio.to_thread(tempfile.mkdtemp, dir=self._folder))
             yield Upload(header, folder, await _write(folder, header, requests))
         except OSError as error:
-            raise UnavailableError(f"the upload could not be written: {error.strerror}") from error
+            raise disk_error("--adapter-cache-dir", error) from error
         finally:
             self._under_way -= 1
             if folder is not None:

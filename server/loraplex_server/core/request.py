@@ -49,10 +49,11 @@ class SamplingParams(msgspec.Struct, frozen=True):
         logit_bias: (token, what is added to its logit) pairs, each token once.
         bad_words: sequences of tokens that the answer may not contain.
         seed: always set; the API draws one where the caller gave none.
-        max_tokens: at least 1.
+        max_tokens: 0 generates nothing: the prompt alone is looked at.
         min_tokens: end tokens are masked until this many exist.
         stop_token_ids: beside the model's end-of-sequence tokens.
         logprobs: None for none, else how many alternatives beside the chosen token.
+        prompt_logprobs: the same for each token of the prompt after the first.
     """
 
     temperature: float = 0.0
@@ -70,6 +71,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def penalised(self) -> bool:
@@ -88,6 +90,8 @@ class Request(msgspec.Struct, frozen=True):
         priority: higher goes first.
         deadline_s: `time.time()` after which the answer is of no use.
         cache_prefix: whether it may have, and leave, keys and values in the prefix cache.
+        group: name, among those of one API process, of requests with this prompt that compute it once; "" for
+            a request by itself.
         speculative_tokens: most tokens that are guessed in a step; None is the server's default.
     """
 
@@ -99,4 +103,5 @@ class Request(msgspec.Struct, frozen=True):
     priority: int = 0
     deadline_s: float | None = None
     cache_prefix: bool = True
+    group: str = ""
     speculative_tokens: int | None = None

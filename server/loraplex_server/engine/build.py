@@ -80,7 +80,7 @@ def build_engine(
         block_size=block_size,
         max_batch_tokens=config.scheduler.max_batch_tokens,
         max_pairs_per_token=config.adapters.max_per_request,
-        max_samples=memory.max_samples(config),
+        max_samples=memory.max_logit_rows(config),
         layers=layers,
     )
     insisted = config.model.cuda_graphs == "on"

@@ -36,7 +36,7 @@ from loraplex_server.engine.messages import (
     decode_from_engine,
     encode,
 )
-from loraplex_server.errors import InternalError, ServerError, UnavailableError, from_info
+from loraplex_server.errors import InternalError, Reason, ServerError, UnavailableError, from_info
 
 
 class EngineClient:
@@ -213,7 +213,7 @@ class EngineClient:
         self._writer.close()
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        self._lose(UnavailableError("the server is shutting down"))
+        self._lose(UnavailableError("the server is shutting down", reason=Reason.SERVER_DRAINING))
 
     async def chat_template(self, name: str) -> str:
         """The chat template that an adapter brings; "" where it brings none."""
@@ -259,7 +259,11 @@ class EngineClient:
                 self._dispatch(await _read(self._reader))
         except (OSError, asyncio.IncompleteReadError):
             self._lose(
-                UnavailableError("the engine has stopped; try again when it is back", retry_after_s=2.0)
+                UnavailableError(
+                    "the engine has stopped; try again when it is back",
+                    retry_after_s=2.0,
+                    reason=Reason.ENGINE_LOST,
+                )
             )
         except msgspec.DecodeError as error:
             self._lose(InternalError(f"the engine sent what is no message: {error}"))
@@ -345,6 +349,7 @@ def _join(first: TokenDelta, second: TokenDelta) -> TokenDelta:
         finish=second.finish,
         stop_token=second.stop_token,
         times=second.times or first.times,
+        prompt_logprobs=first.prompt_logprobs + second.prompt_logprobs,
     )
 
 

@@ -11,11 +11,13 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable
+from itertools import islice
 from typing import Protocol
 
 import msgspec
 
 from loraplex_server.adapters.record import AdapterHandle
+from loraplex_server.adapters.registration import unloaded
 from loraplex_server.adapters.store import AdapterStore
 from loraplex_server.config import EngineConfig
 from loraplex_server.core.request import FinishReason, Request
@@ -39,9 +41,9 @@ from loraplex_server.engine.planning import build_plan
 from loraplex_server.engine.scheduler import Scheduled, Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.errors import (
-    CancelledError,
     InternalError,
     InvalidArgumentError,
+    Reason,
     ResourceExhaustedError,
     ServerError,
 )
@@ -81,13 +83,14 @@ class _Step:
     """A step from its launch until its tokens are there.
 
     Attributes:
-        scheduled: what it computes, in the order of the batch, and how many tokens are sampled after it.
+        scheduled: what it computes, in the order of the batch, how many tokens are sampled after it, and how
+            many tokens of the prompt are scored.
         in_stride: the device had the step before to compute when this one was launched.
         record: without the times that are known at its end.
     """
 
     launched: Launched
-    scheduled: list[tuple[Scheduled, int]]
+    scheduled: list[tuple[Scheduled, int, int]]
     started_s: float
     in_stride: bool
     record: StepRecord
@@ -207,7 +210,7 @@ class Engine:
         prefill_tokens = sum(item.num_tokens for item in scheduled if item.sequence.num_pending > 1)
         return _Step(
             launched=launched,
-            scheduled=[(item, item.num_samples) for item in scheduled],
+            scheduled=[(item, item.num_samples, len(item.scores)) for item in scheduled],
             started_s=started_s,
             in_stride=self._in_flight is not None,
             record=StepRecord(
@@ -229,12 +232,13 @@ class Engine:
         scheduled until it is known.
         """
         samples = 0
-        for item, num_samples in step.scheduled:
+        for item, num_samples, num_scores in step.scheduled:
             sequence = item.sequence
             samples += num_samples
             if sequence.status is Status.FINISHED:
                 continue
             sequence.num_computed += item.num_tokens
+            sequence.scored_to += num_scores
             if num_samples and self._runner.asynchronous and not self._must_know(item):
                 sequence.token_ids.append(0)
                 sequence.awaited = samples - 1
@@ -262,7 +266,7 @@ class Engine:
         try:
             output = step.launched.result()
         except Exception as error:
-            self._give_up([item.sequence for item, _ in step.scheduled], error)
+            self._give_up([item.sequence for item, *_ in step.scheduled], error)
             return
         received_s = time.monotonic()
         accepted = self._commit(step, output)
@@ -387,14 +391,18 @@ class Engine:
             raise InvalidArgumentError.field("request_id", f"{request.request_id!r} is running already")
         if len(self.scheduler.waiting) >= self._max_queue:
             raise ResourceExhaustedError(
-                f"{len(self.scheduler.waiting)} requests wait already; try again later", retry_after_s=1.0
+                f"{len(self.scheduler.waiting)} requests wait already; try again later",
+                resource=("queue", "waiting requests"),
+                retry_after_s=1.0,
+                reason=Reason.QUEUE_FULL,
             )
         weights = [use.weight for use in request.adapters]
         handles = self.adapters.resolve(names, weights)
         try:
             self._check_tokens(request, handles)
-            caches = self._prefix_cache and request.cache_prefix
-            sequence = Sequence(request, client, handles, caches=caches)
+            public = self._prefix_cache and request.cache_prefix
+            group = (client, request.group) if request.group and not public else None
+            sequence = Sequence(request, client, handles, caches=public or group is not None, group=group)
             sequence.drafter = self._drafter(sequence)
             if sequence.num_prompt >= limit:
                 raise InvalidArgumentError.field(
@@ -444,21 +452,21 @@ class Engine:
         Returns how many guesses were right.
         """
         deltas: defaultdict[str, list[TokenDelta]] = defaultdict(list)
-        first = accepted = 0
-        now_s = time.monotonic()
-        for item, num_samples in step.scheduled:
-            sequence, sampled = item.sequence, output.sampled[first : first + num_samples]
-            first += num_samples
+        sampled, scored = iter(output.sampled), iter(output.scored)
+        accepted, now_s = 0, time.monotonic()
+        for item, num_samples, num_scores in step.scheduled:
+            sequence = item.sequence
+            tokens = tuple(islice(sampled, num_samples))
+            scores = tuple(_logprobs(score) for score in islice(scored, num_scores))
             # Cancelled, or complete one step before: what was computed ahead is dropped.
             if sequence.status is Status.FINISHED:
                 continue
-            tokens, finish = self._extend(sequence, sampled, item.drafts)
+            tokens, finish = self._extend(sequence, tokens, item.drafts)
             if item.drafts:
                 accepted += self._settle(item, len(tokens) - 1)
-            for block, key in sequence.new_block_keys(self._blocks.block_size):
-                self._blocks.set_key(block, key)
-            if tokens:
-                deltas[sequence.client].append(self._delta(sequence, tokens, finish, now_s))
+            self.scheduler.name_blocks(sequence)
+            if tokens or scores or finish is not None:
+                deltas[sequence.client].append(self._delta(sequence, tokens, scores, finish, now_s))
         for client, found in deltas.items():
             self._emit(client, Tokens(tuple(found)))
         return accepted
@@ -470,6 +478,9 @@ class Engine:
 
         Returns those, and why it ends.
         """
+        if sampled and not sequence.request.sampling.max_tokens:
+            # There is no step without a token where a prompt ends: it is dropped.
+            return (), FinishReason.LENGTH
         if sampled and sequence.awaited is not None:
             sequence.token_ids.pop()
             sequence.awaited = None
@@ -501,13 +512,18 @@ class Engine:
         return right
 
     def _delta(
-        self, sequence: Sequence, tokens: tuple[SampledToken, ...], finish: FinishReason | None, now_s: float
+        self,
+        sequence: Sequence,
+        tokens: tuple[SampledToken, ...],
+        scores: tuple[TokenLogprobs, ...],
+        finish: FinishReason | None,
+        now_s: float,
     ) -> TokenDelta:
-        """What the client is told of new tokens; ends the sequence where that is due."""
-        first_there = sequence.first_token_s is None
-        if first_there:
+        """What the client is told of new tokens and the prompt's scores; ends a sequence that is complete."""
+        first = bool(tokens) and sequence.first_token_s is None
+        if first:
             sequence.first_token_s = now_s
-        times = _times(sequence, now_s) if finish is not None or first_there else None
+        times = _times(sequence, now_s) if first or finish is not None else None
         if finish is not None:
             self._retire(sequence)
         return TokenDelta(
@@ -517,6 +533,7 @@ class Engine:
             finish=finish,
             stop_token=finish is FinishReason.STOP,
             times=times,
+            prompt_logprobs=scores,
         )
 
     def _end_drains(self, now_s: float) -> None:
@@ -525,7 +542,7 @@ class Engine:
             if now_s < end_s:
                 continue
             self._drains.pop(key, None)
-            error = CancelledError(f"adapter {name!r} was unloaded", resource=("adapter", name))
+            error = unloaded(name)
             for sequence in list(self._sequences.values()):
                 if any(handle.draining and handle.name == name for handle in sequence.handles):
                     self._emit(sequence.client, Failed(sequence.request.request_id, error.info))
@@ -539,14 +556,14 @@ class Engine:
         assert sequence.status is Status.FINISHED
 
 
-def _adapter_names(sequences: list[Sequence]) -> tuple[str, ...]:
-    return tuple({handle.name for sequence in sequences for handle in sequence.handles})
-
-
 def _logprobs(token: SampledToken) -> TokenLogprobs:
     assert token.logprob is not None
     top = tuple(TopLogprob(token_id, logprob) for token_id, logprob in token.top)
     return TokenLogprobs(token.token_id, token.logprob, top)
+
+
+def _adapter_names(sequences: list[Sequence]) -> tuple[str, ...]:
+    return tuple({handle.name for sequence in sequences for handle in sequence.handles})
 
 
 def _times(sequence: Sequence, now_s: float) -> Times:

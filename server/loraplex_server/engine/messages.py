@@ -161,6 +161,8 @@ class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         finish: set on the last delta of a request.
         times: set on the first delta, for clients that end at a stop string, and on the last.
+        prompt_logprobs: of the prompt's tokens after the first, in order, those that became known; a delta of
+            them alone has no token ids.
         stop_token: the last token id ended the generation (end of sequence or a stop token) and has
             no text.
     """
@@ -171,6 +173,7 @@ class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     finish: FinishReason | None = None
     stop_token: bool = False
     times: Times | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Tokens(_Message, frozen=True):

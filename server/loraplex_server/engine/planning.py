@@ -37,6 +37,7 @@ def build_plan(
     sample_row: list[int] = []
     prefixes: list[tuple[int, int, list[int]]] = []
     fed: list[tuple[int, int]] = []
+    scored: list[tuple[int, int, int]] = []
     for item in scheduled:
         sequence, length = item.sequence, item.num_tokens
         first = sequence.num_computed
@@ -55,6 +56,8 @@ def build_plan(
             runs += _runs(item, row, slot_of)
         if item.num_copied:
             prefixes.append(_prefix(item, block_size, slot_of))
+        if sequence.num_unscored:
+            scored += _scored(item, row)
         for taken in range(item.num_samples):
             sampled.append(_Sampled(sequence, item.drafts[:taken]))
             sample_row.append(row + length - 1 + taken)
@@ -88,6 +91,9 @@ def build_plan(
         banned_ids=_ints([token for ids in banned for token in ids]),
         fed_row=_ints([row for row, _ in fed]),
         fed_from=_ints([index for _, index in fed]),
+        score_row=_ints([row for row, _, _ in scored]),
+        score_id=_ints([token for _, token, _ in scored]),
+        score_top=_ints([top for _, _, top in scored]),
         **_rare(sampled),
         prefix_slot=_ints([slot for slot, _, _ in prefixes]),
         prefix_first=_ints([first for _, first, _ in prefixes]),
@@ -123,6 +129,15 @@ def _runs(item: Scheduled, row: int, slot_of: SlotOf) -> list[tuple[int, int, li
             slots = [(slot_of(handle), weight) for handle, weight in composition]
             runs.append((row + start - first, row + stop - first, slots))
     return runs
+
+
+def _scored(item: Scheduled, row: int) -> list[tuple[int, int, int]]:
+    """(row, token that follows it, alternatives beside it) of each token of the prompt that is scored."""
+    sequence = item.sequence
+    top = sequence.request.sampling.prompt_logprobs
+    assert top is not None
+    first = row - sequence.num_computed
+    return [(first + position, sequence.token_ids[position + 1], top) for position in item.scores]
 
 
 def _prefix(item: Scheduled, block_size: int, slot_of: SlotOf) -> tuple[int, int, list[int]]:

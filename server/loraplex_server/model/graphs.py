@@ -174,7 +174,7 @@ class DecodeGraphs:
     def _bucket(self, plan: StepPlan, rows: Rows) -> _Bucket | None:
         """The smallest with room for the step, if all of its tokens have an id."""
         count = plan.num_tokens
-        if count > self._largest or not count or (plan.token_ids < 0).any():
+        if count > self._largest or not count or len(plan.score_row) or (plan.token_ids < 0).any():
             return None
         pairs = (
             int((plan.run_end - plan.run_start) @ np.diff(plan.run_pair_start)) if len(plan.run_start) else 0

@@ -6,6 +6,7 @@ All of it runs on the device: the parameters travel there in one copy, the resul
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ def launch(logits: torch.Tensor, plan: StepPlan) -> Sampling:
     most = int(plan.num_logprobs.max(initial=-1))
     if most < 0:
         return Sampling(chosen, Fetch(chosen), plan.num_logprobs)
-    return Sampling(chosen, Fetch(_with_logprobs(logits, chosen, most)), plan.num_logprobs)
+    return Sampling(chosen, Fetch(with_logprobs(logits, chosen, most)), plan.num_logprobs)
 
 
 class Sampling:
@@ -63,20 +64,7 @@ class Sampling:
         values = self._fetch.wait()
         if values.ndim == 1:
             return tuple(SampledToken(token) for token in values.tolist())
-        found = []
-        floats = values.view(np.float32)
-        most = (values.shape[1] - 2) // 2
-        for row, (count, token) in enumerate(
-            zip(self._num_logprobs.tolist(), values[:, 0].tolist(), strict=True)
-        ):
-            if count < 0:
-                found.append(SampledToken(token))
-                continue
-            top = min(count, most)
-            ids, logprobs = values[row, 2 : 2 + top], floats[row, 2 + most : 2 + most + top]
-            best = tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
-            found.append(SampledToken(token, floats[row, 1].item(), best))
-        return tuple(found)
+        return unpack(values, self._num_logprobs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +154,7 @@ def _draw(
     return tokens.gather(-1, torch.minimum(pick, last)).squeeze(-1)
 
 
-def _with_logprobs(logits: torch.Tensor, tokens: torch.Tensor, most: int) -> torch.Tensor:
+def with_logprobs(logits: torch.Tensor, tokens: torch.Tensor, most: int) -> torch.Tensor:
     """int32 [S, 2 + 2 * most]: token, its log-probability's bits, ids of the best, their log-probabilities'
     bits. `most` is the vocabulary at most.
     """
@@ -175,3 +163,21 @@ def _with_logprobs(logits: torch.Tensor, tokens: torch.Tensor, most: int) -> tor
     values, ids = logprobs.topk(min(most, logits.shape[-1]), dim=-1)
     columns = (tokens[:, None].int(), chosen.view(torch.int32), ids.int(), values.view(torch.int32))
     return torch.cat(columns, dim=1)
+
+
+def unpack(values: np.ndarray[Any, Any], num_logprobs: np.ndarray) -> tuple[SampledToken, ...]:
+    """The tokens of what `with_logprobs` made, each with as many alternatives as were asked for; a count
+    below 0 is a token alone.
+    """
+    found = []
+    floats = values.view(np.float32)
+    most = (values.shape[1] - 2) // 2
+    for row, (count, token) in enumerate(zip(num_logprobs.tolist(), values[:, 0].tolist(), strict=True)):
+        if count < 0:
+            found.append(SampledToken(token))
+            continue
+        top = min(count, most)
+        ids, logprobs = values[row, 2 : 2 + top], floats[row, 2 + most : 2 + most + top]
+        best = tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
+        found.append(SampledToken(token, floats[row, 1].item(), best))
+    return tuple(found)

@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cloraplex/v1/generation.proto\x12\x0bloraplex.v1\"\xdc\x03\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.loraplex.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\n \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12,\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x1a.loraplex.v1.AdapterWeight\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.loraplex.v1.SamplingParams\x12/\n\x08stopping\x18\x05 \x01(\x0b\x32\x1d.loraplex.v1.StoppingCriteria\x12\x15\n\x08logprobs\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nrequest_id\x18\x07 \x01(\tH\x02\x88\x01\x01\x12\x15\n\x08priority\x18\x08 \x01(\x05H\x03\x88\x01\x01\x12\x19\n\x0c\x63\x61\x63he_prefix\x18\t \x01(\x08H\x04\x88\x01\x01\x12\x1f\n\x12speculative_tokens\x18\x10 \x01(\rH\x05\x88\x01\x01\x42\x08\n\x06promptB\x0b\n\t_logprobsB\r\n\x0b_request_idB\x0b\n\t_priorityB\x0f\n\r_cache_prefixB\x15\n\x13_speculative_tokens\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.loraplex.v1.ChatMessage\"H\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x11\n\x04name\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_name\"@\n\rAdapterWeight\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\t\n\x07_weight\"\xd7\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12>\n\nlogit_bias\x18\t \x03(\x0b\x32*.loraplex.v1.SamplingParams.LogitBiasEntry\x12\x11\n\tbad_words\x18\n \x03(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"\xb2\x01\n\x10StoppingCriteria\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x14\n\x0cinclude_stop\x18\x06 \x01(\x08\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\"\x9a\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.loraplex.v1.TokenLogprobs\x12#\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x13.loraplex.v1.Finish\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"X\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12$\n\x03top\x18\x03 \x03(\x0b\x32\x17.loraplex.v1.TopLogprob\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x8f\x01\n\x06\x46inish\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.loraplex.v1.Timing\x12\x12\n\nstop_match\x18\x04 \x01(\t\"\x88\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x64rafted_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x05 \x01(\r\"\x8e\x01\n\x06Timing\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x1c\n\x14\x61\x64\x61pter_wait_seconds\x18\x02 \x01(\x01\x12#\n\x1btime_to_first_token_seconds\x18\x03 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x04 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x05 \x01(\r\"E\n\x14GenerateUnaryRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.loraplex.v1.GenerateRequest\"\x9f\x01\n\x15GenerateUnaryResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.loraplex.v1.TokenLogprobs\x12#\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x13.loraplex.v1.Finish\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"`\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12\x10\n\x08\x61\x64\x61pters\x18\x03 \x03(\tB\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"c\n\x12\x43ountTokensRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12\x10\n\x08\x61\x64\x61pters\x18\x03 \x03(\tB\x08\n\x06prompt\";\n\x13\x43ountTokensResponse\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xd1\x02\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1d.loraplex.v1.GenerateResponse0\x01\x12V\n\rGenerateUnary\x12!.loraplex.v1.GenerateUnaryRequest\x1a\".loraplex.v1.GenerateUnaryResponse\x12G\n\x08Tokenize\x12\x1c.loraplex.v1.TokenizeRequest\x1a\x1d.loraplex.v1.TokenizeResponse\x12P\n\x0b\x43ountTokens\x12\x1f.loraplex.v1.CountTokensRequest\x1a .loraplex.v1.CountTokensResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cloraplex/v1/generation.proto\x12\x0bloraplex.v1\x1a\x19google/protobuf/any.proto\"\xc0\x04\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.loraplex.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\n \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12,\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x1a.loraplex.v1.AdapterWeight\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.loraplex.v1.SamplingParams\x12/\n\x08stopping\x18\x05 \x01(\x0b\x32\x1d.loraplex.v1.StoppingCriteria\x12\x15\n\x08logprobs\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nrequest_id\x18\x07 \x01(\tH\x02\x88\x01\x01\x12\x15\n\x08priority\x18\x08 \x01(\x05H\x03\x88\x01\x01\x12\x19\n\x0c\x63\x61\x63he_prefix\x18\t \x01(\x08H\x04\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\r \x01(\rH\x05\x88\x01\x01\x12\x11\n\x04\x65\x63ho\x18\x0e \x01(\x08H\x06\x88\x01\x01\x12\x0e\n\x01n\x18\x0f \x01(\rH\x07\x88\x01\x01\x12\x1f\n\x12speculative_tokens\x18\x10 \x01(\rH\x08\x88\x01\x01\x42\x08\n\x06promptB\x0b\n\t_logprobsB\r\n\x0b_request_idB\x0b\n\t_priorityB\x0f\n\r_cache_prefixB\x12\n\x10_prompt_logprobsB\x07\n\x05_echoB\x04\n\x02_nB\x15\n\x13_speculative_tokens\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.loraplex.v1.ChatMessage\"H\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x11\n\x04name\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_name\"@\n\rAdapterWeight\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\t\n\x07_weight\"\xd7\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12>\n\nlogit_bias\x18\t \x03(\x0b\x32*.loraplex.v1.SamplingParams.LogitBiasEntry\x12\x11\n\tbad_words\x18\n \x03(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"\xb2\x01\n\x10StoppingCriteria\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x14\n\x0cinclude_stop\x18\x06 \x01(\x08\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\"\xf8\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.loraplex.v1.TokenLogprobs\x12#\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x13.loraplex.v1.Finish\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\r\n\x05index\x18\x06 \x01(\r\x12\x33\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x1a.loraplex.v1.TokenLogprobs\x12\x18\n\x10prompt_token_ids\x18\x08 \x03(\r\"X\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12$\n\x03top\x18\x03 \x03(\x0b\x32\x17.loraplex.v1.TopLogprob\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x8f\x01\n\x06\x46inish\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.loraplex.v1.Timing\x12\x12\n\nstop_match\x18\x04 \x01(\t\"\x88\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x64rafted_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x05 \x01(\r\"\x8e\x01\n\x06Timing\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x1c\n\x14\x61\x64\x61pter_wait_seconds\x18\x02 \x01(\x01\x12#\n\x1btime_to_first_token_seconds\x18\x03 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x04 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x05 \x01(\r\"E\n\x14GenerateUnaryRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.loraplex.v1.GenerateRequest\"\x93\x02\n\x15GenerateUnaryResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.loraplex.v1.TokenLogprobs\x12#\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x13.loraplex.v1.Finish\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x33\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x1a.loraplex.v1.TokenLogprobs\x12\x18\n\x10prompt_token_ids\x18\x07 \x03(\r\x12#\n\x06others\x18\x08 \x03(\x0b\x32\x13.loraplex.v1.Answer\"\x8b\x01\n\x06\x41nswer\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.loraplex.v1.TokenLogprobs\x12#\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x13.loraplex.v1.Finish\"F\n\x14GenerateBatchRequest\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.loraplex.v1.GenerateRequest\"\x95\x01\n\x15GenerateBatchResponse\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x34\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\".loraplex.v1.GenerateUnaryResponseH\x00\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.loraplex.v1.RequestErrorH\x00\x42\x08\n\x06result\"T\n\x0cRequestError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x14.google.protobuf.Any\"`\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12\x10\n\x08\x61\x64\x61pters\x18\x03 \x03(\tB\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"c\n\x12\x43ountTokensRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12\x10\n\x08\x61\x64\x61pters\x18\x03 \x03(\tB\x08\n\x06prompt\";\n\x13\x43ountTokensResponse\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xab\x03\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1d.loraplex.v1.GenerateResponse0\x01\x12V\n\rGenerateUnary\x12!.loraplex.v1.GenerateUnaryRequest\x1a\".loraplex.v1.GenerateUnaryResponse\x12X\n\rGenerateBatch\x12!.loraplex.v1.GenerateBatchRequest\x1a\".loraplex.v1.GenerateBatchResponse0\x01\x12G\n\x08Tokenize\x12\x1c.loraplex.v1.TokenizeRequest\x1a\x1d.loraplex.v1.TokenizeResponse\x12P\n\x0b\x43ountTokens\x12\x1f.loraplex.v1.CountTokensRequest\x1a .loraplex.v1.CountTokensResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,48 +34,56 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2668
-  _globals['_FINISHREASON']._serialized_end=2763
-  _globals['_GENERATEREQUEST']._serialized_start=46
-  _globals['_GENERATEREQUEST']._serialized_end=522
-  _globals['_TOKENIDS']._serialized_start=524
-  _globals['_TOKENIDS']._serialized_end=547
-  _globals['_CHAT']._serialized_start=549
-  _globals['_CHAT']._serialized_end=599
-  _globals['_CHATMESSAGE']._serialized_start=601
-  _globals['_CHATMESSAGE']._serialized_end=673
-  _globals['_ADAPTERWEIGHT']._serialized_start=675
-  _globals['_ADAPTERWEIGHT']._serialized_end=739
-  _globals['_SAMPLINGPARAMS']._serialized_start=742
-  _globals['_SAMPLINGPARAMS']._serialized_end=1213
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1044
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1092
-  _globals['_STOPPINGCRITERIA']._serialized_start=1216
-  _globals['_STOPPINGCRITERIA']._serialized_end=1394
-  _globals['_GENERATERESPONSE']._serialized_start=1397
-  _globals['_GENERATERESPONSE']._serialized_end=1551
-  _globals['_TOKENLOGPROBS']._serialized_start=1553
-  _globals['_TOKENLOGPROBS']._serialized_end=1641
-  _globals['_TOPLOGPROB']._serialized_start=1643
-  _globals['_TOPLOGPROB']._serialized_end=1704
-  _globals['_FINISH']._serialized_start=1707
-  _globals['_FINISH']._serialized_end=1850
-  _globals['_USAGE']._serialized_start=1853
-  _globals['_USAGE']._serialized_end=1989
-  _globals['_TIMING']._serialized_start=1992
-  _globals['_TIMING']._serialized_end=2134
-  _globals['_GENERATEUNARYREQUEST']._serialized_start=2136
-  _globals['_GENERATEUNARYREQUEST']._serialized_end=2205
-  _globals['_GENERATEUNARYRESPONSE']._serialized_start=2208
-  _globals['_GENERATEUNARYRESPONSE']._serialized_end=2367
-  _globals['_TOKENIZEREQUEST']._serialized_start=2369
-  _globals['_TOKENIZEREQUEST']._serialized_end=2465
-  _globals['_TOKENIZERESPONSE']._serialized_start=2467
-  _globals['_TOKENIZERESPONSE']._serialized_end=2504
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=2506
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=2605
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=2607
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2666
-  _globals['_GENERATIONSERVICE']._serialized_start=2766
-  _globals['_GENERATIONSERVICE']._serialized_end=3103
+  _globals['_FINISHREASON']._serialized_start=3457
+  _globals['_FINISHREASON']._serialized_end=3552
+  _globals['_GENERATEREQUEST']._serialized_start=73
+  _globals['_GENERATEREQUEST']._serialized_end=649
+  _globals['_TOKENIDS']._serialized_start=651
+  _globals['_TOKENIDS']._serialized_end=674
+  _globals['_CHAT']._serialized_start=676
+  _globals['_CHAT']._serialized_end=726
+  _globals['_CHATMESSAGE']._serialized_start=728
+  _globals['_CHATMESSAGE']._serialized_end=800
+  _globals['_ADAPTERWEIGHT']._serialized_start=802
+  _globals['_ADAPTERWEIGHT']._serialized_end=866
+  _globals['_SAMPLINGPARAMS']._serialized_start=869
+  _globals['_SAMPLINGPARAMS']._serialized_end=1340
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1171
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1219
+  _globals['_STOPPINGCRITERIA']._serialized_start=1343
+  _globals['_STOPPINGCRITERIA']._serialized_end=1521
+  _globals['_GENERATERESPONSE']._serialized_start=1524
+  _globals['_GENERATERESPONSE']._serialized_end=1772
+  _globals['_TOKENLOGPROBS']._serialized_start=1774
+  _globals['_TOKENLOGPROBS']._serialized_end=1862
+  _globals['_TOPLOGPROB']._serialized_start=1864
+  _globals['_TOPLOGPROB']._serialized_end=1925
+  _globals['_FINISH']._serialized_start=1928
+  _globals['_FINISH']._serialized_end=2071
+  _globals['_USAGE']._serialized_start=2074
+  _globals['_USAGE']._serialized_end=2210
+  _globals['_TIMING']._serialized_start=2213
+  _globals['_TIMING']._serialized_end=2355
+  _globals['_GENERATEUNARYREQUEST']._serialized_start=2357
+  _globals['_GENERATEUNARYREQUEST']._serialized_end=2426
+  _globals['_GENERATEUNARYRESPONSE']._serialized_start=2429
+  _globals['_GENERATEUNARYRESPONSE']._serialized_end=2704
+  _globals['_ANSWER']._serialized_start=2707
+  _globals['_ANSWER']._serialized_end=2846
+  _globals['_GENERATEBATCHREQUEST']._serialized_start=2848
+  _globals['_GENERATEBATCHREQUEST']._serialized_end=2918
+  _globals['_GENERATEBATCHRESPONSE']._serialized_start=2921
+  _globals['_GENERATEBATCHRESPONSE']._serialized_end=3070
+  _globals['_REQUESTERROR']._serialized_start=3072
+  _globals['_REQUESTERROR']._serialized_end=3156
+  _globals['_TOKENIZEREQUEST']._serialized_start=3158
+  _globals['_TOKENIZEREQUEST']._serialized_end=3254
+  _globals['_TOKENIZERESPONSE']._serialized_start=3256
+  _globals['_TOKENIZERESPONSE']._serialized_end=3293
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=3295
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=3394
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=3396
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=3455
+  _globals['_GENERATIONSERVICE']._serialized_start=3555
+  _globals['_GENERATIONSERVICE']._serialized_end=3982
 # @@protoc_insertion_point(module_scope)

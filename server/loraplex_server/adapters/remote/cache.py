@@ -27,8 +27,9 @@ from typing import Any
 from loraplex_server.errors import (
     FailedPreconditionError,
     NotFoundError,
+    Reason,
     ResourceExhaustedError,
-    UnavailableError,
+    disk_error,
 )
 
 STAGING = "staging"
@@ -178,7 +179,9 @@ class DownloadCache:
                     f"there is no room to download {num_bytes} bytes: of the cache's {self._budget} "
                     f"(--adapter-cache-bytes), registered adapters take {in_use} and downloads the rest; "
                     "unload some, or try again",
+                    resource=("disk", "--adapter-cache-bytes"),
                     retry_after_s=_RETRY_S,
+                    reason=Reason.CACHE_FULL,
                 )
             path.mkdir(exist_ok=True)
             return path
@@ -199,7 +202,7 @@ class DownloadCache:
             record: what is to be known of it, for people.
 
         Raises:
-            UnavailableError: the disk failed; the download is still `begin`'s.
+            ServerError: the disk is full or failed; the download is still `begin`'s.
         """
         with self._lock:
             item = self._partial[key]
@@ -213,7 +216,7 @@ class DownloadCache:
                 item.path.rename(self.entries_folder / key)
                 _sync_to_disk(self.entries_folder)
             except OSError as error:
-                raise UnavailableError(f"the cache's disk failed: {error.strerror}") from error
+                raise disk_error("--adapter-cache-dir", error) from error
             del self._partial[key]
             path = self.entries_folder / key
             self._entries[key] = _Item(path, _folder_bytes(path), next(self._clock), holders=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import random
 import threading
@@ -14,8 +13,8 @@ from typing import TypeVar
 from loraplex_server.adapters.remote.backend import ChangedError, RemoteFile, RemoteFolder
 from loraplex_server.errors import (
     FailedPreconditionError,
-    ResourceExhaustedError,
     UnavailableError,
+    disk_error,
 )
 
 T = TypeVar("T")
@@ -119,7 +118,7 @@ class Downloader:
                     try:
                         out.write(chunk)
                     except OSError as error:
-                        raise _disk_error(error) from error
+                        raise disk_error("--adapter-cache-dir", error) from error
         if received < file.size:
             raise UnavailableError(f"{file.name} broke off after {received} of {file.size} bytes")
 
@@ -158,9 +157,3 @@ def _digest(path: Path, state: hashlib._Hash) -> str:
         while chunk := file.read(_READ_BYTES):
             state.update(chunk)
     return state.hexdigest()
-
-
-def _disk_error(error: OSError) -> ResourceExhaustedError | UnavailableError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceExhaustedError("the disk of --adapter-cache-dir is full", retry_after_s=60.0)
-    return UnavailableError(f"the disk of --adapter-cache-dir failed: {error.strerror}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from urllib.parse import quote, unquote, urlsplit
 
 from loraplex_server.adapters.tensor_file import quoted
-from loraplex_server.errors import InvalidArgumentError, PermissionDeniedError
+from loraplex_server.errors import InvalidArgumentError, PermissionDeniedError, Reason
 
 HUB = "hf"
 WEB = ("http", "https")
@@ -200,6 +200,7 @@ class AllowedSources:
             raise PermissionDeniedError(
                 f"source {quoted(str(uri))} is not under an allowed prefix (--adapter-source)",
                 resource=("source", str(uri)),
+                reason=Reason.SOURCE_NOT_ALLOWED,
             )
 
 

@@ -12,7 +12,7 @@ from loraplex_server.api.chat.process import OverLimitError, RendererProcess
 from loraplex_server.api.chat.renderer import Render
 from loraplex_server.api.tokenizer import Tokenizer
 from loraplex_server.engine.client import EngineClient
-from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError
+from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError, Reason
 
 _MAX_KNOWN_BAD = 256
 
@@ -61,6 +61,7 @@ class ChatPrompts:
             raise FailedPreconditionError(
                 f"the chat template of {whose} cannot render these messages ({found.broken})",
                 resource=("chat_template", whose),
+                reason=Reason.NO_CHAT_TEMPLATE,
             )
         return found.text
 
@@ -76,6 +77,7 @@ class ChatPrompts:
             raise FailedPreconditionError(
                 f"adapters {names} bring different chat templates; send the prompt as text",
                 resource=("chat_template", names),
+                reason=Reason.NO_CHAT_TEMPLATE,
             )
         if own:
             source, name = own.popitem()
@@ -85,6 +87,7 @@ class ChatPrompts:
                 "neither the model's tokenizer nor the adapter has a chat template; add a "
                 "chat_template.jinja to its folder, or send the prompt as text",
                 resource=("chat_template", "model"),
+                reason=Reason.NO_CHAT_TEMPLATE,
             )
         return "the model", self._tokenizer.chat_template
 
@@ -104,4 +107,5 @@ def _over_limit(whose: str) -> FailedPreconditionError:
     return FailedPreconditionError(
         f"the chat template of {whose} takes more time or memory than a template may",
         resource=("chat_template", whose),
+        reason=Reason.NO_CHAT_TEMPLATE,
     )

@@ -17,7 +17,7 @@ from loraplex_server import log
 from loraplex_server.api.authentication import Authenticator
 from loraplex_server.api.generator import Generator
 from loraplex_server.api.http.errors import to_body
-from loraplex_server.api.http.generation import Chat, Completions, GenerationEndpoint, HttpSettings
+from loraplex_server.api.http.generation import Chat, Completions, GenerationEndpoint, HttpSettings, Kind
 from loraplex_server.api.http.middleware import CallMiddleware
 from loraplex_server.api.http.models import Models
 from loraplex_server.api.http.openapi import document
@@ -41,6 +41,9 @@ def application(
     models = Models(lifecycle, settings)
     openapi = msgspec.json.encode(document(version))
 
+    def endpoint(kind: Kind) -> GenerationEndpoint:
+        return GenerationEndpoint(kind, generator, settings, metrics)
+
     async def health(request: Request) -> Response:
         serving = lifecycle.serving
         body = msgspec.json.encode(Health("serving" if serving else "not serving"))
@@ -54,8 +57,8 @@ def application(
         return Response(openapi, media_type="application/json")
 
     routes = [
-        Route("/v1/completions", GenerationEndpoint(Completions(), generator, settings), methods=["POST"]),
-        Route("/v1/chat/completions", GenerationEndpoint(Chat(), generator, settings), methods=["POST"]),
+        Route("/v1/completions", endpoint(Completions()), methods=["POST"]),
+        Route("/v1/chat/completions", endpoint(Chat()), methods=["POST"]),
         Route("/v1/models", models.list, methods=["GET"]),
         Route("/v1/models/{model:path}", models.get, methods=["GET"]),
         Route("/health", health, methods=["GET"]),

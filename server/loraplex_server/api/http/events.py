@@ -1,10 +1,9 @@
-"""Several answers as one stream, server-sent events, and clients that hang up."""
+"""Server-sent events, and clients that hang up."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any, TypeVar
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -21,7 +20,6 @@ _HEADERS = (
     (b"x-accel-buffering", b"no"),
 )
 
-ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
@@ -51,46 +49,6 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, ResultT]) 
 async def _hung_up(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def merged(sources: Sequence[AsyncGenerator[ItemT]]) -> AsyncGenerator[tuple[int, ItemT]]:
-    """The items of all `sources` as they come, each with the index of its source.
-
-    The first error of a source ends all. Leaving early closes every source. A source is asked for its next
-    item only when its last one was taken, so a slow reader makes them wait.
-    """
-    if len(sources) == 1:
-        async with contextlib.aclosing(sources[0]) as only:
-            async for item in only:
-                yield 0, item
-        return
-    queue: asyncio.Queue[tuple[int, ItemT] | Exception | None] = asyncio.Queue(maxsize=1)
-
-    async def pump(index: int, source: AsyncGenerator[ItemT]) -> None:
-        try:
-            async with contextlib.aclosing(source):
-                async for item in source:
-                    await queue.put((index, item))
-        except Exception as error:
-            await queue.put(error)
-        else:
-            await queue.put(None)
-
-    tasks = [asyncio.create_task(pump(index, source)) for index, source in enumerate(sources)]
-    left = len(tasks)
-    try:
-        while left:
-            entry = await queue.get()
-            if isinstance(entry, Exception):
-                raise entry
-            if entry is None:
-                left -= 1
-            else:
-                yield entry
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class EventStream:

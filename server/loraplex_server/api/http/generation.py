@@ -23,7 +23,6 @@ from loraplex_server.api.http.events import (
     EventStream,
     Receive,
     Send,
-    merged,
     while_connected,
 )
 from loraplex_server.api.http.formats import (
@@ -37,7 +36,9 @@ from loraplex_server.api.http.formats import (
 from loraplex_server.api.http.schema import ChatBody, CompletionBody, GenerationBody
 from loraplex_server.api.http.translate import chat_message, completion_messages
 from loraplex_server.api.lifecycle import Backend
+from loraplex_server.api.merging import merged
 from loraplex_server.errors import ErrorInfo, InternalError, ServerError
+from loraplex_server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
@@ -79,17 +80,16 @@ class Completions:
     async def read(self, request: Request, backend: Backend, settings: HttpSettings) -> _Job:
         body = await read_body(request, CompletionBody, unserved.COMPLETION, settings.max_body_bytes)
         request.scope[MODEL_KEY] = body.model
-        pairs = completion_messages(body, settings.model_name, backend.limits.defaults)
-        echoes = []
-        for _, prompt in pairs:
-            text = ""
-            if body.echo:
-                text = prompt if isinstance(prompt, str) else _decode(backend, prompt)
-            echoes += [text] * (body.n or 1)
+        messages = completion_messages(body, settings.model_name, backend.limits.defaults)
         looks = CompletionFormat(
-            _heading(body, backend), backend.tokenizer.token_text, echoes, body.logprobs, _wants_usage(body)
+            _heading(body, backend),
+            backend.tokenizer,
+            body.n or 1,
+            body.logprobs,
+            _wants_usage(body),
+            echoes=bool(body.echo),
         )
-        return _Job(body, [message for message, _ in pairs], looks)
+        return _Job(body, messages, looks)
 
 
 class Chat:
@@ -114,7 +114,8 @@ class GenerationEndpoint:
     status; later they are a stream's last event.
     """
 
-    def __init__(self, kind: Kind, generator: Generator, settings: HttpSettings) -> None:
+    def __init__(self, kind: Kind, generator: Generator, settings: HttpSettings, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._kind = kind
         self._generator = generator
         self._settings = settings
@@ -126,10 +127,9 @@ class GenerationEndpoint:
         await while_connected(receive, answer)
 
     async def _outputs(self, job: _Job) -> AsyncGenerator[tuple[int, tuple[Piece, End | None]]]:
-        choices = job.body.n or 1
         accepted = []
         for message in job.messages:
-            accepted += await self._generator.accept(message, choices=choices)
+            accepted += await self._generator.accept(message)
         return merged([self._generator.run(each, lambda: "cancelled") for each in accepted])
 
     async def _whole(self, job: _Job, scope: Any, receive: Receive, send: Send) -> None:
@@ -156,6 +156,7 @@ class GenerationEndpoint:
             else:
                 _log.info("a stream ends with %s: %s", error.code, error)
                 info = error.info
+            self._metrics.observe_error(info)
             await events.event(to_body(info, log.request_id.get(), job.body.model))
             await events.end(b"")
 
@@ -179,8 +180,3 @@ def _heading(body: GenerationBody, backend: Backend) -> Heading:
 
 def _wants_usage(body: GenerationBody) -> bool:
     return bool(body.stream and body.stream_options is not None and body.stream_options.include_usage)
-
-
-def _decode(backend: Backend, token_ids: Any) -> str:
-    known = [token_id for token_id in token_ids if backend.tokenizer.has_text(token_id)]
-    return backend.tokenizer.decode(known)

@@ -97,6 +97,7 @@ class CallMiddleware:
             _log.exception("%s failed", path)
             if status:
                 # Cut off: the client must not take what it has for the whole.
+                self._metrics.observe_error(InternalError("").info)
                 raise
             await self._refuse(InternalError(""), scope, receive, send_on)
         finally:
@@ -104,6 +105,7 @@ class CallMiddleware:
             self._metrics.observe_http(route, status or _CLIENT_GONE, time.perf_counter() - started)
 
     async def _refuse(self, error: ServerError, scope: Any, receive: Receive, send: Send) -> None:
+        self._metrics.observe_error(error.info)
         body = to_body(error.info, log.request_id.get(), scope.get(MODEL_KEY, ""))
         response = Response(
             body, status_of(error), headers=headers_of(error.info), media_type="application/json"

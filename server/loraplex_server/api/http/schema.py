@@ -14,7 +14,6 @@ from loraplex_server.api import convert
 from loraplex_server.core.request import MAX_SPECULATIVE_TOKENS
 
 _MAX_COUNT = (1 << 31) - 1
-_MAX_CHOICES = 128
 
 Text = Annotated[str, Meta(max_length=1 << 24)]
 Count = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
@@ -51,7 +50,7 @@ class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     model: Name
     adapters: list[AdapterWeight] | None = None
-    n: Annotated[int, Meta(ge=1, le=_MAX_CHOICES)] | None = None
+    n: Annotated[int, Meta(ge=1, le=convert.MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Positive | None = None
@@ -81,11 +80,13 @@ class CompletionBody(GenerationBody, frozen=True, kw_only=True, forbid_unknown_f
 
     Attributes:
         prompt: a text, a list of texts, a list of token ids, or a list of such lists.
-        echo: the answer begins with the prompt.
+        echo: the answer begins with the prompt, which is scored like the rest where `logprobs` is set.
         logprobs: how many alternatives beside each chosen token.
+        max_tokens: 0 goes with `echo`.
     """
 
     prompt: str | list[str | TokenId | list[TokenId]]
+    max_tokens: Count | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=convert.MAX_LOGPROBS)] | None = None
 
@@ -132,11 +133,12 @@ class Usage(Struct, frozen=True):
 
 
 class CompletionLogprobs(Struct, frozen=True):
-    """One entry a token; `text_offset` counts characters from the beginning of the text."""
+    """One entry a token; `text_offset` counts characters from the beginning of the text. The first token of a
+    prompt that is echoed has no log-probability."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 

@@ -10,20 +10,18 @@ from loraplex_server.api.http.schema import ChatBody, CompletionBody, Generation
 from loraplex_server.core.request import SamplingDefaults
 from loraplex_server.errors import InvalidArgumentError, NotFoundError
 
-MAX_CHOICES = 128
+MAX_CHOICES = convert.MAX_CHOICES
 """Most answers that one HTTP request may ask for, over all its prompts."""
 
 _DEFAULT_TEMPERATURE = 1.0
 _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _DEFAULT_COMPLETION_TOKENS = 16
 
-Prompt = str | Sequence[int]
-
 
 def completion_messages(
     body: CompletionBody, base: str, defaults: SamplingDefaults
-) -> list[tuple[generation_pb2.GenerateRequest, Prompt]]:
-    """One message for each prompt, and the prompt itself.
+) -> list[generation_pb2.GenerateRequest]:
+    """One message for each prompt.
 
     Args:
         base: name of the base model.
@@ -39,11 +37,10 @@ def completion_messages(
         raise InvalidArgumentError.field(
             "prompt", f"{len(prompts)} prompts and n make {num_choices} answers, more than {MAX_CHOICES}"
         )
-    if body.echo and body.logprobs is not None:
-        raise InvalidArgumentError.field("echo", "is not served with logprobs: a prompt's are not computed")
     found = []
     for prompt in prompts:
-        message = _message(body, base, defaults, body.max_tokens or _DEFAULT_COMPLETION_TOKENS)
+        limit = _DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        message = _message(body, base, defaults, limit)
         if isinstance(prompt, str):
             message.text = prompt
         else:
@@ -51,7 +48,11 @@ def completion_messages(
             message.token_ids.ids.extend(prompt)
         if body.logprobs is not None:
             message.logprobs = body.logprobs
-        found.append((message, prompt))
+            if body.echo:
+                message.prompt_logprobs = body.logprobs
+        if body.echo:
+            message.echo = True
+        found.append(message)
     return found
 
 
@@ -127,6 +128,8 @@ def _message(
     stopping.stop_token_ids.extend(body.stop_token_ids or ())
     stopping.ignore_eos = bool(body.ignore_eos)
     stopping.include_stop = bool(body.include_stop_str_in_output)
+    if body.n is not None:
+        message.n = body.n
     if body.cache_prefix is not None:
         message.cache_prefix = body.cache_prefix
     if body.speculative_tokens is not None:
@@ -139,7 +142,7 @@ def _check_stream(body: GenerationBody) -> None:
         raise InvalidArgumentError.field("stream_options", "goes with stream; leave it out")
 
 
-def _prompts(prompt: str | Sequence[str | int | list[int]]) -> list[Prompt]:
+def _prompts(prompt: str | Sequence[str | int | list[int]]) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     kinds = {type(entry) for entry in prompt}
