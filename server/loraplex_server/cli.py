@@ -354,6 +354,18 @@ def build_parser() -> argparse.ArgumentParser:
         group, "--metrics-port", api.metrics_port, "of Prometheus and a page; 0 picks a free one, -1 is none"
     )
     _size(group, "--max-message-bytes", api.max_message_bytes, "longest gRPC message or HTTP body")
+    _count(
+        group,
+        "--max-tokens-per-message",
+        api.max_tokens_per_message,
+        "tokens that may come in one message while a client is behind; 1 never joins them",
+    )
+    _count(
+        group,
+        "--max-unread-tokens",
+        api.max_unread_tokens,
+        "where more tokens wait for a client that reads too slowly, its call ends with RESOURCE_EXHAUSTED",
+    )
     _seconds(group, "--drain-seconds", api.drain_s, "time that running calls have after SIGTERM")
     _seconds(
         group,
@@ -466,6 +478,8 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
             reflection=not arguments.no_reflection,
             max_connection_age_s=arguments.max_connection_age,
             max_engine_restarts=arguments.max_engine_restarts,
+            max_tokens_per_message=arguments.max_tokens_per_message,
+            max_unread_tokens=arguments.max_unread_tokens,
         ),
     )
 

@@ -275,6 +275,8 @@ class ApiConfig:
             server ends.
         max_connection_age_s: connections older than this are asked to come anew, so that load balancers can
             spread them; calls under way go on. 0 is never.
+        max_tokens_per_message: while a client is behind, so many tokens may come in one message.
+        max_unread_tokens: where more tokens than this wait for a client that reads too slowly, its call ends.
     """
 
     host: str = "127.0.0.1"
@@ -291,12 +293,16 @@ class ApiConfig:
     reflection: bool = True
     max_connection_age_s: float = 0.0
     max_engine_restarts: int = 3
+    max_tokens_per_message: int = 256
+    max_unread_tokens: int = 4096
 
     def __post_init__(self) -> None:
         _at_least("port", self.port, 0)
         _at_least("http_port", self.http_port, -1)
         _at_least("metrics_port", self.metrics_port, -1)
         _at_least("max_engine_restarts", self.max_engine_restarts, 0)
+        _at_least("max_tokens_per_message", self.max_tokens_per_message, 1)
+        _at_least("max_unread_tokens", self.max_unread_tokens, 1)
         if not 0 <= self.max_connection_age_s < math.inf:
             raise InvalidArgumentError.field(
                 "max_connection_age", f"{self.max_connection_age_s} is no number of seconds"

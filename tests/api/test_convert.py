@@ -56,6 +56,9 @@ BAD = [
     (sampling(top_p=1.01), "sampling.top_p"),
     (sampling(top_p=float("nan")), "sampling.top_p"),
     (stopping(max_tokens=0), "stopping.max_tokens"),
+    (OK | {"prompt_logprobs": 21}, "prompt_logprobs"),
+    (OK | {"n": 0}, "n"),
+    (OK | {"n": 129}, "n"),
     (stopping(max_tokens=3, min_tokens=4), "stopping.min_tokens"),
     (stopping(stop=["a", ""]), "stopping.stop[1]"),
     (stopping(stop=["x" * 257]), "stopping.stop[0]"),
@@ -88,6 +91,8 @@ def test_a_bad_field_is_named(fields: dict[str, Any], path: str) -> None:
         sampling(temperature=0.0, top_p=1.0, top_k=2**32 - 1, seed=0),
         stopping(max_tokens=1, min_tokens=1, stop=["x" * 256] * 16, stop_token_ids=[99] * 64),
         stopping(min_tokens=1000),
+        OK | {"prompt_logprobs": 20, "n": 128} | stopping(max_tokens=0),
+        stopping(max_tokens=0) | {"echo": True},
         OK | {"logprobs": 20, "request_id": "a" * 128, "priority": -(2**31), "speculative_tokens": 16},
     ],
 )

@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from loraplex import Client
+from loraplex import Client, Generation
+from loraplex.errors import NotFoundError
 from loraplex_bench.demo.tasks import data_dir, expected, prompt, sure_lines
 
 pytest.importorskip("uvicorn", reason="needs the server extra: uvicorn")
@@ -229,6 +230,75 @@ def test_choices_share_one_prefill(server: Server, client: openai.OpenAI) -> Non
     metrics = server.at_rest(before["loraplex_audits"])
     # Six blocks of 16 tokens for each but the first; none of them was there before.
     assert metrics[hits] - before[hits] == 3 * 96
+
+
+def test_choices_without_the_prefix_cache(server: Server) -> None:
+    """As single requests with those seeds, whole and streamed."""
+    ids = [6 + (11 * i) % 60 for i in range(100)]
+    options: Any = {"temperature": 3.0, "max_tokens": 12, "ignore_eos": True, "cache_prefix": False}
+    with Client(server.grpc) as sdk:
+        single = [sdk.generate(ids, adapter="leet", seed=seed, **options) for seed in (9, 10, 11, 12)]
+        whole = sdk.generate(ids, adapter="leet", seed=9, n=4, **options)
+        streamed = sdk.stream(ids, adapter="leet", seed=9, n=4, **options).collect()
+    for made in (whole, streamed):
+        assert [answer.text for answer in (made, *made.others)] == [answer.text for answer in single]
+        assert [answer.index for answer in (made, *made.others)] == [0, 1, 2, 3]
+
+
+def test_prompts_are_scored_as_evaluation_harnesses_do(server: Server, client: openai.OpenAI) -> None:
+    """`echo` with `logprobs`: a continuation's log-likelihood, and whether it is the greedy one."""
+    line = LINES[90]
+    with Client(server.grpc) as sdk:
+        for name in ("upper", "rot13"):
+            context = sdk.tokenize(prompt(line))
+            answer = sdk.generate(context, adapter=name, temperature=0, logprobs=0, max_tokens=40)
+            said = answer.token_ids
+            assert answer.logprobs is not None
+            wrong = [*said[:2], said[2] + 1, *said[3:]]
+            for limit in (0, 1):
+                scored = client.completions.create(
+                    model=name,
+                    prompt=[context + said, context + wrong],
+                    echo=True,
+                    logprobs=1,
+                    max_tokens=limit,
+                    temperature=0,
+                    seed=1,
+                )
+                tails = []
+                for choice in scored.choices:
+                    found = choice.logprobs
+                    assert len(found.tokens) == len(context) + len(said) + limit
+                    part = slice(len(context), len(found.tokens) - limit)
+                    pairs = zip(found.token_logprobs[part], found.top_logprobs[part], strict=True)
+                    tails.append([(own, own == max(top.values())) for own, top in pairs])
+                right, other = tails
+                assert [own for own, _ in right] == pytest.approx(
+                    [entry.logprob for entry in answer.logprobs], abs=1e-4
+                )
+                assert all(greedy for _, greedy in right)
+                assert not other[2][1]
+                assert sum(own for own, _ in other) < sum(own for own, _ in right)
+            grpc_scored = sdk.generate(context + said, adapter=name, prompt_logprobs=1, max_tokens=0)
+            assert grpc_scored.prompt_logprobs is not None
+            assert [entry.logprob for entry in grpc_scored.prompt_logprobs] == pytest.approx(
+                scored.choices[0].logprobs.token_logprobs[1 : len(context) + len(said)], abs=1e-4
+            )
+            assert (grpc_scored.token_ids, grpc_scored.finish_reason) == ([], "length")
+
+
+def test_a_batch_over_grpc(server: Server) -> None:
+    asked = [
+        (prompt(line), {"adapter": name}) for line, name in zip(LINES[100:140], _NAMES * 10, strict=True)
+    ]
+    asked.insert(7, (prompt(LINES[0]), {"adapter": "nobody"}))
+    with Client(server.grpc) as sdk:
+        found = sdk.stream_batch(asked, temperature=0, max_tokens=40).collect()
+    missing = found.pop(7)
+    assert isinstance(missing, NotFoundError)
+    for answer, line, name in zip(found, LINES[100:140], _NAMES * 10, strict=True):
+        assert isinstance(answer, Generation)
+        assert answer.text == expected(name, line)
 
 
 def test_errors_are_the_clients_own_kinds(client: openai.OpenAI) -> None:

@@ -10,10 +10,12 @@ import pytest
 import loraplex
 from loraplex import (
     AsyncClient,
+    AsyncGenerationBatch,
     AsyncGenerationMap,
     AsyncGenerationStream,
     Client,
     GenerateOptions,
+    GenerationBatch,
     GenerationMap,
     GenerationStream,
 )
@@ -28,8 +30,10 @@ def test_the_public_names() -> None:
         "AdapterInfo",
         "AdapterState",
         "AsyncClient",
+        "AsyncGenerationBatch",
         "AsyncGenerationMap",
         "AsyncGenerationStream",
+        "BatchResult",
         "CallHook",
         "CallInfo",
         "Client",
@@ -37,6 +41,7 @@ def test_the_public_names() -> None:
         "FinishReason",
         "GenerateOptions",
         "Generation",
+        "GenerationBatch",
         "GenerationChunk",
         "GenerationMap",
         "GenerationStream",
@@ -74,6 +79,7 @@ def public(kind: type) -> dict[str, Any]:
         (Adapters, AsyncAdapters),
         (GenerationStream, AsyncGenerationStream),
         (GenerationMap, AsyncGenerationMap),
+        (GenerationBatch, AsyncGenerationBatch),
         (AdapterWatch, AsyncAdapterWatch),
     ],
 )

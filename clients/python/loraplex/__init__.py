@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraplex import errors
-    from loraplex._async import AsyncClient, AsyncGenerationStream
+    from loraplex._async import AsyncClient, AsyncGenerationBatch, AsyncGenerationStream
+    from loraplex._batch import BatchResult
     from loraplex._config import Keepalive, RetryPolicy, Timeouts, TlsConfig
     from loraplex._convert import Conversation, GenerateOptions
     from loraplex._hooks import CallHook, CallInfo
     from loraplex._map import AsyncGenerationMap, GenerationMap
-    from loraplex._sync import Client, GenerationStream
+    from loraplex._sync import Client, GenerationBatch, GenerationStream
     from loraplex._types import (
         AdapterChanges,
         AdapterInfo,
@@ -45,8 +46,10 @@ __all__ = [
     "AdapterInfo",
     "AdapterState",
     "AsyncClient",
+    "AsyncGenerationBatch",
     "AsyncGenerationMap",
     "AsyncGenerationStream",
+    "BatchResult",
     "CallHook",
     "CallInfo",
     "Client",
@@ -54,6 +57,7 @@ __all__ = [
     "FinishReason",
     "GenerateOptions",
     "Generation",
+    "GenerationBatch",
     "GenerationChunk",
     "GenerationMap",
     "GenerationStream",
@@ -72,12 +76,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "_async": ("AsyncClient", "AsyncGenerationStream"),
+    "_async": ("AsyncClient", "AsyncGenerationBatch", "AsyncGenerationStream"),
+    "_batch": ("BatchResult",),
     "_config": ("Keepalive", "RetryPolicy", "Timeouts", "TlsConfig"),
     "_convert": ("Conversation", "GenerateOptions"),
     "_hooks": ("CallHook", "CallInfo"),
     "_map": ("AsyncGenerationMap", "GenerationMap"),
-    "_sync": ("Client", "GenerationStream"),
+    "_sync": ("Client", "GenerationBatch", "GenerationStream"),
     "_types": (
         "AdapterChanges",
         "AdapterInfo",

@@ -322,7 +322,13 @@ class _Server:
             await asyncio.gather(ready, loading, return_exceptions=True)
             raise
         tokenizer = loading.result()
-        engine = await EngineClient.connect(handle.socket_path, handle.token, self._journal.note)
+        engine = await EngineClient.connect(
+            handle.socket_path,
+            handle.token,
+            self._journal.note,
+            max_joined=self._config.api.max_tokens_per_message,
+            max_unread=self._config.api.max_unread_tokens,
+        )
         self._engine_stack.push_async_callback(engine.shutdown)
         await self._journal.replay(engine)
         self._metrics.set_info(engine.info, self._version)

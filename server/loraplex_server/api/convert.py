@@ -356,16 +356,22 @@ def to_generate_response(
     index: int = 0,
 ) -> generation_pb2.GenerateResponse:
     """One streamed message of answer `index`; `request_id` is empty on all but the first."""
-    return generation_pb2.GenerateResponse(
-        index=index,
-        text=piece.text if piece.prompt is None else piece.prompt.text + piece.text,
-        prompt_logprobs=[to_logprobs(entry, token_text) for entry in piece.prompt_logprobs],
-        prompt_token_ids=() if piece.prompt is None else piece.prompt.token_ids,
-        token_ids=piece.token_ids,
-        logprobs=[to_logprobs(entry, token_text) for entry in piece.logprobs],
-        finish=finish,
-        request_id=request_id,
-    )
+    message = generation_pb2.GenerateResponse(text=piece.text, token_ids=piece.token_ids)
+    # Most messages have none of these, and naming them costs as much as what they do have.
+    if index:
+        message.index = index
+    if piece.prompt is not None:
+        message.text = piece.prompt.text + piece.text
+        message.prompt_token_ids.extend(piece.prompt.token_ids)
+    if piece.prompt_logprobs:
+        message.prompt_logprobs.extend(to_logprobs(entry, token_text) for entry in piece.prompt_logprobs)
+    if piece.logprobs:
+        message.logprobs.extend(to_logprobs(entry, token_text) for entry in piece.logprobs)
+    if finish is not None:
+        message.finish.CopyFrom(finish)
+    if request_id:
+        message.request_id = request_id
+    return message
 
 
 class WholeResponse:

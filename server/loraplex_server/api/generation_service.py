@@ -24,12 +24,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
 
-    async def Generate(  # noqa: N802
+    def Generate(  # noqa: N802
         self, request: generation_pb2.GenerateRequest, context: Any
     ) -> AsyncGenerator[generation_pb2.GenerateResponse]:
-        async with contextlib.aclosing(self._messages(request, context)) as messages:
-            async for message in messages:
-                yield message
+        return self._messages(request, context)
 
     async def GenerateUnary(  # noqa: N802
         self, request: generation_pb2.GenerateUnaryRequest, context: Any

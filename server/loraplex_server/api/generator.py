@@ -137,7 +137,7 @@ class Generator:
                     if piece.empty:
                         continue
                     if echo is not None:
-                        piece, echo = dataclasses.replace(piece, prompt=echo), None
+                        piece, echo = msgspec.structs.replace(piece, prompt=echo), None
                     if piece.finish is None:
                         yield piece, None
                         continue

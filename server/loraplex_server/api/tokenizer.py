@@ -23,7 +23,9 @@ class Tokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._decode = _fastest_decode(tokenizer)
+        # Of single tokens: as `token_text` and as `decode` has them.
         self._texts: dict[int, str] = {}
+        self._alone: dict[int, str] = {}
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         special = {index for index, added in tokenizer.added_tokens_decoder.items() if added.special}
         special.update(tokenizer.all_special_ids)
@@ -60,7 +62,12 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`, special tokens left out, spaces as they are."""
-        return self._decode(token_ids)
+        if len(token_ids) != 1:
+            return self._decode(token_ids)
+        text = self._alone.get(token_ids[0])
+        if text is None:
+            text = self._alone[token_ids[0]] = self._decode(token_ids)
+        return text
 
     def has_text(self, token_id: int) -> bool:
         """Whether `decode` can show the token: it is in the vocabulary and not special."""

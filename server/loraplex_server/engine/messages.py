@@ -8,6 +8,8 @@ the connection that submitted it and dies with it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
 
 from loraplex_server.core.composition import Composition
@@ -347,3 +349,22 @@ def decode_to_engine(body: bytes) -> ToEngine:
 def decode_from_engine(body: bytes) -> FromEngine:
     """Raises: msgspec.DecodeError for anything that is no such message."""
     return _from_engine.decode(body)
+
+
+class FrameBuffer:
+    """Cuts what comes from a connection into frames."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The bodies of the frames that are complete with `data`."""
+        data = self._rest + data if self._rest else data
+        begin = 0
+        while len(data) - begin >= 4:
+            end = begin + 4 + int.from_bytes(data[begin : begin + 4], "big")
+            if end > len(data):
+                break
+            yield data[begin + 4 : end]
+            begin = end
+        self._rest = data[begin:]
