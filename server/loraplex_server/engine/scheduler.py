@@ -271,6 +271,8 @@ class Scheduler:
         """Guesses for those that decode, from what is left of the step: no one waits for them, and no one is
         preempted.
         """
+        if not any(item.sequence.drafter for item in scheduled):
+            return scheduled
         config = self._config
         rows = config.max_batch_tokens - sum(item.num_tokens for item in scheduled)
         # As many rows are sampled as there could be without guesses: so much memory was set aside.
