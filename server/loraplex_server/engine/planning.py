@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import accumulate, pairwise
-from typing import NamedTuple
 
 import numpy as np
 
 from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.core.random import uniform
-from loraplex_server.core.request import SamplingParams
 from loraplex_server.core.step import Ints, StepPlan
 from loraplex_server.engine.scheduler import Scheduled
 from loraplex_server.engine.sequence import Sequence
 
 SlotOf = Callable[[AdapterHandle], int]
+
+Drafts = tuple[int, ...]
+_Row = tuple[Sequence, Drafts]
+"""A row after which a token is sampled: of a sequence, as if these guesses were its tokens."""
 
 
 def build_plan(
@@ -33,7 +35,7 @@ def build_plan(
     blocks: list[int] = []
     num_blocks: list[int] = []
     runs: list[tuple[int, int, list[tuple[int, float]]]] = []
-    sampled: list[_Sampled] = []
+    sampled: list[_Row] = []
     sample_row: list[int] = []
     prefixes: list[tuple[int, int, list[int]]] = []
     fed: list[tuple[int, int]] = []
@@ -41,13 +43,14 @@ def build_plan(
     for item in scheduled:
         sequence, length = item.sequence, item.num_tokens
         first = sequence.num_computed
-        known, end = first + length, first + item.num_rows
+        known = first + length
+        end = known + len(item.drafts)
         row = len(token_ids)
         if sequence.awaited is not None and known == len(sequence.token_ids):
             fed.append((row + length - 1, sequence.awaited))
         token_ids += sequence.token_ids[first:known]
         token_ids += item.drafts
-        lengths.append(item.num_rows)
+        lengths.append(end - first)
         contexts.append(end)
         table = sequence.block_table[: -(-end // block_size)]
         blocks += table
@@ -58,11 +61,14 @@ def build_plan(
             prefixes.append(_prefix(item, block_size, slot_of))
         if sequence.num_unscored:
             scored += _scored(item, row)
-        for taken in range(item.num_samples):
-            sampled.append(_Sampled(sequence, item.drafts[:taken]))
-            sample_row.append(row + length - 1 + taken)
-    params = [one.params for one in sampled]
-    banned = [_banned(one, eos_token_ids) for one in sampled]
+        if item.samples:
+            sampled.append((sequence, ()))
+            sample_row.append(row + length - 1)
+            for count in range(1, len(item.drafts) + 1):
+                sampled.append((sequence, item.drafts[:count]))
+                sample_row.append(row + length - 1 + count)
+    params = [sequence.request.sampling for sequence, _ in sampled]
+    banned = [_banned(sequence, drafts, eos_token_ids) for sequence, drafts in sampled]
     query_start, block_start = _starts(lengths), _starts(num_blocks)
     context_len, block_ids = _ints(contexts), _ints(blocks)
     token_sequence = np.repeat(np.arange(len(lengths)), lengths)
@@ -85,7 +91,7 @@ def build_plan(
         temperature=_floats([sampling.temperature for sampling in params]),
         top_k=_ints([sampling.top_k for sampling in params]),
         top_p=_floats([sampling.top_p for sampling in params]),
-        uniform=_floats([_draw(one) for one in sampled]),
+        uniform=_floats([_draw(sequence, drafts) for sequence, drafts in sampled]),
         num_logprobs=_ints([-1 if sampling.logprobs is None else sampling.logprobs for sampling in params]),
         banned_start=_starts([len(ids) for ids in banned]),
         banned_ids=_ints([token for ids in banned for token in ids]),
@@ -100,21 +106,6 @@ def build_plan(
         prefix_start=_starts([len(cells) for _, _, cells in prefixes]),
         prefix_cells=_ints([cell for _, _, cells in prefixes for cell in cells]),
     )
-
-
-class _Sampled(NamedTuple):
-    """A row after which a token is sampled: the sequence as if some guesses were its tokens."""
-
-    sequence: Sequence
-    drafts: tuple[int, ...]
-
-    @property
-    def params(self) -> SamplingParams:
-        return self.sequence.request.sampling
-
-    def ends_with(self, end: tuple[int, ...]) -> bool:
-        count = len(end)
-        return not end or (*self.sequence.token_ids[-count:], *self.drafts)[-count:] == end
 
 
 def _runs(item: Scheduled, row: int, slot_of: SlotOf) -> list[tuple[int, int, list[tuple[int, float]]]]:
@@ -149,9 +140,9 @@ def _prefix(item: Scheduled, block_size: int, slot_of: SlotOf) -> tuple[int, int
     return slot_of(handle), first, cells
 
 
-def _rare(sampled: list[_Sampled]) -> dict[str, np.ndarray]:
+def _rare(sampled: list[_Row]) -> dict[str, np.ndarray]:
     """The sections of what few requests ask for; left out where none does."""
-    params = [one.params for one in sampled]
+    params = [sequence.request.sampling for sequence, _ in sampled]
     sections: dict[str, np.ndarray] = {}
     if any(sampling.min_p for sampling in params):
         sections["min_p"] = _floats([sampling.min_p for sampling in params])
@@ -160,7 +151,9 @@ def _rare(sampled: list[_Sampled]) -> dict[str, np.ndarray]:
         sections["bias_ids"] = _ints([token for sampling in params for token, _ in sampling.logit_bias])
         sections["bias_value"] = _floats([value for sampling in params for _, value in sampling.logit_bias])
     if any(sampling.penalised for sampling in params):
-        seen = [_seen(one) for one in sampled if one.params.penalised]
+        seen = [
+            _seen(sequence, drafts) for sequence, drafts in sampled if sequence.request.sampling.penalised
+        ]
         lengths = iter([len(ids) for ids, _ in seen])
         sections["seen_start"] = _starts([next(lengths) if sampling.penalised else 0 for sampling in params])
         sections["seen_ids"] = np.concatenate([ids for ids, _ in seen])
@@ -170,28 +163,31 @@ def _rare(sampled: list[_Sampled]) -> dict[str, np.ndarray]:
     return sections
 
 
-def _seen(one: _Sampled) -> tuple[Ints, Ints]:
+def _seen(sequence: Sequence, drafts: Drafts) -> tuple[Ints, Ints]:
     """The tokens that a row has, and the times that it generated them."""
-    sequence = one.sequence
     counts = sequence.token_counts
     found = counts.update(sequence.token_ids, sequence.num_prompt)
-    return counts.with_more(one.drafts) if one.drafts else found
+    return counts.with_more(drafts) if drafts else found
 
 
-def _draw(one: _Sampled) -> float:
+def _draw(sequence: Sequence, drafts: Drafts) -> float:
     """The draw of a row's next token; greedy decoding needs none."""
-    sampling = one.params
-    if not sampling.temperature:
+    sampling = sequence.request.sampling
+    if not sampling.temperature > 0:
         return 0.0
-    return uniform(sampling.seed, len(one.sequence.token_ids) + len(one.drafts))
+    return uniform(sampling.seed, len(sequence.token_ids) + len(drafts))
 
 
-def _banned(one: _Sampled, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
-    sampling = one.params
-    banned = [word[-1] for word in sampling.bad_words if one.ends_with(word[:-1])]
-    if one.sequence.num_generated + len(one.drafts) < sampling.min_tokens:
+def _banned(sequence: Sequence, drafts: Drafts, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    sampling = sequence.request.sampling
+    banned = [word[-1] for word in sampling.bad_words if _ends_with(sequence.token_ids, drafts, word[:-1])]
+    if sequence.num_generated + len(drafts) < sampling.min_tokens:
         banned += [*eos_token_ids, *sampling.stop_token_ids]
     return tuple(dict.fromkeys(banned))
+
+
+def _ends_with(token_ids: list[int], drafts: Drafts, end: tuple[int, ...]) -> bool:
+    return not end or (*token_ids[-len(end) :], *drafts)[-len(end) :] == end
 
 
 def _ints(values: list[int]) -> np.ndarray:
