@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig, SchedulerConfig
-from loraplex_server.core.request import AdapterUse, Request, SamplingParams
+from loraplex_server.core.request import AdapterUse, Request, SamplingParams, Structure
 from loraplex_server.engine.build import build_engine
 from loraplex_server.engine.drafts import Drafter
 from loraplex_server.engine.engine import Engine
@@ -63,6 +63,7 @@ class Harness:
         tenant: str = "default",
         cache_prefix: bool = True,
         group: str = "",
+        structure: Structure | None = None,
         speculative_tokens: int | None = None,
         **sampling: Any,
     ) -> Answer:
@@ -80,7 +81,8 @@ class Harness:
                 deadline_s,
                 cache_prefix,
                 group,
-                speculative_tokens,
+                structure=structure,
+                speculative_tokens=speculative_tokens,
             ),
         )
         return self.answers[name]

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from loraplex_server.model import fusion
+
 MAX_TOKENS = 10
 EXACT_IN_8_BITS = (
     None,
@@ -231,6 +233,7 @@ class Column:
         together: requests of all kinds and of the base are one batch; else each has the engine to itself.
         repeated: all are asked twice, after the base alone, and find their prompts cached the second time.
         preempted: the KV cache is too small for those that run.
+        fused: what lies between the projections is fused, by the references of the kernels.
         guessed: tokens are guessed, many of them right.
     """
 
@@ -238,6 +241,7 @@ class Column:
     together: bool = True
     repeated: bool = False
     preempted: bool = False
+    fused: bool = False
     guessed: bool = False
     scheduler: dict[str, Any] = dataclasses.field(default_factory=dict)
     adapters: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -250,6 +254,7 @@ _TIGHT: dict[str, Any] = {
 }
 COLUMNS = {
     "alone": Column(together=False),
+    "fused": Column(together=False, fused=True),
     "mixed batch": Column(),
     "nf4": Column("nf4", **_TIGHT),
     "int4": Column("int4", **_TIGHT),
@@ -404,7 +409,7 @@ def _name(turn: int, kind: str | None, length: int) -> str:
 
 
 def _serve(model: Any, folders: dict[str, Path], column: Column, harness: Any) -> Any:
-    return harness(
+    served = harness(
         model,
         column.quantization,
         scheduler={
@@ -416,6 +421,9 @@ def _serve(model: Any, folders: dict[str, Path], column: Column, harness: Any) -
         },
         adapters={"folders": tuple(folders.values()), **column.adapters},
     )
+    if column.fused:
+        assert fusion.fuse(served.engine._runner._base.model).layers == 2
+    return served
 
 
 def _ask(served: Any, column: Column, prompts: Prompts) -> list[dict[tuple[str | None, int], Any]]:

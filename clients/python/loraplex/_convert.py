@@ -9,6 +9,7 @@ from typing import Any, TypedDict, TypeVar
 
 from google.protobuf.message import Message
 
+from loraplex._structure import Structure, structure_message
 from loraplex._types import (
     AdapterChanges,
     AdapterInfo,
@@ -114,6 +115,8 @@ class GenerateOptions(TypedDict, total=False):
     """Higher goes first."""
     cache_prefix: bool | None
     """False: the prompt is neither taken from nor left in the server's prefix cache."""
+    structure: Structure | None
+    """The form of the answer: JsonSchema, JsonObject, Regex, Grammar or Choice."""
     speculative_tokens: int | None
     """Most tokens guessed in a step from earlier text, 0 to 16: sooner where it copies, not otherwise."""
     request_id: str | None
@@ -147,6 +150,7 @@ def generate_request(
     n: int | None = None,
     priority: int | None = None,
     cache_prefix: bool | None = None,
+    structure: Structure | None = None,
     speculative_tokens: int | None = None,
     request_id: str | None = None,
 ) -> generation_pb2.GenerateRequest:
@@ -195,6 +199,8 @@ def generate_request(
     assign(request, "n", n)
     assign(request, "priority", priority)
     assign(request, "cache_prefix", cache_prefix)
+    if structure is not None:
+        request.structure.CopyFrom(structure_message(structure))
     assign(request, "speculative_tokens", speculative_tokens)
     assign(request, "request_id", request_id)
     return request
