@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 
 from loraplex_server.engine.messages import TokenDelta
-from loraplex_server.errors import ResourceExhaustedError, ServerError
+from loraplex_server.errors import Reason, ResourceExhaustedError, ServerError
 
 BEHIND_S = 0.005
 """A taker who comes for a delta that has waited so long already is behind."""
@@ -72,7 +72,8 @@ class DeltaQueue:
             self._deltas.clear()
             self.fail(
                 ResourceExhaustedError(
-                    f"{self._unread} tokens wait to be read; read the stream faster, or ask for fewer tokens"
+                    f"{self._unread} tokens wait to be read; read the stream faster, or ask for fewer tokens",
+                    reason=Reason.READER_TOO_SLOW,
                 )
             )
             return False
