@@ -337,6 +337,8 @@ def test_a_batch_answers_as_each_request_finishes(serving: Any, byte_level_token
             assert [found[at].answer.text for at in (0, 1, 3)] == [" first", " second", " third"]
             assert [answer.text for answer in found[5].answer.others] == [" two"]
             assert found[0].answer.finish.usage.completion_tokens > 0
+            assert [found[at].answer.request_id[-2:] for at in (0, 1, 3, 5)] == ["-0", "-1", "-3", "-5"]
+            assert len({core.request_id for core in server.engine.submitted}) == 6
             for position, code, kind in (
                 (2, grpc.StatusCode.RESOURCE_EXHAUSTED, error_details_pb2.RetryInfo),
                 (4, grpc.StatusCode.INVALID_ARGUMENT, error_details_pb2.BadRequest),
