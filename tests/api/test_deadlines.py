@@ -6,18 +6,18 @@ import asyncio
 from typing import Any
 
 import grpc
+import msgspec
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from loraplex.v1 import generation_pb2
 from loraplex_server.api.deadlines import FastestAnswer, certain_tokens
-from loraplex_server.core.request import FinishReason, Request, SamplingParams
+from loraplex_server.core.request import FinishReason, Request, SamplingParams, Structure
 from loraplex_server.engine.messages import Times
 
 # 40 tokens after the first in 20 s: half a second each.
 TIMES = Times(queue_s=1.0, adapter_wait_s=0.5, first_token_s=2.0, total_s=22.0, preemptions=0)
 TOKENS = 41
-LONG = generation_pb2.StoppingCriteria(max_tokens=200, ignore_eos=True)
 
 
 async def answers(engine: Any, request: Request) -> None:
@@ -54,6 +54,8 @@ def test_tokens_that_an_answer_is_bound_to_have(
 ) -> None:
     request = Request("r", (1,), SamplingParams(**{"max_tokens": 100, **sampling}))
     assert certain_tokens(request, stops) == certain
+    structured = msgspec.structs.replace(request, structure=Structure("regex", "a*"))
+    assert certain_tokens(structured, stops) == min(1, certain)
 
 
 def test_what_cannot_be_done_in_time_is_refused_before_the_engine_hears_of_it(serving: Any) -> None:

@@ -36,8 +36,8 @@ class FastestAnswer:
 def certain_tokens(request: Request, stops: Collection[str]) -> int:
     """Tokens that an answer has at least, whatever the model says."""
     sampling = request.sampling
-    if stops:
-        return 1
+    if stops or request.structure is not None:
+        return min(1, sampling.max_tokens)
     if sampling.ignore_eos and not sampling.stop_token_ids:
         return sampling.max_tokens
     return min(max(1, sampling.min_tokens), sampling.max_tokens)
