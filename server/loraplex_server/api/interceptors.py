@@ -20,6 +20,7 @@ from loraplex_server.api.convert import valid_request_id
 from loraplex_server.api.lifecycle import Lifecycle
 from loraplex_server.api.stalls import StallWatch
 from loraplex_server.api.status import code_of_cancellation, retry_pushback, to_status
+from loraplex_server.api.tracing.spans import NO_SPAN, Tracing
 from loraplex_server.errors import (
     ErrorInfo,
     InternalError,
@@ -56,12 +57,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """
 
     def __init__(
-        self, lifecycle: Lifecycle, metrics: Metrics, authenticator: Authenticator, stalls: StallWatch
+        self,
+        lifecycle: Lifecycle,
+        metrics: Metrics,
+        authenticator: Authenticator,
+        tracing: Tracing,
+        stalls: StallWatch,
     ) -> None:
         self._stalls = stalls
         self._lifecycle = lifecycle
         self._metrics = metrics
         self._authenticator = authenticator
+        self._tracing = tracing
 
     async def intercept_service(
         self,
@@ -119,12 +126,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         started = time.perf_counter()
         log.request_id.set(_request_id(context))
         timings.begin()
+        guarded = method.startswith(_GUARDED)
+        span = self._tracing.rpc(method, _texts(context)) if guarded else NO_SPAN
         code = "OK"
         try:
             if not method.startswith(_OPEN_TO_ALL):
                 tenant = self._authenticator.tenant_of(_authorization(context), lambda: _names(context))
                 authentication.tenant.set(tenant)
-            with self._lifecycle.call() if method.startswith(_GUARDED) else contextlib.nullcontext():
+            with self._lifecycle.call() if guarded else contextlib.nullcontext():
                 yield
             context.set_trailing_metadata(_trailers(started))
         except asyncio.CancelledError:
@@ -149,10 +158,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await _abort(context, info, started)
         finally:
             self._metrics.observe_call(method, code, time.perf_counter() - started)
+            span.end_rpc(code)
 
 
 def _authorization(context: _Context) -> str | None:
     return next((str(v) for k, v in context.invocation_metadata() or () if k == "authorization"), None)
+
+
+def _texts(context: _Context) -> dict[str, str]:
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
 def _names(context: _Context) -> Iterator[str]:
