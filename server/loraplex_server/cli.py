@@ -303,7 +303,8 @@ def build_parser() -> argparse.ArgumentParser:
         group,
         "--adapter-extra-file",
         "NAME",
-        "a small text file that is downloaded along with an adapter that has it: chat_template.jinja",
+        "a small text file that is downloaded along with an adapter that has it: chat_template.jinja, "
+        "tokenizer.json",
     )
 
     group = parser.add_argument_group("adapters that clients send")

@@ -513,7 +513,20 @@ WRONG: list[tuple[str, dict[str, Any], str | None]] = [
     ("chat", {"logprobs": 2}, "logprobs"),
     ("chat", {"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens"),
     ("chat", {"tools": [{"type": "function"}]}, "tools"),
-    ("chat", {"response_format": {"type": "json_object"}}, "response_format"),
+    ("chat", {"response_format": {"type": "xml"}}, "response_format.type"),
+    ("chat", {"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    (
+        "chat",
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": 3}}},
+        "response_format.json_schema.schema",
+    ),
+    ("text", {"response_format": {"type": "json_object"}, "structure": {"regex": "a"}}, "structure"),
+    ("text", {"structure": {}}, "structure"),
+    ("text", {"structure": {"regex": "a", "choice": ["a"]}}, "structure"),
+    ("text", {"structure": {"json_object": False}}, "structure"),
+    ("text", {"structure": {"regex": ""}}, "structure.regex"),
+    ("text", {"structure": {"choice": [""]}}, "structure.choice"),
+    ("text", {"structure": {"choice": ["a"] * 1025}}, "structure.choice"),
 ]
 
 

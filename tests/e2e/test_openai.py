@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -428,3 +428,42 @@ def test_the_description_is_true_and_nothing_breaks(server: Server, mode: str) -
         check()
     # All but the document itself, which schemathesis leaves out.
     assert paths == set(schema.raw_schema["paths"]) - {"/openapi.json"}
+
+
+def test_structured_output(client: openai.OpenAI) -> None:
+    """OpenAI's own helper with a pydantic model, its other formats, and the forms that are ours."""
+    pytest.importorskip("llguidance", reason="needs the server extra: llguidance")
+    from pydantic import BaseModel, Field
+
+    class Person(BaseModel):
+        name: Literal["ada", "grace"]
+        age: int = Field(ge=0, le=150)
+        tags: list[bool] = Field(max_length=2)
+
+    # Whitespace may stand between tokens; a model that knows no JSON would not stop.
+    options: Any = {"messages": chat(LINES[60]), "temperature": 0, "logit_bias": {"4": -100, "99": -100}}
+    for model in ("demo", "upper"):
+        parsed = client.chat.completions.parse(model=model, response_format=Person, **options)
+        message = parsed.choices[0].message
+        assert isinstance(message.parsed, Person)
+        assert Person.model_validate_json(message.content or "") == message.parsed
+    stream = client.chat.completions.create(
+        model="demo", response_format={"type": "json_object"}, max_tokens=3, stream=True, **options
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream).startswith("{")
+    for form, pattern in (
+        ({"regex": "[a-c]{4}"}, "[a-c]{4}"),
+        ({"choice": ["yes", "no"]}, "yes|no"),
+        ({"grammar": 'start: "<" /[a-z]{2}/ ">"'}, "<[a-z]{2}>"),
+        ({"json_schema": {"enum": [1, "b"]}}, '1|"b"'),
+    ):
+        found = client.completions.create(
+            model="rot13", prompt=prompt(LINES[61]), n=2, max_tokens=40, extra_body={"structure": form}
+        )
+        for choice in found.choices:
+            assert re.fullmatch(pattern, choice.text), (form, choice.text)
+            assert choice.finish_reason == "stop"
+    wrong: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "strin"}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="demo", response_format=wrong, **options)
+    assert caught.value.param == "response_format.json_schema.schema"

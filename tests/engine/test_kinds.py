@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from loraplex_server.model import fusion
+
 MAX_TOKENS = 10
 EXACT_IN_8_BITS = (
     None,
@@ -231,12 +233,14 @@ class Column:
         together: requests of all kinds and of the base are one batch; else each has the engine to itself.
         repeated: all are asked twice, after the base alone, and find their prompts cached the second time.
         preempted: the KV cache is too small for those that run.
+        fused: what lies between the projections is fused, by the references of the kernels.
     """
 
     quantization: str = "none"
     together: bool = True
     repeated: bool = False
     preempted: bool = False
+    fused: bool = False
     scheduler: dict[str, Any] = dataclasses.field(default_factory=dict)
     adapters: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -248,6 +252,7 @@ _TIGHT: dict[str, Any] = {
 }
 COLUMNS = {
     "alone": Column(together=False),
+    "fused": Column(together=False, fused=True),
     "mixed batch": Column(),
     "nf4": Column("nf4", **_TIGHT),
     "int4": Column("int4", **_TIGHT),
@@ -398,6 +403,8 @@ def _ask(
         },
         adapters={"folders": tuple(folders.values()), **column.adapters},
     )
+    if column.fused:
+        assert fusion.fuse(served.engine._runner._base.model).layers == 2
     wanted = [(kind, length) for length in LENGTHS for kind in (*KINDS, None)]
     random.Random(8).shuffle(wanted)
     options = {"max_tokens": MAX_TOKENS, "ignore_eos": True, "logprobs": 0}

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from loraplex._convert import Conversation, GenerateOptions
     from loraplex._hooks import CallHook, CallInfo
     from loraplex._map import AsyncGenerationMap, GenerationMap
+    from loraplex._structure import Choice, Grammar, JsonObject, JsonSchema, Regex
     from loraplex._sync import Client, GenerationBatch, GenerationStream
     from loraplex._types import (
         AdapterChanges,
@@ -52,6 +53,7 @@ __all__ = [
     "BatchResult",
     "CallHook",
     "CallInfo",
+    "Choice",
     "Client",
     "Conversation",
     "FinishReason",
@@ -61,9 +63,13 @@ __all__ = [
     "GenerationChunk",
     "GenerationMap",
     "GenerationStream",
+    "Grammar",
+    "JsonObject",
+    "JsonSchema",
     "Keepalive",
     "LoraplexError",
     "ModelInfo",
+    "Regex",
     "RetryPolicy",
     "Timeouts",
     "Timing",
@@ -82,6 +88,7 @@ _HOMES = {
     "_convert": ("Conversation", "GenerateOptions"),
     "_hooks": ("CallHook", "CallInfo"),
     "_map": ("AsyncGenerationMap", "GenerationMap"),
+    "_structure": ("Choice", "Grammar", "JsonObject", "JsonSchema", "Regex"),
     "_sync": ("Client", "GenerationBatch", "GenerationStream"),
     "_types": (
         "AdapterChanges",

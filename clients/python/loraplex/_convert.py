@@ -9,6 +9,7 @@ from typing import Any, TypedDict, TypeVar
 
 from google.protobuf.message import Message
 
+from loraplex._structure import Structure, structure_message
 from loraplex._types import (
     AdapterChanges,
     AdapterInfo,
@@ -114,6 +115,8 @@ class GenerateOptions(TypedDict, total=False):
     """Higher goes first."""
     cache_prefix: bool | None
     """False: the prompt is neither taken from nor left in the server's prefix cache."""
+    structure: Structure | None
+    """The form of the answer: JsonSchema, JsonObject, Regex, Grammar or Choice."""
     request_id: str | None
     """A name of your own, to find the request in the server's logs."""
 
@@ -145,6 +148,7 @@ def generate_request(
     n: int | None = None,
     priority: int | None = None,
     cache_prefix: bool | None = None,
+    structure: Structure | None = None,
     request_id: str | None = None,
 ) -> generation_pb2.GenerateRequest:
     """The request as sent. Only types are checked here; what the values may be, the server knows.
@@ -192,6 +196,8 @@ def generate_request(
     assign(request, "n", n)
     assign(request, "priority", priority)
     assign(request, "cache_prefix", cache_prefix)
+    if structure is not None:
+        request.structure.CopyFrom(structure_message(structure))
     assign(request, "request_id", request_id)
     return request
 

@@ -27,6 +27,7 @@ from loraplex.v1 import (
 )
 from loraplex_server.api import tls
 from loraplex_server.api.adapter_service import AdapterService
+from loraplex_server.api.adapter_tokenizers import AdapterTokenizers
 from loraplex_server.api.authentication import Authenticator
 from loraplex_server.api.chat.prompts import ChatPrompts
 from loraplex_server.api.convert import Limits
@@ -342,7 +343,9 @@ class _Server:
         )
         chat = ChatPrompts(engine, tokenizer, limits.max_prompt_chars)
         self._engine_stack.push_async_callback(chat.close)
-        self._lifecycle.serve(Backend(engine, tokenizer, limits, chat))
+        tokenizers = AdapterTokenizers(tokenizer, limits.vocab_size, lambda: engine.tokenizers)
+        self._engine_stack.push_async_callback(tokenizers.close)
+        self._lifecycle.serve(Backend(engine, tokenizer, limits, chat, tokenizers))
         return engine
 
     def _load_tokenizer(self) -> Tokenizer:

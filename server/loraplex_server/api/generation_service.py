@@ -67,7 +67,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncGenerator[generation_pb2.GenerateResponse]:
         """The messages of all answers to one request."""
         accepted = await self._generator.accept(request, remaining_s=context.time_remaining())
-        token_text = self._generator.backend.tokenizer.token_text
+        token_text = accepted[0].tokenizer.token_text
         request_id = log.request_id.get()
         why_left: Callable[[], str] = lambda: code_of_cancellation(context).lower()  # noqa: E731
         outputs = merged([self._generator.run(each, why_left) for each in accepted])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from loraplex_server.engine.messages import (
     AdapterCommand,
     AdapterReply,
     AdapterStatus,
+    AdapterTokenizers,
     Cancel,
     CheckIntegrity,
     EngineInfo,
@@ -33,6 +34,7 @@ from loraplex_server.engine.messages import (
     Submit,
     ToEngine,
     TokenDelta,
+    TokenizerSource,
     Tokens,
     Welcome,
     decode_from_engine,
@@ -48,6 +50,9 @@ class EngineClient:
 
     A request's deltas wait in a queue of their own until the caller takes them, so a slow reader
     holds back nobody else.
+
+    Attributes:
+        tokenizers: what adapters bring, by name, as of now.
     """
 
     def __init__(
@@ -55,12 +60,14 @@ class EngineClient:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         info: EngineInfo,
+        tokenizers: Mapping[str, TokenizerSource],
         note: Callable[[AdapterCommand, AdapterReply], None] | None = None,
         *,
         max_joined: int = 256,
         max_unread: int = 4096,
     ) -> None:
         self.info = info
+        self.tokenizers = dict(tokenizers)
         self._max_joined = max_joined
         self._max_unread = max_unread
         self._note = note
@@ -105,7 +112,8 @@ class EngineClient:
             raise UnavailableError(f"the engine cannot be reached: {error}") from error
         if not isinstance(message, Welcome) or message.version != PROTOCOL_VERSION:
             raise UnavailableError("the engine speaks another protocol version; run one release of both")
-        return cls(reader, writer, message.info, note, max_joined=max_joined, max_unread=max_unread)
+        limits = {"max_joined": max_joined, "max_unread": max_unread}
+        return cls(reader, writer, message.info, message.tokenizers, note, **limits)
 
     @property
     def alive(self) -> bool:
@@ -300,6 +308,12 @@ class EngineClient:
             case AdapterChanges():
                 for watcher in self._watchers:
                     watcher.put(message)
+            case AdapterTokenizers():
+                for name, source in message.changed.items():
+                    if source is None:
+                        self.tokenizers.pop(name, None)
+                    else:
+                        self.tokenizers[name] = source
             case Stats():
                 for listener in self._stats_listeners:
                     listener(message)

@@ -206,7 +206,7 @@ class Scheduler:
         preempted = 0
         # Decodes first: a long prefill must not hold them back.
         for sequence in sorted(self.running, key=lambda sequence: sequence.num_pending > 1):
-            if sequence.status is not Status.RUNNING:
+            if sequence.status is not Status.RUNNING or sequence.held_back:
                 continue
             scored = sequence.num_unscored > 0
             num_tokens = min(sequence.most_tokens(scores) if scored else sequence.num_pending, budget)
@@ -281,7 +281,7 @@ class Scheduler:
                 break
             flow = sequence.flow
             assert flow is not None
-            if flow in passed:
+            if flow in passed or sequence.held_back:
                 continue
             match self._readiness(sequence, now_s):
                 case Readiness.FAILED:

@@ -20,6 +20,7 @@ from loraplex_server.model import scoring as scoring_of
 from loraplex_server.model.clock import DeviceClock, Span
 from loraplex_server.model.context import StepContext
 from loraplex_server.model.effects import (
+    acts_between,
     acts_outside,
     effects_of,
     embedding_effects,
@@ -230,6 +231,9 @@ class ModelRunner:
         if len(plan.fed_row):
             assert self._tokens is not None
             token_ids.index_copy_(0, fed_row, self._tokens.index_select(0, fed_from))
+        # Nothing is launched for a step without adapters.
+        effects = () if batch is None else effects_of(self._pool, batch, self._base.residual)
+        norms = () if outside is None else norm_effects(self._pool, outside)
         step = StepContext(
             attention=AttentionBatch.build(
                 plan.query_start,
@@ -243,11 +247,11 @@ class ModelRunner:
             ),
             kv_caches=self._kv_caches,
             attended=int(np.diff(plan.query_start) @ plan.context_len),
-            # Nothing is launched for a step without adapters.
-            effects=() if batch is None else effects_of(self._pool, batch, self._base.residual),
-            norms=() if outside is None else norm_effects(self._pool, outside),
+            effects=effects,
+            norms=norms,
             head=() if sampled is None else head_effects(self._pool, sampled, vocabulary),
             added_tokens=int(added.max(initial=0)),
+            own_code=acts_between(effects, norms),
         )
 
         def forward() -> torch.Tensor:
