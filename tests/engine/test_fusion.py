@@ -112,8 +112,19 @@ def test_an_attention_that_changes_what_was_rotated_is_not_recognised() -> None:
         assert (recognise.attention(module) is not None) == found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Phi3"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("Llama", "float32"),
+        ("Llama", "bfloat16"),
+        ("Qwen2", "bfloat16"),
+        ("Qwen3", "bfloat16"),
+        ("Gemma2", "float32"),
+        ("Gemma2", "bfloat16"),
+        ("Gemma3Text", "bfloat16"),
+        ("Phi3", "bfloat16"),
+    ],
+)
 def test_fused_bits_are_the_models_own(tiny: Callable[[str], Any], name: str, dtype: str) -> None:
     """With the references of the kernels, op for op and rounding for rounding."""
     config = ModelConfig(str(tiny(name).base), quantization="none", dtype=dtype, device="cpu", threads=1)
