@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TRITON_DEFAULT_FP_FUSION ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-kernels test-web screenshot fuzz lint bench bench-gpu bench-peers tune-gpu soak protos train clean
+.PHONY: help install demo test test-fast test-kernels test-web screenshot fuzz lint bench face bench-gpu bench-peers tune-gpu soak protos train clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -64,6 +64,9 @@ bench-peers: ## Fetch the 4-bit products that `bench-gpu` compares with into ben
 
 tune-gpu: ## Measure which variants of the LoRA kernels are fastest on the GPU at hand, and keep them (uses $(PYTHON) as it is)
 	PYTHONPATH=server:kernels:clients/python:bench $(PYTHON) -m loraplex_bench.tune_lora
+
+face: $(STAMP) ## What the API costs beside the engine: CPU a message, messages and tokens a second; results in bench/results
+	$(VENV)/bin/loraplex bench face --output bench/results
 
 many-adapters: $(STAMP) ## 5,000 adapters through 32 slots: answers, memory, throughput, misses; results in bench/results
 	$(VENV)/bin/loraplex bench many-adapters --output bench/results

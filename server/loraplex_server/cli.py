@@ -303,7 +303,8 @@ def build_parser() -> argparse.ArgumentParser:
         group,
         "--adapter-extra-file",
         "NAME",
-        "a small text file that is downloaded along with an adapter that has it: chat_template.jinja",
+        "a small text file that is downloaded along with an adapter that has it: chat_template.jinja, "
+        "tokenizer.json",
     )
 
     group = parser.add_argument_group("adapters that clients send")
@@ -338,6 +339,18 @@ def build_parser() -> argparse.ArgumentParser:
         group, "--metrics-port", api.metrics_port, "of Prometheus and a page; 0 picks a free one, -1 is none"
     )
     _size(group, "--max-message-bytes", api.max_message_bytes, "longest gRPC message or HTTP body")
+    _count(
+        group,
+        "--max-tokens-per-message",
+        api.max_tokens_per_message,
+        "tokens that may come in one message while a client is behind; 1 never joins them",
+    )
+    _count(
+        group,
+        "--max-unread-tokens",
+        api.max_unread_tokens,
+        "where more tokens wait for a client that reads too slowly, its call ends with RESOURCE_EXHAUSTED",
+    )
     _seconds(group, "--drain-seconds", api.drain_s, "time that running calls have after SIGTERM")
     _seconds(
         group,
@@ -352,6 +365,13 @@ def build_parser() -> argparse.ArgumentParser:
         "how often in ten minutes an engine that died is started again; then the server ends",
     )
     group.add_argument("--no-reflection", action="store_true", help="clients may not list the services")
+    group.add_argument(
+        "--otlp-endpoint",
+        default=api.otlp_endpoint,
+        metavar="URL",
+        help="send traces to the OpenTelemetry collector there (gRPC), http://127.0.0.1:4317 for one on this "
+        "machine; needs loraplex[tracing] (default: none)",
+    )
     _choice(group, "--log-level", LOG_LEVELS, logs.level, "least severe lines of the log on stderr")
     _choice(group, "--log-format", LOG_FORMATS, logs.format, "json is one object a line, for collectors")
 
@@ -448,6 +468,9 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
             reflection=not arguments.no_reflection,
             max_connection_age_s=arguments.max_connection_age,
             max_engine_restarts=arguments.max_engine_restarts,
+            otlp_endpoint=arguments.otlp_endpoint,
+            max_tokens_per_message=arguments.max_tokens_per_message,
+            max_unread_tokens=arguments.max_unread_tokens,
         ),
     )
 

@@ -6,6 +6,7 @@ import asyncio
 import doctest
 import importlib
 import itertools
+import json
 import os
 import pkgutil
 import re
@@ -27,7 +28,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import loraplex
-from loraplex import Client, errors
+from loraplex import Choice, Client, Grammar, JsonSchema, Regex, errors
 from loraplex_bench.demo.tasks import TASKS, data_dir, expected, make_lines, prompt
 
 _READY = re.compile(r"loraplex ready grpc=(\S+) metrics=(\S+)\n")
@@ -484,3 +485,51 @@ def test_a_port_that_is_taken_is_named() -> None:
     assert done.returncode != 0
     assert str(port) in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_answers_of_a_given_form_beside_free_text(server: Server, client: Client) -> None:
+    """Every kind, with adapters, all at once; the free answers are what they are alone."""
+    pytest.importorskip("llguidance", reason="needs the server extra: llguidance")
+    person = {
+        "type": "object",
+        "properties": {
+            "name": {"enum": ["ada", "grace"]},
+            "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        },
+        "required": ["name", "age"],
+        "additionalProperties": False,
+        "x-guidance": {"whitespace_flexible": False},
+    }
+    forms = {
+        JsonSchema(json.dumps(person)): lambda text: json.loads(text)["name"] in ("ada", "grace"),
+        Regex("[a-f]{3}-[0-9]{4}"): re.compile("[a-f]{3}-[0-9]{4}").fullmatch,
+        Choice(("yes", "no", "a|b")): lambda text: text in ("yes", "no", "a|b"),
+        Grammar('start: "<" /[a-z]{2,4}/ ">"'): re.compile("<[a-z]{2,4}>").fullmatch,
+    }
+    names, lines = [None, "upper", "rot13"], make_lines(11, 3)
+
+    def ask(one: tuple[Any, str | None, str]) -> Any:
+        form, name, line = one
+        return client.generate(prompt(line), adapter=name, max_tokens=60, structure=form)
+
+    free = [(None, name, line) for name, line in zip(names, lines, strict=True)]
+    alone = [ask(one).text for one in free]
+    held = [(form, name, line) for form in forms for name, line in zip(names, lines, strict=True)]
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(ask, held + free))
+    for (form, name, _), answer in zip(held, answers, strict=False):
+        assert forms[form](answer.text), (form, name, answer.text)
+        assert answer.finish_reason == "stop"
+    assert [answer.text for answer in answers[len(held) :]] == alone
+    text = "".join(chunk.text for chunk in client.stream(prompt("a"), structure=Choice(["no, never"])))
+    assert text == "no, never"
+    for form, field in (
+        (JsonSchema({"type": "strin"}), "structure.json_schema"),
+        (Regex("["), "structure.regex"),
+        (Grammar("start: nothing"), "structure.grammar"),
+        (Regex("a" * (300 << 10)), "structure.regex"),
+    ):
+        with pytest.raises(errors.InvalidRequestError) as caught:
+            client.generate(prompt("a"), structure=form)
+        assert [violation.field for violation in caught.value.field_violations] == [field]
+    assert idle(server)["loraplex_kv_cache_blocks_used"] == 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig, SchedulerConfig
-from loraplex_server.core.request import AdapterUse, Request, SamplingParams
+from loraplex_server.core.request import AdapterUse, Request, SamplingParams, Structure
 from loraplex_server.engine.build import build_engine
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.messages import Failed, Times, TokenLogprobs, Tokens
@@ -61,6 +61,7 @@ class Harness:
         tenant: str = "default",
         cache_prefix: bool = True,
         group: str = "",
+        structure: Structure | None = None,
         **sampling: Any,
     ) -> Answer:
         self.answers[name] = Answer()
@@ -68,7 +69,18 @@ class Harness:
         params = SamplingParams(**sampling)
         self.engine.submit(
             "test",
-            Request(name, tuple(prompt), params, uses, tenant, priority, deadline_s, cache_prefix, group),
+            Request(
+                name,
+                tuple(prompt),
+                params,
+                uses,
+                tenant,
+                priority,
+                deadline_s,
+                cache_prefix,
+                group,
+                structure=structure,
+            ),
         )
         return self.answers[name]
 

@@ -22,7 +22,7 @@ from loraplex_kernels import dispatch, fourbit, nf4
 from loraplex_kernels.attention import LayerShape
 from loraplex_kernels.lora import LoraPool
 from loraplex_server.core.step import StepPlan
-from loraplex_server.model import graphs, sampler, workspace
+from loraplex_server.model import graphs, sampler, scoring, workspace
 from loraplex_server.model.fusion import fuse
 from loraplex_server.model.live_bytes import LiveBytes
 from loraplex_server.model.loader import BaseModel, EmptyModel, attach_ends, install
@@ -329,6 +329,7 @@ SAMPLINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "greedy": (0, {}),
     "drawn": (1, {"temperature": np.full(3, 0.7), "top_p": np.full(3, 0.9)}),
     "mixed": (1, {"temperature": np.array([0.0, 1.0, 0.0]), "top_k": np.array([0, 5, 0])}),
+    "masked": (1, {"masked_row": np.array([1]), "mask_words": np.full(4, -1)}),
     "logprobs": (0, {"num_logprobs": np.array([-1, 0, 5])}),
     "everything": (
         1,
@@ -337,6 +338,8 @@ SAMPLINGS: dict[str, tuple[int, dict[str, Any]]] = {
             "num_logprobs": np.array([2, -1, 5]),
             "banned_start": np.array([0, 2, 2, 3]),
             "banned_ids": np.array([7, 9, 7]),
+            "masked_row": np.arange(3),
+            "mask_words": np.full(12, 1 << 40),
         },
     ),
 }
@@ -352,6 +355,34 @@ def test_sampling_is_one_copy_each_way(name: str) -> None:
         )
     assert watch.faults == []
     assert (watch.to_device, watch.to_host) == (sent, 1)
+
+
+SCORES = {"score_row": np.array([1, 2]), "score_id": np.array([7, 9]), "score_top": np.array([0, 3])}
+
+
+def test_scoring_is_one_copy_each_way() -> None:
+    many = {name: np.tile(column, 20) for name, column in SCORES.items()}
+    with Watch() as watch:
+        scoring.launch(
+            torch.empty(40, 50, dtype=torch.bfloat16, device=META),
+            plan([1, 45], adapters=False, sampling=many),
+        )
+    assert watch.faults == []
+    assert (watch.to_device, watch.to_host) == (1, 1)
+
+
+@pytest.mark.parametrize("queries", [[1, 5, 1], [1, 1, 1]])
+def test_a_step_with_scores_waits_for_nothing_and_is_not_replayed(
+    queries: list[int], architecture: Any, launches: Counter[str]
+) -> None:
+    runner = build(architecture("Llama"))
+    runner.record_graphs((4,), 32)
+    launches.clear()
+    with Watch() as watch:
+        runner.launch(plan(queries, adapters=True, sampling=SCORES))
+    assert watch.faults == []
+    assert (watch.to_device, watch.to_host) == (4, 2)
+    assert launches["attend_kernel"] > 0
 
 
 class Work(TorchDispatchMode):

@@ -50,6 +50,49 @@ def test_a_collected_stream_is_the_unary_answer(drive: Any, client: Any, logprob
         drive(stream.collect)
 
 
+def three_answers(request: Any, context: Any) -> Any:
+    """Answers that come mixed, to a prompt that is scored and echoed."""
+
+    def score(token: int) -> Any:
+        top = [generation_pb2.TopLogprob(token_id=token, logprob=-0.25, text="x")]
+        return generation_pb2.TokenLogprobs(token_id=token, logprob=-0.25, top=top)
+
+    usage = generation_pb2.Usage(prompt_tokens=3, completion_tokens=1)
+    end = generation_pb2.Finish(reason=generation_pb2.FINISH_REASON_LENGTH, usage=usage)
+    prompt = {"text": "abc", "prompt_token_ids": [1, 2, 3]}
+    made = generation_pb2.GenerateResponse
+    yield made(request_id="r", prompt_logprobs=[score(2)], **prompt)
+    yield made(index=2, **prompt)
+    yield made(prompt_logprobs=[score(3)], text="-0", token_ids=[4], finish=end)
+    yield made(index=1, finish=end, **{**prompt, "text": "abc-1"}, token_ids=[5])
+    yield made(index=2, text="-2", token_ids=[6], finish=end)
+
+
+def test_several_answers_to_a_prompt_that_is_scored_and_echoed(drive: Any, server: Any, client: Any) -> None:
+    server.answers["Generate"] = three_answers
+    options: dict[str, Any] = {"n": 3, "prompt_logprobs": 1, "echo": True}
+    whole = drive(lambda: client.generate("abc", **options))
+    assert drive(drive(lambda: client.stream("abc", **options)).collect) == whole
+    assert (whole.index, whole.text, whole.token_ids) == (0, "abc-0", [4])
+    assert whole.prompt_logprobs == [logprob(2), logprob(3)]
+    assert [(other.index, other.text, other.token_ids) for other in whole.others] == [
+        (1, "abc-1", [5]),
+        (2, "abc-2", [6]),
+    ]
+    for answer in (whole, *whole.others):
+        assert (answer.prompt_token_ids, answer.request_id) == ([1, 2, 3], "r")
+        assert (answer.finish_reason, answer.usage.total_tokens) == ("length", 4)
+    assert [other.prompt_logprobs for other in whole.others] == [None, None]
+    stream = drive(lambda: client.stream("abc", **options))
+    chunks = [drive.next(stream) for _ in range(5)]
+    assert [chunk.index for chunk in chunks] == [0, 2, 0, 1, 2]
+    assert [chunk.prompt_token_ids for chunk in chunks] == [[1, 2, 3], [1, 2, 3], None, [1, 2, 3], None]
+    assert drive.next(stream) is None
+    server.answers["Generate"] = lambda request, context: list(three_answers(request, context))[:-1]
+    with pytest.raises(InternalError, match="without saying how"):
+        drive(drive(lambda: client.stream("abc", **options)).collect)
+
+
 def test_a_stream_cut_short_is_no_answer(drive: Any, server: Any, client: Any) -> None:
     server.answers["Generate"] = lambda request, context: iter(
         [generation_pb2.GenerateResponse(text="half", request_id="r7")]
@@ -78,6 +121,9 @@ def test_every_option_is_sent(drive: Any, server: Any, client: Any) -> None:
         "stop_token_ids": [3],
         "ignore_eos": True,
         "logprobs": 0,
+        "prompt_logprobs": 2,
+        "echo": True,
+        "n": 1,
         "priority": -1,
         "cache_prefix": False,
         "request_id": "mine",
@@ -93,6 +139,9 @@ def test_every_option_is_sent(drive: Any, server: Any, client: Any) -> None:
             max_tokens=9, min_tokens=2, stop=["\n", "END"], stop_token_ids=[3], ignore_eos=True
         ),
         logprobs=0,
+        prompt_logprobs=2,
+        echo=True,
+        n=1,
         priority=-1,
         cache_prefix=False,
         request_id="mine",

@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraplex import errors
-    from loraplex._async import AsyncClient, AsyncGenerationStream
+    from loraplex._async import AsyncClient, AsyncGenerationBatch, AsyncGenerationStream
+    from loraplex._batch import BatchResult
     from loraplex._config import Keepalive, RetryPolicy, Timeouts, TlsConfig
     from loraplex._convert import Conversation, GenerateOptions
     from loraplex._hooks import CallHook, CallInfo
     from loraplex._map import AsyncGenerationMap, GenerationMap
-    from loraplex._sync import Client, GenerationStream
+    from loraplex._structure import Choice, Grammar, JsonObject, JsonSchema, Regex
+    from loraplex._sync import Client, GenerationBatch, GenerationStream
     from loraplex._types import (
         AdapterChanges,
         AdapterInfo,
@@ -45,21 +47,29 @@ __all__ = [
     "AdapterInfo",
     "AdapterState",
     "AsyncClient",
+    "AsyncGenerationBatch",
     "AsyncGenerationMap",
     "AsyncGenerationStream",
+    "BatchResult",
     "CallHook",
     "CallInfo",
+    "Choice",
     "Client",
     "Conversation",
     "FinishReason",
     "GenerateOptions",
     "Generation",
+    "GenerationBatch",
     "GenerationChunk",
     "GenerationMap",
     "GenerationStream",
+    "Grammar",
+    "JsonObject",
+    "JsonSchema",
     "Keepalive",
     "LoraplexError",
     "ModelInfo",
+    "Regex",
     "RetryPolicy",
     "Timeouts",
     "Timing",
@@ -72,12 +82,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "_async": ("AsyncClient", "AsyncGenerationStream"),
+    "_async": ("AsyncClient", "AsyncGenerationBatch", "AsyncGenerationStream"),
+    "_batch": ("BatchResult",),
     "_config": ("Keepalive", "RetryPolicy", "Timeouts", "TlsConfig"),
     "_convert": ("Conversation", "GenerateOptions"),
     "_hooks": ("CallHook", "CallInfo"),
     "_map": ("AsyncGenerationMap", "GenerationMap"),
-    "_sync": ("Client", "GenerationStream"),
+    "_structure": ("Choice", "Grammar", "JsonObject", "JsonSchema", "Regex"),
+    "_sync": ("Client", "GenerationBatch", "GenerationStream"),
     "_types": (
         "AdapterChanges",
         "AdapterInfo",

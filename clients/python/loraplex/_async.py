@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from types import TracebackType
@@ -14,6 +15,7 @@ import grpc.aio
 
 from loraplex import _convert as convert
 from loraplex._base import BaseClient, Stubs, Wait, stubs_on
+from loraplex._batch import BatchReader, BatchResult, batch_request, in_order
 from loraplex._calls import PROBE, Call
 from loraplex._config import Timeout
 from loraplex._convert import AdapterMix, ChatMessage, Conversation, GenerateOptions, Prompt
@@ -76,8 +78,8 @@ class AsyncClient(BaseClient):
             timeout: seconds for the whole call; None is the client's, infinity no limit.
             options: adapter, adapters, max_tokens, min_tokens, temperature, top_p, top_k, min_p,
                 repetition_penalty, presence_penalty, frequency_penalty, logit_bias, bad_words, seed, stop,
-                include_stop, stop_token_ids, ignore_eos, logprobs, priority, cache_prefix, request_id; see
-                GenerateOptions.
+                include_stop, stop_token_ids, ignore_eos, logprobs, prompt_logprobs, echo, n, priority,
+                cache_prefix, structure, request_id; see GenerateOptions.
 
         Raises:
             LoraplexError: see loraplex.errors.
@@ -180,6 +182,28 @@ class AsyncClient(BaseClient):
         self._check_open()
         source = MapSource(prompts, options, concurrency, progress)
         return AsyncGenerationMap(source, lambda request: self._generate(request, timeout), return_errors)
+
+    def stream_batch(
+        self,
+        prompts: Iterable[MapItem],
+        *,
+        timeout: Timeout | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerationBatch:
+        """Sends many prompts in one call; an iterator of what they come to, each when it has finished.
+
+        Args:
+            prompts: at most 1024 prompts, or pairs of a prompt and options of its own.
+            timeout: seconds for all of them; of a Timeouts, `connect` and `total`.
+            options: of all prompts, as those of `generate`.
+
+        Raises:
+            LoraplexError: see loraplex.errors; that of the whole call comes while iterating.
+        """
+        limits = dataclasses.replace(self._limits_of(timeout), first_token=None, between_tokens=None)
+        batch = batch_request(prompts, options)
+        call = self._begin("GenerationService/GenerateBatch", limits)
+        return AsyncGenerationBatch(_Parts(self, call, batch), BatchReader(batch))
 
     async def tokenize(
         self,
@@ -380,6 +404,51 @@ class AsyncGenerationStream:
 
     async def close(self) -> None:
         """Cancels the generation, unless it has finished."""
+        self._parts.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __del__(self) -> None:
+        # The constructor may have failed.
+        if (parts := getattr(self, "_parts", None)) is not None:
+            parts.let_go()
+
+
+class AsyncGenerationBatch:
+    """What the prompts of a batch come to, each as it finishes: iterate over it.
+
+    Leaving it early cancels those that are not finished: by `async with`, by `close()`, or by letting go
+    of the last reference.
+    """
+
+    def __init__(self, parts: _Parts, reader: BatchReader) -> None:
+        self._parts = parts
+        self._reader = reader
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> BatchResult:
+        response = await self._parts.read()
+        if response is None:
+            with self._parts.call:
+                self._reader.check_complete()
+            self._parts.call.finish()
+            raise StopAsyncIteration
+        return self._reader.result(response)
+
+    async def collect(self) -> list[Generation | LoraplexError]:
+        """Reads what is left, and returns that in the order of the prompts."""
+        return in_order([result async for result in self])
+
+    async def close(self) -> None:
+        """Cancels what is not finished."""
         self._parts.close()
 
     async def __aenter__(self) -> Self:

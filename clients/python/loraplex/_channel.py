@@ -19,7 +19,13 @@ MAX_MESSAGE_BYTES = 64 << 20
 
 # Left out: those whose second attempt would report what the first one did.
 REPEATABLE = {
-    "loraplex.v1.GenerationService": ("Generate", "GenerateUnary", "Tokenize", "CountTokens"),
+    "loraplex.v1.GenerationService": (
+        "Generate",
+        "GenerateUnary",
+        "GenerateBatch",
+        "Tokenize",
+        "CountTokens",
+    ),
     "loraplex.v1.AdapterService": ("ListAdapters", "GetAdapter", "PinAdapter", "Prefetch", "Watch"),
     "loraplex.v1.ModelService": ("GetModel",),
 }

@@ -77,7 +77,7 @@ class MapSource:
             self._total = self._read
             return None
         self._read += 1
-        prompt, own = _parts(item)
+        prompt, own = item_parts(item)
         options = dict(self._options)
         if "adapter" in own or "adapters" in own:
             options.pop("adapter", None)
@@ -94,7 +94,8 @@ class MapSource:
             self._progress(finished, self._total)
 
 
-def _parts(item: MapItem) -> tuple[Prompt | Conversation, Mapping[str, Any]]:
+def item_parts(item: MapItem) -> tuple[Prompt | Conversation, Mapping[str, Any]]:
+    """A prompt and its own options."""
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Mapping):
         return item
     return cast("Prompt | Conversation", item), {}

@@ -11,6 +11,7 @@ from grpc_status import rpc_status
 
 from loraplex import errors
 from loraplex.errors import LoraplexError
+from loraplex.v1 import generation_pb2
 
 ERROR_BY_CODE: dict[grpc.StatusCode, type[LoraplexError]] = {
     grpc.StatusCode.CANCELLED: errors.RequestCancelledError,
@@ -32,12 +33,25 @@ ERROR_BY_CODE: dict[grpc.StatusCode, type[LoraplexError]] = {
 }
 
 
+_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
+
 def error_from_call(call: Any, request_id: str = "") -> LoraplexError:
     """The error for a failed call, which is a `grpc.RpcError` that also answers code() and details()."""
     code: grpc.StatusCode = call.code()
     details = _details(call)
     details["request_id"] = request_id or details["metadata"].get("request_id", "")
     return ERROR_BY_CODE[code](call.details() or code.name, code=code.name, **details)
+
+
+def error_from_message(message: generation_pb2.RequestError, request_id: str = "") -> LoraplexError:
+    """The error for one request of a batch, whose call goes on."""
+    code = _CODES.get(message.code, grpc.StatusCode.UNKNOWN)
+    found: dict[str, Any] = {"metadata": {}}
+    for packed in message.details:
+        _read_detail(packed, found)
+    found["request_id"] = request_id or found["metadata"].get("request_id", "")
+    return ERROR_BY_CODE[code](message.message or code.name, code=code.name, **found)
 
 
 def _details(call: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ import grpc
 
 from loraplex import _convert as convert
 from loraplex._base import BaseClient, Wait, stubs_on
+from loraplex._batch import BatchReader, BatchResult, batch_request, in_order
 from loraplex._calls import PROBE, Call
 from loraplex._config import Timeout
 from loraplex._convert import AdapterMix, ChatMessage, Conversation, GenerateOptions, Prompt
@@ -66,8 +68,8 @@ class Client(BaseClient):
             timeout: seconds for the whole call; None is the client's, infinity no limit.
             options: adapter, adapters, max_tokens, min_tokens, temperature, top_p, top_k, min_p,
                 repetition_penalty, presence_penalty, frequency_penalty, logit_bias, bad_words, seed, stop,
-                include_stop, stop_token_ids, ignore_eos, logprobs, priority, cache_prefix, request_id; see
-                GenerateOptions.
+                include_stop, stop_token_ids, ignore_eos, logprobs, prompt_logprobs, echo, n, priority,
+                cache_prefix, structure, request_id; see GenerateOptions.
 
         Raises:
             LoraplexError: see loraplex.errors.
@@ -175,6 +177,28 @@ class Client(BaseClient):
             return _Unary(self, request, timeout)
 
         return GenerationMap(MapSource(prompts, options, concurrency, progress), start, return_errors)
+
+    def stream_batch(
+        self,
+        prompts: Iterable[MapItem],
+        *,
+        timeout: Timeout | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerationBatch:
+        """Sends many prompts in one call; an iterator of what they come to, each when it has finished.
+
+        Args:
+            prompts: at most 1024 prompts, or pairs of a prompt and options of its own.
+            timeout: seconds for all of them; of a Timeouts, `connect` and `total`.
+            options: of all prompts, as those of `generate`.
+
+        Raises:
+            LoraplexError: see loraplex.errors; that of the whole call comes while iterating.
+        """
+        limits = dataclasses.replace(self._limits_of(timeout), first_token=None, between_tokens=None)
+        batch = batch_request(prompts, options)
+        call = self._begin("GenerationService/GenerateBatch", limits)
+        return GenerationBatch(_Parts(self, call, batch), BatchReader(batch))
 
     def tokenize(
         self,
@@ -399,6 +423,51 @@ class GenerationStream:
 
     def close(self) -> None:
         """Cancels the generation, unless it has finished."""
+        self._parts.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # The constructor may have failed.
+        if (parts := getattr(self, "_parts", None)) is not None:
+            parts.close()
+
+
+class GenerationBatch:
+    """What the prompts of a batch come to, each as it finishes: iterate over it.
+
+    Leaving it early cancels those that are not finished: by `with`, by `close()`, or by letting go
+    of the last reference.
+    """
+
+    def __init__(self, parts: _Parts, reader: BatchReader) -> None:
+        self._parts = parts
+        self._reader = reader
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> BatchResult:
+        response = self._parts.read()
+        if response is None:
+            with self._parts.call:
+                self._reader.check_complete()
+            self._parts.call.finish()
+            raise StopIteration
+        return self._reader.result(response)
+
+    def collect(self) -> list[Generation | LoraplexError]:
+        """Reads what is left, and returns that in the order of the prompts."""
+        return in_order(self)
+
+    def close(self) -> None:
+        """Cancels what is not finished."""
         self._parts.close()
 
     def __enter__(self) -> Self:

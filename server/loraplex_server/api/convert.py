@@ -13,11 +13,20 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
 from loraplex_server.adapters.peft_config import MAX_CONFIG_BYTES
 from loraplex_server.api.answer import End, Piece
 from loraplex_server.core.composition import COMBINATION_TYPES, MAJORITY_SIGNS, Composition, prunes
-from loraplex_server.core.request import AdapterUse, FinishReason, Request, SamplingDefaults, SamplingParams
+from loraplex_server.core.request import (
+    AdapterUse,
+    FinishReason,
+    Request,
+    SamplingDefaults,
+    SamplingParams,
+    Structure,
+)
 from loraplex_server.engine.messages import AdapterStatus, EngineInfo, TokenLogprobs
 from loraplex_server.errors import FieldViolation, InvalidArgumentError
 
@@ -32,6 +41,8 @@ MAX_REPETITION_PENALTY = 100.0
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_CHARS = 256
 MAX_CHAT_MESSAGES = 1024
+MAX_STRUCTURE_BYTES = 256 << 10
+MAX_STRUCTURE_CHOICES = 1024
 MAX_PREFETCH = 1024
 MAX_MEMBERS = 64
 MAX_CHOICES = 128
@@ -106,6 +117,8 @@ def check_generate(message: generation_pb2.GenerateRequest, limits: Limits) -> N
     adapted = bool(message.adapters)
     _check_sampling(found, message.sampling, limits, adapters=adapted)
     _check_stopping(found, message.stopping, limits, adapters=adapted)
+    if message.HasField("structure"):
+        _check_structure(found, message.structure)
     nothing = message.stopping.HasField("max_tokens") and message.stopping.max_tokens < 1
     if nothing and not (message.HasField("prompt_logprobs") or message.echo):
         found.add("stopping.max_tokens", "has to be at least 1; 0 goes with prompt_logprobs or echo")
@@ -158,6 +171,7 @@ def to_request(
     limits: Limits,
     *,
     bad_words: tuple[tuple[int, ...], ...] = (),
+    end_token_ids: tuple[int, ...] = (),
     request_id: str,
     tenant: str,
     deadline_s: float | None,
@@ -166,6 +180,7 @@ def to_request(
 
     Args:
         bad_words: the message's, tokenised.
+        end_token_ids: end the answer like the model's own end-of-sequence tokens.
         tenant: who called.
         deadline_s: `time.time()` after which the answer is of no use.
 
@@ -202,7 +217,7 @@ def to_request(
             seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(63),
             max_tokens=max_tokens,
             min_tokens=min(stopping.min_tokens, max_tokens),
-            stop_token_ids=tuple(stopping.stop_token_ids),
+            stop_token_ids=(*stopping.stop_token_ids, *(() if stopping.ignore_eos else end_token_ids)),
             ignore_eos=stopping.ignore_eos,
             logprobs=message.logprobs if message.HasField("logprobs") else None,
             prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
@@ -214,6 +229,7 @@ def to_request(
         priority=message.priority,
         deadline_s=deadline_s,
         cache_prefix=message.cache_prefix if message.HasField("cache_prefix") else True,
+        structure=_structure(message.structure) if message.HasField("structure") else None,
     )
 
 
@@ -346,16 +362,22 @@ def to_generate_response(
     index: int = 0,
 ) -> generation_pb2.GenerateResponse:
     """One streamed message of answer `index`; `request_id` is empty on all but the first."""
-    return generation_pb2.GenerateResponse(
-        index=index,
-        text=piece.text if piece.prompt is None else piece.prompt.text + piece.text,
-        prompt_logprobs=[to_logprobs(entry, token_text) for entry in piece.prompt_logprobs],
-        prompt_token_ids=() if piece.prompt is None else piece.prompt.token_ids,
-        token_ids=piece.token_ids,
-        logprobs=[to_logprobs(entry, token_text) for entry in piece.logprobs],
-        finish=finish,
-        request_id=request_id,
-    )
+    message = generation_pb2.GenerateResponse(text=piece.text, token_ids=piece.token_ids)
+    # Most messages have none of these, and naming them costs as much as what they do have.
+    if index:
+        message.index = index
+    if piece.prompt is not None:
+        message.text = piece.prompt.text + piece.text
+        message.prompt_token_ids.extend(piece.prompt.token_ids)
+    if piece.prompt_logprobs:
+        message.prompt_logprobs.extend(to_logprobs(entry, token_text) for entry in piece.prompt_logprobs)
+    if piece.logprobs:
+        message.logprobs.extend(to_logprobs(entry, token_text) for entry in piece.logprobs)
+    if finish is not None:
+        message.finish.CopyFrom(finish)
+    if request_id:
+        message.request_id = request_id
+    return message
 
 
 class WholeResponse:
@@ -601,6 +623,43 @@ def _check_stopping(
         )
     else:
         _check_token_ids(found, "stopping.stop_token_ids", stopping.stop_token_ids, limits, adapters=adapters)
+
+
+def _check_structure(found: _Violations, structure: generation_pb2.Structure) -> None:
+    kind = structure.WhichOneof("kind")
+    match kind:
+        case "json_object":
+            return
+        case "choice":
+            field, texts = "structure.choice.texts", list(structure.choice.texts)
+            if not 1 <= len(texts) <= MAX_STRUCTURE_CHOICES:
+                found.add(field, f"has {len(texts)} texts; give 1 to {MAX_STRUCTURE_CHOICES}")
+            elif not all(texts):
+                found.add(field, "has an empty text; every one needs a character")
+        case "json_schema" | "regex" | "grammar":
+            field, texts = f"structure.{kind}", [getattr(structure, kind)]
+            if not texts[0]:
+                found.add(field, "is empty")
+        case _:
+            found.add("structure", "is empty; set json_schema, json_object, regex, grammar or choice")
+            return
+    if sum(len(text.encode()) for text in texts) > MAX_STRUCTURE_BYTES:
+        found.add(field, f"has more than {MAX_STRUCTURE_BYTES} bytes")
+    elif kind == "json_schema" and texts[0]:
+        try:
+            schema = msgspec.json.decode(texts[0])
+        except (msgspec.DecodeError, RecursionError) as error:
+            found.add(field, f"is no JSON: {error}")
+        else:
+            if not isinstance(schema, dict):
+                found.add(field, "is no JSON object, as schemas are")
+
+
+def _structure(structure: generation_pb2.Structure) -> Structure:
+    kind = structure.WhichOneof("kind") or ""
+    if kind == "choice":
+        return Structure(kind, choices=tuple(dict.fromkeys(structure.choice.texts)))
+    return Structure(kind, "" if kind == "json_object" else getattr(structure, kind))
 
 
 def _enum_text(kind: Any, number: int) -> str:

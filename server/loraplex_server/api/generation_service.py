@@ -17,6 +17,9 @@ from loraplex_server.errors import ErrorInfo, InternalError, ServerError
 
 _log = logging.getLogger(__name__)
 
+# Of a call, in the ids of the requests of its batch.
+_MAX_ID_CHARS = 120
+
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Hands requests to the generator and its pieces to gRPC."""
@@ -24,12 +27,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
 
-    async def Generate(  # noqa: N802
+    def Generate(  # noqa: N802
         self, request: generation_pb2.GenerateRequest, context: Any
     ) -> AsyncGenerator[generation_pb2.GenerateResponse]:
-        async with contextlib.aclosing(self._messages(request, context)) as messages:
-            async for message in messages:
-                yield message
+        return self._messages(request, context)
 
     async def GenerateUnary(  # noqa: N802
         self, request: generation_pb2.GenerateUnaryRequest, context: Any
@@ -64,7 +65,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncGenerator[generation_pb2.GenerateResponse]:
         """The messages of all answers to one request."""
         accepted = await self._generator.accept(request, remaining_s=context.time_remaining())
-        token_text = self._generator.backend.tokenizer.token_text
+        token_text = accepted[0].tokenizer.token_text
         request_id = log.request_id.get()
         why_left: Callable[[], str] = lambda: code_of_cancellation(context).lower()  # noqa: E731
         outputs = merged([self._generator.run(each, why_left) for each in accepted])
@@ -88,6 +89,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, position: int, request: generation_pb2.GenerateRequest, context: Any
     ) -> generation_pb2.GenerateBatchResponse:
         """The answer to one request of a batch, or why there is none."""
+        log.request_id.set(f"{log.request_id.get()[:_MAX_ID_CHARS]}-{position}")
         try:
             answer = await self._whole(request, context)
             return generation_pb2.GenerateBatchResponse(position=position, answer=answer)

@@ -76,6 +76,20 @@ class SamplingParams(msgspec.Struct, frozen=True):
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
+class Structure(msgspec.Struct, frozen=True):
+    """The form that an answer has to have. The API has validated every field.
+
+    Attributes:
+        kind: "json_schema", "json_object", "regex", "grammar" (Lark) or "choice".
+        text: the schema, the expression or the grammar.
+        choices: for "choice", the texts to choose from.
+    """
+
+    kind: str
+    text: str = ""
+    choices: tuple[str, ...] = ()
+
+
 class Request(msgspec.Struct, frozen=True):
     """One generation.
 
@@ -89,6 +103,7 @@ class Request(msgspec.Struct, frozen=True):
         cache_prefix: whether it may have, and leave, keys and values in the prefix cache.
         group: name, among those of one API process, of requests with this prompt that compute it once; "" for
             a request by itself.
+        structure: the form of the answer; None is free text.
     """
 
     request_id: str
@@ -100,3 +115,4 @@ class Request(msgspec.Struct, frozen=True):
     deadline_s: float | None = None
     cache_prefix: bool = True
     group: str = ""
+    structure: Structure | None = None

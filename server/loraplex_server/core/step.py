@@ -82,6 +82,10 @@ class StepPlan:
     seen_start: Ints = dataclasses.field(default_factory=_nothing)
     seen_ids: Ints = dataclasses.field(default_factory=_nothing)
     seen_count: Ints = dataclasses.field(default_factory=_nothing)
+    # What grammars allow: rows (of those sampled) that have one, [G], and for each a bit for every token of
+    # the base model, bit t % 64 of its word t // 64, [G * words]. Tokens without a bit are not allowed.
+    masked_row: Ints = dataclasses.field(default_factory=_nothing)
+    mask_words: Ints = dataclasses.field(default_factory=_nothing)
     # Prefixes: virtual tokens `prefix_first` and those after it of the adapter in a slot, copied before the
     # pass to cells of the KV cache. [C], [C], [C + 1], [sum]; few steps have any.
     prefix_slot: Ints = dataclasses.field(default_factory=_nothing)

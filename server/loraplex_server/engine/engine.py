@@ -11,6 +11,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, wait
 from itertools import islice
 from typing import Protocol
 
@@ -23,6 +24,8 @@ from loraplex_server.config import EngineConfig
 from loraplex_server.core.request import FinishReason, Request
 from loraplex_server.core.step import SampledToken, StepOutput, StepPlan
 from loraplex_server.engine.audit import Audit, finish
+from loraplex_server.engine.constraint import Constraint
+from loraplex_server.engine.grammars import Grammars, no_tokens
 from loraplex_server.engine.kv_blocks import KvBlockPool
 from loraplex_server.engine.messages import (
     EngineInfo,
@@ -40,6 +43,7 @@ from loraplex_server.engine.planning import build_plan
 from loraplex_server.engine.scheduler import Scheduled, Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.errors import (
+    DeadlineExceededError,
     InternalError,
     InvalidArgumentError,
     Reason,
@@ -48,6 +52,12 @@ from loraplex_server.errors import (
 )
 
 _log = logging.getLogger(__name__)
+
+COMPILE_S = 30.0
+"""Longest that a request waits for its structure to be compiled."""
+
+# Longest that a step waits to learn what may come next; mostly it is known before.
+_FOLLOW_S = 0.005
 
 Emit = Callable[[str, Tokens | Failed], None]
 """Sends a message to the client of that id."""
@@ -99,7 +109,13 @@ class Engine:
     """Requests in, tokens out. Not thread-safe: one thread owns it."""
 
     def __init__(
-        self, config: EngineConfig, runner: Runner, adapters: AdapterStore, info: EngineInfo, emit: Emit
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        adapters: AdapterStore,
+        info: EngineInfo,
+        emit: Emit,
+        grammars: Grammars | None = None,
     ) -> None:
         self.info = info
         self.adapters = adapters
@@ -110,6 +126,11 @@ class Engine:
         self._blocks = KvBlockPool(info.kv_blocks, info.kv_block_size)
         self.scheduler = Scheduler(config.scheduler, self._blocks, adapters)
         self._sequences: dict[tuple[str, str], Sequence] = {}
+        self._grammars = grammars or Grammars(no_tokens, info.vocab_size)
+        # Requests that go to the scheduler once their structures are compiled.
+        self._compiling: dict[Sequence, Future[Constraint]] = {}
+        # Requests whose grammars look what may come after their last tokens.
+        self._following: dict[Future[None], Sequence] = {}
         self._steps: list[StepRecord] = []
         self._failed_steps = 0
         self._hits = self._misses = 0
@@ -124,7 +145,11 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._in_flight is not None
+        return self.scheduler.has_work or self._in_flight is not None or bool(self._compiling)
+
+    @property
+    def _num_waiting(self) -> int:
+        return len(self.scheduler.waiting) + len(self._compiling)
 
     def submit(self, client: str, request: Request) -> None:
         """Queues a request. One that cannot be served is answered with `Failed` at once."""
@@ -190,10 +215,11 @@ class Engine:
         """Plans and launches the next step; None if no request can be advanced, or the step failed."""
         self._end_drains(started_s)
         self.adapters.poll()
+        self._take_followed()
+        self._take_compiled(started_s)
         schedule = self.scheduler.schedule(started_s)
         for sequence, error in schedule.failed:
-            self._emit(sequence.client, Failed(sequence.request.request_id, error.info))
-            self._retire(sequence)
+            self._fail(sequence, error)
         if not schedule.scheduled:
             return None
         self._audit.worked()
@@ -242,7 +268,11 @@ class Engine:
 
     def _must_know(self, sequence: Sequence) -> bool:
         """Whether the host has to know a sequence's next token before there can be another."""
-        return self._is_last(sequence, 1) or sequence.request.sampling.penalised
+        return (
+            self._is_last(sequence, 1)
+            or sequence.request.sampling.penalised
+            or sequence.constraint is not None
+        )
 
     def _is_last(self, sequence: Sequence, more: int = 0) -> bool:
         """Whether with `more` tokens than it has a sequence is as long as it may be."""
@@ -310,7 +340,7 @@ class Engine:
             steps=steps,
             failed_steps=failed_steps,
             swaps=tuple(adapters.drain_swaps()),
-            waiting=len(self.scheduler.waiting),
+            waiting=self._num_waiting,
             running=len(self.scheduler.running),
             waiting_for_adapter=self.scheduler.num_waiting_for_adapter,
             kv_blocks_used=self._blocks.num_used,
@@ -341,7 +371,7 @@ class Engine:
             call_id=call_id,
             problems=tuple(problems),
             running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
+            waiting=self._num_waiting,
             kv_blocks_used=self._blocks.num_used,
             adapter_references=self.adapters.references(),
             weight_checksum=checksum,
@@ -378,9 +408,9 @@ class Engine:
             raise InvalidArgumentError.field("adapters", "one adapter is named twice; add its weights up")
         if (client, request.request_id) in self._sequences:
             raise InvalidArgumentError.field("request_id", f"{request.request_id!r} is running already")
-        if len(self.scheduler.waiting) >= self._max_queue:
+        if self._num_waiting >= self._max_queue:
             raise ResourceExhaustedError(
-                f"{len(self.scheduler.waiting)} requests wait already; try again later",
+                f"{self._num_waiting} requests wait already; try again later",
                 resource=("queue", "waiting requests"),
                 retry_after_s=1.0,
                 reason=Reason.QUEUE_FULL,
@@ -402,7 +432,73 @@ class Engine:
             self.adapters.release(handles)
             raise
         self._sequences[client, request.request_id] = sequence
-        self.scheduler.add(sequence)
+        if request.structure is None:
+            self.scheduler.add(sequence)
+        else:
+            self._compiling[sequence] = self._grammars.start(request.structure)
+
+    def _take_compiled(self, now_s: float) -> None:
+        """Queues the requests whose structures are compiled; ends those that cannot be, or wait too long."""
+        for sequence, compilation in list(self._compiling.items()):
+            deadline_s = sequence.request.deadline_s
+            try:
+                if compilation.done():
+                    # A panic in the grammar's library is no Exception.
+                    raised = compilation.exception()
+                    if raised is not None and not isinstance(raised, ServerError):
+                        _log.error("a structure could not be compiled", exc_info=raised)
+                        raise InternalError("the structure could not be compiled") from raised
+                    sequence.constraint = compilation.result()
+                elif deadline_s is not None and deadline_s <= time.time():
+                    raise DeadlineExceededError("the deadline passed before the structure was compiled")
+                elif now_s - sequence.arrival_s > COMPILE_S:
+                    raise ResourceExhaustedError(
+                        f"the structure was not compiled in {COMPILE_S:g} s; make it simpler, or try again",
+                        retry_after_s=1.0,
+                    )
+                else:
+                    continue
+            except ServerError as error:
+                self._fail(sequence, error)
+                continue
+            del self._compiling[sequence]
+            self.scheduler.add(sequence)
+
+    def _take_followed(self) -> None:
+        """Ends the answers that are whole or cannot go on; the others are scheduled again.
+
+        Waits a moment for those that are not known yet, so that they need not sit out a step.
+        """
+        if not self._following:
+            return
+        for future in wait(self._following, _FOLLOW_S).done:
+            sequence = self._following.pop(future)
+            held, structure = sequence.constraint, sequence.request.structure
+            if sequence.status is Status.FINISHED:
+                continue
+            assert held is not None
+            assert structure is not None
+            if (raised := future.exception()) is not None:
+                _log.error("a structure could not be followed", exc_info=raised)
+                self._fail(sequence, InternalError("the structure could not be followed"))
+            elif held.complete:
+                self._finish(sequence, FinishReason.STOP)
+            elif self._is_last(sequence):
+                self._finish(sequence, FinishReason.LENGTH)
+            elif held.error:
+                # Whatever the others found out is too much for a new one, too.
+                self._grammars.forget(structure)
+                said = f"cannot be followed any further: {held.error}"
+                self._fail(sequence, InvalidArgumentError.field(f"structure.{structure.kind}", said))
+            else:
+                held.ready = True
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Ends a request all of whose tokens were emitted."""
+        times = _times(sequence, time.monotonic())
+        delta = TokenDelta(sequence.request.request_id, (), finish=reason, times=times)
+        self._emit(sequence.client, Tokens((delta,)))
+        self._retire(sequence)
 
     def _check_tokens(self, request: Request, handles: tuple[AdapterHandle, ...]) -> None:
         """Every token id that the request names is the base's, or one that its adapter adds."""
@@ -431,7 +527,7 @@ class Engine:
         for item, is_sampled, num_scores in step.scheduled:
             sequence = item.sequence
             token = next(sampled) if is_sampled else None
-            scores = tuple(_logprobs(score) for score in islice(scored, num_scores))
+            scores = tuple(map(_logprobs, islice(scored, num_scores))) if num_scores else ()
             # Cancelled, or complete one step before: what was computed ahead is dropped.
             if sequence.status is Status.FINISHED:
                 continue
@@ -465,12 +561,17 @@ class Engine:
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
         request, sampling = sequence.request, sequence.request.sampling
+        held = sequence.constraint
         is_end = token.token_id in sampling.stop_token_ids or (
-            token.token_id in self.info.eos_token_ids and not sampling.ignore_eos
+            token.token_id in self.info.eos_token_ids and (not sampling.ignore_eos or held is not None)
         )
         finish: FinishReason | None = None
         if is_end:
             finish = FinishReason.STOP
+        elif held is not None:
+            # Whether it is the last is known once the grammar has seen it.
+            held.ready = False
+            self._following[self._grammars.follow(held, token.token_id)] = sequence
         elif self._is_last(sequence):
             finish = FinishReason.LENGTH
         logprobs = () if token.logprob is None else (_logprobs(token),)
@@ -496,11 +597,18 @@ class Engine:
             error = unloaded(name)
             for sequence in list(self._sequences.values()):
                 if any(handle.draining and handle.name == name for handle in sequence.handles):
-                    self._emit(sequence.client, Failed(sequence.request.request_id, error.info))
-                    self._retire(sequence)
+                    self._fail(sequence, error)
+
+    def _fail(self, sequence: Sequence, error: ServerError) -> None:
+        """Ends a request with an error."""
+        self._emit(sequence.client, Failed(sequence.request.request_id, error.info))
+        self._retire(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
         """Frees all that a sequence holds and forgets it; safe to call twice."""
+        if (compilation := self._compiling.pop(sequence, None)) is not None:
+            compilation.cancel()
+            sequence.status = Status.FINISHED
         self.scheduler.finish(sequence)
         if self._sequences.pop((sequence.client, sequence.request.request_id), None) is not None:
             self.adapters.release(sequence.handles)

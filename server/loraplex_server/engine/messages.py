@@ -8,6 +8,8 @@ the connection that submitted it and dies with it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
 
 from loraplex_server.core.composition import Composition
@@ -62,9 +64,35 @@ class EngineInfo(msgspec.Struct, frozen=True):
     memory: tuple[tuple[str, int], ...] = ()
 
 
+class TokenizerFile(msgspec.Struct, frozen=True, array_like=True):
+    """One file of a tokenizer, with what tells whether it is still the same."""
+
+    name: str
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+class TokenizerSource(msgspec.Struct, frozen=True, array_like=True):
+    """The tokenizer that an adapter brings.
+
+    Attributes:
+        folder: real path of the adapter's folder.
+        added_tokens: how many token ids the adapter adds to the base's vocabulary.
+    """
+
+    folder: str
+    files: tuple[TokenizerFile, ...]
+    added_tokens: int = 0
+
+
 class Welcome(_Message, frozen=True):
+    """Answers `Hello`. `tokenizers`: what adapters bring, by name; later `AdapterTokenizers` follow."""
+
     version: int
     info: EngineInfo
+    tokenizers: dict[str, TokenizerSource] = {}
 
 
 # API -> engine
@@ -230,6 +258,12 @@ class AdapterChanges(_Message, frozen=True):
     all: bool = False
 
 
+class AdapterTokenizers(_Message, frozen=True):
+    """Adapters that from now on bring these tokenizers, or None; sent before the reply to what changed it."""
+
+    changed: dict[str, TokenizerSource | None]
+
+
 class IntegrityReply(_Message, frozen=True):
     """Pools as they are now.
 
@@ -319,7 +353,9 @@ class Stats(_Message, frozen=True):
     failed_steps: int = 0
 
 
-FromEngine = Welcome | Tokens | Failed | AdapterReply | AdapterChanges | IntegrityReply | Stats
+FromEngine = (
+    Welcome | Tokens | Failed | AdapterReply | AdapterChanges | AdapterTokenizers | IntegrityReply | Stats
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
@@ -340,3 +376,22 @@ def decode_to_engine(body: bytes) -> ToEngine:
 def decode_from_engine(body: bytes) -> FromEngine:
     """Raises: msgspec.DecodeError for anything that is no such message."""
     return _from_engine.decode(body)
+
+
+class FrameBuffer:
+    """Cuts what comes from a connection into frames."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The bodies of the frames that are complete with `data`."""
+        data = self._rest + data if self._rest else data
+        begin = 0
+        while len(data) - begin >= 4:
+            end = begin + 4 + int.from_bytes(data[begin : begin + 4], "big")
+            if end > len(data):
+                break
+            yield data[begin + 4 : end]
+            begin = end
+        self._rest = data[begin:]

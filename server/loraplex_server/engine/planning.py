@@ -60,6 +60,7 @@ def build_plan(
             sample_row.append(row + length - 1)
     params = [sequence.request.sampling for sequence in sampled]
     banned = [_banned(sequence, eos_token_ids) for sequence in sampled]
+    masked = _masked(sampled, banned)
     query_start, block_start = _starts(lengths), _starts(num_blocks)
     context_len, block_ids = _ints(contexts), _ints(blocks)
     token_sequence = np.repeat(np.arange(len(lengths)), lengths)
@@ -92,6 +93,7 @@ def build_plan(
         score_id=_ints([token for _, token, _ in scored]),
         score_top=_ints([top for _, _, top in scored]),
         **_rare(sampled),
+        **masked,
         prefix_slot=_ints([slot for slot, _, _ in prefixes]),
         prefix_first=_ints([first for _, first, _ in prefixes]),
         prefix_start=_starts([len(cells) for _, _, cells in prefixes]),
@@ -156,6 +158,17 @@ def _rare(sampled: list[Sequence]) -> dict[str, np.ndarray]:
     return sections
 
 
+def _masked(sampled: list[Sequence], banned: list[tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The sections of what grammars allow; left out where no row has one. Bans of their rows are in them."""
+    rows, words = [], []
+    for row, sequence in enumerate(sampled):
+        if sequence.constraint is not None:
+            rows.append(row)
+            words.append(sequence.constraint.allowed(banned[row]))
+            banned[row] = ()
+    return {"masked_row": _ints(rows), "mask_words": np.concatenate(words)} if rows else {}
+
+
 def _draw(sequence: Sequence) -> float:
     """The draw of the sequence's next token; greedy decoding needs none."""
     sampling = sequence.request.sampling
@@ -167,6 +180,9 @@ def _banned(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> tuple[int, ..
     banned = [word[-1] for word in sampling.bad_words if _ends_with(sequence.token_ids, word[:-1])]
     if sequence.num_generated < sampling.min_tokens:
         banned += [*eos_token_ids, *sampling.stop_token_ids]
+    elif sampling.ignore_eos and sequence.constraint is not None:
+        # A grammar is over with it, so it is put off for as long as there is something else.
+        banned += eos_token_ids
     return tuple(dict.fromkeys(banned))
 
 

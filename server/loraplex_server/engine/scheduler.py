@@ -84,7 +84,7 @@ class Scheduled:
     @property
     def scores(self) -> range:
         """Positions of the chunk whose following token is scored."""
-        return self.sequence.scored_in(self.num_tokens)
+        return self.sequence.scored_in(self.num_tokens) if self.sequence.num_unscored else range(0)
 
     @property
     def samples(self) -> bool:
@@ -175,11 +175,10 @@ class Scheduler:
         """
         now_s = time.monotonic() if now_s is None else now_s
         failed = self._expire()
-        scheduled, preempted = self._continue_running()
+        scheduled, preempted, scores = self._continue_running()
         # What memory took away is not given to newcomers in the same step.
         if not preempted:
             used = sum(item.num_tokens for item in scheduled)
-            scores = self._config.max_scored_tokens - sum(len(item.scores) for item in scheduled)
             self._admit(scheduled, failed, self._config.max_batch_tokens - used, scores, now_s)
         for item in scheduled:
             self._ledger.charge(item.sequence, item.num_tokens)
@@ -200,15 +199,17 @@ class Scheduler:
             )
         return failed
 
-    def _continue_running(self) -> tuple[list[Scheduled], int]:
+    def _continue_running(self) -> tuple[list[Scheduled], int, int]:
+        """What the running sequences compute, how many were preempted, and how many more may be scored."""
         budget, scores = self._config.max_batch_tokens, self._config.max_scored_tokens
         scheduled: dict[Sequence, int] = {}
         preempted = 0
         # Decodes first: a long prefill must not hold them back.
         for sequence in sorted(self.running, key=lambda sequence: sequence.num_pending > 1):
-            if sequence.status is not Status.RUNNING:
+            if sequence.status is not Status.RUNNING or sequence.held_back:
                 continue
-            num_tokens = min(sequence.most_tokens(scores), budget)
+            scored = sequence.num_unscored > 0
+            num_tokens = min(sequence.most_tokens(scores) if scored else sequence.num_pending, budget)
             while num_tokens and not self._grow(sequence, num_tokens):
                 victim = min(self.running, key=lambda one: (one.request.priority, -one.arrival_s))
                 given = scheduled.pop(victim, 0)
@@ -220,8 +221,10 @@ class Scheduler:
             if num_tokens:
                 scheduled[sequence] = num_tokens
                 budget -= num_tokens
-                scores -= len(sequence.scored_in(num_tokens))
-        return [Scheduled(sequence, num_tokens) for sequence, num_tokens in scheduled.items()], preempted
+                if scored:
+                    scores -= len(sequence.scored_in(num_tokens))
+        found = [Scheduled(sequence, num_tokens) for sequence, num_tokens in scheduled.items()]
+        return found, preempted, scores
 
     def _admit(
         self,
@@ -278,7 +281,7 @@ class Scheduler:
                 break
             flow = sequence.flow
             assert flow is not None
-            if flow in passed:
+            if flow in passed or sequence.held_back:
                 continue
             match self._readiness(sequence, now_s):
                 case Readiness.FAILED:

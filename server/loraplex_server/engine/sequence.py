@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.core.request import Request
+from loraplex_server.engine.constraint import Constraint
 from loraplex_server.engine.fairness import Account
 from loraplex_server.engine.kv_blocks import block_key
 from loraplex_server.engine.token_counts import TokenCounts
@@ -55,6 +56,7 @@ class Sequence:
         reserved: it holds device references to its adapters.
         awaited: its last token is not known yet: it is this one of those that the step in flight samples.
         flow: the account of what it is given; the scheduler's ledger sets it.
+        constraint: where its answer stands in its grammar, None for free text.
     """
 
     request: Request
@@ -77,6 +79,7 @@ class Sequence:
     reserved: bool = False
     awaited: int | None = None
     flow: Account | None = None
+    constraint: Constraint | None = None
     preemptions: int = 0
     adapter_wait_start_s: float | None = None
     adapter_wait_s: float = 0.0
@@ -104,6 +107,11 @@ class Sequence:
             tuple((handle, weight) for start, end, handle, weight in spans if start <= position < end)
             for position in (0, *self._changes)
         )
+
+    @property
+    def held_back(self) -> bool:
+        """Whether its grammar has not said yet what may come next."""
+        return self.constraint is not None and not self.constraint.ready
 
     @property
     def num_generated(self) -> int:

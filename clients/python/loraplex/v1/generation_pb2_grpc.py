@@ -91,7 +91,7 @@ class GenerationServiceServicer(object):
     def GenerateBatch(self, request, context):
         """Many requests in one call, each answered in one message when it has finished, in whatever order
         that is. One that fails does not end the others. At most 1024 requests; a part of them runs at a
-        time, in their order.
+        time, in their order. Those without a `request_id` get the call's with their position after it.
 
         Errors of the call: INVALID_ARGUMENT (no request, or too many), DEADLINE_EXCEEDED, UNAVAILABLE.
         """

@@ -17,7 +17,7 @@ from loraplex_server.api.answer import End, Piece
 from loraplex_server.api.generator import Generator
 from loraplex_server.api.http import unserved
 from loraplex_server.api.http.body import read_body
-from loraplex_server.api.http.errors import to_body
+from loraplex_server.api.http.errors import to_body, under
 from loraplex_server.api.http.events import (
     ClientGoneError,
     EventStream,
@@ -37,7 +37,8 @@ from loraplex_server.api.http.schema import ChatBody, CompletionBody, Generation
 from loraplex_server.api.http.translate import chat_message, completion_messages
 from loraplex_server.api.lifecycle import Backend
 from loraplex_server.api.merging import merged
-from loraplex_server.errors import ErrorInfo, InternalError, ServerError
+from loraplex_server.api.tokenizer import Tokenizer
+from loraplex_server.errors import ErrorInfo, InternalError, InvalidArgumentError, ServerError
 from loraplex_server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Completions:
         messages = completion_messages(body, settings.model_name, backend.limits.defaults)
         looks = CompletionFormat(
             _heading(body, backend),
-            backend.tokenizer,
+            await _tokenizer(backend, messages[0]),
             body.n or 1,
             body.logprobs,
             _wants_usage(body),
@@ -101,9 +102,8 @@ class Chat:
         message = chat_message(
             body, settings.model_name, backend.limits.defaults, backend.limits.max_model_len
         )
-        looks = ChatFormat(
-            _heading(body, backend), backend.tokenizer.token_text, bool(body.logprobs), _wants_usage(body)
-        )
+        token_text = (await _tokenizer(backend, message)).token_text
+        looks = ChatFormat(_heading(body, backend), token_text, bool(body.logprobs), _wants_usage(body))
         return _Job(body, [message], looks)
 
 
@@ -124,7 +124,12 @@ class GenerationEndpoint:
         request = Request(scope, receive)
         job = await self._kind.read(request, self._generator.backend, self._settings)
         answer = self._stream(job, send) if job.body.stream else self._whole(job, scope, receive, send)
-        await while_connected(receive, answer)
+        try:
+            await while_connected(receive, answer)
+        except InvalidArgumentError as error:
+            if job.body.response_format is None:
+                raise
+            raise under(error, "structure.json_schema", "response_format.json_schema.schema") from error
 
     async def _outputs(self, job: _Job) -> AsyncGenerator[tuple[int, tuple[Piece, End | None]]]:
         accepted = []
@@ -176,6 +181,10 @@ class GenerationEndpoint:
 def _heading(body: GenerationBody, backend: Backend) -> Heading:
     checksum = backend.engine.info.weight_checksum
     return Heading(log.request_id.get(), body.model, f"fp_{checksum[:12]}")
+
+
+async def _tokenizer(backend: Backend, message: generation_pb2.GenerateRequest) -> Tokenizer:
+    return (await backend.tokenizers.of([use.adapter for use in message.adapters])).tokenizer
 
 
 def _wants_usage(body: GenerationBody) -> bool:

@@ -6,7 +6,7 @@ loraplex's own, named as in `loraplex.v1`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
@@ -36,6 +36,39 @@ class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool | None = None
 
 
+class TextFormat(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """Free text."""
+
+
+class JsonObjectFormat(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="json_object"):
+    """Any JSON object."""
+
+
+class NamedSchema(Struct, frozen=True, forbid_unknown_fields=True):
+    """A JSON Schema. Name and description say nothing to this server, which is always strict."""
+
+    name: Text
+    schema: dict[str, Any]
+    description: Text | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
+    """JSON that fits a schema."""
+
+    json_schema: NamedSchema
+
+
+class Structure(Struct, frozen=True, forbid_unknown_fields=True):
+    """The form of the answer, as `loraplex.v1.Structure` has it; exactly one of these."""
+
+    json_schema: dict[str, Any] | None = None
+    json_object: bool | None = None
+    regex: Text | None = None
+    grammar: Text | None = None
+    choice: Annotated[list[Text], Meta(max_length=convert.MAX_STRUCTURE_CHOICES)] | None = None
+
+
 class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What both kinds of request have.
 
@@ -44,6 +77,8 @@ class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         adapters: with the base model's name: adapters to sum.
         logit_bias: token ids, as text since they are an object's keys, and what is added to their logits.
         seed: any integer; negative ones count from the top of 64 bits.
+        response_format: what OpenAI's API knows of forms.
+        structure: all the forms there are; not with `response_format`.
         user: says nothing to this server.
     """
 
@@ -70,6 +105,8 @@ class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ignore_eos: bool | None = None
     priority: Annotated[int, Meta(ge=-_MAX_COUNT, le=_MAX_COUNT)] | None = None
     cache_prefix: bool | None = None
+    response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
+    structure: Structure | None = None
     user: Text | None = None
 
 

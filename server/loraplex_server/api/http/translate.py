@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from loraplex.v1 import generation_pb2
 from loraplex_server.api import convert
-from loraplex_server.api.http.schema import ChatBody, CompletionBody, GenerationBody, Message
+from loraplex_server.api.http.schema import (
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    Message,
+)
 from loraplex_server.core.request import SamplingDefaults
 from loraplex_server.errors import InvalidArgumentError, NotFoundError
 
@@ -132,7 +141,37 @@ def _message(
         message.n = body.n
     if body.cache_prefix is not None:
         message.cache_prefix = body.cache_prefix
+    _set_structure(message, body)
     return message
+
+
+def _set_structure(message: generation_pb2.GenerateRequest, body: GenerationBody) -> None:
+    match body.response_format:
+        case JsonObjectFormat():
+            message.structure.json_object.SetInParent()
+        case JsonSchemaFormat(named):
+            message.structure.json_schema = msgspec.json.encode(named.schema).decode()
+    asked = body.structure
+    if asked is None:
+        return
+    if message.HasField("structure"):
+        raise InvalidArgumentError.field("structure", "goes without response_format; give one of them")
+    given = [name for name in asked.__struct_fields__ if getattr(asked, name) not in (None, False)]
+    if len(given) != 1:
+        raise InvalidArgumentError.field(
+            "structure", "has to have one of json_schema, json_object, regex, grammar and choice"
+        )
+    message.structure.SetInParent()
+    match given[0]:
+        case "json_schema":
+            message.structure.json_schema = msgspec.json.encode(asked.json_schema).decode()
+        case "json_object":
+            message.structure.json_object.SetInParent()
+        case "choice":
+            message.structure.choice.SetInParent()
+            message.structure.choice.texts.extend(asked.choice or ())
+        case name:
+            setattr(message.structure, name, getattr(asked, name))
 
 
 def _check_stream(body: GenerationBody) -> None:
