@@ -365,6 +365,13 @@ def build_parser() -> argparse.ArgumentParser:
         "how often in ten minutes an engine that died is started again; then the server ends",
     )
     group.add_argument("--no-reflection", action="store_true", help="clients may not list the services")
+    group.add_argument(
+        "--otlp-endpoint",
+        default=api.otlp_endpoint,
+        metavar="URL",
+        help="send traces to the OpenTelemetry collector there (gRPC), http://127.0.0.1:4317 for one on this "
+        "machine; needs loraplex[tracing] (default: none)",
+    )
     _choice(group, "--log-level", LOG_LEVELS, logs.level, "least severe lines of the log on stderr")
     _choice(group, "--log-format", LOG_FORMATS, logs.format, "json is one object a line, for collectors")
 
@@ -461,6 +468,7 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
             reflection=not arguments.no_reflection,
             max_connection_age_s=arguments.max_connection_age,
             max_engine_restarts=arguments.max_engine_restarts,
+            otlp_endpoint=arguments.otlp_endpoint,
             max_tokens_per_message=arguments.max_tokens_per_message,
             max_unread_tokens=arguments.max_unread_tokens,
         ),

@@ -22,6 +22,7 @@ CUDA_GRAPHS = ("auto", "on", "off")
 KV_CACHE_DTYPES = ("auto", "fp8")
 ADAPTER_DEVICE_DTYPES = ("auto", "int8")
 
+_ENDPOINT = re.compile(r"https?://[^\s/@]+/?")
 _EXTRA_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.(json|jinja|txt)")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
@@ -257,6 +258,7 @@ class ApiConfig:
             server ends.
         max_connection_age_s: connections older than this are asked to come anew, so that load balancers can
             spread them; calls under way go on. 0 is never.
+        otlp_endpoint: URL of a collector's OTLP port for gRPC; "" traces nothing.
         max_tokens_per_message: while a client is behind, so many tokens may come in one message.
         max_unread_tokens: where more tokens than this wait for a client that reads too slowly, its call ends.
     """
@@ -275,6 +277,7 @@ class ApiConfig:
     reflection: bool = True
     max_connection_age_s: float = 0.0
     max_engine_restarts: int = 3
+    otlp_endpoint: str = ""
     max_tokens_per_message: int = 256
     max_unread_tokens: int = 4096
 
@@ -288,6 +291,10 @@ class ApiConfig:
         if not 0 <= self.max_connection_age_s < math.inf:
             raise InvalidArgumentError.field(
                 "max_connection_age", f"{self.max_connection_age_s} is no number of seconds"
+            )
+        if self.otlp_endpoint and _ENDPOINT.fullmatch(self.otlp_endpoint) is None:
+            raise InvalidArgumentError.field(
+                "otlp_endpoint", f"{self.otlp_endpoint!r} is no URL such as http://127.0.0.1:4317"
             )
         if self.tls is None and not self.allow_insecure and not is_loopback(self.host):
             raise InvalidArgumentError.field(

@@ -301,7 +301,7 @@ class Metrics:
 
     def observe_error(self, error: ErrorInfo) -> None:
         """A caller is answered with it."""
-        self._errors.labels(error.code).inc()
+        self._errors.labels(error.reason or error.code).inc()
 
     def observe_http(self, route: str, status: int, seconds: float) -> None:
         """An HTTP request has ended; 499 is one whose client had gone."""

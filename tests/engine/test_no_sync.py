@@ -329,6 +329,7 @@ SAMPLINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "greedy": (0, {}),
     "drawn": (1, {"temperature": np.full(3, 0.7), "top_p": np.full(3, 0.9)}),
     "mixed": (1, {"temperature": np.array([0.0, 1.0, 0.0]), "top_k": np.array([0, 5, 0])}),
+    "masked": (1, {"masked_row": np.array([1]), "mask_words": np.full(4, -1)}),
     "logprobs": (0, {"num_logprobs": np.array([-1, 0, 5])}),
     "everything": (
         1,
@@ -337,6 +338,8 @@ SAMPLINGS: dict[str, tuple[int, dict[str, Any]]] = {
             "num_logprobs": np.array([2, -1, 5]),
             "banned_start": np.array([0, 2, 2, 3]),
             "banned_ids": np.array([7, 9, 7]),
+            "masked_row": np.arange(3),
+            "mask_words": np.full(12, 1 << 40),
         },
     ),
 }

@@ -39,6 +39,7 @@ from loraplex_server.api.lifecycle import Backend, Lifecycle
 from loraplex_server.api.model_service import ModelService
 from loraplex_server.api.restarts import AdapterJournal, RestartBudget
 from loraplex_server.api.tokenizer import Tokenizer
+from loraplex_server.api.tracing.spans import NoTracing, Tracing
 from loraplex_server.api.uploads import UploadDesk
 from loraplex_server.config import ApiConfig, EngineConfig, ServerConfig, is_loopback
 from loraplex_server.engine.client import EngineClient
@@ -128,7 +129,10 @@ class _Server:
         api = config.api
         self._certificates = api.tls is not None and api.tls.client_ca is not None
         self._authenticator = Authenticator(api.token_file, certificates=self._certificates)
-        self._generator = Generator(self._lifecycle, self._metrics)
+        self._tracing = _tracing(api.otlp_endpoint, self._model_name, self._version)
+        # After all that there may be spans of.
+        stack.push_async_callback(self._tracing.close)
+        self._generator = Generator(self._lifecycle, self._metrics, self._tracing)
 
     async def run(self, launch: LaunchEngine, signals: asyncio.Queue[int]) -> int:
         # Ports first: a taken one is found before a model is loaded, and probes can see it load.
@@ -203,7 +207,9 @@ class _Server:
         """Starts the gRPC server, which refuses all calls but health and reflection for now."""
         api = self._config.api
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(self._lifecycle, self._metrics, self._authenticator)],
+            interceptors=[
+                CallInterceptor(self._lifecycle, self._metrics, self._authenticator, self._tracing)
+            ],
             options=_channel_options(api),
             maximum_concurrent_rpcs=self._max_calls,
         )
@@ -262,14 +268,14 @@ class _Server:
             raise FailedPreconditionError(
                 f"--http-port needs {error.name}, which is not installed; pip install 'loraplex[server]'"
             ) from error
-        name = api.model_name or _model_name(self._config.engine.model.model)
         app = application(
             self._lifecycle,
             self._metrics,
             self._authenticator,
             self._generator,
-            HttpSettings(name, api.max_message_bytes),
+            HttpSettings(self._model_name, api.max_message_bytes),
             self._version,
+            self._tracing,
         )
         context = None if api.tls is None else tls.http_context(api.tls)
         family = socket.AF_INET6 if ":" in api.host else socket.AF_INET
@@ -287,6 +293,10 @@ class _Server:
         )
         self._stack.push_async_callback(listener.close)
         return await listener.start()
+
+    @property
+    def _model_name(self) -> str:
+        return self._config.api.model_name or _model_name(self._config.engine.model.model)
 
     @property
     def _max_calls(self) -> int:
@@ -381,6 +391,18 @@ async def _end_engine(handle: EngineHandle) -> None:
     """Waits for an engine that was told to end, and ends it if it does not."""
     if not await asyncio.to_thread(handle.join, _ENGINE_EXIT_S):
         await asyncio.to_thread(handle.terminate)
+
+
+def _tracing(endpoint: str, model: str, version: str) -> Tracing:
+    if not endpoint:
+        return NoTracing()
+    try:
+        from loraplex_server.api.tracing.otlp import OtlpTracing
+    except ImportError as error:
+        raise FailedPreconditionError(
+            f"--otlp-endpoint needs {error.name}, which is not installed; pip install 'loraplex[tracing]'"
+        ) from error
+    return OtlpTracing(endpoint, model, version)
 
 
 def _find_dead_peers(listening: socket.socket) -> None:

@@ -16,6 +16,7 @@ from loraplex_server.api import authentication, convert
 from loraplex_server.api.answer import Answer, End, Piece, Prompt
 from loraplex_server.api.lifecycle import Backend, Lifecycle
 from loraplex_server.api.tokenizer import Tokenizer
+from loraplex_server.api.tracing.spans import Generated, Tracing
 from loraplex_server.core.request import Request
 from loraplex_server.engine.messages import Times
 from loraplex_server.errors import DeadlineExceededError, InternalError, ServerError
@@ -34,6 +35,7 @@ class Accepted:
         tokenizer: of its text.
         include_stop: the one that ends it is part of it.
         echo: the prompt, where the answer begins with it.
+        chat: the prompt is a conversation.
     """
 
     request: Request
@@ -42,14 +44,16 @@ class Accepted:
     tokenizer: Tokenizer
     include_stop: bool = False
     echo: Prompt | None = None
+    chat: bool = False
 
 
 class Generator:
     """Takes requests in and runs them on the engine."""
 
-    def __init__(self, lifecycle: Lifecycle, metrics: Metrics) -> None:
+    def __init__(self, lifecycle: Lifecycle, metrics: Metrics, tracing: Tracing) -> None:
         self._lifecycle = lifecycle
         self._metrics = metrics
+        self._tracing = tracing
         self._serial = itertools.count(1)
 
     @property
@@ -93,8 +97,9 @@ class Generator:
         )
         stops, included = tuple(message.stopping.stop), message.stopping.include_stop
         echo = _echo(tokenizer, prompt) if message.echo else None
+        chat = message.WhichOneof("prompt") == "chat"
         return [
-            Accepted(request, stops, arrived_s, tokenizer, included, echo)
+            Accepted(request, stops, arrived_s, tokenizer, included, echo, chat)
             for request in self._requests(first, message.n if message.HasField("n") else 1)
         ]
 
@@ -132,14 +137,19 @@ class Generator:
         )
         outcome: str | None = None
         times: Times | None = None
+        so_far: Times | None = None
         first_token_s: float | None = None
         echo = accepted.echo
+        waited_s = time.perf_counter() - accepted.arrived_s
+        span = self._tracing.generation(
+            request, chat=accepted.chat, request_id=log.request_id.get(), seconds=waited_s
+        )
         deltas = backend.engine.stream(request)
         try:
             async with contextlib.aclosing(deltas):
                 async for delta in deltas:
                     if delta.token_ids and first_token_s is None:
-                        first_token_s = time.perf_counter() - accepted.arrived_s
+                        first_token_s, so_far = time.perf_counter() - accepted.arrived_s, delta.times
                         self._metrics.observe_first_token(first_token_s)
                     piece = answer.push(delta)
                     if piece.empty:
@@ -172,6 +182,7 @@ class Generator:
             # A caller that is gone closes this generator, or cancels the task that runs it.
             if outcome is None:
                 outcome = why_left()
+            span.end(Generated(outcome, answer.num_tokens, times or so_far, first_token_s))
             total_s = time.perf_counter() - accepted.arrived_s
             self._metrics.observe_request(
                 request,

@@ -19,6 +19,7 @@ from loraplex_server.api.authentication import Authenticator
 from loraplex_server.api.convert import valid_request_id
 from loraplex_server.api.lifecycle import Lifecycle
 from loraplex_server.api.status import code_of_cancellation, retry_pushback, to_status
+from loraplex_server.api.tracing.spans import NO_SPAN, Tracing
 from loraplex_server.errors import (
     ErrorInfo,
     InternalError,
@@ -51,10 +52,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     A caller may send its own request id as metadata `x-request-id`; it is sent back so, with the status.
     """
 
-    def __init__(self, lifecycle: Lifecycle, metrics: Metrics, authenticator: Authenticator) -> None:
+    def __init__(
+        self, lifecycle: Lifecycle, metrics: Metrics, authenticator: Authenticator, tracing: Tracing
+    ) -> None:
         self._lifecycle = lifecycle
         self._metrics = metrics
         self._authenticator = authenticator
+        self._tracing = tracing
 
     async def intercept_service(
         self,
@@ -111,12 +115,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _call(self, method: str, context: _Context) -> AsyncIterator[None]:
         started = time.perf_counter()
         log.request_id.set(_request_id(context))
+        guarded = method.startswith(_GUARDED)
+        span = self._tracing.rpc(method, _texts(context)) if guarded else NO_SPAN
         code = "OK"
         try:
             if not method.startswith(_OPEN_TO_ALL):
                 tenant = self._authenticator.tenant_of(_authorization(context), lambda: _names(context))
                 authentication.tenant.set(tenant)
-            with self._lifecycle.call() if method.startswith(_GUARDED) else contextlib.nullcontext():
+            with self._lifecycle.call() if guarded else contextlib.nullcontext():
                 yield
             context.set_trailing_metadata(((_REQUEST_ID_KEY, log.request_id.get()),))
         except asyncio.CancelledError:
@@ -141,10 +147,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await _abort(context, info)
         finally:
             self._metrics.observe_call(method, code, time.perf_counter() - started)
+            span.end_rpc(code)
 
 
 def _authorization(context: _Context) -> str | None:
     return next((str(v) for k, v in context.invocation_metadata() or () if k == "authorization"), None)
+
+
+def _texts(context: _Context) -> dict[str, str]:
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
 def _names(context: _Context) -> Iterator[str]:

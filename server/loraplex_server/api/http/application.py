@@ -23,6 +23,7 @@ from loraplex_server.api.http.models import Models
 from loraplex_server.api.http.openapi import document
 from loraplex_server.api.http.schema import Health
 from loraplex_server.api.lifecycle import Lifecycle
+from loraplex_server.api.tracing.spans import Tracing
 from loraplex_server.errors import ErrorInfo
 from loraplex_server.metrics import Metrics
 
@@ -36,6 +37,7 @@ def application(
     generator: Generator,
     settings: HttpSettings,
     version: str,
+    tracing: Tracing,
 ) -> Starlette:
     """The whole HTTP API, for an ASGI server to run."""
     models = Models(lifecycle, settings)
@@ -71,6 +73,7 @@ def application(
         metrics=metrics,
         authenticator=authenticator,
         routes={route.endpoint: route.path for route in routes},
+        tracing=tracing,
     )
     handlers: dict[Any, Any] = {HTTPException: _no_such_thing}
     app = Starlette(routes=routes, middleware=[calls], exception_handlers=handlers)
