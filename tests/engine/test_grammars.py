@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import string
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -465,6 +466,19 @@ def test_a_model_without_a_tokenizer_says_so(tiny: Any, harness: Any) -> None:
     one.run()
     assert asked.error.code == "FAILED_PRECONDITION"
     assert "tokenizer" in asked.error.message
+
+
+def test_a_server_without_llguidance_serves_free_text(
+    spoken: Model, harness: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    one = harness(spoken)
+    held = one.submit("held", PROMPT, structure=REGEX)
+    free = one.submit("free", PROMPT, max_tokens=3, ignore_eos=True)
+    one.run()
+    assert held.error.code == "FAILED_PRECONDITION"
+    assert "llguidance" in held.error.message
+    assert len(free.tokens) == 3
 
 
 def test_tokenizers_of_every_make_are_known_as_bytes(tmp_path: Path) -> None:
