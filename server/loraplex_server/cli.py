@@ -367,6 +367,24 @@ def build_parser() -> argparse.ArgumentParser:
         api.max_unread_tokens,
         "where more tokens wait for a client that reads too slowly, its call ends with RESOURCE_EXHAUSTED",
     )
+    _seconds(
+        group,
+        "--stall-seconds",
+        api.stall_s,
+        "a stream that its client has not read for so long ends with RESOURCE_EXHAUSTED; 0 is never",
+    )
+    _seconds(
+        group,
+        "--keepalive",
+        api.keepalive_s,
+        "a connection silent for so long is asked whether its client is there",
+    )
+    _seconds(
+        group,
+        "--keepalive-timeout",
+        api.keepalive_timeout_s,
+        "one that does not answer in so long is closed, and its calls are cancelled",
+    )
     _seconds(group, "--drain-seconds", api.drain_s, "time that running calls have after SIGTERM")
     _seconds(
         group,
@@ -489,6 +507,9 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
             otlp_endpoint=arguments.otlp_endpoint,
             max_tokens_per_message=arguments.max_tokens_per_message,
             max_unread_tokens=arguments.max_unread_tokens,
+            stall_s=arguments.stall_seconds,
+            keepalive_s=arguments.keepalive,
+            keepalive_timeout_s=arguments.keepalive_timeout,
         ),
     )
 

@@ -23,6 +23,9 @@ CUDA_GRAPHS = ("auto", "on", "off")
 KV_CACHE_DTYPES = ("auto", "fp8")
 ADAPTER_DEVICE_DTYPES = ("auto", "int8")
 
+# gRPC counts milliseconds in 32 bits.
+_MAX_KEEPALIVE_S = 2_000_000
+
 _ENDPOINT = re.compile(r"https?://[^\s/@]+/?")
 _EXTRA_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.(json|jinja|txt)")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
@@ -279,6 +282,9 @@ class ApiConfig:
         otlp_endpoint: URL of a collector's OTLP port for gRPC; "" traces nothing.
         max_tokens_per_message: while a client is behind, so many tokens may come in one message.
         max_unread_tokens: where more tokens than this wait for a client that reads too slowly, its call ends.
+        stall_s: a stream that has not been read for so long ends; 0 is never.
+        keepalive_s: a connection that has been silent for so long is asked whether its client is there.
+        keepalive_timeout_s: one that does not answer in so long is closed, and its calls are cancelled.
     """
 
     host: str = "127.0.0.1"
@@ -298,6 +304,9 @@ class ApiConfig:
     otlp_endpoint: str = ""
     max_tokens_per_message: int = 256
     max_unread_tokens: int = 4096
+    stall_s: float = 60.0
+    keepalive_s: float = 30.0
+    keepalive_timeout_s: float = 10.0
 
     def __post_init__(self) -> None:
         _at_least("port", self.port, 0)
@@ -306,6 +315,16 @@ class ApiConfig:
         _at_least("max_engine_restarts", self.max_engine_restarts, 0)
         _at_least("max_tokens_per_message", self.max_tokens_per_message, 1)
         _at_least("max_unread_tokens", self.max_unread_tokens, 1)
+        if not 0 <= self.stall_s < math.inf:
+            raise InvalidArgumentError.field("stall_seconds", f"{self.stall_s} is no number of seconds")
+        for field, value in (
+            ("keepalive", self.keepalive_s),
+            ("keepalive_timeout", self.keepalive_timeout_s),
+        ):
+            if not 0 < value < _MAX_KEEPALIVE_S:
+                raise InvalidArgumentError.field(
+                    field, f"{value} is no number of seconds above 0 and below {_MAX_KEEPALIVE_S}"
+                )
         if not 0 <= self.max_connection_age_s < math.inf:
             raise InvalidArgumentError.field(
                 "max_connection_age", f"{self.max_connection_age_s} is no number of seconds"

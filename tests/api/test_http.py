@@ -676,8 +676,7 @@ def test_a_client_that_hangs_up_ends_its_requests(speaking: Any, stream: bool) -
     asyncio.run(main())
 
 
-def test_a_client_that_does_not_read_is_given_up(speaking: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraplex_server.api.http.events._STALL_S", 0.2)
+def test_a_client_that_does_not_read_is_given_up(speaking: Any) -> None:
     top = tuple(TopLogprob(token_id, -1.0) for token_id in range(40, 60))
 
     async def script(engine: Any, request: Request) -> None:
@@ -687,7 +686,7 @@ def test_a_client_that_does_not_read_is_given_up(speaking: Any, monkeypatch: pyt
             await asyncio.sleep(0)
 
     async def main() -> None:
-        async with speaking(script) as server:
+        async with speaking(script, stall_s=0.2) as server:
             body = json.dumps({"model": "parrot", "prompt": "a", "stream": True, "n": 4, "logprobs": 20})
             sock = socket.socket()
             # What the client's side takes in unread stays small.

@@ -461,7 +461,16 @@ def _logit_error(answer: Any, logits: torch.Tensor) -> float:
     return float((exact - found).abs().max() / logits.abs().max())
 
 
-@pytest.mark.parametrize("name", COLUMNS)
+# Where a layer has two norms, and where it has four.
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["Llama", pytest.param("Gemma2", marks=pytest.mark.slow)])
+def test_every_kind_equals_peft_where_steps_are_fused(
+    architecture: str, kind: str, truth: Any, column: Any, parity_cell: Any
+) -> None:
+    test_every_kind_equals_peft(architecture, kind, "fused", truth, column, parity_cell)
+
+
+@pytest.mark.parametrize("name", [name for name in COLUMNS if name != "fused"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kind_equals_peft(

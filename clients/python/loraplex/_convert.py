@@ -403,7 +403,7 @@ class AnswerReader:
         """Whether every answer has come to its end."""
         return self._unfinished <= 0
 
-    def chunk(self, response: generation_pb2.GenerateResponse) -> GenerationChunk:
+    def read(self, response: generation_pb2.GenerateResponse) -> GenerationChunk:
         if response.request_id:
             self.request_id = response.request_id
         finish = response.finish if response.HasField("finish") else None
@@ -431,6 +431,18 @@ class AnswerReader:
             raise InternalError(
                 "the stream ended without saying how the generation finished", request_id=self.request_id
             )
+
+
+class ChangesReader:
+    """Reads the messages of a watch, which has no end of its own."""
+
+    request_id = ""
+
+    def read(self, response: adapters_pb2.WatchResponse) -> AdapterChanges:
+        return adapter_changes(response)
+
+    def check_complete(self) -> None:
+        """Called when the server has ended it."""
 
 
 def joined(chunks: Iterable[GenerationChunk]) -> Generation:
