@@ -321,7 +321,7 @@ def test_a_batch_answers_as_each_request_finishes(serving: Any, byte_level_token
         await says(byte_level_tokenizer.encode(f" {text}"))(engine, core)
 
     async def main() -> None:
-        async with serving(script) as server:
+        async with serving(script, metrics_port=0) as server:
             texts = ["first", "second", "lost", "third"]
             batch = generation_pb2.GenerateBatchRequest(
                 requests=[*map(request, texts), request("bad", logprobs=99), request("two", n=2)]
@@ -348,6 +348,9 @@ def test_a_batch_answers_as_each_request_finishes(serving: Any, byte_level_token
                 detail = kind()
                 assert any(packed.Unpack(detail) for packed in error.details)
             assert detail.field_violations[0].field == "logprobs"
+            counted = await server.scrape()
+            for reason in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"):
+                assert counted[f"loraplex_errors_total{{reason={reason}}}"] == 1
             for wrong in (0, 1025):
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await server.generation.GenerateBatch(
