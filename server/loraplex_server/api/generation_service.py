@@ -9,7 +9,7 @@ from typing import Any
 
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
 from loraplex_server import log
-from loraplex_server.api import convert
+from loraplex_server.api import convert, timings
 from loraplex_server.api.generator import Generator
 from loraplex_server.api.merging import as_finished, merged
 from loraplex_server.api.status import code_of_cancellation, to_message
@@ -73,7 +73,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         outputs = merged([self._generator.run(each, why_left) for each in accepted])
         async with contextlib.aclosing(outputs):
             async for index, (piece, end) in outputs:
-                finish = None if end is None else convert.to_finish(end)
+                finish = None
+                if end is not None:
+                    timings.note(end)
+                    finish = convert.to_finish(end)
                 yield convert.to_generate_response(piece, finish, token_text, request_id, index)
                 request_id = ""
 
