@@ -31,6 +31,7 @@ from loraplex_server.config import (
     TlsFiles,
     parse_size,
 )
+from loraplex_server.core.request import MAX_SPECULATIVE_TOKENS
 from loraplex_server.errors import InvalidArgumentError, ServerError
 
 EXIT_USAGE = 2
@@ -211,6 +212,21 @@ def build_parser() -> argparse.ArgumentParser:
         "on" if scheduler.prefix_cache else "off",
         "keep the KV of prompts and answers, as room allows, for requests that begin alike",
     )
+    _count(
+        group,
+        "--speculative-tokens",
+        scheduler.speculative_tokens,
+        f"tokens guessed in a step from a request's own text, where it does not say; 0 to "
+        f"{MAX_SPECULATIVE_TOKENS}. Answers are the same",
+    )
+    group.add_argument(
+        "--speculation-max-load",
+        type=float,
+        default=scheduler.speculation_max_load,
+        metavar="F",
+        help="share of --max-num-requests beyond which running requests get no guesses; 0 is never any "
+        "(default: %(default)g)",
+    )
     _seconds(
         group,
         "--max-adapter-wait",
@@ -351,6 +367,24 @@ def build_parser() -> argparse.ArgumentParser:
         api.max_unread_tokens,
         "where more tokens wait for a client that reads too slowly, its call ends with RESOURCE_EXHAUSTED",
     )
+    _seconds(
+        group,
+        "--stall-seconds",
+        api.stall_s,
+        "a stream that its client has not read for so long ends with RESOURCE_EXHAUSTED; 0 is never",
+    )
+    _seconds(
+        group,
+        "--keepalive",
+        api.keepalive_s,
+        "a connection silent for so long is asked whether its client is there",
+    )
+    _seconds(
+        group,
+        "--keepalive-timeout",
+        api.keepalive_timeout_s,
+        "one that does not answer in so long is closed, and its calls are cancelled",
+    )
     _seconds(group, "--drain-seconds", api.drain_s, "time that running calls have after SIGTERM")
     _seconds(
         group,
@@ -424,6 +458,8 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 gpu_memory_utilization=arguments.gpu_memory_utilization,
                 kv_block_size=arguments.kv_block_size,
                 prefix_cache=arguments.prefix_cache == "on",
+                speculative_tokens=arguments.speculative_tokens,
+                speculation_max_load=arguments.speculation_max_load,
                 max_adapter_wait_s=arguments.max_adapter_wait,
                 fair_quantum=arguments.fair_quantum,
                 fair_aging_s=arguments.fair_aging,
@@ -471,6 +507,9 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
             otlp_endpoint=arguments.otlp_endpoint,
             max_tokens_per_message=arguments.max_tokens_per_message,
             max_unread_tokens=arguments.max_unread_tokens,
+            stall_s=arguments.stall_seconds,
+            keepalive_s=arguments.keepalive,
+            keepalive_timeout_s=arguments.keepalive_timeout,
         ),
     )
 

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from loraplex_server.adapters.remote.uri import AllowedSources
+from loraplex_server.core.request import MAX_SPECULATIVE_TOKENS
 from loraplex_server.errors import InvalidArgumentError
 
 QUANTIZATIONS = ("nf4", "int4", "none")
@@ -21,6 +22,9 @@ KERNELS = ("auto", "torch", "triton")
 CUDA_GRAPHS = ("auto", "on", "off")
 KV_CACHE_DTYPES = ("auto", "fp8")
 ADAPTER_DEVICE_DTYPES = ("auto", "int8")
+
+# gRPC counts milliseconds in 32 bits.
+_MAX_KEEPALIVE_S = 2_000_000
 
 _ENDPOINT = re.compile(r"https?://[^\s/@]+/?")
 _EXTRA_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.(json|jinja|txt)")
@@ -118,6 +122,8 @@ class SchedulerConfig:
             gets no new requests until it can be evicted; the longer the wait, the more adapters.
         fair_quantum: tokens that a tenant, and an adapter within it, gets before it is the next one's turn.
         fair_aging_s: waiting time that counts as much as a quantum not given.
+        speculative_tokens: most tokens guessed in a step for a request that does not say.
+        speculation_max_load: share of `max_num_requests` beyond which running requests get no guesses.
     """
 
     max_batch_tokens: int = 512
@@ -133,6 +139,8 @@ class SchedulerConfig:
     max_adapter_wait_s: float = 5.0
     fair_quantum: int = 512
     fair_aging_s: float = 5.0
+    speculative_tokens: int = 0
+    speculation_max_load: float = 0.5
 
     def __post_init__(self) -> None:
         _at_least("max_batch_tokens", self.max_batch_tokens, 1)
@@ -150,6 +158,19 @@ class SchedulerConfig:
         _at_least("fair_quantum", self.fair_quantum, 1)
         if not 0 < self.fair_aging_s < math.inf:
             raise InvalidArgumentError.field("fair_aging_s", f"{self.fair_aging_s} is no positive number")
+        if not 0 <= self.speculative_tokens <= MAX_SPECULATIVE_TOKENS:
+            raise InvalidArgumentError.field(
+                "speculative_tokens", f"{self.speculative_tokens} is none of 0 to {MAX_SPECULATIVE_TOKENS}"
+            )
+        if not 0 <= self.speculation_max_load <= 1:
+            raise InvalidArgumentError.field(
+                "speculation_max_load", f"{self.speculation_max_load} is no share from 0 to 1"
+            )
+
+    @property
+    def max_samples(self) -> int:
+        """Most rows of a step after which a token is sampled."""
+        return min(self.max_num_requests, self.max_batch_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +282,9 @@ class ApiConfig:
         otlp_endpoint: URL of a collector's OTLP port for gRPC; "" traces nothing.
         max_tokens_per_message: while a client is behind, so many tokens may come in one message.
         max_unread_tokens: where more tokens than this wait for a client that reads too slowly, its call ends.
+        stall_s: a stream that has not been read for so long ends; 0 is never.
+        keepalive_s: a connection that has been silent for so long is asked whether its client is there.
+        keepalive_timeout_s: one that does not answer in so long is closed, and its calls are cancelled.
     """
 
     host: str = "127.0.0.1"
@@ -280,6 +304,9 @@ class ApiConfig:
     otlp_endpoint: str = ""
     max_tokens_per_message: int = 256
     max_unread_tokens: int = 4096
+    stall_s: float = 60.0
+    keepalive_s: float = 30.0
+    keepalive_timeout_s: float = 10.0
 
     def __post_init__(self) -> None:
         _at_least("port", self.port, 0)
@@ -288,6 +315,16 @@ class ApiConfig:
         _at_least("max_engine_restarts", self.max_engine_restarts, 0)
         _at_least("max_tokens_per_message", self.max_tokens_per_message, 1)
         _at_least("max_unread_tokens", self.max_unread_tokens, 1)
+        if not 0 <= self.stall_s < math.inf:
+            raise InvalidArgumentError.field("stall_seconds", f"{self.stall_s} is no number of seconds")
+        for field, value in (
+            ("keepalive", self.keepalive_s),
+            ("keepalive_timeout", self.keepalive_timeout_s),
+        ):
+            if not 0 < value < _MAX_KEEPALIVE_S:
+                raise InvalidArgumentError.field(
+                    field, f"{value} is no number of seconds above 0 and below {_MAX_KEEPALIVE_S}"
+                )
         if not 0 <= self.max_connection_age_s < math.inf:
             raise InvalidArgumentError.field(
                 "max_connection_age", f"{self.max_connection_age_s} is no number of seconds"

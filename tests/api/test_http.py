@@ -36,7 +36,14 @@ pytest.importorskip("uvicorn", reason="needs the server extra: uvicorn")
 openai = pytest.importorskip("openai", reason="needs the dev extra: openai")
 
 TIMES = Times(
-    queue_s=0.25, adapter_wait_s=0.125, first_token_s=0.5, total_s=1.0, preemptions=2, cached_prompt_tokens=3
+    queue_s=0.25,
+    adapter_wait_s=0.125,
+    first_token_s=0.5,
+    total_s=1.0,
+    preemptions=2,
+    cached_prompt_tokens=3,
+    drafted_tokens=7,
+    accepted_tokens=4,
 )
 
 
@@ -136,6 +143,7 @@ def test_a_completion(speaking: Any, byte_level_tokenizer: Any) -> None:
                 "stop": "\n",
                 "seed": -1,
                 "cache_prefix": False,
+                "speculative_tokens": 9,
                 "top_k": 5,
                 "top_p": 0.5,
                 "temperature": 0.25,
@@ -150,9 +158,14 @@ def test_a_completion(speaking: Any, byte_level_tokenizer: Any) -> None:
                 "completion_tokens": len(ids),
                 "total_tokens": len(prompt) + len(ids),
                 "prompt_tokens_details": {"cached_tokens": 3},
+                "completion_tokens_details": {
+                    "accepted_prediction_tokens": 4,
+                    "rejected_prediction_tokens": 3,
+                },
             }
             [request] = server.engine.submitted
             assert (request.prompt_token_ids, request.cache_prefix) == (tuple(prompt), False)
+            assert request.speculative_tokens == 9
             sampling = request.sampling
             assert (sampling.max_tokens, sampling.seed, sampling.top_k) == (9, (1 << 64) - 1, 5)
             assert (sampling.top_p, sampling.temperature) == (0.5, 0.25)
@@ -663,8 +676,7 @@ def test_a_client_that_hangs_up_ends_its_requests(speaking: Any, stream: bool) -
     asyncio.run(main())
 
 
-def test_a_client_that_does_not_read_is_given_up(speaking: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraplex_server.api.http.events._STALL_S", 0.2)
+def test_a_client_that_does_not_read_is_given_up(speaking: Any) -> None:
     top = tuple(TopLogprob(token_id, -1.0) for token_id in range(40, 60))
 
     async def script(engine: Any, request: Request) -> None:
@@ -674,7 +686,7 @@ def test_a_client_that_does_not_read_is_given_up(speaking: Any, monkeypatch: pyt
             await asyncio.sleep(0)
 
     async def main() -> None:
-        async with speaking(script) as server:
+        async with speaking(script, stall_s=0.2) as server:
             body = json.dumps({"model": "parrot", "prompt": "a", "stream": True, "n": 4, "logprobs": 20})
             sock = socket.socket()
             # What the client's side takes in unread stays small.

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from loraplex_server.api.authentication import Authenticator
 from loraplex_server.api.interceptors import CallInterceptor
 from loraplex_server.api.lifecycle import Backend, Lifecycle
+from loraplex_server.api.stalls import StallWatch
 from loraplex_server.api.status import retry_pushback
 from loraplex_server.api.tracing.spans import NoTracing
 from loraplex_server.errors import AlreadyExistsError, ErrorInfo
@@ -88,7 +89,7 @@ def counted(registry: CollectorRegistry, kind: str, code: str) -> float:
 def test_answers_errors_metrics_and_drain(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         lifecycle, metrics = Lifecycle(), Metrics()
-        calls = CallInterceptor(lifecycle, metrics, Authenticator(None), NoTracing())
+        calls = CallInterceptor(lifecycle, metrics, Authenticator(None), NoTracing(), StallWatch(0))
         server = grpc.aio.server(interceptors=[calls])
         server.add_generic_rpc_handlers((HANDLERS,))
         port = server.add_insecure_port("127.0.0.1:0")

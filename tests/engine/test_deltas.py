@@ -68,6 +68,19 @@ def test_no_more_than_so_many_tokens_are_joined(limit: int) -> None:
     asyncio.run(main())
 
 
+def test_scores_of_a_long_prompt_are_not_joined_and_not_too_many() -> None:
+    async def main() -> None:
+        queue = DeltaQueue(max_joined=100, max_unread=8)
+        chunks = [tuple(TokenLogprobs(token_id, -1.0) for token_id in range(80)) for _ in range(3)]
+        for chunk in chunks:
+            assert queue.put(delta(prompt_logprobs=chunk))
+        assert queue.put(delta(5))
+        assert [(await queue.take()).prompt_logprobs for _ in range(2)] == chunks[:2]
+        assert await queue.take() == delta(5, prompt_logprobs=chunks[2])
+
+    asyncio.run(main())
+
+
 def test_messages_of_a_stream_that_is_behind_come_apart_for_a_while() -> None:
     spacing = Spacing()
     spacing.sent(100.0)

@@ -68,7 +68,7 @@ class Client(BaseClient):
             options: adapter, adapters, max_tokens, min_tokens, temperature, top_p, top_k, min_p,
                 repetition_penalty, presence_penalty, frequency_penalty, logit_bias, bad_words, seed, stop,
                 include_stop, stop_token_ids, ignore_eos, logprobs, prompt_logprobs, echo, n, priority,
-                cache_prefix, structure, request_id; see GenerateOptions.
+                cache_prefix, structure, speculative_tokens, request_id; see GenerateOptions.
 
         Raises:
             LoraplexError: see loraplex.errors.

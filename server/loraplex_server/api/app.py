@@ -38,6 +38,7 @@ from loraplex_server.api.interceptors import CallInterceptor
 from loraplex_server.api.lifecycle import Backend, Lifecycle
 from loraplex_server.api.model_service import ModelService
 from loraplex_server.api.restarts import AdapterJournal, RestartBudget
+from loraplex_server.api.stalls import StallWatch
 from loraplex_server.api.tokenizer import Tokenizer
 from loraplex_server.api.tracing.spans import NoTracing, Tracing
 from loraplex_server.api.uploads import UploadDesk
@@ -206,9 +207,12 @@ class _Server:
     async def _listen(self) -> int:
         """Starts the gRPC server, which refuses all calls but health and reflection for now."""
         api = self._config.api
+        stalls = StallWatch(api.stall_s)
+        watching = asyncio.create_task(stalls.run(), name="stalls")
+        self._stack.callback(watching.cancel)
         server = grpc.aio.server(
             interceptors=[
-                CallInterceptor(self._lifecycle, self._metrics, self._authenticator, self._tracing)
+                CallInterceptor(self._lifecycle, self._metrics, self._authenticator, self._tracing, stalls)
             ],
             options=_channel_options(api),
             maximum_concurrent_rpcs=self._max_calls,
@@ -216,7 +220,7 @@ class _Server:
         register: list[tuple[Callable[[Any, Any], Any], object]] = [
             (
                 generation_pb2_grpc.add_GenerationServiceServicer_to_server,
-                GenerationService(self._generator),
+                GenerationService(self._generator, self._metrics),
             ),
             (
                 adapters_pb2_grpc.add_AdapterServiceServicer_to_server,
@@ -273,7 +277,7 @@ class _Server:
             self._metrics,
             self._authenticator,
             self._generator,
-            HttpSettings(self._model_name, api.max_message_bytes),
+            HttpSettings(self._model_name, api.max_message_bytes, api.stall_s),
             self._version,
             self._tracing,
         )
@@ -437,8 +441,10 @@ def _channel_options(api: ApiConfig) -> list[tuple[str, Any]]:
         # A unary generation sends nothing for long: let clients ping, and find those that are gone.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", round(api.keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", round(api.keepalive_timeout_s * 1000)),
+        # Without this gRPC 1.85 waits a minute for the answer, whatever the line above says.
+        ("grpc.http2.ping_timeout_ms", round(api.keepalive_timeout_s * 1000)),
     ]
 
 

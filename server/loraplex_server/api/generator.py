@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 
 import msgspec
 
@@ -14,12 +14,13 @@ from loraplex.v1 import generation_pb2
 from loraplex_server import log
 from loraplex_server.api import authentication, convert
 from loraplex_server.api.answer import Answer, End, Piece, Prompt
+from loraplex_server.api.deadlines import FastestAnswer, certain_tokens
 from loraplex_server.api.lifecycle import Backend, Lifecycle
 from loraplex_server.api.tokenizer import Tokenizer
 from loraplex_server.api.tracing.spans import Generated, Tracing
 from loraplex_server.core.request import Request
 from loraplex_server.engine.messages import Times
-from loraplex_server.errors import DeadlineExceededError, InternalError, ServerError
+from loraplex_server.errors import DeadlineExceededError, InternalError, Reason, ServerError
 from loraplex_server.metrics import Metrics
 
 _MAX_SEED = (1 << 64) - 1
@@ -55,6 +56,7 @@ class Generator:
         self._metrics = metrics
         self._tracing = tracing
         self._serial = itertools.count(1)
+        self._fastest = FastestAnswer()
 
     @property
     def backend(self) -> Backend:
@@ -71,7 +73,7 @@ class Generator:
 
         Raises:
             InvalidArgumentError: with one violation for each bad field.
-            DeadlineExceededError: it came too late.
+            DeadlineExceededError: it came too late, or cannot be done in time.
             ServerError: the conversation cannot be made into a prompt.
         """
         arrived_s = time.perf_counter()
@@ -95,6 +97,7 @@ class Generator:
             tenant=authentication.tenant.get(),
             deadline_s=deadline_s,
         )
+        self._refuse_in_vain(first, message.stopping.stop, remaining_s, arrived_s)
         stops, included = tuple(message.stopping.stop), message.stopping.include_stop
         echo = _echo(tokenizer, prompt) if message.echo else None
         chat = message.WhichOneof("prompt") == "chat"
@@ -160,6 +163,8 @@ class Generator:
                         yield piece, None
                         continue
                     outcome, times = piece.finish.reason.value, piece.finish.times
+                    if times is not None and not piece.finish.stop_match:
+                        self._fastest.learn(answer.num_tokens - 1, times.total_s - times.first_token_s)
                     # A stop string: the engine need not go on while the last message is sent.
                     await deltas.aclose()
                     total_s = time.perf_counter() - accepted.arrived_s
@@ -191,6 +196,20 @@ class Generator:
                 seconds=total_s,
                 seconds_after_first_token=total_s - (first_token_s or total_s),
                 times=times,
+            )
+
+    def _refuse_in_vain(
+        self, request: Request, stops: Collection[str], remaining_s: float | None, arrived_s: float
+    ) -> None:
+        if remaining_s is None:
+            return
+        remaining_s -= time.perf_counter() - arrived_s
+        tokens = certain_tokens(request, stops)
+        least_s = self._fastest.least_s(tokens)
+        if remaining_s < least_s:
+            raise DeadlineExceededError(
+                f"{tokens} tokens take {least_s:.2g} s at least, and the deadline is in {remaining_s:.2g} s",
+                reason=Reason.DEADLINE_TOO_SHORT,
             )
 
     def _engine_id(self) -> str:

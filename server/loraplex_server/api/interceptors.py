@@ -14,10 +14,11 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from loraplex_server import log
-from loraplex_server.api import authentication
+from loraplex_server.api import authentication, timings
 from loraplex_server.api.authentication import Authenticator
 from loraplex_server.api.convert import valid_request_id
 from loraplex_server.api.lifecycle import Lifecycle
+from loraplex_server.api.stalls import StallWatch
 from loraplex_server.api.status import code_of_cancellation, retry_pushback, to_status
 from loraplex_server.api.tracing.spans import NO_SPAN, Tracing
 from loraplex_server.errors import (
@@ -36,6 +37,8 @@ _REQUEST_ID_KEY = "x-request-id"
 _GUARDED = "/loraplex."
 _OPEN_TO_ALL = "/grpc.health."
 
+_ABORT_S = 5.0
+
 # Names that callers make up are no labels of metrics.
 _NO_METHOD = "/unknown"
 
@@ -49,12 +52,19 @@ _Behavior = Callable[[Any, _Context], Any]
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the handlers of all services.
 
-    A caller may send its own request id as metadata `x-request-id`; it is sent back so, with the status.
+    A caller may send its own request id as metadata `x-request-id`; it is sent back so, with the status, and
+    with where the time went (`api.timings`).
     """
 
     def __init__(
-        self, lifecycle: Lifecycle, metrics: Metrics, authenticator: Authenticator, tracing: Tracing
+        self,
+        lifecycle: Lifecycle,
+        metrics: Metrics,
+        authenticator: Authenticator,
+        tracing: Tracing,
+        stalls: StallWatch,
     ) -> None:
+        self._stalls = stalls
         self._lifecycle = lifecycle
         self._metrics = metrics
         self._authenticator = authenticator
@@ -107,7 +117,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     return
                 async with contextlib.aclosing(responses):
                     async for response in responses:
-                        await context.write(response)
+                        await self._stalls.write(context, response)
 
         return answer
 
@@ -115,6 +125,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _call(self, method: str, context: _Context) -> AsyncIterator[None]:
         started = time.perf_counter()
         log.request_id.set(_request_id(context))
+        timings.begin()
         guarded = method.startswith(_GUARDED)
         span = self._tracing.rpc(method, _texts(context)) if guarded else NO_SPAN
         code = "OK"
@@ -124,7 +135,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 authentication.tenant.set(tenant)
             with self._lifecycle.call() if guarded else contextlib.nullcontext():
                 yield
-            context.set_trailing_metadata(((_REQUEST_ID_KEY, log.request_id.get()),))
+            context.set_trailing_metadata(_trailers(started))
         except asyncio.CancelledError:
             code = code_of_cancellation(context)
             raise
@@ -138,13 +149,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             else:
                 _log.info("%s: %s: %s", method, code, error)
             self._metrics.observe_error(error.info)
-            await _abort(context, error.info)
+            await _abort(context, error.info, started)
         except Exception:
             code = InternalError.code
             _log.exception("%s failed", method)
             info = ErrorInfo(code, "")
             self._metrics.observe_error(info)
-            await _abort(context, info)
+            await _abort(context, info, started)
         finally:
             self._metrics.observe_call(method, code, time.perf_counter() - started)
             span.end_rpc(code)
@@ -204,12 +215,19 @@ def _request_id(context: _Context) -> str:
     return uuid.uuid4().hex[:16]
 
 
-async def _abort(context: _Context, error: ErrorInfo) -> None:
-    request_id = log.request_id.get()
-    status = to_status(error, request_id)
-    metadata = (*status.trailing_metadata, *retry_pushback(error), (_REQUEST_ID_KEY, request_id))
+def _trailers(started: float) -> tuple[tuple[str, str], ...]:
+    return (_REQUEST_ID_KEY, log.request_id.get()), (timings.KEY, timings.told(time.perf_counter() - started))
+
+
+async def _abort(context: _Context, error: ErrorInfo, started: float) -> None:
+    status = to_status(error, log.request_id.get())
+    metadata = (*status.trailing_metadata, *retry_pushback(error), *_trailers(started))
     try:
-        await context.abort(status.code, status.details, metadata)
+        async with asyncio.timeout(_ABORT_S):
+            await context.abort(status.code, status.details, metadata)
+    except TimeoutError as unread:
+        # Behind messages that the client does not read. It gets there when they do; nobody waits for that.
+        raise asyncio.CancelledError from unread
     except (grpc.aio.UsageError, grpc.aio.InternalError) as gone:
         # The call ended meanwhile; gRPC would log a stack trace for what it raised here.
         raise asyncio.CancelledError from gone

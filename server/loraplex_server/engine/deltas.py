@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 
 from loraplex_server.engine.messages import TokenDelta
-from loraplex_server.errors import ResourceExhaustedError, ServerError
+from loraplex_server.errors import Reason, ResourceExhaustedError, ServerError
 
 BEHIND_S = 0.005
 """A taker who comes for a delta that has waited so long already is behind."""
@@ -72,7 +72,8 @@ class DeltaQueue:
             self._deltas.clear()
             self.fail(
                 ResourceExhaustedError(
-                    f"{self._unread} tokens wait to be read; read the stream faster, or ask for fewer tokens"
+                    f"{self._unread} tokens wait to be read; read the stream faster, or ask for fewer tokens",
+                    reason=Reason.READER_TOO_SLOW,
                 )
             )
             return False
@@ -115,21 +116,23 @@ class DeltaQueue:
                 if not deltas:
                     return await self.take()
         self._spacing.sent(now_s)
-        first = deltas.popleft()
-        count = len(first.token_ids)
-        if deltas and count + len(deltas[0].token_ids) <= self._max_joined:
-            joined = [first]
-            while deltas and count + len(deltas[0].token_ids) <= self._max_joined:
-                joined.append(deltas.popleft())
-                count += len(joined[-1].token_ids)
-            first = _join(joined)
-        self._unread -= count
+        taken = [deltas.popleft()]
+        room = self._max_joined - _size(taken[0])
+        while deltas and (room := room - _size(deltas[0])) >= 0:
+            taken.append(deltas.popleft())
+        delta = taken[0] if len(taken) == 1 else _join(taken)
+        self._unread -= len(delta.token_ids)
         self._oldest_s = now_s
-        return first
+        return delta
 
     def _wake(self) -> None:
         if self._taker is not None and not self._taker.done():
             self._taker.set_result(None)
+
+
+def _size(delta: TokenDelta) -> int:
+    """Tokens that a message would carry something of."""
+    return len(delta.token_ids) + len(delta.prompt_logprobs)
 
 
 def _join(deltas: Sequence[TokenDelta]) -> TokenDelta:

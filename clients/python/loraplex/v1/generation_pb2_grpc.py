@@ -74,8 +74,9 @@ class GenerationServiceServicer(object):
 
         Errors: INVALID_ARGUMENT (BadRequest names the field), NOT_FOUND (ResourceInfo names the
         adapter), FAILED_PRECONDITION (the adapters cannot be served together), RESOURCE_EXHAUSTED
-        (queue full; RetryInfo says when to try again), DEADLINE_EXCEEDED, UNAVAILABLE (starting or
-        draining).
+        (queue full; RetryInfo says when to try again; or the stream is not read), DEADLINE_EXCEEDED
+        (refused at once where it cannot be met), UNAVAILABLE (starting or draining). Trailing metadata:
+        x-request-id, server-timing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

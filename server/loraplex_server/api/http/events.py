@@ -11,8 +11,6 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 DONE = b"data: [DONE]\n\n"
 
-_STALL_S = 60.0
-
 _HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -55,11 +53,13 @@ class EventStream:
     """Server-sent events on one response. The headers go out with the first event, so that whatever goes
     wrong before it can still be told by a status.
 
-    While a client reads slowly, its events wait; one that reads nothing for a minute is given up.
+    While a client reads slowly, its events wait; one that reads nothing for `stall_s` is given up, unless
+    that is 0.
     """
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, stall_s: float) -> None:
         self._send = send
+        self._stall_s = stall_s or None
         self.started = False
 
     async def event(self, data: bytes) -> None:
@@ -76,7 +76,7 @@ class EventStream:
 
     async def _write(self, body: bytes, *, more: bool) -> None:
         try:
-            async with asyncio.timeout(_STALL_S):
+            async with asyncio.timeout(self._stall_s):
                 if not self.started:
                     self.started = True
                     await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})

@@ -54,10 +54,12 @@ class HttpSettings:
     Attributes:
         model_name: the base model's, as callers name it.
         max_body_bytes: longest request.
+        stall_s: a stream that has not been read for so long ends; 0 is never.
     """
 
     model_name: str
     max_body_bytes: int
+    stall_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +149,7 @@ class GenerationEndpoint:
         await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _stream(self, job: _Job, send: Send) -> None:
-        events = EventStream(send)
+        events = EventStream(send, self._settings.stall_s)
         try:
             await self._send_events(job, events)
         except ClientGoneError:
