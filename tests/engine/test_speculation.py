@@ -6,14 +6,17 @@ import dataclasses
 import random
 import zlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
+from loraplex_server.core.request import Request, Structure
 from loraplex_server.core.step import SampledToken, StepOutput, StepPlan
+from loraplex_server.engine.sequence import Sequence
 from loraplex_server.model import sampler
 
 BLOCK = 4
@@ -184,6 +187,14 @@ def test_the_server_may_say_what_a_request_leaves_open(make: Any) -> None:
     assert said.tokens == unsaid.tokens
 
 
+def test_answers_with_a_structure_are_not_guessed(make: Any) -> None:
+    drafter = make().engine._drafter
+    request = Request("r", PROMPT, speculative_tokens=4)
+    held = msgspec.structs.replace(request, structure=Structure("regex", "a+"))
+    assert drafter(Sequence(request, "test", ())) is not None
+    assert drafter(Sequence(held, "test", ())) is None
+
+
 def drafted(served: Any, count: int, **options: Any) -> list[int]:
     """Guessed tokens of each step of `count` requests that repeat themselves."""
     for index in range(count):
@@ -255,7 +266,7 @@ class Memory:
         return getattr(self._runner, name)
 
     @staticmethod
-    def next_token(tokens: Sequence[int]) -> int:
+    def next_token(tokens: list[int]) -> int:
         """Mostly what two tokens say, and so a row often has been there before; but not always."""
         whole = zlib.crc32(array("i", tokens).tobytes())
         return 50 + (whole // 4 % 3 if whole % 4 == 0 else (2 * tokens[-1] + sum(tokens[-2:-1])) % 3)
