@@ -31,6 +31,7 @@ from loraplex_server.config import (
     TlsFiles,
     parse_size,
 )
+from loraplex_server.core.request import MAX_SPECULATIVE_TOKENS
 from loraplex_server.errors import InvalidArgumentError, ServerError
 
 EXIT_USAGE = 2
@@ -210,6 +211,21 @@ def build_parser() -> argparse.ArgumentParser:
         ("on", "off"),
         "on" if scheduler.prefix_cache else "off",
         "keep the KV of prompts and answers, as room allows, for requests that begin alike",
+    )
+    _count(
+        group,
+        "--speculative-tokens",
+        scheduler.speculative_tokens,
+        f"tokens guessed in a step from a request's own text, where it does not say; 0 to "
+        f"{MAX_SPECULATIVE_TOKENS}. Answers are the same",
+    )
+    group.add_argument(
+        "--speculation-max-load",
+        type=float,
+        default=scheduler.speculation_max_load,
+        metavar="F",
+        help="share of --max-num-requests beyond which running requests get no guesses; 0 is never any "
+        "(default: %(default)g)",
     )
     _seconds(
         group,
@@ -442,6 +458,8 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 gpu_memory_utilization=arguments.gpu_memory_utilization,
                 kv_block_size=arguments.kv_block_size,
                 prefix_cache=arguments.prefix_cache == "on",
+                speculative_tokens=arguments.speculative_tokens,
+                speculation_max_load=arguments.speculation_max_load,
                 max_adapter_wait_s=arguments.max_adapter_wait,
                 fair_quantum=arguments.fair_quantum,
                 fair_aging_s=arguments.fair_aging,

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from loraplex_server.adapters.remote.uri import AllowedSources
+from loraplex_server.core.request import MAX_SPECULATIVE_TOKENS
 from loraplex_server.errors import InvalidArgumentError
 
 QUANTIZATIONS = ("nf4", "int4", "none")
@@ -121,6 +122,8 @@ class SchedulerConfig:
             gets no new requests until it can be evicted; the longer the wait, the more adapters.
         fair_quantum: tokens that a tenant, and an adapter within it, gets before it is the next one's turn.
         fair_aging_s: waiting time that counts as much as a quantum not given.
+        speculative_tokens: most tokens guessed in a step for a request that does not say.
+        speculation_max_load: share of `max_num_requests` beyond which running requests get no guesses.
     """
 
     max_batch_tokens: int = 512
@@ -136,6 +139,8 @@ class SchedulerConfig:
     max_adapter_wait_s: float = 5.0
     fair_quantum: int = 512
     fair_aging_s: float = 5.0
+    speculative_tokens: int = 0
+    speculation_max_load: float = 0.5
 
     def __post_init__(self) -> None:
         _at_least("max_batch_tokens", self.max_batch_tokens, 1)
@@ -153,6 +158,19 @@ class SchedulerConfig:
         _at_least("fair_quantum", self.fair_quantum, 1)
         if not 0 < self.fair_aging_s < math.inf:
             raise InvalidArgumentError.field("fair_aging_s", f"{self.fair_aging_s} is no positive number")
+        if not 0 <= self.speculative_tokens <= MAX_SPECULATIVE_TOKENS:
+            raise InvalidArgumentError.field(
+                "speculative_tokens", f"{self.speculative_tokens} is none of 0 to {MAX_SPECULATIVE_TOKENS}"
+            )
+        if not 0 <= self.speculation_max_load <= 1:
+            raise InvalidArgumentError.field(
+                "speculation_max_load", f"{self.speculation_max_load} is no share from 0 to 1"
+            )
+
+    @property
+    def max_samples(self) -> int:
+        """Most rows of a step after which a token is sampled."""
+        return min(self.max_num_requests, self.max_batch_tokens)
 
 
 @dataclasses.dataclass(frozen=True)

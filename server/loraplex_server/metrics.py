@@ -88,6 +88,8 @@ class Metrics:
         )
         self._prefill_tokens = self._counter("loraplex_prefill_tokens", "Prompt tokens computed.")
         self._decode_tokens = self._counter("loraplex_decode_tokens", "Decode tokens computed.")
+        self._drafted_tokens = self._counter("loraplex_drafted_tokens", "Tokens guessed, of those decoded.")
+        self._accepted_tokens = self._counter("loraplex_accepted_tokens", "Tokens guessed right.")
         self._preemptions = self._counter("loraplex_preemptions", "Requests preempted, to be recomputed.")
         self._kv_ratio = self._gauge("loraplex_kv_cache_usage_ratio", "KV blocks in use, of all, 0 to 1.")
         self._kv_blocks = self._gauge("loraplex_kv_cache_blocks", "KV blocks there are.")
@@ -231,6 +233,8 @@ class Metrics:
             self._step_adapters.observe(step.adapters)
             self._prefill_tokens.inc(step.prefill_tokens)
             self._decode_tokens.inc(step.decode_tokens)
+            self._drafted_tokens.inc(step.drafted_tokens)
+            self._accepted_tokens.inc(step.accepted_tokens)
             self._preemptions.inc(step.preemptions)
         self._failed_steps.inc(stats.failed_steps)
         for swap in stats.swaps:

@@ -83,6 +83,7 @@ BAD = [
     (structure(choice=generation_pb2.Choice(texts=["a"] * 1025)), "structure.choice.texts"),
     (structure(choice=generation_pb2.Choice(texts=["a" * 1000] * 300)), "structure.choice.texts"),
     (OK | {"logprobs": 21}, "logprobs"),
+    (OK | {"speculative_tokens": 17}, "speculative_tokens"),
     (OK | {"request_id": "two words"}, "request_id"),
     (OK | {"request_id": ""}, "request_id"),
 ]
@@ -109,7 +110,7 @@ def test_a_bad_field_is_named(fields: dict[str, Any], path: str) -> None:
         stopping(min_tokens=1000),
         OK | {"prompt_logprobs": 20, "n": 128} | stopping(max_tokens=0),
         stopping(max_tokens=0) | {"echo": True},
-        OK | {"logprobs": 20, "request_id": "a" * 128, "priority": -(2**31)},
+        OK | {"logprobs": 20, "request_id": "a" * 128, "priority": -(2**31), "speculative_tokens": 16},
     ],
 )
 def test_the_edges_of_what_is_allowed(fields: dict[str, Any]) -> None:

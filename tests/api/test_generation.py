@@ -19,7 +19,14 @@ from loraplex_server.engine.messages import Failed, Times, TokenDelta, TokenLogp
 from loraplex_server.errors import ErrorInfo
 
 TIMES = Times(
-    queue_s=0.25, adapter_wait_s=0.125, first_token_s=0.5, total_s=1.0, preemptions=2, cached_prompt_tokens=1
+    queue_s=0.25,
+    adapter_wait_s=0.125,
+    first_token_s=0.5,
+    total_s=1.0,
+    preemptions=2,
+    cached_prompt_tokens=1,
+    drafted_tokens=7,
+    accepted_tokens=4,
 )
 
 
@@ -73,6 +80,7 @@ def test_a_stream_carries_text_tokens_and_a_finish(serving: Any, byte_level_toke
             assert finish.usage.completion_tokens == len(ids)
             assert finish.usage.prompt_tokens == len(byte_level_tokenizer.encode("hello"))
             assert finish.usage.cached_prompt_tokens == 1
+            assert (finish.usage.drafted_tokens, finish.usage.accepted_tokens) == (7, 4)
             timing = finish.timing
             assert (timing.queue_seconds, timing.adapter_wait_seconds, timing.preemptions) == (0.25, 0.125, 2)
             assert 0 < timing.time_to_first_token_seconds <= timing.total_seconds
@@ -112,6 +120,7 @@ def test_the_engine_gets_what_the_caller_asked_for(serving: Any, byte_level_toke
         request_id="job-1",
         priority=-4,
         cache_prefix=False,
+        speculative_tokens=16,
     )
 
     async def main() -> None:
@@ -136,6 +145,7 @@ def test_the_engine_gets_what_the_caller_asked_for(serving: Any, byte_level_toke
             assert (sampling.stop_token_ids, sampling.ignore_eos, sampling.logprobs) == ((5,), True, 3)
             assert full.priority == -4
             assert (full.cache_prefix, plain.cache_prefix) == (False, True)
+            assert (full.speculative_tokens, plain.speculative_tokens) == (16, None)
             assert before + 40 < full.deadline_s < time.time() + 50
             assert full.request_id.startswith("job-1")
 
@@ -321,7 +331,7 @@ def test_a_batch_answers_as_each_request_finishes(serving: Any, byte_level_token
         await says(byte_level_tokenizer.encode(f" {text}"))(engine, core)
 
     async def main() -> None:
-        async with serving(script) as server:
+        async with serving(script, metrics_port=0) as server:
             texts = ["first", "second", "lost", "third"]
             batch = generation_pb2.GenerateBatchRequest(
                 requests=[*map(request, texts), request("bad", logprobs=99), request("two", n=2)]
@@ -348,6 +358,9 @@ def test_a_batch_answers_as_each_request_finishes(serving: Any, byte_level_token
                 detail = kind()
                 assert any(packed.Unpack(detail) for packed in error.details)
             assert detail.field_violations[0].field == "logprobs"
+            samples = await server.scrape()
+            for code in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"):
+                assert samples[f"loraplex_errors_total{{reason={code}}}"] == 1
             for wrong in (0, 1025):
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await server.generation.GenerateBatch(

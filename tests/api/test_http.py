@@ -36,7 +36,14 @@ pytest.importorskip("uvicorn", reason="needs the server extra: uvicorn")
 openai = pytest.importorskip("openai", reason="needs the dev extra: openai")
 
 TIMES = Times(
-    queue_s=0.25, adapter_wait_s=0.125, first_token_s=0.5, total_s=1.0, preemptions=2, cached_prompt_tokens=3
+    queue_s=0.25,
+    adapter_wait_s=0.125,
+    first_token_s=0.5,
+    total_s=1.0,
+    preemptions=2,
+    cached_prompt_tokens=3,
+    drafted_tokens=7,
+    accepted_tokens=4,
 )
 
 
@@ -136,6 +143,7 @@ def test_a_completion(speaking: Any, byte_level_tokenizer: Any) -> None:
                 "stop": "\n",
                 "seed": -1,
                 "cache_prefix": False,
+                "speculative_tokens": 9,
                 "top_k": 5,
                 "top_p": 0.5,
                 "temperature": 0.25,
@@ -150,9 +158,14 @@ def test_a_completion(speaking: Any, byte_level_tokenizer: Any) -> None:
                 "completion_tokens": len(ids),
                 "total_tokens": len(prompt) + len(ids),
                 "prompt_tokens_details": {"cached_tokens": 3},
+                "completion_tokens_details": {
+                    "accepted_prediction_tokens": 4,
+                    "rejected_prediction_tokens": 3,
+                },
             }
             [request] = server.engine.submitted
             assert (request.prompt_token_ids, request.cache_prefix) == (tuple(prompt), False)
+            assert request.speculative_tokens == 9
             sampling = request.sampling
             assert (sampling.max_tokens, sampling.seed, sampling.top_k) == (9, (1 << 64) - 1, 5)
             assert (sampling.top_p, sampling.temperature) == (0.5, 0.25)

@@ -398,7 +398,7 @@ def test_the_examples_in_the_sdk_s_documentation(server: Server) -> None:
         "loraplex._async.AsyncClient",
         "loraplex._config.Timeouts",
         "loraplex._hooks.CallHook",
-        "loraplex._sync.Adapters",
+        "loraplex._adapters.Adapters",
         "loraplex._sync.Client",
         "loraplex.errors",
     }

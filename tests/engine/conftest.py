@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig, SchedulerConfig
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams, Structure
 from loraplex_server.engine.build import build_engine
+from loraplex_server.engine.drafts import Drafter
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.messages import Failed, Times, TokenLogprobs, Tokens
 
@@ -62,17 +64,17 @@ class Harness:
         cache_prefix: bool = True,
         group: str = "",
         structure: Structure | None = None,
+        speculative_tokens: int | None = None,
         **sampling: Any,
     ) -> Answer:
         self.answers[name] = Answer()
         uses = tuple(AdapterUse(adapter, weight) for adapter, weight in adapters)
-        params = SamplingParams(**sampling)
         self.engine.submit(
             "test",
             Request(
                 name,
                 tuple(prompt),
-                params,
+                SamplingParams(**sampling),
                 uses,
                 tenant,
                 priority,
@@ -80,6 +82,7 @@ class Harness:
                 cache_prefix,
                 group,
                 structure=structure,
+                speculative_tokens=speculative_tokens,
             ),
         )
         return self.answers[name]
@@ -151,6 +154,46 @@ def module_harness() -> Iterator[MakeHarness]:
     """The same for engines that several tests look at."""
     with _harnesses() as make:
         yield make
+
+
+class _Guesser(Drafter):
+    """Knows the answer, and now and then says something else."""
+
+    def __init__(self, answer: Sequence[int], num_prompt: int, limit: int, rng: random.Random) -> None:
+        super().__init__(4, limit)
+        self._answer, self._num_prompt, self._end, self._rng = answer, num_prompt, limit, rng
+
+    def due(self, length: int) -> bool:
+        return length + 1 < self._end
+
+    def propose(self, token_ids: Sequence[int], most: int) -> tuple[int, ...]:
+        rng, done = self._rng, len(token_ids) - self._num_prompt
+        count = min(most, rng.randint(0, 4), self._end - len(token_ids) - 1)
+        guess = list(self._answer[done : done + max(count, 0)])
+        if guess and rng.random() < 0.5:
+            guess[rng.randrange(len(guess))] = rng.randrange(3, 200)
+        return tuple(guess)
+
+
+@pytest.fixture(scope="session")
+def guess_from() -> Callable[[Harness, Callable[[str], Sequence[int]]], None]:
+    """`guess_from(harness, answer)`: who speculates is given, often enough, tokens that are right, and often
+    enough such that are not; `answer` gives a request's by its name.
+    """
+
+    def change(served: Harness, answer: Callable[[str], Sequence[int]]) -> None:
+        rng, original = random.Random(0), served.engine._drafter
+
+        def make(sequence: Any) -> Drafter | None:
+            if original(sequence) is None:
+                return None
+            request = sequence.request
+            limit = min(sequence.num_prompt + request.sampling.max_tokens, served.engine.info.max_model_len)
+            return _Guesser(answer(request.request_id), sequence.num_prompt, limit, rng)
+
+        served.engine._drafter = make  # type: ignore[method-assign]
+
+    return change
 
 
 @dataclasses.dataclass

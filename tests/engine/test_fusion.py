@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from loraplex_bench.random_weights import RandomWeights
 from loraplex_kernels import dispatch
 from loraplex_server.config import ModelConfig
 from loraplex_server.errors import FailedPreconditionError
 from loraplex_server.model import architecture, effects, fusion, loader, recognise, selfcheck
 from loraplex_server.model.fusion import Fused, fuse
+from loraplex_server.model.loader import EmptyModel
+from loraplex_server.model.weights import WeightFormat
 
 COMMON = {
     "vocab_size": 64,
@@ -112,8 +115,19 @@ def test_an_attention_that_changes_what_was_rotated_is_not_recognised() -> None:
         assert (recognise.attention(module) is not None) == found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Phi3"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("Llama", "float32"),
+        ("Llama", "bfloat16"),
+        ("Qwen2", "bfloat16"),
+        ("Qwen3", "bfloat16"),
+        ("Gemma2", "float32"),
+        ("Gemma2", "bfloat16"),
+        ("Gemma3Text", "bfloat16"),
+        ("Phi3", "bfloat16"),
+    ],
+)
 def test_fused_bits_are_the_models_own(tiny: Callable[[str], Any], name: str, dtype: str) -> None:
     """With the references of the kernels, op for op and rounding for rounding."""
     config = ModelConfig(str(tiny(name).base), quantization="none", dtype=dtype, device="cpu", threads=1)
@@ -131,6 +145,24 @@ def test_fused_bits_are_the_models_own(tiny: Callable[[str], Any], name: str, dt
         assert dispatch.launches["norm.rms.torch"] == 1 + heads
         assert torch.equal(own, fused)
         selfcheck.check_ragged(base)
+
+
+@pytest.mark.parametrize(("dtype", "rotations"), [(torch.float32, 2), (torch.bfloat16, 0)])
+def test_angles_of_another_dtype_are_left_to_the_model(dtype: torch.dtype, rotations: int) -> None:
+    """OLMo-2 has them in float32."""
+    from transformers import Olmo2Config
+
+    config = Olmo2Config(**COMMON)
+    cpu = torch.device("cpu")
+    with dispatch.using("torch"), torch.inference_mode():
+        empty = EmptyModel.of(config, WeightFormat("none", dtype, cpu))
+        base = empty.fill(RandomWeights(config, dtype, cpu), progress=False)
+        prompts = [np.arange(3, 12)]
+        own = selfcheck._ragged(base, prompts, {})
+        assert fuse(base.model) == Fused(9, 2, 2, 0)
+        dispatch.launches.clear()
+        assert torch.equal(selfcheck._ragged(base, prompts, {}), own)
+        assert dispatch.launches["rotary.write.torch"] == rotations
 
 
 def test_a_fused_kernel_that_does_something_else_is_found_at_start(

@@ -234,6 +234,7 @@ class Column:
         repeated: all are asked twice, after the base alone, and find their prompts cached the second time.
         preempted: the KV cache is too small for those that run.
         fused: what lies between the projections is fused, by the references of the kernels.
+        guessed: tokens are guessed, many of them right.
     """
 
     quantization: str = "none"
@@ -241,6 +242,7 @@ class Column:
     repeated: bool = False
     preempted: bool = False
     fused: bool = False
+    guessed: bool = False
     scheduler: dict[str, Any] = dataclasses.field(default_factory=dict)
     adapters: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -258,6 +260,11 @@ COLUMNS = {
     "int4": Column("int4", **_TIGHT),
     "chunked prefill": Column(**_TIGHT),
     "preemption": Column(preempted=True, scheduler={"max_num_requests": 6, "kv_cache_bytes": 24 * 2048}),
+    "speculation": Column(
+        guessed=True,
+        scheduler={"max_batch_tokens": 24, "max_num_requests": 6, "speculation_max_load": 1.0},
+        adapters=_TIGHT["adapters"],
+    ),
     "prefix cache": Column(
         repeated=True,
         # Room for the prompts of all kinds.
@@ -374,23 +381,34 @@ def truth(
 
 @pytest.fixture(scope="module")
 def column(
-    tiny: Any, saved: Any, prompts: Prompts, module_harness: Any
+    tiny: Any, saved: Any, truth: Any, prompts: Prompts, module_harness: Any, guess_from: Any
 ) -> Callable[[str, str], list[dict[tuple[str | None, int], Any]]]:
     """The answers of a column's engine, asked once for all kinds; twice where the column says so."""
+
+    def serve(architecture: str, column: Column) -> Any:
+        served = _serve(tiny(architecture), saved(architecture), column, module_harness)
+        if column.guessed:
+            expected = truth(architecture, column.quantization)
+            by_name = {_name(0, *which): tokens for which, (tokens, _) in expected.items()}
+            guess_from(served, by_name.__getitem__)
+        return served
+
     made: dict[tuple[str, str], list[dict[tuple[str | None, int], Any]]] = {}
 
     def ask(architecture: str, name: str) -> list[dict[tuple[str | None, int], Any]]:
         key = architecture, name
         if key not in made:
-            made[key] = _ask(tiny(architecture), saved(architecture), COLUMNS[name], prompts, module_harness)
+            made[key] = _ask(serve(architecture, COLUMNS[name]), COLUMNS[name], prompts)
         return made[key]
 
     return ask
 
 
-def _ask(
-    model: Any, folders: dict[str, Path], column: Column, prompts: Prompts, harness: Any
-) -> list[dict[tuple[str | None, int], Any]]:
+def _name(turn: int, kind: str | None, length: int) -> str:
+    return f"{turn}-{kind}-{length}"
+
+
+def _serve(model: Any, folders: dict[str, Path], column: Column, harness: Any) -> Any:
     served = harness(
         model,
         column.quantization,
@@ -405,9 +423,15 @@ def _ask(
     )
     if column.fused:
         assert fusion.fuse(served.engine._runner._base.model).layers == 2
+    return served
+
+
+def _ask(served: Any, column: Column, prompts: Prompts) -> list[dict[tuple[str | None, int], Any]]:
     wanted = [(kind, length) for length in LENGTHS for kind in (*KINDS, None)]
     random.Random(8).shuffle(wanted)
     options = {"max_tokens": MAX_TOKENS, "ignore_eos": True, "logprobs": 0}
+    if column.guessed:
+        options["speculative_tokens"] = 4
     if column.repeated:
         for length, prompt in prompts.items():
             served.submit(f"first-{length}", prompt, **options)
@@ -417,12 +441,16 @@ def _ask(
         answers = {}
         for kind, length in wanted:
             uses = KINDS[kind].uses if kind else []
-            answers[kind, length] = served.submit(f"{turn}-{kind}-{length}", prompts[length], uses, **options)
+            answers[kind, length] = served.submit(_name(turn, kind, length), prompts[length], uses, **options)
             if not column.together:
                 served.run()
         served.run()
         passes.append(answers)
-    assert bool(sum(step.preemptions for step in served.engine.stats().steps)) == column.preempted
+    steps = served.engine.stats().steps
+    assert bool(sum(step.preemptions for step in steps)) == column.preempted
+    accepted = sum(step.accepted_tokens for step in steps)
+    assert bool(accepted) == column.guessed
+    assert sum(step.drafted_tokens for step in steps) >= accepted
     return passes
 
 
@@ -433,7 +461,16 @@ def _logit_error(answer: Any, logits: torch.Tensor) -> float:
     return float((exact - found).abs().max() / logits.abs().max())
 
 
-@pytest.mark.parametrize("name", COLUMNS)
+# Where a layer has two norms, and where it has four.
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["Llama", pytest.param("Gemma2", marks=pytest.mark.slow)])
+def test_every_kind_equals_peft_where_steps_are_fused(
+    architecture: str, kind: str, truth: Any, column: Any, parity_cell: Any
+) -> None:
+    test_every_kind_equals_peft(architecture, kind, "fused", truth, column, parity_cell)
+
+
+@pytest.mark.parametrize("name", [name for name in COLUMNS if name != "fused"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kind_equals_peft(

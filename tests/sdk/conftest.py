@@ -155,7 +155,13 @@ def two_chunks(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         logprobs=[logprobs(7)] if asked else [],
         finish=generation_pb2.Finish(
             reason=generation_pb2.FINISH_REASON_STOP,
-            usage=generation_pb2.Usage(prompt_tokens=4, completion_tokens=3, cached_prompt_tokens=2),
+            usage=generation_pb2.Usage(
+                prompt_tokens=4,
+                completion_tokens=3,
+                cached_prompt_tokens=2,
+                drafted_tokens=5,
+                accepted_tokens=1,
+            ),
             timing=generation_pb2.Timing(queue_seconds=0.5, total_seconds=2.0, preemptions=1),
             stop_match="\n",
         ),

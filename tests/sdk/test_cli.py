@@ -65,7 +65,7 @@ def command(server: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 def test_generate_streams_to_stdout(command: Command, server: Any) -> None:
     code, out, err = command("generate", "Hallo", "--stats")
     assert (code, out) == (0, "Grüße\n")
-    assert err == "4 (2 cached) + 3 tokens in 2.000 s, the first after 0.000 s; ended by stop\n"
+    assert err == "4 (2 cached) + 3 tokens (1 guessed) in 2.000 s, the first after 0.000 s; ended by stop\n"
     assert server.requests[0] == generation_pb2.GenerateRequest(text="Hallo")
 
 
@@ -96,7 +96,7 @@ def test_forms_of_an_answer(command: Command, server: Any, tmp_path: Path) -> No
 def test_generate_sends_every_option(command: Command, server: Any) -> None:
     line = """generate Hallo --adapter sql --adapter polite=0.5 --max-tokens 9 --min-tokens 2
         --temperature 0.5 --top-p 0.25 --top-k 40 --seed 7 --stop a
-        --stop b --ignore-eos --priority -1 --timeout 50 --json"""
+        --stop b --ignore-eos --priority -1 --speculative-tokens 8 --timeout 50 --json"""
     code, out, _ = command(*line.split())
     assert code == 0
     assert json.loads(out)["text"] == "Grüße"
@@ -112,6 +112,7 @@ def test_generate_sends_every_option(command: Command, server: Any) -> None:
             max_tokens=9, min_tokens=2, stop=["a", "b"], ignore_eos=True
         ),
         priority=-1,
+        speculative_tokens=8,
     )
 
 

@@ -23,7 +23,7 @@ def test_generate_returns_the_whole_answer(drive: Any, client: Any) -> None:
     assert answer.token_ids == [5, 6, 7]
     assert answer.finish_reason == "stop"
     assert answer.stop_match == "\n"
-    assert answer.usage == Usage(prompt_tokens=4, completion_tokens=3, cached_prompt_tokens=2)
+    assert answer.usage == Usage(4, 3, 2, drafted_tokens=5, accepted_tokens=1)
     assert answer.usage.total_tokens == 7
     assert answer.logprobs == [logprob(5), logprob(6), logprob(7)]
     assert answer.timing == Timing(0.5, 0.0, 0.0, 2.0, 1)
@@ -37,7 +37,7 @@ def test_stream_yields_chunks_and_ends_with_the_finish(drive: Any, client: Any) 
     assert (first.text, first.token_ids, first.finish_reason) == ("Grü", [5, 6], None)
     assert first.usage is first.timing is first.logprobs is first.stop_match is None
     assert (last.text, last.token_ids, last.finish_reason) == ("ße", [7], "stop")
-    assert last.usage == Usage(4, 3, 2)
+    assert last.usage == Usage(4, 3, 2, drafted_tokens=5, accepted_tokens=1)
     assert last.request_id == "mine"
     assert end is None
 
@@ -126,6 +126,7 @@ def test_every_option_is_sent(drive: Any, server: Any, client: Any) -> None:
         "n": 1,
         "priority": -1,
         "cache_prefix": False,
+        "speculative_tokens": 0,
         "request_id": "mine",
     }
     expected = generation_pb2.GenerateRequest(
@@ -144,6 +145,7 @@ def test_every_option_is_sent(drive: Any, server: Any, client: Any) -> None:
         n=1,
         priority=-1,
         cache_prefix=False,
+        speculative_tokens=0,
         request_id="mine",
     )
     drive(lambda: client.generate([1, 2, 3], **options))

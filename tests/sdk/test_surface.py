@@ -19,9 +19,11 @@ from loraplex import (
     GenerationMap,
     GenerationStream,
 )
-from loraplex._async import AsyncAdapters, AsyncAdapterWatch
+from loraplex._adapters import Adapters
+from loraplex._async_adapters import AsyncAdapters
+from loraplex._async_streams import AsyncAdapterWatch
 from loraplex._convert import generate_request
-from loraplex._sync import Adapters, AdapterWatch
+from loraplex._streams import AdapterWatch
 
 
 def test_the_public_names() -> None:

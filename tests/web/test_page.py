@@ -62,6 +62,7 @@ def expectation(before: Metrics, after: Metrics) -> dict[str, float]:
         "errors": value("loraplex_errors_total"),
         "ended": value("loraplex_requests_total"),
         "restarts": value("loraplex_engine_restarts_total"),
+        "failed-steps": value("loraplex_failed_steps_total"),
         "problems": value("loraplex_integrity_problems"),
     }
     for tier in ("device", "host"):

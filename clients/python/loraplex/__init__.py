@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraplex import errors
-    from loraplex._async import AsyncClient, AsyncGenerationBatch, AsyncGenerationStream
+    from loraplex._async import AsyncClient
+    from loraplex._async_streams import AsyncGenerationBatch, AsyncGenerationStream
     from loraplex._batch import BatchResult
     from loraplex._config import Keepalive, RetryPolicy, Timeouts, TlsConfig
     from loraplex._convert import Conversation, GenerateOptions
     from loraplex._hooks import CallHook, CallInfo
     from loraplex._map import AsyncGenerationMap, GenerationMap
+    from loraplex._streams import GenerationBatch, GenerationStream
     from loraplex._structure import Choice, Grammar, JsonObject, JsonSchema, Regex
-    from loraplex._sync import Client, GenerationBatch, GenerationStream
+    from loraplex._sync import Client
     from loraplex._types import (
         AdapterChanges,
         AdapterInfo,
@@ -82,14 +84,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "_async": ("AsyncClient", "AsyncGenerationBatch", "AsyncGenerationStream"),
+    "_async": ("AsyncClient",),
+    "_async_streams": ("AsyncGenerationBatch", "AsyncGenerationStream"),
     "_batch": ("BatchResult",),
     "_config": ("Keepalive", "RetryPolicy", "Timeouts", "TlsConfig"),
     "_convert": ("Conversation", "GenerateOptions"),
     "_hooks": ("CallHook", "CallInfo"),
     "_map": ("AsyncGenerationMap", "GenerationMap"),
     "_structure": ("Choice", "Grammar", "JsonObject", "JsonSchema", "Regex"),
-    "_sync": ("Client", "GenerationBatch", "GenerationStream"),
+    "_streams": ("GenerationBatch", "GenerationStream"),
+    "_sync": ("Client",),
     "_types": (
         "AdapterChanges",
         "AdapterInfo",

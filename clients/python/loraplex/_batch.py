@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraplex import _convert as convert
-from loraplex._map import MapItem, item_parts
+from loraplex._map import MapItem, item_request
 from loraplex._status import error_from_message
 from loraplex._types import Generation
 from loraplex.errors import InternalError, LoraplexError
@@ -45,19 +45,20 @@ def batch_request(
     """
     batch = generation_pb2.GenerateBatchRequest()
     for item in prompts:
-        prompt, own = item_parts(item)
-        batch.requests.append(convert.generate_request(prompt, **{**options, **own}))
+        batch.requests.append(item_request(item, options))
     return batch
 
 
 class BatchReader:
     """Reads the results of one batch, and knows whether all of them came."""
 
+    request_id = ""
+
     def __init__(self, batch: generation_pb2.GenerateBatchRequest) -> None:
         self._requests = batch.requests
         self._left = set(range(len(batch.requests)))
 
-    def result(self, response: generation_pb2.GenerateBatchResponse) -> BatchResult:
+    def read(self, response: generation_pb2.GenerateBatchResponse) -> BatchResult:
         self._left.discard(response.position)
         request = self._requests[response.position]
         if response.HasField("error"):

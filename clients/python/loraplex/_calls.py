@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import grpc
 
@@ -29,6 +29,21 @@ _WAITED_FOR: dict[TimeoutPhase, str] = {
     "between_tokens": "the answer did not go on",
     "total": "the call was not complete",
 }
+
+
+ItemT_co = TypeVar("ItemT_co", covariant=True)
+
+
+class Reader(Protocol[ItemT_co]):
+    """Makes the SDK's values of the messages of one call."""
+
+    request_id: str
+    """As the server's logs name the request; empty where it is not known, or there are several."""
+
+    def read(self, message: Any) -> ItemT_co: ...
+
+    def check_complete(self) -> None:
+        """Called at the end: raises an InternalError if something is lacking."""
 
 
 PROBE = "/grpc.health.v1.Health/Check"

@@ -117,6 +117,8 @@ class GenerateOptions(TypedDict, total=False):
     """False: the prompt is neither taken from nor left in the server's prefix cache."""
     structure: Structure | None
     """The form of the answer: JsonSchema, JsonObject, Regex, Grammar or Choice."""
+    speculative_tokens: int | None
+    """Most tokens guessed in a step from earlier text, 0 to 16: sooner where it copies, not otherwise."""
     request_id: str | None
     """A name of your own, to find the request in the server's logs."""
 
@@ -149,6 +151,7 @@ def generate_request(
     priority: int | None = None,
     cache_prefix: bool | None = None,
     structure: Structure | None = None,
+    speculative_tokens: int | None = None,
     request_id: str | None = None,
 ) -> generation_pb2.GenerateRequest:
     """The request as sent. Only types are checked here; what the values may be, the server knows.
@@ -198,6 +201,7 @@ def generate_request(
     assign(request, "cache_prefix", cache_prefix)
     if structure is not None:
         request.structure.CopyFrom(structure_message(structure))
+    assign(request, "speculative_tokens", speculative_tokens)
     assign(request, "request_id", request_id)
     return request
 
@@ -399,7 +403,7 @@ class AnswerReader:
         """Whether every answer has come to its end."""
         return self._unfinished <= 0
 
-    def chunk(self, response: generation_pb2.GenerateResponse) -> GenerationChunk:
+    def read(self, response: generation_pb2.GenerateResponse) -> GenerationChunk:
         if response.request_id:
             self.request_id = response.request_id
         finish = response.finish if response.HasField("finish") else None
@@ -427,6 +431,18 @@ class AnswerReader:
             raise InternalError(
                 "the stream ended without saying how the generation finished", request_id=self.request_id
             )
+
+
+class ChangesReader:
+    """Reads the messages of a watch, which has no end of its own."""
+
+    request_id = ""
+
+    def read(self, response: adapters_pb2.WatchResponse) -> AdapterChanges:
+        return adapter_changes(response)
+
+    def check_complete(self) -> None:
+        """Called when the server has ended it."""
 
 
 def joined(chunks: Iterable[GenerationChunk]) -> Generation:
@@ -511,7 +527,13 @@ def finish_reason(value: int) -> FinishReason:
 
 
 def usage(message: generation_pb2.Usage) -> Usage:
-    return Usage(message.prompt_tokens, message.completion_tokens, message.cached_prompt_tokens)
+    return Usage(
+        message.prompt_tokens,
+        message.completion_tokens,
+        message.cached_prompt_tokens,
+        message.drafted_tokens,
+        message.accepted_tokens,
+    )
 
 
 def timing(message: generation_pb2.Timing) -> Timing:

@@ -77,13 +77,8 @@ class MapSource:
             self._total = self._read
             return None
         self._read += 1
-        prompt, own = item_parts(item)
-        options = dict(self._options)
-        if "adapter" in own or "adapters" in own:
-            options.pop("adapter", None)
-            options.pop("adapters", None)
         try:
-            return convert.generate_request(prompt, **cast(GenerateOptions, {**options, **own}))
+            return item_request(item, self._options)
         except InvalidRequestError as error:
             return error
 
@@ -94,11 +89,21 @@ class MapSource:
             self._progress(finished, self._total)
 
 
-def item_parts(item: MapItem) -> tuple[Prompt | Conversation, Mapping[str, Any]]:
-    """A prompt and its own options."""
-    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Mapping):
-        return item
-    return cast("Prompt | Conversation", item), {}
+def item_request(item: MapItem, options: Mapping[str, Any]) -> _Request:
+    """The request for one of many prompts; its own options go before those of all.
+
+    Raises:
+        InvalidRequestError: an argument is of the wrong type, or two exclude each other.
+    """
+    if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Mapping)):
+        return convert.generate_request(cast("Prompt | Conversation", item), **options)
+    prompt, own = item
+    merged = {**options, **own}
+    # They say the same thing in two ways: of all prompts' one, nothing is left.
+    for name in ("adapter", "adapters"):
+        if name not in own and own.keys() & {"adapter", "adapters"}:
+            merged.pop(name, None)
+    return convert.generate_request(prompt, **merged)
 
 
 class GenerationMap(Generic[AnswerT]):

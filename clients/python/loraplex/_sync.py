@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -12,17 +11,17 @@ from typing import Any, Literal, Self, Unpack, overload
 import grpc
 
 from loraplex import _convert as convert
+from loraplex._adapters import Adapters
 from loraplex._base import BaseClient, Wait, stubs_on
-from loraplex._batch import BatchReader, BatchResult, batch_request, in_order
+from loraplex._batch import BatchReader, batch_request
 from loraplex._calls import PROBE, Call
 from loraplex._config import Timeout
-from loraplex._convert import AdapterMix, ChatMessage, Conversation, GenerateOptions, Prompt
+from loraplex._convert import ChatMessage, Conversation, GenerateOptions, Prompt
 from loraplex._map import GenerationMap, MapItem, MapProgress, MapSource, PendingAnswer
-from loraplex._types import AdapterChanges, AdapterInfo, Generation, GenerationChunk, ModelInfo
-from loraplex._upload import Progress, upload_parts
-from loraplex._watchdog import WATCHDOG
+from loraplex._streams import GenerationBatch, GenerationStream, Parts
+from loraplex._types import Generation, ModelInfo
 from loraplex.errors import DeadlineExceededError, LoraplexError, UnavailableError
-from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
+from loraplex.v1 import generation_pb2, model_pb2
 
 
 class Client(BaseClient):
@@ -69,7 +68,7 @@ class Client(BaseClient):
             options: adapter, adapters, max_tokens, min_tokens, temperature, top_p, top_k, min_p,
                 repetition_penalty, presence_penalty, frequency_penalty, logit_bias, bad_words, seed, stop,
                 include_stop, stop_token_ids, ignore_eos, logprobs, prompt_logprobs, echo, n, priority,
-                cache_prefix, structure, request_id; see GenerateOptions.
+                cache_prefix, structure, speculative_tokens, request_id; see GenerateOptions.
 
         Raises:
             LoraplexError: see loraplex.errors.
@@ -198,7 +197,7 @@ class Client(BaseClient):
         limits = dataclasses.replace(self._limits_of(timeout), first_token=None, between_tokens=None)
         batch = batch_request(prompts, options)
         call = self._begin("GenerationService/GenerateBatch", limits)
-        return GenerationBatch(_Parts(self, call, batch), BatchReader(batch))
+        return GenerationBatch(Parts(self, call, batch), BatchReader(batch))
 
     def tokenize(
         self,
@@ -281,7 +280,7 @@ class Client(BaseClient):
 
     def _stream(self, request: generation_pb2.GenerateRequest, timeout: Timeout | None) -> GenerationStream:
         call = self._begin("GenerationService/Generate", timeout, request.request_id)
-        return GenerationStream(_Parts(self, call, request), convert.AnswerReader(request))
+        return GenerationStream(Parts(self, call, request), convert.AnswerReader(request))
 
     def _call(
         self, method: str, request: Any, timeout: Timeout | None, *, request_id: str = "", **how: Any
@@ -333,303 +332,3 @@ class _Unary:
         self._closed = True
         if self._future is not None:
             self._future.cancel()
-
-
-class _Parts:
-    """The messages of one streamed answer, each waited for as long as the call's limits allow.
-
-    The call is made at once, or, where it may have to wait for a connection, with the first read.
-    """
-
-    def __init__(self, client: Client, call: Call, request: Any) -> None:
-        self.call = call
-        self._client = client
-        self._request = request
-        self._grpc: Any = None
-        self._closed = False
-        self._first = True
-        if not call.must_connect:
-            with call:
-                self._open()
-
-    def _open(self) -> None:
-        method = self._client._stubs.method(self.call.method)
-        self._grpc = method(self._request, **self.call.options())
-        if self._closed:
-            self._grpc.cancel()
-
-    def read(self) -> Any:
-        """The next message; None at the end."""
-        with self.call:
-            if self._grpc is None:
-                self._client._connect(self.call)
-                self._open()
-            phase, seconds = self.call.wait_phase(self._first)
-            self._first = False
-            if seconds is None:
-                return next(self._grpc, None)
-
-            def late() -> None:
-                self.call.expire(phase)
-                self._grpc.cancel()
-
-            wait = WATCHDOG.watch(seconds, late)
-            try:
-                return next(self._grpc, None)
-            finally:
-                WATCHDOG.forget(wait)
-
-    def close(self) -> None:
-        """Cancels the call, unless it has ended."""
-        self._closed = True
-        if self._grpc is not None:
-            self._grpc.cancel()
-        self.call.leave()
-
-
-class GenerationStream:
-    """An answer as it is generated: iterate over it for chunks.
-
-    Leaving it early cancels the generation on the server: by `with`, by `close()`, or by letting go
-    of the last reference.
-    """
-
-    def __init__(self, parts: _Parts, reader: convert.AnswerReader) -> None:
-        self._parts = parts
-        self._reader = reader
-
-    @property
-    def request_id(self) -> str:
-        """As the server's logs name it; empty before the first chunk, unless the caller chose it."""
-        return self._reader.request_id
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> GenerationChunk:
-        response = self._parts.read()
-        if response is None:
-            with self._parts.call:
-                self._reader.check_complete()
-            self._parts.call.finish()
-            raise StopIteration
-        chunk = self._reader.chunk(response)
-        self._parts.call.info.request_id = self._reader.request_id
-        return chunk
-
-    def collect(self) -> Generation:
-        """Reads what is left of the answer and returns that as one Generation."""
-        return convert.joined(self)
-
-    def close(self) -> None:
-        """Cancels the generation, unless it has finished."""
-        self._parts.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        # The constructor may have failed.
-        if (parts := getattr(self, "_parts", None)) is not None:
-            parts.close()
-
-
-class GenerationBatch:
-    """What the prompts of a batch come to, each as it finishes: iterate over it.
-
-    Leaving it early cancels those that are not finished: by `with`, by `close()`, or by letting go
-    of the last reference.
-    """
-
-    def __init__(self, parts: _Parts, reader: BatchReader) -> None:
-        self._parts = parts
-        self._reader = reader
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> BatchResult:
-        response = self._parts.read()
-        if response is None:
-            with self._parts.call:
-                self._reader.check_complete()
-            self._parts.call.finish()
-            raise StopIteration
-        return self._reader.result(response)
-
-    def collect(self) -> list[Generation | LoraplexError]:
-        """Reads what is left, and returns that in the order of the prompts."""
-        return in_order(self)
-
-    def close(self) -> None:
-        """Cancels what is not finished."""
-        self._parts.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        # The constructor may have failed.
-        if (parts := getattr(self, "_parts", None)) is not None:
-            parts.close()
-
-
-class AdapterWatch:
-    """What changes with the adapters: iterate over it. It ends by `with`, or by `close()`."""
-
-    def __init__(self, parts: _Parts) -> None:
-        self._parts = parts
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> AdapterChanges:
-        response = self._parts.read()
-        if response is None:
-            self._parts.call.finish()
-            raise StopIteration
-        return convert.adapter_changes(response)
-
-    def close(self) -> None:
-        """Ends it."""
-        self._parts.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class Adapters:
-    """The adapters that the server knows: `client.adapters`.
-
-    >>> with Client("127.0.0.1:50051") as client:
-    ...     print([adapter.name for adapter in client.adapters.list()][:3])
-    ...     print(client.adapters.pin("upper").pinned, client.adapters.pin("upper", False).pinned)
-    ['atbash', 'caesar1', 'caesar25']
-    True False
-    """
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self._call = client._call
-
-    def load(
-        self,
-        name: str,
-        source: str | os.PathLike[str],
-        *,
-        load_inplace: bool = False,
-        timeout: Timeout | None = None,
-    ) -> AdapterInfo:
-        """Registers the adapter that PEFT saved in the folder `source`, a path on the server's machine.
-
-        With `load_inplace` it replaces an adapter of that name, whose running requests finish on the old one.
-        """
-        request = convert.load_request(name, source, load_inplace)
-        response = self._call("AdapterService/LoadAdapter", request, timeout)
-        return convert.adapter_info(response.adapter)
-
-    def register_composition(
-        self,
-        name: str,
-        combination_type: str,
-        members: AdapterMix,
-        *,
-        density: float | None = None,
-        majority_sign: str | None = None,
-        svd_rank: int | None = None,
-        seed: int | None = None,
-        load_inplace: bool = False,
-        timeout: Timeout | None = None,
-    ) -> AdapterInfo:
-        """Registers what PEFT's `add_weighted_adapter` makes of several adapters as an adapter of its own.
-
-        Args:
-            combination_type: "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties",
-                "dare_linear_svd", "dare_ties_svd", "magnitude_prune" or "magnitude_prune_svd".
-            members: `[("sql", 1.0), ("polite", 0.5)]`, or a mapping of names to weights.
-            density: part of the values to keep, for ties, dare and magnitude_prune.
-            majority_sign: "total" or "frequency", for ties.
-            svd_rank: rank of the result, for svd; None is the largest of the members'.
-            seed: of what dare drops.
-        """
-        request = convert.composition_request(
-            name, combination_type, members, density, majority_sign, svd_rank, seed, load_inplace
-        )
-        response = self._call("AdapterService/RegisterComposition", request, timeout)
-        return convert.adapter_info(response.adapter)
-
-    def upload(
-        self,
-        name: str,
-        folder: str | os.PathLike[str],
-        *,
-        load_inplace: bool = False,
-        progress: Progress | None = None,
-        timeout: Timeout | None = None,
-    ) -> AdapterInfo:
-        """Sends the adapter that PEFT saved in `folder`, on this machine, and registers it.
-
-        Args:
-            progress: called with the bytes sent so far, and all there are; perhaps on another thread.
-        """
-        parts = upload_parts(name, folder, load_inplace, progress)
-        response = self._call("AdapterService/UploadAdapter", parts, timeout)
-        return convert.adapter_info(response.adapter)
-
-    def unload(
-        self, name: str, *, grace_seconds: float | None = None, timeout: Timeout | None = None
-    ) -> list[AdapterInfo]:
-        """Waits for the adapter's running requests, frees it, and returns what is registered then.
-
-        Requests that still run after `grace_seconds` are cancelled; None lets them run to their end.
-        """
-        request = convert.unload_request(name, grace_seconds)
-        response = self._call("AdapterService/UnloadAdapter", request, timeout)
-        return [convert.adapter_info(adapter) for adapter in response.remaining]
-
-    def prefetch(
-        self, names: Sequence[str], *, host_only: bool = False, timeout: Timeout | None = None
-    ) -> list[AdapterInfo]:
-        """Hints that adapters will be wanted; they are brought in as far as there is room that nobody needs.
-
-        Returns at once, with where they are now.
-        """
-        response = self._call("AdapterService/Prefetch", convert.prefetch_request(names, host_only), timeout)
-        return [convert.adapter_info(adapter) for adapter in response.adapters]
-
-    def watch(self, names: Sequence[str] = (), *, timeout: Timeout | None = None) -> AdapterWatch:
-        """All adapters, or those of these names, and then what changes with them, as an iterator."""
-        request = convert.watch_request(names)
-        call = self._client._begin("AdapterService/Watch", timeout)
-        return AdapterWatch(_Parts(self._client, call, request))
-
-    def list(self, *, timeout: Timeout | None = None) -> list[AdapterInfo]:
-        """All registered adapters."""
-        response = self._call("AdapterService/ListAdapters", adapters_pb2.ListAdaptersRequest(), timeout)
-        return [convert.adapter_info(adapter) for adapter in response.adapters]
-
-    def get(self, name: str, *, timeout: Timeout | None = None) -> AdapterInfo:
-        """One adapter."""
-        request = convert.named(adapters_pb2.GetAdapterRequest, name)
-        response = self._call("AdapterService/GetAdapter", request, timeout)
-        return convert.adapter_info(response.adapter)
-
-    def pin(self, name: str, pinned: bool = True, *, timeout: Timeout | None = None) -> AdapterInfo:
-        """Brings the adapter to the device and keeps it there; `pinned=False` lets it be evicted again."""
-        response = self._call("AdapterService/PinAdapter", convert.pin_request(name, pinned), timeout)
-        return convert.adapter_info(response.adapter)

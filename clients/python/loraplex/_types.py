@@ -35,6 +35,10 @@ class Usage:
     completion_tokens: int
     cached_prompt_tokens: int = 0
     """The part of the prompt that was not computed, since the server's prefix cache had it."""
+    drafted_tokens: int = 0
+    """Tokens that the server guessed (`speculative_tokens`), right or wrong."""
+    accepted_tokens: int = 0
+    """Those that it guessed right."""
 
     @property
     def total_tokens(self) -> int:

@@ -241,6 +241,12 @@ def _add_generate(commands: Any) -> None:
     forms.add_argument("--grammar", metavar="FILE", help="text of the Lark grammar in this file")
     forms.add_argument("--choice", action="append", metavar="TEXT", help="one of these; may be repeated")
     command.add_argument("--priority", type=int, metavar="N", help="higher goes first; default 0")
+    command.add_argument(
+        "--speculative-tokens",
+        type=int,
+        metavar="N",
+        help="guess up to N tokens a step from earlier text; the answer is the same",
+    )
     command.add_argument("--json", action="store_true", help="print the whole answer as JSON at the end")
     command.add_argument("--stats", action="store_true", help="report tokens and seconds on stderr")
     _add_connection(command)
@@ -407,6 +413,7 @@ def _generate(args: argparse.Namespace) -> int:
         "ignore_eos": args.ignore_eos,
         "priority": args.priority,
         "structure": _structure(args),
+        "speculative_tokens": args.speculative_tokens,
     }
     said = [{"role": "user", "content": prompt}]
     if args.system is not None:
@@ -423,9 +430,10 @@ def _generate(args: argparse.Namespace) -> int:
             print(chunk.text, end="", flush=True)
         print()
     if args.stats and chunk and chunk.usage and chunk.timing:
+        guessed = f" ({chunk.usage.accepted_tokens} guessed)" if chunk.usage.accepted_tokens else ""
         print(
             f"{chunk.usage.prompt_tokens} ({chunk.usage.cached_prompt_tokens} cached) + "
-            f"{chunk.usage.completion_tokens} tokens in "
+            f"{chunk.usage.completion_tokens} tokens{guessed} in "
             f"{chunk.timing.total_seconds:.3f} s, the first after "
             f"{chunk.timing.time_to_first_token_seconds:.3f} s; ended by {chunk.finish_reason}",
             file=sys.stderr,

@@ -30,7 +30,7 @@ are InvalidRequestError as well, so that one `except LoraplexError` covers a cal
 ...     except NotFoundError as error:
 ...         print(error.resource.type, error.resource.name, error.reason)
 INVALID_ARGUMENT ['sampling.top_p']
-adapter nobody NOT_FOUND
+adapter nobody ADAPTER_NOT_FOUND
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ class _Server:
         register: list[tuple[Callable[[Any, Any], Any], object]] = [
             (
                 generation_pb2_grpc.add_GenerationServiceServicer_to_server,
-                GenerationService(self._generator),
+                GenerationService(self._generator, self._metrics),
             ),
             (
                 adapters_pb2_grpc.add_AdapterServiceServicer_to_server,

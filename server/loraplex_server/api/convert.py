@@ -20,6 +20,7 @@ from loraplex_server.adapters.peft_config import MAX_CONFIG_BYTES
 from loraplex_server.api.answer import End, Piece
 from loraplex_server.core.composition import COMBINATION_TYPES, MAJORITY_SIGNS, Composition, prunes
 from loraplex_server.core.request import (
+    MAX_SPECULATIVE_TOKENS,
     AdapterUse,
     FinishReason,
     Request,
@@ -127,6 +128,8 @@ def check_generate(message: generation_pb2.GenerateRequest, limits: Limits) -> N
             found.add(field, f"{getattr(message, field)} is more than {MAX_LOGPROBS}")
     if message.HasField("n") and not 1 <= message.n <= MAX_CHOICES:
         found.add("n", f"has to be 1 to {MAX_CHOICES}")
+    if message.speculative_tokens > MAX_SPECULATIVE_TOKENS:
+        found.add("speculative_tokens", f"{message.speculative_tokens} is more than {MAX_SPECULATIVE_TOKENS}")
     if message.HasField("request_id") and not valid_request_id(message.request_id):
         found.add("request_id", "has to be 1 to 128 printable ASCII characters without spaces")
     found.raise_any()
@@ -230,6 +233,7 @@ def to_request(
         deadline_s=deadline_s,
         cache_prefix=message.cache_prefix if message.HasField("cache_prefix") else True,
         structure=_structure(message.structure) if message.HasField("structure") else None,
+        speculative_tokens=message.speculative_tokens if message.HasField("speculative_tokens") else None,
     )
 
 
@@ -422,6 +426,8 @@ def to_finish(end: End) -> generation_pb2.Finish:
             prompt_tokens=end.prompt_tokens,
             completion_tokens=end.completion_tokens,
             cached_prompt_tokens=times.cached_prompt_tokens if times else 0,
+            drafted_tokens=times.drafted_tokens if times else 0,
+            accepted_tokens=times.accepted_tokens if times else 0,
         ),
         timing=generation_pb2.Timing(
             queue_seconds=times.queue_s if times else 0.0,

@@ -14,6 +14,7 @@ from loraplex_server.api.generator import Generator
 from loraplex_server.api.merging import as_finished, merged
 from loraplex_server.api.status import code_of_cancellation, to_message
 from loraplex_server.errors import ErrorInfo, InternalError, ServerError
+from loraplex_server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
@@ -24,8 +25,9 @@ _MAX_ID_CHARS = 120
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Hands requests to the generator and its pieces to gRPC."""
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, metrics: Metrics) -> None:
         self._generator = generator
+        self._metrics = metrics
 
     def Generate(  # noqa: N802
         self, request: generation_pb2.GenerateRequest, context: Any
@@ -102,6 +104,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         except Exception:
             _log.exception("request %d of a batch failed", position)
             info = ErrorInfo(InternalError.code, "")
+        self._metrics.observe_error(info)
         status = to_message(info, log.request_id.get())
         failure = generation_pb2.RequestError(
             code=status.code, message=status.message, details=status.details

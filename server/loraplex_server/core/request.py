@@ -6,6 +6,9 @@ import enum
 
 import msgspec
 
+MAX_SPECULATIVE_TOKENS = 16
+"""Most tokens of an answer that are guessed in one step."""
+
 
 class FinishReason(enum.StrEnum):
     """Why a generation ended."""
@@ -104,6 +107,7 @@ class Request(msgspec.Struct, frozen=True):
         group: name, among those of one API process, of requests with this prompt that compute it once; "" for
             a request by itself.
         structure: the form of the answer; None is free text.
+        speculative_tokens: most tokens that are guessed in a step; None is the server's default.
     """
 
     request_id: str
@@ -116,3 +120,4 @@ class Request(msgspec.Struct, frozen=True):
     cache_prefix: bool = True
     group: str = ""
     structure: Structure | None = None
+    speculative_tokens: int | None = None

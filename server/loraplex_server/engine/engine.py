@@ -25,6 +25,7 @@ from loraplex_server.core.request import FinishReason, Request
 from loraplex_server.core.step import SampledToken, StepOutput, StepPlan
 from loraplex_server.engine.audit import Audit, finish
 from loraplex_server.engine.constraint import Constraint
+from loraplex_server.engine.drafts import Drafter
 from loraplex_server.engine.grammars import Grammars, no_tokens
 from loraplex_server.engine.kv_blocks import KvBlockPool
 from loraplex_server.engine.messages import (
@@ -92,14 +93,14 @@ class _Step:
     """A step from its launch until its tokens are there.
 
     Attributes:
-        scheduled: what it computes, in the order of the batch, whether a token is sampled after it, and how
+        scheduled: what it computes, in the order of the batch, how many tokens are sampled after it, and how
             many tokens of the prompt are scored.
         in_stride: the device had the step before to compute when this one was launched.
         record: without the times that are known at its end.
     """
 
     launched: Launched
-    scheduled: list[tuple[Scheduled, bool, int]]
+    scheduled: list[tuple[Scheduled, int, int]]
     started_s: float
     in_stride: bool
     record: StepRecord
@@ -141,6 +142,7 @@ class Engine:
         self._drains: dict[object, tuple[str, float]] = {}
         self._prefix_cache = config.scheduler.prefix_cache
         self._prefix_queries = self._prefix_hits = 0
+        self._speculative_tokens = config.scheduler.speculative_tokens
         self._audit = Audit(self._problems, runner.weight_checksum, info.weight_checksum)
 
     @property
@@ -234,7 +236,7 @@ class Engine:
         prefill_tokens = sum(item.num_tokens for item in scheduled if item.sequence.num_pending > 1)
         return _Step(
             launched=launched,
-            scheduled=[(item, item.samples, len(item.scores)) for item in scheduled],
+            scheduled=[(item, item.num_samples, len(item.scores)) for item in scheduled],
             started_s=started_s,
             in_stride=self._in_flight is not None,
             record=StepRecord(
@@ -245,6 +247,7 @@ class Engine:
                 decode_tokens=plan.num_tokens - prefill_tokens,
                 adapters=len(set(plan.pair_slot.tolist())),
                 preemptions=schedule.preemptions,
+                drafted_tokens=sum(len(item.drafts) for item in scheduled),
             ),
         )
 
@@ -255,23 +258,27 @@ class Engine:
         scheduled until it is known.
         """
         samples = 0
-        for item, is_sampled, num_scores in step.scheduled:
+        for item, num_samples, num_scores in step.scheduled:
             sequence = item.sequence
-            samples += is_sampled
+            samples += num_samples
             if sequence.status is Status.FINISHED:
                 continue
             sequence.num_computed += item.num_tokens
             sequence.scored_to += num_scores
-            if is_sampled and self._runner.asynchronous and not self._must_know(sequence):
+            if num_samples and self._runner.asynchronous and not self._must_know(item):
                 sequence.token_ids.append(0)
                 sequence.awaited = samples - 1
 
-    def _must_know(self, sequence: Sequence) -> bool:
+    def _must_know(self, item: Scheduled) -> bool:
         """Whether the host has to know a sequence's next token before there can be another."""
+        sequence, sampling = item.sequence, item.sequence.request.sampling
         return (
             self._is_last(sequence, 1)
-            or sequence.request.sampling.penalised
+            or sampling.penalised
+            or bool(sampling.bad_words)
             or sequence.constraint is not None
+            or bool(item.drafts)
+            or self.scheduler.speculates(sequence, len(sequence.token_ids) + 1)
         )
 
     def _is_last(self, sequence: Sequence, more: int = 0) -> bool:
@@ -289,7 +296,7 @@ class Engine:
             self._give_up([item.sequence for item, *_ in step.scheduled], error)
             return
         received_s = time.monotonic()
-        self._commit(step, output)
+        accepted = self._commit(step, output)
         now_s = time.monotonic()
         begun_s, self._collected_s = max(step.started_s, self._collected_s), now_s
         self._steps.append(
@@ -302,6 +309,7 @@ class Engine:
                 run_seconds=output.run_s,
                 sample_seconds=output.sample_s,
                 emit_seconds=now_s - received_s,
+                accepted_tokens=accepted,
             )
         )
 
@@ -422,6 +430,7 @@ class Engine:
             public = self._prefix_cache and request.cache_prefix
             group = (client, request.group) if request.group and not public else None
             sequence = Sequence(request, client, handles, caches=public or group is not None, group=group)
+            sequence.drafter = self._drafter(sequence)
             if sequence.num_prompt >= limit:
                 raise InvalidArgumentError.field(
                     "prompt",
@@ -500,6 +509,18 @@ class Engine:
         self._emit(sequence.client, Tokens((delta,)))
         self._retire(sequence)
 
+    def _drafter(self, sequence: Sequence) -> Drafter | None:
+        request = sequence.request
+        most = request.speculative_tokens
+        most = self._speculative_tokens if most is None else most
+        # What a grammar allows after a guess is not known before the guess is known to be right.
+        if not most or request.structure is not None:
+            return None
+        limit = min(sequence.num_prompt + request.sampling.max_tokens, self.info.max_model_len)
+        # Where the engine runs ahead, who guesses sits out every other step.
+        worth = 2 if self._runner.asynchronous else 1
+        return Drafter(most, limit, first=sequence.num_virtual, worth=worth)
+
     def _check_tokens(self, request: Request, handles: tuple[AdapterHandle, ...]) -> None:
         """Every token id that the request names is the base's, or one that its adapter adds."""
         known = self.info.vocab_size + max((handle.added_tokens for handle in handles), default=0)
@@ -519,71 +540,97 @@ class Engine:
         """Decodes first, then chunks; within either, one adapter's rows together: fewer, larger tiles."""
         return item.num_tokens > 1, [self.adapters.slot(handle) for handle in item.sequence.handles]
 
-    def _commit(self, step: _Step, output: StepOutput) -> None:
-        """Writes a step's tokens into the sequences, ends those that are complete, and emits."""
+    def _commit(self, step: _Step, output: StepOutput) -> int:
+        """Writes a step's tokens into the sequences, ends those that are complete, and emits.
+
+        Returns how many guesses were right.
+        """
         deltas: defaultdict[str, list[TokenDelta]] = defaultdict(list)
         sampled, scored = iter(output.sampled), iter(output.scored)
-        now_s = time.monotonic()
-        for item, is_sampled, num_scores in step.scheduled:
+        accepted, now_s = 0, time.monotonic()
+        for item, num_samples, num_scores in step.scheduled:
             sequence = item.sequence
-            token = next(sampled) if is_sampled else None
+            tokens = tuple(islice(sampled, num_samples))
             scores = tuple(map(_logprobs, islice(scored, num_scores))) if num_scores else ()
             # Cancelled, or complete one step before: what was computed ahead is dropped.
             if sequence.status is Status.FINISHED:
                 continue
+            tokens, finish = self._extend(sequence, tokens, item.drafts)
+            if item.drafts:
+                accepted += self._settle(item, len(tokens) - 1)
             self.scheduler.name_blocks(sequence)
-            if token is not None:
-                deltas[sequence.client].append(self._append(sequence, token, scores, now_s))
-            elif scores:
-                delta = TokenDelta(sequence.request.request_id, (), prompt_logprobs=scores)
-                deltas[sequence.client].append(delta)
+            if tokens or scores or finish is not None:
+                deltas[sequence.client].append(self._delta(sequence, tokens, scores, finish, now_s))
         for client, found in deltas.items():
             self._emit(client, Tokens(tuple(found)))
+        return accepted
 
-    def _append(
-        self, sequence: Sequence, token: SampledToken, scores: tuple[TokenLogprobs, ...], now_s: float
-    ) -> TokenDelta:
-        """Writes the next token into a sequence; what its client is told, with the `scores` of its prompt."""
-        if not sequence.request.sampling.max_tokens:
+    def _extend(
+        self, sequence: Sequence, sampled: tuple[SampledToken, ...], drafts: tuple[int, ...]
+    ) -> tuple[tuple[SampledToken, ...], FinishReason | None]:
+        """Writes tokens into a sequence up to the first that is not as guessed, or ends it.
+
+        Returns those, and why it ends.
+        """
+        if sampled and not sequence.request.sampling.max_tokens:
             # There is no step without a token where a prompt ends: it is dropped.
-            self._retire(sequence)
-            return TokenDelta(
-                sequence.request.request_id,
-                (),
-                finish=FinishReason.LENGTH,
-                times=_times(sequence, now_s),
-                prompt_logprobs=scores,
-            )
-        if sequence.awaited is not None:
+            return (), FinishReason.LENGTH
+        if sampled and sequence.awaited is not None:
             sequence.token_ids.pop()
             sequence.awaited = None
-        sequence.token_ids.append(token.token_id)
-        if sequence.first_token_s is None:
+        for count, token in enumerate(sampled, 1):
+            sequence.token_ids.append(token.token_id)
+            finish = self._why_ended(sequence)
+            if finish is None and sequence.constraint is not None:
+                # Whether it is the last is known once the grammar has seen it.
+                sequence.constraint.ready = False
+                self._following[self._grammars.follow(sequence.constraint, token.token_id)] = sequence
+            if finish is not None or drafts[count - 1 : count] != (token.token_id,):
+                return sampled[:count], finish
+        return (), None
+
+    def _why_ended(self, sequence: Sequence) -> FinishReason | None:
+        """Whether a sequence ends with its last token, as far as it takes no grammar to say so."""
+        token_id, sampling = sequence.token_ids[-1], sequence.request.sampling
+        held = sequence.constraint is not None
+        if token_id in sampling.stop_token_ids or (
+            token_id in self.info.eos_token_ids and (held or not sampling.ignore_eos)
+        ):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if not held and self._is_last(sequence) else None
+
+    def _settle(self, item: Scheduled, right: int) -> int:
+        """Keeps what was computed of so many right guesses and forgets the others. Returns the former."""
+        sequence = item.sequence
+        assert sequence.drafter is not None
+        sequence.drafter.judge(len(item.drafts), right, len(sequence.token_ids))
+        # Preempted since, it has nothing that is computed.
+        if sequence.status is Status.RUNNING:
+            sequence.num_computed += right
+            self.scheduler.give_back(sequence)
+        return right
+
+    def _delta(
+        self,
+        sequence: Sequence,
+        tokens: tuple[SampledToken, ...],
+        scores: tuple[TokenLogprobs, ...],
+        finish: FinishReason | None,
+        now_s: float,
+    ) -> TokenDelta:
+        """What the client is told of new tokens and the prompt's scores; ends a sequence that is complete."""
+        first = bool(tokens) and sequence.first_token_s is None
+        if first:
             sequence.first_token_s = now_s
-        request, sampling = sequence.request, sequence.request.sampling
-        held = sequence.constraint
-        is_end = token.token_id in sampling.stop_token_ids or (
-            token.token_id in self.info.eos_token_ids and (not sampling.ignore_eos or held is not None)
-        )
-        finish: FinishReason | None = None
-        if is_end:
-            finish = FinishReason.STOP
-        elif held is not None:
-            # Whether it is the last is known once the grammar has seen it.
-            held.ready = False
-            self._following[self._grammars.follow(held, token.token_id)] = sequence
-        elif self._is_last(sequence):
-            finish = FinishReason.LENGTH
-        logprobs = () if token.logprob is None else (_logprobs(token),)
-        times = _times(sequence, now_s) if finish is not None or sequence.num_generated == 1 else None
+        times = _times(sequence, now_s) if first or finish is not None else None
         if finish is not None:
             self._retire(sequence)
         return TokenDelta(
-            request.request_id,
-            (token.token_id,),
-            logprobs,
+            sequence.request.request_id,
+            tuple(token.token_id for token in tokens),
+            tuple(_logprobs(token) for token in tokens if token.logprob is not None),
             finish=finish,
-            stop_token=is_end,
+            stop_token=finish is FinishReason.STOP,
             times=times,
             prompt_logprobs=scores,
         )
@@ -635,4 +682,6 @@ def _times(sequence: Sequence, now_s: float) -> Times:
         total_s=now_s - arrival_s,
         preemptions=sequence.preemptions,
         cached_prompt_tokens=sequence.cached_prompt_tokens,
+        drafted_tokens=sequence.drafter.drafted if sequence.drafter else 0,
+        accepted_tokens=sequence.drafter.accepted if sequence.drafter else 0,
     )

@@ -169,6 +169,8 @@ class Times(msgspec.Struct, frozen=True):
 
     Attributes:
         cached_prompt_tokens: not computed, since their keys and values were in the prefix cache.
+        drafted_tokens: guessed.
+        accepted_tokens: how many of them were right.
     """
 
     queue_s: float
@@ -177,6 +179,8 @@ class Times(msgspec.Struct, frozen=True):
     total_s: float
     preemptions: int
     cached_prompt_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -287,6 +291,7 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
     `device_seconds` is the step's time by the device's clock, `idle_seconds` how long the device waited for
     it although there was work; None without such a clock, or where there was none. `prepare_seconds`,
     `run_seconds` and `sample_seconds` are `StepOutput`'s, `emit_seconds` is for committing and emitting.
+    `decode_tokens` has `drafted_tokens` among them, of which `accepted_tokens` were guessed right.
     """
 
     seconds: float
@@ -302,6 +307,8 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
     run_seconds: float | None = None
     sample_seconds: float | None = None
     emit_seconds: float | None = None
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class SwapRecord(msgspec.Struct, frozen=True, array_like=True):

@@ -75,11 +75,13 @@ class Scheduled:
 
     Attributes:
         num_copied: virtual tokens before these whose keys and values are first copied from the adapter.
+        drafts: guessed tokens computed after them; a token is sampled after each of these, too.
     """
 
     sequence: Sequence
     num_tokens: int
     num_copied: int = 0
+    drafts: tuple[int, ...] = ()
 
     @property
     def scores(self) -> range:
@@ -90,6 +92,16 @@ class Scheduled:
     def samples(self) -> bool:
         """Whether the chunk reaches the last known token, so that the next one is sampled."""
         return self.num_tokens == self.sequence.num_pending
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of it after which a token is sampled."""
+        return 1 + len(self.drafts) if self.samples else 0
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that are computed, drafts included."""
+        return self.num_tokens + len(self.drafts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +192,9 @@ class Scheduler:
         if not preempted:
             used = sum(item.num_tokens for item in scheduled)
             self._admit(scheduled, failed, self._config.max_batch_tokens - used, scores, now_s)
+            scheduled = self._with_drafts(scheduled)
         for item in scheduled:
-            self._ledger.charge(item.sequence, item.num_tokens)
+            self._ledger.charge(item.sequence, item.num_rows)
         return Schedule(tuple(scheduled), tuple(failed), preempted)
 
     def _expire(self) -> list[tuple[Sequence, ServerError]]:
@@ -247,6 +260,45 @@ class Scheduler:
         if not self._offer(self._order(candidates, now_s, passed), admission):
             there = [one for one in self.waiting if admission.may_join(one, resident=True)]
             self._offer(self._order(there, now_s, passed), admission)
+
+    def speculates(self, sequence: Sequence, length: int) -> bool:
+        """Whether there may be a guess for a sequence once it has `length` tokens, as busy as it is now."""
+        drafter = sequence.drafter
+        return drafter is not None and drafter.due(length) and self._has_room_for_drafts()
+
+    def _has_room_for_drafts(self) -> bool:
+        config = self._config
+        return len(self.running) <= config.speculation_max_load * config.max_num_requests
+
+    def _with_drafts(self, scheduled: list[Scheduled]) -> list[Scheduled]:
+        """Guesses for those that decode, from what is left of the step: no one waits for them, and no one is
+        preempted.
+        """
+        if not any(item.sequence.drafter for item in scheduled):
+            return scheduled
+        config = self._config
+        rows = config.max_batch_tokens - sum(item.num_tokens for item in scheduled)
+        # As many rows are sampled as there could be without guesses: so much memory was set aside.
+        rows = min(rows, config.max_samples - sum(item.num_samples for item in scheduled))
+        found, open_ = [], self._has_room_for_drafts()
+        for left, item in zip(range(len(scheduled), 0, -1), scheduled, strict=True):
+            sequence, drafter = item.sequence, item.sequence.drafter
+            if drafter is not None and sequence.awaited is None:
+                if item.num_tokens != 1 or not item.samples:
+                    drafter.read(sequence.token_ids)
+                elif open_ and rows > 0:
+                    drafts = drafter.propose(sequence.token_ids, -(-rows // left))
+                    if drafts and self._grow(sequence, 1 + len(drafts)):
+                        rows -= len(drafts)
+                        item = dataclasses.replace(item, drafts=drafts)
+            found.append(item)
+        return found
+
+    def give_back(self, sequence: Sequence) -> None:
+        """Frees the blocks of a running sequence that only wrong guesses have used."""
+        kept = self._blocks.blocks_for(len(sequence.token_ids))
+        self._blocks.release(sequence.block_table[kept:])
+        del sequence.block_table[kept:]
 
     def _urgent(self, now_s: float) -> list[Sequence]:
         """Those who have waited for room on the device beyond their patience; a few, the longest first.

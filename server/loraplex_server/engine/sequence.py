@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.core.request import Request
 from loraplex_server.engine.constraint import Constraint
+from loraplex_server.engine.drafts import Drafter
 from loraplex_server.engine.fairness import Account
 from loraplex_server.engine.kv_blocks import block_key
 from loraplex_server.engine.token_counts import TokenCounts
@@ -57,6 +58,7 @@ class Sequence:
         awaited: its last token is not known yet: it is this one of those that the step in flight samples.
         flow: the account of what it is given; the scheduler's ledger sets it.
         constraint: where its answer stands in its grammar, None for free text.
+        drafter: guesses its next tokens; None does not.
     """
 
     request: Request
@@ -80,6 +82,7 @@ class Sequence:
     awaited: int | None = None
     flow: Account | None = None
     constraint: Constraint | None = None
+    drafter: Drafter | None = None
     preemptions: int = 0
     adapter_wait_start_s: float | None = None
     adapter_wait_s: float = 0.0

@@ -110,10 +110,22 @@ def _fuse_mlp(module: nn.Module) -> bool:
 
 
 def _fuse_rotation(module: nn.Module) -> bool:
-    rebound = recognise.attention(module)
-    if rebound is None:
+    found, own = recognise.attention(module), module.forward
+    if found is None:
         return False
-    own, rotated = module.forward, rebound(_rotate_later)
+    rotate = found.rotate
+
+    def rotate_later(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Leaves it to the attention function, which has the values and the cache."""
+        if cos.dtype != q.dtype:
+            # Some families keep angles in float32, and round once where the others round thrice.
+            return rotate(q, k, cos, sin)
+        context.current().rotations.append(Rotation(cos, sin))
+        return q, k
+
+    rotated = found.rebound(rotate_later)
 
     def forward(*args: Any, **options: Any) -> Any:
         if context.current().own_code:
@@ -122,14 +134,6 @@ def _fuse_rotation(module: nn.Module) -> bool:
 
     module.forward = forward
     return True
-
-
-def _rotate_later(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Leaves it to the attention function, which has the values and the cache."""
-    context.current().rotations.append(Rotation(cos, sin))
-    return q, k
 
 
 def _fuse_layers(

@@ -275,7 +275,7 @@ def _adapter_bytes(registry: SiteRegistry, config: EngineConfig, dtype: torch.dt
 
 def max_samples(config: EngineConfig) -> int:
     """Most rows of a step whose next token is sampled."""
-    return min(config.scheduler.max_num_requests, config.scheduler.max_batch_tokens)
+    return config.scheduler.max_samples
 
 
 def max_logit_rows(config: EngineConfig) -> int:

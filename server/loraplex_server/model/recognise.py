@@ -143,24 +143,32 @@ def _block_pair(module: nn.Module, found: Block) -> Pair:
     raise ValueError("a layer that keeps from its attention what it is given")
 
 
-def attention(module: nn.Module) -> Callable[[Rotate], Callable[..., Any]] | None:
-    """For an attention that rotates queries and keys and hands both, as they then are, to the attention
-    function: its forward pass (whose first argument is `module`) with another rotation in the place of its
-    own.
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """An attention that rotates queries and keys and hands both, as they then are, to the attention function.
+
+    Attributes:
+        rotate: its own rotation, of any dtypes.
+        rebound: its forward pass, whose first argument is the module, with another rotation in its place.
     """
+
+    rotate: Rotate
+    rebound: Callable[[Rotate], Callable[..., Any]]
+
+
+def attention(module: nn.Module) -> Attention | None:
+    """The attention that `module` is, if its rotation is by halves where all are of one dtype."""
     function = inspect.getattr_static(type(module), "forward", None)
     if not isinstance(function, types.FunctionType) or not (
         {_ROTATE, _INTERFACE} <= set(function.__code__.co_names) & function.__globals__.keys()
     ):
         return None
-    if not isinstance(getattr(module, "layer_idx", None), int) or not _rotates(function.__globals__[_ROTATE]):
+    forward, rotate = function, function.__globals__[_ROTATE]
+    if not (isinstance(getattr(module, "layer_idx", None), int) and _rotates(rotate)):
         return None
-    forward = function
-
-    def rebound(rotation: Rotate) -> Callable[..., Any]:
-        return _rebound(forward, {_ROTATE: rotation})
-
-    return rebound if _hands_on(module, forward) else None
+    if not _hands_on(module, forward):
+        return None
+    return Attention(rotate, lambda other: _rebound(forward, {_ROTATE: other}))
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from loraplex_server.api.http.schema import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    CompletionTokensDetails,
     Delta,
     PromptTokensDetails,
     TokenAlternative,
@@ -313,7 +314,11 @@ def usage_of(answers: Sequence[Collected], num_choices: int) -> Usage:
     completion = sum(end.completion_tokens for end in ends)
     times = [end.finish.times for end in ends[::num_choices]]
     cached = sum(each.cached_prompt_tokens for each in times if each is not None)
-    return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+    every = [end.finish.times for end in ends if end.finish.times is not None]
+    accepted = sum(each.accepted_tokens for each in every)
+    wrong = sum(each.drafted_tokens for each in every) - accepted
+    details = PromptTokensDetails(cached), CompletionTokensDetails(accepted, wrong)
+    return Usage(prompt, completion, prompt + completion, *details)
 
 
 def _finite(logprob: float) -> float:

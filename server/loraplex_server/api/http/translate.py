@@ -142,6 +142,8 @@ def _message(
     if body.cache_prefix is not None:
         message.cache_prefix = body.cache_prefix
     _set_structure(message, body)
+    if body.speculative_tokens is not None:
+        message.speculative_tokens = body.speculative_tokens
     return message
 
 
