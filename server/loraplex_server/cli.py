@@ -337,6 +337,24 @@ def build_parser() -> argparse.ArgumentParser:
         api.max_connection_age_s,
         "connections older than this are asked to come anew, calls under way go on; 0 is never",
     )
+    _seconds(
+        group,
+        "--keepalive-seconds",
+        api.keepalive_s,
+        "gRPC connections on which nothing came for so long are asked whether they live",
+    )
+    _seconds(
+        group,
+        "--keepalive-timeout",
+        api.keepalive_timeout_s,
+        "without an answer for so long they are closed, and their calls cancelled",
+    )
+    _seconds(
+        group,
+        "--slow-reader-seconds",
+        api.slow_reader_s,
+        "a gRPC stream of which nothing was read for so long ends with RESOURCE_EXHAUSTED; 0 is never",
+    )
     _count(
         group,
         "--max-engine-restarts",
@@ -438,6 +456,9 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
             allow_insecure=arguments.allow_insecure,
             reflection=not arguments.no_reflection,
             max_connection_age_s=arguments.max_connection_age,
+            keepalive_s=arguments.keepalive_seconds,
+            keepalive_timeout_s=arguments.keepalive_timeout,
+            slow_reader_s=arguments.slow_reader_seconds,
             max_engine_restarts=arguments.max_engine_restarts,
         ),
     )

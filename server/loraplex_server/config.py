@@ -253,6 +253,9 @@ class ApiConfig:
             server ends.
         max_connection_age_s: connections older than this are asked to come anew, so that load balancers can
             spread them; calls under way go on. 0 is never.
+        keepalive_s: a connection on which nothing came for so long is asked whether it still lives.
+        keepalive_timeout_s: without an answer for so long it is closed, and its calls are cancelled.
+        slow_reader_s: a stream of which nothing was read for so long is ended. 0 is never.
     """
 
     host: str = "127.0.0.1"
@@ -269,16 +272,23 @@ class ApiConfig:
     reflection: bool = True
     max_connection_age_s: float = 0.0
     max_engine_restarts: int = 3
+    keepalive_s: float = 30.0
+    keepalive_timeout_s: float = 10.0
+    slow_reader_s: float = 60.0
 
     def __post_init__(self) -> None:
         _at_least("port", self.port, 0)
         _at_least("http_port", self.http_port, -1)
         _at_least("metrics_port", self.metrics_port, -1)
         _at_least("max_engine_restarts", self.max_engine_restarts, 0)
-        if not 0 <= self.max_connection_age_s < math.inf:
-            raise InvalidArgumentError.field(
-                "max_connection_age", f"{self.max_connection_age_s} is no number of seconds"
-            )
+        for name, seconds, least in (
+            ("max_connection_age", self.max_connection_age_s, 0.0),
+            ("keepalive_seconds", self.keepalive_s, 0.1),
+            ("keepalive_timeout", self.keepalive_timeout_s, 0.1),
+            ("slow_reader_seconds", self.slow_reader_s, 0.0),
+        ):
+            if not least <= seconds < math.inf:
+                raise InvalidArgumentError.field(name, f"{seconds} is no number of seconds from {least:g} on")
         if self.tls is None and not self.allow_insecure and not is_loopback(self.host):
             raise InvalidArgumentError.field(
                 "host",

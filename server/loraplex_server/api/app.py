@@ -202,7 +202,9 @@ class _Server:
         """Starts the gRPC server, which refuses all calls but health and reflection for now."""
         api = self._config.api
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(self._lifecycle, self._metrics, self._authenticator)],
+            interceptors=[
+                CallInterceptor(self._lifecycle, self._metrics, self._authenticator, api.slow_reader_s)
+            ],
             options=_channel_options(api),
             maximum_concurrent_rpcs=self._max_calls,
         )
@@ -414,8 +416,10 @@ def _channel_options(api: ApiConfig) -> list[tuple[str, Any]]:
         # A unary generation sends nothing for long: let clients ping, and find those that are gone.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", round(api.keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", round(api.keepalive_timeout_s * 1000)),
+        # Or it is a minute, whatever the other says.
+        ("grpc.http2.ping_timeout_ms", round(api.keepalive_timeout_s * 1000)),
     ]
 
 

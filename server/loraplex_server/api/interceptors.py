@@ -18,6 +18,7 @@ from loraplex_server.api import authentication
 from loraplex_server.api.authentication import Authenticator
 from loraplex_server.api.convert import valid_request_id
 from loraplex_server.api.lifecycle import Lifecycle
+from loraplex_server.api.slow_readers import ReaderWatch
 from loraplex_server.api.status import code_of_cancellation, to_status
 from loraplex_server.errors import (
     ErrorInfo,
@@ -38,6 +39,8 @@ _OPEN_TO_ALL = "/grpc.health."
 # Names that callers make up are no labels of metrics.
 _NO_METHOD = "/unknown"
 
+_ABORT_S = 2.0
+
 # How gRPC passes a message that cannot be decoded on to a handler of ours.
 _NO_MESSAGE = object()
 
@@ -51,10 +54,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     A caller may send its own request id as metadata `x-request-id`; it is sent back so, with the status.
     """
 
-    def __init__(self, lifecycle: Lifecycle, metrics: Metrics, authenticator: Authenticator) -> None:
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        metrics: Metrics,
+        authenticator: Authenticator,
+        slow_reader_s: float = 0.0,
+    ) -> None:
+        """`slow_reader_s`: how long a stream's reader may take for a message; 0 is for ever."""
         self._lifecycle = lifecycle
         self._metrics = metrics
         self._authenticator = authenticator
+        self._slow_reader_s = slow_reader_s
 
     async def intercept_service(
         self,
@@ -101,9 +112,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if not hasattr(responses, "__aiter__"):
                     await responses
                     return
-                async with contextlib.aclosing(responses):
-                    async for response in responses:
-                        await context.write(response)
+                with ReaderWatch(context.write, self._slow_reader_s) as reader:
+                    async with contextlib.aclosing(responses):
+                        async for response in responses:
+                            await reader.write(response)
 
         return answer
 
@@ -195,7 +207,11 @@ async def _abort(context: _Context, error: ErrorInfo) -> None:
     status = to_status(error, request_id)
     metadata = (*status.trailing_metadata, (_REQUEST_ID_KEY, request_id))
     try:
-        await context.abort(status.code, status.details, metadata)
+        # Behind messages that nobody reads it is not sent before they are; gRPC sees to that.
+        async with asyncio.timeout(_ABORT_S):
+            await context.abort(status.code, status.details, metadata)
+    except TimeoutError as unread:
+        raise asyncio.CancelledError from unread
     except (grpc.aio.UsageError, grpc.aio.InternalError) as gone:
         # The call ended meanwhile; gRPC would log a stack trace for what it raised here.
         raise asyncio.CancelledError from gone
