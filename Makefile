@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TRITON_DEFAULT_FP_FUSION ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-kernels fuzz faults lint bench bench-gpu bench-peers tune-gpu soak protos train clean
+.PHONY: help install demo test test-fast test-kernels test-web screenshot fuzz faults lint bench face bench-gpu bench-peers tune-gpu soak protos train clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -37,10 +37,21 @@ test: lint ## Everything, on any machine: at most 15 minutes on two cores
 	$(TEST_ENV) $(PY) -m pytest -q --durations=15
 
 test-fast: $(STAMP) ## The inner loop: two minutes
-	$(TEST_ENV) $(PY) -m pytest -q -x -m 'not slow and not kernels_wide and not gpu_bench'
+	$(TEST_ENV) $(PY) -m pytest -q -x -m 'not slow and not kernels_wide and not gpu_bench and not web'
 
 test-kernels: $(STAMP) ## The wide sweep of the Triton kernels, under the interpreter where there is no GPU
 	$(TEST_ENV) $(PY) -m pytest -q -m kernels_wide tests/ops
+
+test-web: $(STAMP) ## The built-in page in headless Chromium, installed by apt or else by Playwright
+	$(PY) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[web-test]'
+	@for name in chromium-headless-shell chromium google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	  sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	  { $$sudo apt-get -qq update && $$sudo apt-get -qq install -y --no-install-recommends chromium-headless-shell; } \
+	  || $(PY) -m playwright install --with-deps chromium-headless-shell
+	$(TEST_ENV) $(PY) -m pytest -q -m web tests/web
+
+screenshot: ## The picture of the built-in page in the README, taken anew by `make test-web`'s tools
+	LORAPLEX_SCREENSHOT=server/deploy/page.png $(MAKE) test-web
 
 fuzz: $(STAMP) ## 100,000 spoiled adapter files, as many random messages, 8,000 HTTP requests: a typed error or a whole answer
 	$(TEST_ENV) LORAPLEX_FUZZ_INPUTS=100000 $(PY) -m pytest -q -s -k 'fuzz or description or spoiled' tests/adapters/test_fuzz.py \
@@ -57,6 +68,9 @@ bench-peers: ## Fetch the 4-bit products that `bench-gpu` compares with into ben
 
 tune-gpu: ## Measure which variants of the LoRA kernels are fastest on the GPU at hand, and keep them (uses $(PYTHON) as it is)
 	PYTHONPATH=server:kernels:clients/python:bench $(PYTHON) -m loraplex_bench.tune_lora
+
+face: $(STAMP) ## What the API costs beside the engine: CPU a message, messages and tokens a second; results in bench/results
+	$(VENV)/bin/loraplex bench face --output bench/results
 
 many-adapters: $(STAMP) ## 5,000 adapters through 32 slots: answers, memory, throughput, misses; results in bench/results
 	$(VENV)/bin/loraplex bench many-adapters --output bench/results

@@ -28,6 +28,14 @@ _COMMANDS = {
         "loraplex_bench.prefix_cache",
         "time to the first token of prompts that begin alike, with and without the prefix cache",
     ),
+    "speculation": (
+        "loraplex_bench.speculation",
+        "time of answers that copy their prompt, and of such that do not, with and without guessed tokens",
+    ),
+    "face": (
+        "loraplex_bench.face",
+        "what the server costs beside its engine: messages a second, CPU a message, time a token is held",
+    ),
     "side-by-side": (
         "loraplex_bench.side_by_side",
         "compare loraplex with transformers + PEFT on this machine",

@@ -2,13 +2,14 @@
 
     python -m loraplex_bench.gpu --output bench/results
 
-Six sections, `--only` picks some:
+Seven sections, `--only` picks some:
 
 - tests      the op tests and the parity tests of the engine, on the GPU (they choose it by themselves)
 - lora       the LoRA op with cold adapters: whole steps of a Llama-3-8B, its share of a prefill, and tokens x
              mixes x ranks beside the peers that are at hand (`lora_peers`)
 - quant      the 4-bit products beside cuBLAS, gemlite and bitsandbytes (`ops_quant_cuda`)
 - attention  paged attention beside torch's (`ops_attention`)
+- fused      sums and norms, rotations and KV writes, gates, beside transformers' modules (`ops_fused`)
 - step       whole decode steps of a random Llama-3-8B, by batch and number of adapters (`step_table`)
 - server     the server on that model under load, and transformers + PEFT with the same requests
              (`server_table`)
@@ -34,12 +35,12 @@ from typing import Any
 
 import torch
 
-from loraplex_bench import lora_table, ops_attention, ops_quant_cuda
+from loraplex_bench import lora_table, ops_attention, ops_fused, ops_quant_cuda
 from loraplex_bench.environment import environment
 from loraplex_bench.lora_table import Row
 from loraplex_bench.report import table, write_json
 
-SECTIONS = ("tests", "lora", "quant", "attention", "step", "server")
+SECTIONS = ("tests", "lora", "quant", "attention", "fused", "step", "server")
 TINY_SECTIONS = ("step", "server")
 TESTS = (
     "tests/ops",
@@ -189,6 +190,22 @@ def time_attention(document: _Document, limit_s: float, device: torch.device) ->
         document.write("attention", {"ceilings": asdict(ceilings), "timings": timings})
 
 
+def time_fused(document: _Document, limit_s: float, device: torch.device) -> None:
+    """The section of what runs between projections, bf16."""
+    deadline = time.monotonic() + limit_s
+    ceilings = ops_attention.measure_ceilings(device)
+    timings = []
+    for case in ops_fused.cases():
+        if time.monotonic() > deadline:
+            print(f"{case.op}, {case.shape.name}, {case.tokens} tokens: {limit_s:.0f} s are over")
+            break
+        timing = ops_fused.measure_on_gpu(case, torch.bfloat16, device, ceilings)
+        torch.cuda.empty_cache()
+        timings.append(asdict(timing))
+        print(timing.line(), flush=True)
+        document.write("fused", {"ceilings": asdict(ceilings), "timings": timings})
+
+
 def time_steps(
     document: _Document,
     limit_s: float,
@@ -294,6 +311,8 @@ def main(argv: list[str] | None = None) -> int:
             time_quant(document, arguments.time_limit)
         if "attention" in sections:
             time_attention(document, arguments.time_limit, device)
+        if "fused" in sections:
+            time_fused(document, arguments.time_limit, device)
     torch.cuda.empty_cache()
     if "step" in sections:
         time_steps(document, arguments.time_limit, device, kv_cache_dtype=arguments.kv_cache_dtype)

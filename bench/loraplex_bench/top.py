@@ -27,6 +27,7 @@ examples:
   loraplex top --once > state.txt        (one look, as plain text)"""
 
 BUSIEST = 8
+PARTS = ("plan", "prepare", "run", "sample", "emit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ class View:
 
     Attributes:
         batch: mean requests in a step; 0 where there was none.
+        parts: mean seconds of a step's parts; 0 where nothing was measured.
         prefix_share: prompt tokens found in the prefix cache, of those looked up; None where none were.
         ttft, tpot: 50th and 95th percentile of what ended in between; None where nothing did.
         busiest: adapters with the most tokens, most first.
@@ -55,6 +57,7 @@ class View:
     waiting_for_adapter: int
     steps: float
     step_s: float
+    parts: Mapping[str, float]
     batch: float
     prefill: float
     decode: float
@@ -68,6 +71,7 @@ class View:
     swap_bytes: float
     evictions: float
     ended: Mapping[str, float]
+    errors: Mapping[str, float]
     ttft: tuple[float, float] | None
     tpot: tuple[float, float] | None
     busiest: Sequence[tuple[str, float]]
@@ -105,6 +109,7 @@ def view(before: Metrics, after: Metrics, seconds: float) -> View:
         waiting_for_adapter=int(after.value("loraplex_requests_waiting_for_adapter")),
         steps=rate("loraplex_step_seconds_count"),
         step_s=mean("loraplex_step_seconds"),
+        parts={part: mean(f"loraplex_step_{part}_seconds") for part in PARTS},
         batch=mean("loraplex_step_requests"),
         prefill=rate("loraplex_prefill_tokens_total"),
         decode=rate("loraplex_decode_tokens_total"),
@@ -125,6 +130,7 @@ def view(before: Metrics, after: Metrics, seconds: float) -> View:
         swap_bytes=rate("loraplex_adapter_swap_in_bytes_total", kind="copy"),
         evictions=rate("loraplex_adapter_evictions_total", tier="device"),
         ended=rates("loraplex_requests_total", "outcome"),
+        errors=rates("loraplex_errors_total", "reason"),
         ttft=_percentiles(before, after, "loraplex_request_time_to_first_token_seconds"),
         tpot=_percentiles(before, after, "loraplex_request_time_per_output_token_seconds"),
         busiest=sorted(tokens.items(), key=lambda item: -item[1])[:BUSIEST],
@@ -164,10 +170,14 @@ def render(seen: View) -> RenderableType:
     load.add_row("requests", f"{seen.running} running, {seen.waiting} waiting", _note(seen))
     load.add_row("tokens/s", f"{seen.decode:,.0f} decoded", f"{seen.prefill:,.0f} prefilled")
     load.add_row("steps", f"{seen.steps:.1f}/s of {_ms(seen.step_s)}", f"{seen.batch:.1f} requests each")
+    parts = ", ".join(f"{part} {_ms(seconds)}" for part, seconds in seen.parts.items() if seconds)
+    load.add_row("of a step", parts or "-", "mean")
     load.add_row("first token", _pair(seen.ttft), "median, 95%")
     load.add_row("next tokens", _pair(seen.tpot), "median, 95%")
     ended = ", ".join(f"{count:.1f}/s {outcome}" for outcome, count in seen.ended.items())
     load.add_row("ended", ended or "none", f"{seen.preemptions:.1f}/s preempted" if seen.preemptions else "")
+    if seen.errors:
+        load.add_row("errors", ", ".join(f"{count:.1f}/s {reason}" for reason, count in seen.errors.items()))
 
     memory = Table.grid(padding=(0, 2))
     prefix = "" if seen.prefix_share is None else f"{seen.prefix_share:.0%} of prompts found in it"

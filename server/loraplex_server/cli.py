@@ -31,6 +31,7 @@ from loraplex_server.config import (
     TlsFiles,
     parse_size,
 )
+from loraplex_server.core.request import MAX_SPECULATIVE_TOKENS
 from loraplex_server.errors import InvalidArgumentError, ServerError
 
 EXIT_USAGE = 2
@@ -169,6 +170,12 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("batching")
     _count(group, "--max-batch-tokens", scheduler.max_batch_tokens, "tokens computed in one step")
     _count(group, "--max-num-requests", scheduler.max_num_requests, "requests running at once")
+    _count(
+        group,
+        "--max-scored-tokens",
+        scheduler.max_scored_tokens,
+        "tokens of prompts that get log-probabilities in one step",
+    )
     _count(group, "--max-queue", scheduler.max_queue, "requests that may wait; more are refused")
     _count(
         group,
@@ -204,6 +211,21 @@ def build_parser() -> argparse.ArgumentParser:
         ("on", "off"),
         "on" if scheduler.prefix_cache else "off",
         "keep the KV of prompts and answers, as room allows, for requests that begin alike",
+    )
+    _count(
+        group,
+        "--speculative-tokens",
+        scheduler.speculative_tokens,
+        f"tokens guessed in a step from a request's own text, where it does not say; 0 to "
+        f"{MAX_SPECULATIVE_TOKENS}. Answers are the same",
+    )
+    group.add_argument(
+        "--speculation-max-load",
+        type=float,
+        default=scheduler.speculation_max_load,
+        metavar="F",
+        help="share of --max-num-requests beyond which running requests get no guesses; 0 is never any "
+        "(default: %(default)g)",
     )
     _seconds(
         group,
@@ -297,7 +319,8 @@ def build_parser() -> argparse.ArgumentParser:
         group,
         "--adapter-extra-file",
         "NAME",
-        "a small text file that is downloaded along with an adapter that has it: chat_template.jinja",
+        "a small text file that is downloaded along with an adapter that has it: chat_template.jinja, "
+        "tokenizer.json",
     )
 
     group = parser.add_argument_group("adapters that clients send")
@@ -328,32 +351,46 @@ def build_parser() -> argparse.ArgumentParser:
         default=api.metrics_host,
         help=f"address of the metrics (default: {api.metrics_host})",
     )
-    _count(group, "--metrics-port", api.metrics_port, "Prometheus port; 0 picks a free one, -1 is none")
+    _count(
+        group, "--metrics-port", api.metrics_port, "of Prometheus and a page; 0 picks a free one, -1 is none"
+    )
     _size(group, "--max-message-bytes", api.max_message_bytes, "longest gRPC message or HTTP body")
+    _count(
+        group,
+        "--max-tokens-per-message",
+        api.max_tokens_per_message,
+        "tokens that may come in one message while a client is behind; 1 never joins them",
+    )
+    _count(
+        group,
+        "--max-unread-tokens",
+        api.max_unread_tokens,
+        "where more tokens wait for a client that reads too slowly, its call ends with RESOURCE_EXHAUSTED",
+    )
+    _seconds(
+        group,
+        "--stall-seconds",
+        api.stall_s,
+        "a stream that its client has not read for so long ends with RESOURCE_EXHAUSTED; 0 is never",
+    )
+    _seconds(
+        group,
+        "--keepalive",
+        api.keepalive_s,
+        "a connection silent for so long is asked whether its client is there",
+    )
+    _seconds(
+        group,
+        "--keepalive-timeout",
+        api.keepalive_timeout_s,
+        "one that does not answer in so long is closed, and its calls are cancelled",
+    )
     _seconds(group, "--drain-seconds", api.drain_s, "time that running calls have after SIGTERM")
     _seconds(
         group,
         "--max-connection-age",
         api.max_connection_age_s,
         "connections older than this are asked to come anew, calls under way go on; 0 is never",
-    )
-    _seconds(
-        group,
-        "--keepalive-seconds",
-        api.keepalive_s,
-        "gRPC connections on which nothing came for so long are asked whether they live",
-    )
-    _seconds(
-        group,
-        "--keepalive-timeout",
-        api.keepalive_timeout_s,
-        "without an answer for so long they are closed, and their calls cancelled",
-    )
-    _seconds(
-        group,
-        "--slow-reader-seconds",
-        api.slow_reader_s,
-        "a gRPC stream of which nothing was read for so long ends with RESOURCE_EXHAUSTED; 0 is never",
     )
     _count(
         group,
@@ -362,6 +399,13 @@ def build_parser() -> argparse.ArgumentParser:
         "how often in ten minutes an engine that died is started again; then the server ends",
     )
     group.add_argument("--no-reflection", action="store_true", help="clients may not list the services")
+    group.add_argument(
+        "--otlp-endpoint",
+        default=api.otlp_endpoint,
+        metavar="URL",
+        help="send traces to the OpenTelemetry collector there (gRPC), http://127.0.0.1:4317 for one on this "
+        "machine; needs loraplex[tracing] (default: none)",
+    )
     _choice(group, "--log-level", LOG_LEVELS, logs.level, "least severe lines of the log on stderr")
     _choice(group, "--log-format", LOG_FORMATS, logs.format, "json is one object a line, for collectors")
 
@@ -406,6 +450,7 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
             scheduler=SchedulerConfig(
                 max_batch_tokens=arguments.max_batch_tokens,
                 max_num_requests=arguments.max_num_requests,
+                max_scored_tokens=arguments.max_scored_tokens,
                 max_queue=arguments.max_queue,
                 max_model_len=arguments.max_model_len,
                 kv_cache_bytes=arguments.kv_cache_bytes,
@@ -413,6 +458,8 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
                 gpu_memory_utilization=arguments.gpu_memory_utilization,
                 kv_block_size=arguments.kv_block_size,
                 prefix_cache=arguments.prefix_cache == "on",
+                speculative_tokens=arguments.speculative_tokens,
+                speculation_max_load=arguments.speculation_max_load,
                 max_adapter_wait_s=arguments.max_adapter_wait,
                 fair_quantum=arguments.fair_quantum,
                 fair_aging_s=arguments.fair_aging,
@@ -456,10 +503,13 @@ def to_config(arguments: argparse.Namespace) -> ServerConfig:
             allow_insecure=arguments.allow_insecure,
             reflection=not arguments.no_reflection,
             max_connection_age_s=arguments.max_connection_age,
-            keepalive_s=arguments.keepalive_seconds,
-            keepalive_timeout_s=arguments.keepalive_timeout,
-            slow_reader_s=arguments.slow_reader_seconds,
             max_engine_restarts=arguments.max_engine_restarts,
+            otlp_endpoint=arguments.otlp_endpoint,
+            max_tokens_per_message=arguments.max_tokens_per_message,
+            max_unread_tokens=arguments.max_unread_tokens,
+            stall_s=arguments.stall_seconds,
+            keepalive_s=arguments.keepalive,
+            keepalive_timeout_s=arguments.keepalive_timeout,
         ),
     )
 

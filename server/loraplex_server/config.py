@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from loraplex_server.adapters.remote.uri import AllowedSources
+from loraplex_server.core.request import MAX_SPECULATIVE_TOKENS
 from loraplex_server.errors import InvalidArgumentError
 
 QUANTIZATIONS = ("nf4", "int4", "none")
@@ -22,6 +23,10 @@ CUDA_GRAPHS = ("auto", "on", "off")
 KV_CACHE_DTYPES = ("auto", "fp8")
 ADAPTER_DEVICE_DTYPES = ("auto", "int8")
 
+# gRPC counts milliseconds in 32 bits.
+_MAX_KEEPALIVE_S = 2_000_000
+
+_ENDPOINT = re.compile(r"https?://[^\s/@]+/?")
 _EXTRA_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.(json|jinja|txt)")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
@@ -104,6 +109,8 @@ class SchedulerConfig:
     Attributes:
         max_batch_tokens: tokens computed in one step, prefill and decode together.
         max_num_requests: requests running at once.
+        max_scored_tokens: tokens of prompts whose log-probabilities are computed in one step: each takes a
+            row of logits as wide as the vocabulary. Prompts that ask for them are computed in smaller chunks.
         max_queue: requests that may wait; more are refused with RESOURCE_EXHAUSTED.
         max_model_len: prompt and answer together; 0 takes the model's own limit.
         kv_cache_bytes: 0 takes all that is left on a GPU, and on a CPU what `max_num_requests` of moderate
@@ -115,10 +122,13 @@ class SchedulerConfig:
             gets no new requests until it can be evicted; the longer the wait, the more adapters.
         fair_quantum: tokens that a tenant, and an adapter within it, gets before it is the next one's turn.
         fair_aging_s: waiting time that counts as much as a quantum not given.
+        speculative_tokens: most tokens guessed in a step for a request that does not say.
+        speculation_max_load: share of `max_num_requests` beyond which running requests get no guesses.
     """
 
     max_batch_tokens: int = 512
     max_num_requests: int = 64
+    max_scored_tokens: int = 128
     max_queue: int = 1024
     max_model_len: int = 0
     kv_cache_bytes: int = 0
@@ -129,10 +139,13 @@ class SchedulerConfig:
     max_adapter_wait_s: float = 5.0
     fair_quantum: int = 512
     fair_aging_s: float = 5.0
+    speculative_tokens: int = 0
+    speculation_max_load: float = 0.5
 
     def __post_init__(self) -> None:
         _at_least("max_batch_tokens", self.max_batch_tokens, 1)
         _at_least("max_num_requests", self.max_num_requests, 1)
+        _at_least("max_scored_tokens", self.max_scored_tokens, 1)
         _at_least("max_queue", self.max_queue, 1)
         _at_least("max_model_len", self.max_model_len, 0)
         _at_least("kv_cache_bytes", self.kv_cache_bytes, 0)
@@ -145,6 +158,19 @@ class SchedulerConfig:
         _at_least("fair_quantum", self.fair_quantum, 1)
         if not 0 < self.fair_aging_s < math.inf:
             raise InvalidArgumentError.field("fair_aging_s", f"{self.fair_aging_s} is no positive number")
+        if not 0 <= self.speculative_tokens <= MAX_SPECULATIVE_TOKENS:
+            raise InvalidArgumentError.field(
+                "speculative_tokens", f"{self.speculative_tokens} is none of 0 to {MAX_SPECULATIVE_TOKENS}"
+            )
+        if not 0 <= self.speculation_max_load <= 1:
+            raise InvalidArgumentError.field(
+                "speculation_max_load", f"{self.speculation_max_load} is no share from 0 to 1"
+            )
+
+    @property
+    def max_samples(self) -> int:
+        """Most rows of a step after which a token is sampled."""
+        return min(self.max_num_requests, self.max_batch_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,9 +279,12 @@ class ApiConfig:
             server ends.
         max_connection_age_s: connections older than this are asked to come anew, so that load balancers can
             spread them; calls under way go on. 0 is never.
-        keepalive_s: a connection on which nothing came for so long is asked whether it still lives.
-        keepalive_timeout_s: without an answer for so long it is closed, and its calls are cancelled.
-        slow_reader_s: a stream of which nothing was read for so long is ended. 0 is never.
+        otlp_endpoint: URL of a collector's OTLP port for gRPC; "" traces nothing.
+        max_tokens_per_message: while a client is behind, so many tokens may come in one message.
+        max_unread_tokens: where more tokens than this wait for a client that reads too slowly, its call ends.
+        stall_s: a stream that has not been read for so long ends; 0 is never.
+        keepalive_s: a connection that has been silent for so long is asked whether its client is there.
+        keepalive_timeout_s: one that does not answer in so long is closed, and its calls are cancelled.
     """
 
     host: str = "127.0.0.1"
@@ -272,23 +301,38 @@ class ApiConfig:
     reflection: bool = True
     max_connection_age_s: float = 0.0
     max_engine_restarts: int = 3
+    otlp_endpoint: str = ""
+    max_tokens_per_message: int = 256
+    max_unread_tokens: int = 4096
+    stall_s: float = 60.0
     keepalive_s: float = 30.0
     keepalive_timeout_s: float = 10.0
-    slow_reader_s: float = 60.0
 
     def __post_init__(self) -> None:
         _at_least("port", self.port, 0)
         _at_least("http_port", self.http_port, -1)
         _at_least("metrics_port", self.metrics_port, -1)
         _at_least("max_engine_restarts", self.max_engine_restarts, 0)
-        for name, seconds, least in (
-            ("max_connection_age", self.max_connection_age_s, 0.0),
-            ("keepalive_seconds", self.keepalive_s, 0.1),
-            ("keepalive_timeout", self.keepalive_timeout_s, 0.1),
-            ("slow_reader_seconds", self.slow_reader_s, 0.0),
+        _at_least("max_tokens_per_message", self.max_tokens_per_message, 1)
+        _at_least("max_unread_tokens", self.max_unread_tokens, 1)
+        if not 0 <= self.stall_s < math.inf:
+            raise InvalidArgumentError.field("stall_seconds", f"{self.stall_s} is no number of seconds")
+        for field, value in (
+            ("keepalive", self.keepalive_s),
+            ("keepalive_timeout", self.keepalive_timeout_s),
         ):
-            if not least <= seconds < math.inf:
-                raise InvalidArgumentError.field(name, f"{seconds} is no number of seconds from {least:g} on")
+            if not 0 < value < _MAX_KEEPALIVE_S:
+                raise InvalidArgumentError.field(
+                    field, f"{value} is no number of seconds above 0 and below {_MAX_KEEPALIVE_S}"
+                )
+        if not 0 <= self.max_connection_age_s < math.inf:
+            raise InvalidArgumentError.field(
+                "max_connection_age", f"{self.max_connection_age_s} is no number of seconds"
+            )
+        if self.otlp_endpoint and _ENDPOINT.fullmatch(self.otlp_endpoint) is None:
+            raise InvalidArgumentError.field(
+                "otlp_endpoint", f"{self.otlp_endpoint!r} is no URL such as http://127.0.0.1:4317"
+            )
         if self.tls is None and not self.allow_insecure and not is_loopback(self.host):
             raise InvalidArgumentError.field(
                 "host",

@@ -11,6 +11,7 @@ import sys
 from loraplex_server.config import LogConfig
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
+trace_id: contextvars.ContextVar[str] = contextvars.ContextVar("trace_id", default="")
 
 
 class _RequestIdFilter(logging.Filter):
@@ -32,6 +33,8 @@ class _JsonFormatter(logging.Formatter):
         }
         if request_id.get() != "-":
             entry["request_id"] = request_id.get()
+        if trace_id.get():
+            entry["trace_id"] = trace_id.get()
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry, ensure_ascii=False)

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from loraplex_server.core.request import Request
 from loraplex_server.engine.messages import EngineInfo, Stats, Times
+from loraplex_server.errors import ErrorInfo
 from loraplex_server.gateway_metrics import GatewayCollector
 
 _MAX_ADAPTER_LABELS = 1000
@@ -87,6 +88,8 @@ class Metrics:
         )
         self._prefill_tokens = self._counter("loraplex_prefill_tokens", "Prompt tokens computed.")
         self._decode_tokens = self._counter("loraplex_decode_tokens", "Decode tokens computed.")
+        self._drafted_tokens = self._counter("loraplex_drafted_tokens", "Tokens guessed, of those decoded.")
+        self._accepted_tokens = self._counter("loraplex_accepted_tokens", "Tokens guessed right.")
         self._preemptions = self._counter("loraplex_preemptions", "Requests preempted, to be recomputed.")
         self._kv_ratio = self._gauge("loraplex_kv_cache_usage_ratio", "KV blocks in use, of all, 0 to 1.")
         self._kv_blocks = self._gauge("loraplex_kv_cache_blocks", "KV blocks there are.")
@@ -177,6 +180,9 @@ class Metrics:
             "loraplex_grpc_call_seconds", "Time of a call on the server.", _REQUEST_BUCKETS, "method"
         )
 
+        self._errors = self._counter(
+            "loraplex_errors", "Errors that callers were answered with, of gRPC and HTTP.", "reason"
+        )
         self._http_requests = self._counter(
             "loraplex_http_requests", "HTTP requests that ended.", "route", "status"
         )
@@ -227,6 +233,8 @@ class Metrics:
             self._step_adapters.observe(step.adapters)
             self._prefill_tokens.inc(step.prefill_tokens)
             self._decode_tokens.inc(step.decode_tokens)
+            self._drafted_tokens.inc(step.drafted_tokens)
+            self._accepted_tokens.inc(step.accepted_tokens)
             self._preemptions.inc(step.preemptions)
         self._failed_steps.inc(stats.failed_steps)
         for swap in stats.swaps:
@@ -284,7 +292,7 @@ class Metrics:
         if times is not None:
             self._queue_seconds.observe(times.queue_s)
             self._adapter_wait_seconds.observe(times.adapter_wait_s)
-        if completion_tokens:
+        if completion_tokens or times is not None:
             # Only now are the names known to be those of adapters, not of a caller's making.
             for label in self._labels_of(request):
                 self._prompt_tokens.labels(label).inc(len(request.prompt_token_ids))
@@ -294,6 +302,10 @@ class Metrics:
         """A call of any service has ended with the gRPC status `code`."""
         self._calls.labels(method, code).inc()
         self._call_seconds.labels(method).observe(seconds)
+
+    def observe_error(self, error: ErrorInfo) -> None:
+        """A caller is answered with it."""
+        self._errors.labels(error.reason or error.code).inc()
 
     def observe_http(self, route: str, status: int, seconds: float) -> None:
         """An HTTP request has ended; 499 is one whose client had gone."""

@@ -498,6 +498,7 @@ def test_metrics_of_engine_and_requests(serving: Any) -> None:
                 "loraplex_completion_tokens_total{adapter=(base)}": 4,
                 f"loraplex_grpc_calls_total{{code=OK,{method}}}": 2,
                 f"loraplex_grpc_calls_total{{code=INVALID_ARGUMENT,{method}}}": 1,
+                "loraplex_errors_total{reason=INVALID_ARGUMENT}": 1,
             }
             assert {name: found.get(name) for name in expected} == expected
             assert found["loraplex_request_adapter_wait_seconds_sum"] == pytest.approx(0.01)

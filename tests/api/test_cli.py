@@ -88,6 +88,9 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         (("--model", "m", "--adapter-extra-file", "../x.json"), "extra_files"),
         (("--model", "m", "--adapter-extra-file", "model.bin"), "extra_files"),
         (("--model", "m", "--watch-adapters", "-1"), "watch_s"),
+        (("--model", "m", "--keepalive", "0"), "keepalive: 0.0"),
+        (("--model", "m", "--stall-seconds", "-1"), "stall_seconds"),
+        (("--model", "m", "--max-tokens-per-message", "0"), "max_tokens_per_message"),
         (("--model", "m", "--mod", "x"), "--mod"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from loraplex.v1 import adapters_pb2, generation_pb2
 from loraplex_server.api import convert
 from loraplex_server.core.composition import COMBINATION_TYPES, Composition, prunes
-from loraplex_server.core.request import AdapterUse, SamplingDefaults, SamplingParams
+from loraplex_server.core.request import AdapterUse, SamplingDefaults, SamplingParams, Structure
 from loraplex_server.errors import InvalidArgumentError
 
 LIMITS = convert.Limits(vocab_size=100, max_model_len=32, max_prompt_chars=64, max_adapters=3)
@@ -28,6 +28,10 @@ def sampling(**fields: Any) -> dict[str, Any]:
 
 def stopping(**fields: Any) -> dict[str, Any]:
     return OK | {"stopping": generation_pb2.StoppingCriteria(**fields)}
+
+
+def structure(**fields: Any) -> dict[str, Any]:
+    return OK | {"structure": generation_pb2.Structure(**fields)}
 
 
 def ids(*values: int) -> dict[str, Any]:
@@ -56,13 +60,30 @@ BAD = [
     (sampling(top_p=1.01), "sampling.top_p"),
     (sampling(top_p=float("nan")), "sampling.top_p"),
     (stopping(max_tokens=0), "stopping.max_tokens"),
+    (OK | {"prompt_logprobs": 21}, "prompt_logprobs"),
+    (OK | {"n": 0}, "n"),
+    (OK | {"n": 129}, "n"),
     (stopping(max_tokens=3, min_tokens=4), "stopping.min_tokens"),
     (stopping(stop=["a", ""]), "stopping.stop[1]"),
     (stopping(stop=["x" * 257]), "stopping.stop[0]"),
     (stopping(stop=["x"] * 17), "stopping.stop"),
     (stopping(stop_token_ids=[1, 100]), "stopping.stop_token_ids[1]"),
     (stopping(stop_token_ids=[1] * 65), "stopping.stop_token_ids"),
+    (structure(), "structure"),
+    (structure(json_schema=""), "structure.json_schema"),
+    (structure(json_schema="{"), "structure.json_schema"),
+    (structure(json_schema="[]"), "structure.json_schema"),
+    (structure(json_schema="[" * 100_000), "structure.json_schema"),
+    (structure(json_schema='"' + "x" * (256 << 10) + '"'), "structure.json_schema"),
+    (structure(regex=""), "structure.regex"),
+    (structure(regex="é" * (129 << 10)), "structure.regex"),
+    (structure(grammar=""), "structure.grammar"),
+    (structure(choice=generation_pb2.Choice()), "structure.choice.texts"),
+    (structure(choice=generation_pb2.Choice(texts=["a", ""])), "structure.choice.texts"),
+    (structure(choice=generation_pb2.Choice(texts=["a"] * 1025)), "structure.choice.texts"),
+    (structure(choice=generation_pb2.Choice(texts=["a" * 1000] * 300)), "structure.choice.texts"),
     (OK | {"logprobs": 21}, "logprobs"),
+    (OK | {"speculative_tokens": 17}, "speculative_tokens"),
     (OK | {"request_id": "two words"}, "request_id"),
     (OK | {"request_id": ""}, "request_id"),
 ]
@@ -87,7 +108,9 @@ def test_a_bad_field_is_named(fields: dict[str, Any], path: str) -> None:
         sampling(temperature=0.0, top_p=1.0, top_k=2**32 - 1, seed=0),
         stopping(max_tokens=1, min_tokens=1, stop=["x" * 256] * 16, stop_token_ids=[99] * 64),
         stopping(min_tokens=1000),
-        OK | {"logprobs": 20, "request_id": "a" * 128, "priority": -(2**31)},
+        OK | {"prompt_logprobs": 20, "n": 128} | stopping(max_tokens=0),
+        stopping(max_tokens=0) | {"echo": True},
+        OK | {"logprobs": 20, "request_id": "a" * 128, "priority": -(2**31), "speculative_tokens": 16},
     ],
 )
 def test_the_edges_of_what_is_allowed(fields: dict[str, Any]) -> None:
@@ -113,6 +136,24 @@ def to_request(num_prompt_tokens: int = 4, **fields: Any) -> Any:
     return convert.to_request(
         message, range(num_prompt_tokens), LIMITS, request_id="r", tenant="acme", deadline_s=12.5
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"json_schema": '{"type": "null"}'}, Structure("json_schema", '{"type": "null"}')),
+        ({"json_object": generation_pb2.JsonObject()}, Structure("json_object")),
+        ({"regex": " "}, Structure("regex", " ")),
+        ({"grammar": "start: /a/"}, Structure("grammar", "start: /a/")),
+        (
+            {"choice": generation_pb2.Choice(texts=["b", "a", "b"])},
+            Structure("choice", choices=("b", "a")),
+        ),
+    ],
+)
+def test_structures(fields: dict[str, Any], found: Structure) -> None:
+    assert to_request(**structure(**fields)).structure == found
+    assert to_request().structure is None
 
 
 def test_defaults() -> None:

@@ -121,3 +121,33 @@ def test_work_for_a_token_does_not_grow_with_the_answer(tokenizer: Tokenizer, hf
         for token_id in ids:
             detokenizer.push(token_id)
         assert counting.longest <= 40
+
+
+def test_several_tokens_at_once_become_the_same_text(
+    tokenizer: Tokenizer, hf_tokenizer: Any, random_text: Callable[[random.Random], str]
+) -> None:
+    rng = random.Random(7)
+    for _ in range(150):
+        ids = hf_tokenizer.encode(random_text(rng))
+        prompt, generated = ids[: len(ids) // 4], ids[len(ids) // 4 :]
+        single, joined = Detokenizer(tokenizer, prompt), Detokenizer(tokenizer, prompt)
+        while generated:
+            count = rng.choice([1, 2, 3, 8, 40])
+            now, generated = generated[:count], generated[count:]
+            assert joined.extend(now) == "".join(map(single.push, now))
+        assert joined.flush() == single.flush()
+
+
+@pytest.mark.parametrize("hf_tokenizer", ["byte_level_bpe"], indirect=True)
+def test_any_token_ids_at_once_decode_exactly_with_a_byte_level_tokenizer(
+    tokenizer: Tokenizer, hf_tokenizer: Any
+) -> None:
+    rng = random.Random(8)
+    for _ in range(150):
+        ids = [rng.randrange(len(hf_tokenizer) + 10) for _ in range(80)]
+        detokenizer = Detokenizer(tokenizer)
+        text, left = "", ids
+        while left:
+            count = rng.randint(1, 12)
+            text, left = text + detokenizer.extend(left[:count]), left[count:]
+        assert text + detokenizer.flush() == hf_tokenizer.decode(ids, skip_special_tokens=True)

@@ -19,7 +19,14 @@ from loraplex_server.engine.messages import Failed, Times, TokenDelta, TokenLogp
 from loraplex_server.errors import ErrorInfo
 
 TIMES = Times(
-    queue_s=0.25, adapter_wait_s=0.125, first_token_s=0.5, total_s=1.0, preemptions=2, cached_prompt_tokens=1
+    queue_s=0.25,
+    adapter_wait_s=0.125,
+    first_token_s=0.5,
+    total_s=1.0,
+    preemptions=2,
+    cached_prompt_tokens=1,
+    drafted_tokens=7,
+    accepted_tokens=4,
 )
 
 
@@ -73,6 +80,7 @@ def test_a_stream_carries_text_tokens_and_a_finish(serving: Any, byte_level_toke
             assert finish.usage.completion_tokens == len(ids)
             assert finish.usage.prompt_tokens == len(byte_level_tokenizer.encode("hello"))
             assert finish.usage.cached_prompt_tokens == 1
+            assert (finish.usage.drafted_tokens, finish.usage.accepted_tokens) == (7, 4)
             timing = finish.timing
             assert (timing.queue_seconds, timing.adapter_wait_seconds, timing.preemptions) == (0.25, 0.125, 2)
             assert 0 < timing.time_to_first_token_seconds <= timing.total_seconds
@@ -112,6 +120,7 @@ def test_the_engine_gets_what_the_caller_asked_for(serving: Any, byte_level_toke
         request_id="job-1",
         priority=-4,
         cache_prefix=False,
+        speculative_tokens=16,
     )
 
     async def main() -> None:
@@ -136,6 +145,7 @@ def test_the_engine_gets_what_the_caller_asked_for(serving: Any, byte_level_toke
             assert (sampling.stop_token_ids, sampling.ignore_eos, sampling.logprobs) == ((5,), True, 3)
             assert full.priority == -4
             assert (full.cache_prefix, plain.cache_prefix) == (False, True)
+            assert (full.speculative_tokens, plain.speculative_tokens) == (16, None)
             assert before + 40 < full.deadline_s < time.time() + 50
             assert full.request_id.startswith("job-1")
 
@@ -214,6 +224,168 @@ def test_logprobs_come_with_their_tokens(serving: Any, byte_level_tokenizer: Any
                 (ids[0], byte_level_tokenizer.decode([ids[0]])),
                 (1, "</s>"),
             ]
+
+    asyncio.run(main())
+
+
+def entry(token_id: int, logprob: float = -0.5) -> TokenLogprobs:
+    return TokenLogprobs(token_id, logprob, (TopLogprob(token_id, logprob),))
+
+
+def test_prompts_are_scored_and_echoed(serving: Any, byte_level_tokenizer: Any) -> None:
+    """In pieces, as the engine has them; and alone, with nothing generated."""
+    prompt = byte_level_tokenizer.encode("the café fox")
+    ids = byte_level_tokenizer.encode(" the dog")
+
+    async def script(engine: Any, core: Request) -> None:
+        assert core.sampling.prompt_logprobs == 1
+        scores = tuple(entry(token_id) for token_id in core.prompt_token_ids[1:])
+        generated = ids[: core.sampling.max_tokens]
+        for score in scores[:-1]:
+            engine.send(Tokens((TokenDelta(core.request_id, (), prompt_logprobs=(score,)),)))
+            await asyncio.sleep(0)
+        last = TokenDelta(
+            core.request_id,
+            tuple(generated),
+            prompt_logprobs=scores[-1:],
+            finish=FinishReason.LENGTH,
+            times=TIMES,
+        )
+        engine.send(Tokens((last,)))
+
+    async def main() -> None:
+        async with serving(script) as server:
+            for limit, text in ((9, " the dog"), (0, "")):
+                criteria = generation_pb2.StoppingCriteria(max_tokens=limit)
+                asked = request("the café fox", stopping=criteria, prompt_logprobs=1, echo=True)
+                messages = [message async for message in server.generation.Generate(asked)]
+                whole = await server.generation.GenerateUnary(
+                    generation_pb2.GenerateUnaryRequest(request=asked)
+                )
+                assert "".join(message.text for message in messages) == whole.text == "the café fox" + text
+                scored = [score for message in messages for score in message.prompt_logprobs]
+                assert scored == list(whole.prompt_logprobs)
+                assert [score.token_id for score in scored] == prompt[1:]
+                assert [top.text for top in scored[0].top] == [byte_level_tokenizer.decode(prompt[1:2])]
+                assert list(messages[0].prompt_token_ids) == list(whole.prompt_token_ids) == prompt
+                assert not any(message.prompt_token_ids for message in messages[1:])
+                assert list(whole.token_ids) == ids[:limit]
+                assert whole.finish.usage.prompt_tokens == len(prompt)
+                assert whole.finish.usage.completion_tokens == len(ids[:limit])
+            of_ids = generation_pb2.GenerateRequest(
+                token_ids=generation_pb2.TokenIds(ids=prompt), prompt_logprobs=1, echo=True
+            )
+            whole = await server.generation.GenerateUnary(generation_pb2.GenerateUnaryRequest(request=of_ids))
+            assert whole.text == "the café fox the dog"
+
+    asyncio.run(main())
+
+
+def test_several_answers_have_an_index_and_a_finish_each(serving: Any, byte_level_tokenizer: Any) -> None:
+    async def script(engine: Any, core: Request) -> None:
+        assert (core.sampling.prompt_logprobs is None) == (core.sampling.seed != 2**64 - 2)
+        await says(byte_level_tokenizer.encode(f" {core.sampling.seed % 10}"))(engine, core)
+
+    async def main() -> None:
+        async with serving(script) as server:
+            asked = request(
+                sampling=generation_pb2.SamplingParams(seed=2**64 - 2), n=4, prompt_logprobs=0, echo=True
+            )
+            texts, finished = [""] * 4, []
+            async for message in server.generation.Generate(asked):
+                texts[message.index] += message.text
+                assert message.index not in finished
+                if message.HasField("finish"):
+                    finished.append(message.index)
+            assert texts == ["hello 4", "hello 5", "hello 0", "hello 1"]
+            assert sorted(finished) == [0, 1, 2, 3]
+            submitted = server.engine.submitted
+            assert {core.group for core in submitted} == {submitted[0].request_id}
+            assert len({core.request_id for core in submitted}) == 4
+            whole = await server.generation.GenerateUnary(generation_pb2.GenerateUnaryRequest(request=asked))
+            assert [whole.text, *(answer.text for answer in whole.others)] == texts
+            assert [answer.index for answer in whole.others] == [1, 2, 3]
+            assert all(answer.finish.usage.completion_tokens for answer in whole.others)
+            single = await server.generation.GenerateUnary(
+                generation_pb2.GenerateUnaryRequest(
+                    request=request(sampling=generation_pb2.SamplingParams(seed=2**64 - 2), prompt_logprobs=0)
+                )
+            )
+            assert (single.text, list(single.others)) == (" 4", [])
+            assert server.engine.submitted[-1].group == ""
+
+    asyncio.run(main())
+
+
+def test_a_batch_answers_as_each_request_finishes(serving: Any, byte_level_tokenizer: Any) -> None:
+    """The first waits for the others; a refused one and a failed one do not end them."""
+    others_are_answered = asyncio.Event()
+
+    async def script(engine: Any, core: Request) -> None:
+        text = byte_level_tokenizer.decode(core.prompt_token_ids)
+        if text == "first":
+            await others_are_answered.wait()
+        if text == "lost":
+            engine.send(Failed(core.request_id, ErrorInfo("RESOURCE_EXHAUSTED", "full", retry_after_s=3.0)))
+            return
+        await says(byte_level_tokenizer.encode(f" {text}"))(engine, core)
+
+    async def main() -> None:
+        async with serving(script, metrics_port=0) as server:
+            texts = ["first", "second", "lost", "third"]
+            batch = generation_pb2.GenerateBatchRequest(
+                requests=[*map(request, texts), request("bad", logprobs=99), request("two", n=2)]
+            )
+            found: dict[int, generation_pb2.GenerateBatchResponse] = {}
+            async for message in server.generation.GenerateBatch(batch):
+                assert message.position not in found
+                found[message.position] = message
+                if len(found) == 5:
+                    assert 0 not in found
+                    others_are_answered.set()
+            assert sorted(found) == list(range(6))
+            assert [found[at].answer.text for at in (0, 1, 3)] == [" first", " second", " third"]
+            assert [answer.text for answer in found[5].answer.others] == [" two"]
+            assert found[0].answer.finish.usage.completion_tokens > 0
+            assert [found[at].answer.request_id[-2:] for at in (0, 1, 3, 5)] == ["-0", "-1", "-3", "-5"]
+            assert len({core.request_id for core in server.engine.submitted}) == 6
+            for position, code, kind in (
+                (2, grpc.StatusCode.RESOURCE_EXHAUSTED, error_details_pb2.RetryInfo),
+                (4, grpc.StatusCode.INVALID_ARGUMENT, error_details_pb2.BadRequest),
+            ):
+                error = found[position].error
+                assert error.code == code.value[0]
+                detail = kind()
+                assert any(packed.Unpack(detail) for packed in error.details)
+            assert detail.field_violations[0].field == "logprobs"
+            samples = await server.scrape()
+            for code in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"):
+                assert samples[f"loraplex_errors_total{{reason={code}}}"] == 1
+            for wrong in (0, 1025):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await server.generation.GenerateBatch(
+                        generation_pb2.GenerateBatchRequest(requests=[request()] * wrong)
+                    ).read()
+                assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+                assert (
+                    details(caught.value, error_details_pb2.BadRequest).field_violations[0].field
+                    == "requests"
+                )
+
+    asyncio.run(main())
+
+
+def test_a_batch_runs_as_many_at_a_time_as_the_engine_does(serving: Any, byte_level_tokenizer: Any) -> None:
+    """And cancelling it cancels those that run."""
+
+    async def main() -> None:
+        async with serving() as server:
+            batch = generation_pb2.GenerateBatchRequest(requests=[request()] * 100)
+            call = server.generation.GenerateBatch(batch)
+            await server.engine.until(lambda: len(server.engine.submitted) == 64)
+            call.cancel()
+            await server.engine.until(lambda: len(server.engine.cancelled) == 64)
+            assert len(server.engine.submitted) == 64
 
     asyncio.run(main())
 

@@ -36,7 +36,14 @@ pytest.importorskip("uvicorn", reason="needs the server extra: uvicorn")
 openai = pytest.importorskip("openai", reason="needs the dev extra: openai")
 
 TIMES = Times(
-    queue_s=0.25, adapter_wait_s=0.125, first_token_s=0.5, total_s=1.0, preemptions=2, cached_prompt_tokens=3
+    queue_s=0.25,
+    adapter_wait_s=0.125,
+    first_token_s=0.5,
+    total_s=1.0,
+    preemptions=2,
+    cached_prompt_tokens=3,
+    drafted_tokens=7,
+    accepted_tokens=4,
 )
 
 
@@ -136,6 +143,7 @@ def test_a_completion(speaking: Any, byte_level_tokenizer: Any) -> None:
                 "stop": "\n",
                 "seed": -1,
                 "cache_prefix": False,
+                "speculative_tokens": 9,
                 "top_k": 5,
                 "top_p": 0.5,
                 "temperature": 0.25,
@@ -150,9 +158,14 @@ def test_a_completion(speaking: Any, byte_level_tokenizer: Any) -> None:
                 "completion_tokens": len(ids),
                 "total_tokens": len(prompt) + len(ids),
                 "prompt_tokens_details": {"cached_tokens": 3},
+                "completion_tokens_details": {
+                    "accepted_prediction_tokens": 4,
+                    "rejected_prediction_tokens": 3,
+                },
             }
             [request] = server.engine.submitted
             assert (request.prompt_token_ids, request.cache_prefix) == (tuple(prompt), False)
+            assert request.speculative_tokens == 9
             sampling = request.sampling
             assert (sampling.max_tokens, sampling.seed, sampling.top_k) == (9, (1 << 64) - 1, 5)
             assert (sampling.top_p, sampling.temperature) == (0.5, 0.25)
@@ -208,6 +221,92 @@ def test_batches_choices_and_token_ids(speaking: Any, byte_level_tokenizer: Any)
             assert texts == expected
             echoed = await client.completions.create(model="parrot", prompt=[7], seed=1, echo=True)
             assert echoed.choices[0].text == byte_level_tokenizer.decode([7]) + " two1"
+
+    asyncio.run(main())
+
+
+def test_an_echo_with_logprobs(speaking: Any, byte_level_tokenizer: Any) -> None:
+    """As evaluation harnesses ask for it: the prompt's own, and those of at least no token after it; the same
+    whole and streamed, for every choice though one of them is scored."""
+    text = "the café fox"
+    prompt = tuple(byte_level_tokenizer.encode(text))
+    words = byte_level_tokenizer.encode(" the dog")
+
+    def entry(token_id: int) -> TokenLogprobs:
+        return TokenLogprobs(
+            token_id, -token_id / 8, (TopLogprob(token_id, -token_id / 8), TopLogprob(9, -99.0))
+        )
+
+    async def script(engine: Any, request: Request) -> None:
+        generated = words[: request.sampling.max_tokens]
+        if request.sampling.prompt_logprobs is not None:
+            # The other choice need not wait for the one that is scored.
+            group = request.group
+            await engine.until(lambda: not group or sum(r.group == group for r in engine.submitted) == 2)
+            for token_id in request.prompt_token_ids[1:]:
+                delta = TokenDelta(request.request_id, (), prompt_logprobs=(entry(token_id),))
+                engine.send(Tokens((delta,)))
+                await asyncio.sleep(0)
+        logprobs = tuple(entry(token_id) for token_id in generated)
+        last = TokenDelta(
+            request.request_id, tuple(generated), logprobs, finish=FinishReason.LENGTH, times=TIMES
+        )
+        engine.send(Tokens((last,)))
+
+    def check(choice: Any, generated: list[int]) -> None:
+        assert choice.text == text + byte_level_tokenizer.decode(generated)
+        found, ids = choice.logprobs, [*prompt, *generated]
+        assert found.tokens == [byte_level_tokenizer.decode([token_id]) for token_id in ids]
+        assert found.token_logprobs == [None, *(-token_id / 8 for token_id in ids[1:])]
+        assert found.top_logprobs[0] is None
+        assert [max(top.values()) for top in found.top_logprobs[1:]] == found.token_logprobs[1:]
+        assert found.text_offset[0] == 0
+        # The two bytes of é are a token each: its first has no text of its own.
+        ends = [*found.text_offset[1:], len(choice.text)]
+        pieces = [choice.text[start:end] for start, end in zip(found.text_offset, ends, strict=True)]
+        assert "".join(pieces) == choice.text
+        assert pieces[len(prompt) :] == [byte_level_tokenizer.decode([token_id]) for token_id in generated]
+        plain = [at for at, token in enumerate(found.tokens) if token.isascii()]
+        assert [pieces[at] for at in plain] == [found.tokens[at] for at in plain]
+
+    async def main() -> None:
+        async with speaking(script) as server, talking(server.http_at) as client:
+            for limit in (0, 1):
+                asked: dict[str, Any] = {
+                    "model": "parrot",
+                    "prompt": [list(prompt)] * 2,
+                    "n": 2,
+                    "max_tokens": limit,
+                    "echo": True,
+                    "logprobs": 2,
+                    "seed": 1,
+                }
+                whole = await client.completions.create(**asked)
+                assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+                for choice in whole.choices:
+                    check(choice, words[:limit])
+                assert whole.usage.prompt_tokens == 2 * len(prompt)
+                assert whole.usage.completion_tokens == 4 * limit
+                events: dict[int, list[Any]] = {}
+                async for chunk in await client.completions.create(**asked, stream=True):
+                    for choice in chunk.choices:
+                        events.setdefault(choice.index, []).append(choice)
+                assert sorted(events) == [0, 1, 2, 3]
+                for index, parts in events.items():
+                    joined = whole.choices[index].model_copy(deep=True)
+                    joined.text = "".join(part.text for part in parts)
+                    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+                        values = [value for part in parts for value in getattr(part.logprobs, name)]
+                        setattr(joined.logprobs, name, values)
+                    assert joined == whole.choices[index]
+                    assert parts[-1].finish_reason == "length"
+            bare = await client.completions.create(
+                model="parrot", prompt=text, max_tokens=0, echo=True, logprobs=0
+            )
+            assert bare.choices[0].logprobs.top_logprobs is None
+            assert bare.choices[0].logprobs.token_logprobs[0] is None
+            with pytest.raises(openai.BadRequestError, match="max_tokens"):
+                await client.completions.create(model="parrot", prompt=text, max_tokens=0)
 
     asyncio.run(main())
 
@@ -398,7 +497,6 @@ WRONG: list[tuple[str, dict[str, Any], str | None]] = [
     ("text", {"max_tokens": 5, "min_tokens": 6}, "min_tokens"),
     ("text", {"n": 129}, "n"),
     ("text", {"logprobs": 21}, "logprobs"),
-    ("text", {"logprobs": 1, "echo": True}, "echo"),
     ("text", {"stop": ["a", ""]}, "stop[1]"),
     ("text", {"stop": ["a"] * 17}, "stop"),
     ("text", {"stop_token_ids": [100000]}, "stop_token_ids[0]"),
@@ -428,7 +526,20 @@ WRONG: list[tuple[str, dict[str, Any], str | None]] = [
     ("chat", {"logprobs": 2}, "logprobs"),
     ("chat", {"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens"),
     ("chat", {"tools": [{"type": "function"}]}, "tools"),
-    ("chat", {"response_format": {"type": "json_object"}}, "response_format"),
+    ("chat", {"response_format": {"type": "xml"}}, "response_format.type"),
+    ("chat", {"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    (
+        "chat",
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": 3}}},
+        "response_format.json_schema.schema",
+    ),
+    ("text", {"response_format": {"type": "json_object"}, "structure": {"regex": "a"}}, "structure"),
+    ("text", {"structure": {}}, "structure"),
+    ("text", {"structure": {"regex": "a", "choice": ["a"]}}, "structure"),
+    ("text", {"structure": {"json_object": False}}, "structure"),
+    ("text", {"structure": {"regex": ""}}, "structure.regex"),
+    ("text", {"structure": {"choice": [""]}}, "structure.choice"),
+    ("text", {"structure": {"choice": ["a"] * 1025}}, "structure.choice"),
 ]
 
 
@@ -565,8 +676,7 @@ def test_a_client_that_hangs_up_ends_its_requests(speaking: Any, stream: bool) -
     asyncio.run(main())
 
 
-def test_a_client_that_does_not_read_is_given_up(speaking: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraplex_server.api.http.events._STALL_S", 0.2)
+def test_a_client_that_does_not_read_is_given_up(speaking: Any) -> None:
     top = tuple(TopLogprob(token_id, -1.0) for token_id in range(40, 60))
 
     async def script(engine: Any, request: Request) -> None:
@@ -576,7 +686,7 @@ def test_a_client_that_does_not_read_is_given_up(speaking: Any, monkeypatch: pyt
             await asyncio.sleep(0)
 
     async def main() -> None:
-        async with speaking(script) as server:
+        async with speaking(script, stall_s=0.2) as server:
             body = json.dumps({"model": "parrot", "prompt": "a", "stream": True, "n": 4, "logprobs": 20})
             sock = socket.socket()
             # What the client's side takes in unread stays small.

@@ -13,7 +13,10 @@ from prometheus_client import CollectorRegistry
 from loraplex_server.api.authentication import Authenticator
 from loraplex_server.api.interceptors import CallInterceptor
 from loraplex_server.api.lifecycle import Backend, Lifecycle
-from loraplex_server.errors import AlreadyExistsError
+from loraplex_server.api.stalls import StallWatch
+from loraplex_server.api.status import retry_pushback
+from loraplex_server.api.tracing.spans import NoTracing
+from loraplex_server.errors import AlreadyExistsError, ErrorInfo
 from loraplex_server.metrics import Metrics
 
 KINDS = ["UnaryUnary", "UnaryStream", "UnaryWrites", "StreamUnary", "StreamStream"]
@@ -86,7 +89,8 @@ def counted(registry: CollectorRegistry, kind: str, code: str) -> float:
 def test_answers_errors_metrics_and_drain(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         lifecycle, metrics = Lifecycle(), Metrics()
-        server = grpc.aio.server(interceptors=[CallInterceptor(lifecycle, metrics, Authenticator(None))])
+        calls = CallInterceptor(lifecycle, metrics, Authenticator(None), NoTracing(), StallWatch(0))
+        server = grpc.aio.server(interceptors=[calls])
         server.add_generic_rpc_handlers((HANDLERS,))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -100,7 +104,7 @@ def test_answers_errors_metrics_and_drain(kind: str, caplog: pytest.LogCaptureFi
             error = await code_of(b"word")
             assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "the server is starting")
 
-            lifecycle.serve(Backend(None, None, None, None))  # type: ignore[arg-type]
+            lifecycle.serve(Backend(None, None, None, None, None))  # type: ignore[arg-type]
             assert (await call(channel, kind, b"word"))[-1] == b"WORD"
             error = await code_of(b"fail")
             assert (error.code(), error.details()) == (grpc.StatusCode.ALREADY_EXISTS, "there is one")
@@ -119,13 +123,31 @@ def test_answers_errors_metrics_and_drain(kind: str, caplog: pytest.LogCaptureFi
                 "the server is shutting down",
             )
         await server.stop(None)
-        for code, times in {
+        expected = {
             "OK": 1,
             "ALREADY_EXISTS": 1,
             "INTERNAL": 1,
             "DEADLINE_EXCEEDED": 1,
             "UNAVAILABLE": 2,
-        }.items():
-            assert counted(metrics.registry, kind, code) == times, code
+        }
+        # A client has its answer before the server has counted it.
+        async with asyncio.timeout(20):
+            while (found := {code: counted(metrics.registry, kind, code) for code in expected}) != expected:
+                assert all(found[code] <= times for code, times in expected.items()), found
+                await asyncio.sleep(0.01)
 
     asyncio.run(main())
+
+
+def test_retries_wait_as_long_as_the_server_says() -> None:
+    """A little more, each its own: those who are refused together shall not come back together."""
+    pauses = set()
+    for _ in range(50):
+        ((key, value),) = retry_pushback(ErrorInfo("UNAVAILABLE", "starting", retry_after_s=2.0))
+        assert key == "grpc-retry-pushback-ms"
+        assert 2000 <= int(value) <= 2500
+        pauses.add(value)
+    assert len(pauses) > 1
+    assert retry_pushback(ErrorInfo("RESOURCE_EXHAUSTED", "full", retry_after_s=1.0))
+    assert not retry_pushback(ErrorInfo("UNAVAILABLE", "gone"))
+    assert not retry_pushback(ErrorInfo("ABORTED", "lost", retry_after_s=1.0))

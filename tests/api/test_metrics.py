@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex_server.core.request import AdapterUse, Request
 from loraplex_server.engine.messages import EngineInfo, Stats
+from loraplex_server.errors import ErrorInfo, Reason
 from loraplex_server.metrics import Metrics
 
 
@@ -141,3 +142,11 @@ def test_names_of_requests_that_got_nothing_make_no_labels() -> None:
     assert (
         metrics.registry.get_sample_value("loraplex_completion_tokens_total", {"adapter": "made-up"}) is None
     )
+
+
+def test_errors_are_counted_by_reason_or_else_by_code() -> None:
+    metrics = Metrics()
+    metrics.observe_error(ErrorInfo("RESOURCE_EXHAUSTED", "", reason=Reason.DISK_FULL))
+    metrics.observe_error(ErrorInfo("NOT_FOUND", ""))
+    for reason in ("DISK_FULL", "NOT_FOUND"):
+        assert metrics.registry.get_sample_value("loraplex_errors_total", {"reason": reason}) == 1

@@ -13,6 +13,7 @@ from loraplex_bench import top
 from loraplex_bench.metrics import parse
 from loraplex_server.core.request import AdapterUse, Request
 from loraplex_server.engine.messages import EngineInfo, Stats, StepRecord, SwapRecord
+from loraplex_server.errors import ErrorInfo
 from loraplex_server.metrics import Metrics
 
 INFO = EngineInfo(
@@ -51,7 +52,7 @@ def work(metrics: Metrics) -> None:
     """Two seconds of it: steps, swaps and answers."""
     metrics.observe_stats(
         Stats(
-            steps=tuple(StepRecord(0.01, 0.001, 4, 30, 3, 2, 0) for _ in range(10)),
+            steps=tuple(StepRecord(0.01, 0.001, 4, 30, 3, 2, 0, run_seconds=0.008) for _ in range(10)),
             swaps=(SwapRecord("copy", "sql", 0.002, 3 << 20), SwapRecord("evict_device", "old", 0.0, 1)),
             waiting=5,
             running=3,
@@ -68,6 +69,7 @@ def work(metrics: Metrics) -> None:
             prefix_hits=60,
         )
     )
+    metrics.observe_error(ErrorInfo("NOT_FOUND", "", reason="ADAPTER_NOT_FOUND"))
     for name, tokens in (("sql", 20), ("polite", 40)):
         metrics.observe_first_token(0.02)
         metrics.observe_request(
@@ -96,6 +98,9 @@ def test_rates_are_between_the_two_looks(metrics: Metrics) -> None:
     assert seen.tiers["device"] == top.Tier(1, 1 << 20, 4 << 20)
     assert seen.tiers["host"] == top.Tier(2, 2 << 20, 8 << 20)
     assert dict(seen.ended) == {"length": 1.0}
+    assert dict(seen.errors) == {"ADAPTER_NOT_FOUND": 0.5}
+    assert seen.parts["run"] == pytest.approx(0.008)
+    assert seen.parts["emit"] == 0.0
     assert seen.busiest == [("polite", 20.0), ("sql", 10.0)]
     # All in the bucket from 10 to 25 ms: half of it, and 95% of it.
     assert seen.ttft == pytest.approx((0.01 + 0.015 * 0.5, 0.01 + 0.015 * 0.95))

@@ -122,7 +122,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory, faulty: Any, until: Until) -
     else:
         shell = ["bash", "-c", 'ulimit -f 128 && exec "$0" "$@"']
     flags = [*demo_flags(), "--threads", "1", "--max-adapters-on-device", "4", "--max-num-requests", "32"]
-    flags += ["--keepalive-seconds", "1", "--keepalive-timeout", "6", "--slow-reader-seconds", "1"]
+    flags += ["--keepalive", "1", "--keepalive-timeout", "6", "--stall-seconds", "1"]
     flags += ["--allow-uploads", "--adapter-root", str(folder / "root")]
     flags += ["--adapter-cache-dir", str(folder / "cache")]
     with _web(folder / "root") as url:
@@ -259,7 +259,7 @@ def test_slow_readers_are_told(scene: Scene, bystanders: collections.Counter[str
             status = rpc_status.from_call(caught.value)
             assert status is not None
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert b"SLOW_READER" in status.details[0].value
+            assert b"READER_TOO_SLOW" in status.details[0].value
             assert sum(told) < 480
     assert set(bystanders) <= {"OK"}
 

@@ -16,12 +16,13 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from loraplex import Client
+from loraplex import Client, Generation
+from loraplex.errors import NotFoundError
 from loraplex_bench.demo.tasks import data_dir, expected, prompt, sure_lines
 
 pytest.importorskip("uvicorn", reason="needs the server extra: uvicorn")
@@ -231,6 +232,75 @@ def test_choices_share_one_prefill(server: Server, client: openai.OpenAI) -> Non
     assert metrics[hits] - before[hits] == 3 * 96
 
 
+def test_choices_without_the_prefix_cache(server: Server) -> None:
+    """As single requests with those seeds, whole and streamed."""
+    ids = [6 + (11 * i) % 60 for i in range(100)]
+    options: Any = {"temperature": 3.0, "max_tokens": 12, "ignore_eos": True, "cache_prefix": False}
+    with Client(server.grpc) as sdk:
+        single = [sdk.generate(ids, adapter="leet", seed=seed, **options) for seed in (9, 10, 11, 12)]
+        whole = sdk.generate(ids, adapter="leet", seed=9, n=4, **options)
+        streamed = sdk.stream(ids, adapter="leet", seed=9, n=4, **options).collect()
+    for made in (whole, streamed):
+        assert [answer.text for answer in (made, *made.others)] == [answer.text for answer in single]
+        assert [answer.index for answer in (made, *made.others)] == [0, 1, 2, 3]
+
+
+def test_prompts_are_scored_as_evaluation_harnesses_do(server: Server, client: openai.OpenAI) -> None:
+    """`echo` with `logprobs`: a continuation's log-likelihood, and whether it is the greedy one."""
+    line = LINES[90]
+    with Client(server.grpc) as sdk:
+        for name in ("upper", "rot13"):
+            context = sdk.tokenize(prompt(line))
+            answer = sdk.generate(context, adapter=name, temperature=0, logprobs=0, max_tokens=40)
+            said = answer.token_ids
+            assert answer.logprobs is not None
+            wrong = [*said[:2], said[2] + 1, *said[3:]]
+            for limit in (0, 1):
+                scored = client.completions.create(
+                    model=name,
+                    prompt=[context + said, context + wrong],
+                    echo=True,
+                    logprobs=1,
+                    max_tokens=limit,
+                    temperature=0,
+                    seed=1,
+                )
+                tails = []
+                for choice in scored.choices:
+                    found = choice.logprobs
+                    assert len(found.tokens) == len(context) + len(said) + limit
+                    part = slice(len(context), len(found.tokens) - limit)
+                    pairs = zip(found.token_logprobs[part], found.top_logprobs[part], strict=True)
+                    tails.append([(own, own == max(top.values())) for own, top in pairs])
+                right, other = tails
+                assert [own for own, _ in right] == pytest.approx(
+                    [entry.logprob for entry in answer.logprobs], abs=1e-4
+                )
+                assert all(greedy for _, greedy in right)
+                assert not other[2][1]
+                assert sum(own for own, _ in other) < sum(own for own, _ in right)
+            grpc_scored = sdk.generate(context + said, adapter=name, prompt_logprobs=1, max_tokens=0)
+            assert grpc_scored.prompt_logprobs is not None
+            assert [entry.logprob for entry in grpc_scored.prompt_logprobs] == pytest.approx(
+                scored.choices[0].logprobs.token_logprobs[1 : len(context) + len(said)], abs=1e-4
+            )
+            assert (grpc_scored.token_ids, grpc_scored.finish_reason) == ([], "length")
+
+
+def test_a_batch_over_grpc(server: Server) -> None:
+    asked = [
+        (prompt(line), {"adapter": name}) for line, name in zip(LINES[100:140], _NAMES * 10, strict=True)
+    ]
+    asked.insert(7, (prompt(LINES[0]), {"adapter": "nobody"}))
+    with Client(server.grpc) as sdk:
+        found = sdk.stream_batch(asked, temperature=0, max_tokens=40).collect()
+    missing = found.pop(7)
+    assert isinstance(missing, NotFoundError)
+    for answer, line, name in zip(found, LINES[100:140], _NAMES * 10, strict=True):
+        assert isinstance(answer, Generation)
+        assert answer.text == expected(name, line)
+
+
 def test_errors_are_the_clients_own_kinds(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="nobody", messages=chat("a"))
@@ -358,3 +428,42 @@ def test_the_description_is_true_and_nothing_breaks(server: Server, mode: str) -
         check()
     # All but the document itself, which schemathesis leaves out.
     assert paths == set(schema.raw_schema["paths"]) - {"/openapi.json"}
+
+
+def test_structured_output(client: openai.OpenAI) -> None:
+    """OpenAI's own helper with a pydantic model, its other formats, and the forms that are ours."""
+    pytest.importorskip("llguidance", reason="needs the server extra: llguidance")
+    from pydantic import BaseModel, Field
+
+    class Person(BaseModel):
+        name: Literal["ada", "grace"]
+        age: int = Field(ge=0, le=150)
+        tags: list[bool] = Field(max_length=2)
+
+    # Whitespace may stand between tokens; a model that knows no JSON would not stop.
+    options: Any = {"messages": chat(LINES[60]), "temperature": 0, "logit_bias": {"4": -100, "99": -100}}
+    for model in ("demo", "upper"):
+        parsed = client.chat.completions.parse(model=model, response_format=Person, **options)
+        message = parsed.choices[0].message
+        assert isinstance(message.parsed, Person)
+        assert Person.model_validate_json(message.content or "") == message.parsed
+    stream = client.chat.completions.create(
+        model="demo", response_format={"type": "json_object"}, max_tokens=3, stream=True, **options
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream).startswith("{")
+    for form, pattern in (
+        ({"regex": "[a-c]{4}"}, "[a-c]{4}"),
+        ({"choice": ["yes", "no"]}, "yes|no"),
+        ({"grammar": 'start: "<" /[a-z]{2}/ ">"'}, "<[a-z]{2}>"),
+        ({"json_schema": {"enum": [1, "b"]}}, '1|"b"'),
+    ):
+        found = client.completions.create(
+            model="rot13", prompt=prompt(LINES[61]), n=2, max_tokens=40, extra_body={"structure": form}
+        )
+        for choice in found.choices:
+            assert re.fullmatch(pattern, choice.text), (form, choice.text)
+            assert choice.finish_reason == "stop"
+    wrong: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "strin"}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="demo", response_format=wrong, **options)
+    assert caught.value.param == "response_format.json_schema.schema"

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import doctest
+import importlib
 import itertools
+import json
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -22,7 +27,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from loraplex import Client, errors
+import loraplex
+from loraplex import Choice, Client, Grammar, JsonSchema, Regex, errors
 from loraplex_bench.demo.tasks import TASKS, data_dir, expected, make_lines, prompt
 
 _READY = re.compile(r"loraplex ready grpc=(\S+) metrics=(\S+)\n")
@@ -362,6 +368,42 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+class _Examples(doctest.DocTestParser):
+    """Examples name the address that a server has unasked; this one has another."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    def parse(self, string: str, name: str = "<string>") -> Any:
+        return super().parse(string.replace("127.0.0.1:50051", self._address), name)
+
+
+def test_the_examples_in_the_sdk_s_documentation(server: Server) -> None:
+    names = {name: getattr(loraplex, name) for name in loraplex.__all__} | vars(errors) | {"asyncio": asyncio}
+    finder = doctest.DocTestFinder(parser=_Examples(server.address))
+    runner = doctest.DocTestRunner()
+    report: list[str] = []
+    tried = set()
+    for module in pkgutil.iter_modules(loraplex.__path__, "loraplex."):
+        for test in finder.find(importlib.import_module(module.name), globs=dict(names)):
+            if test.examples:
+                runner.run(test, out=report.append)
+                tried.add(test.name)
+    for test in finder.find(loraplex, globs={}):
+        runner.run(test, out=report.append)
+        tried.add(test.name)
+    assert runner.summarize(verbose=False).failed == 0, "".join(report)
+    assert tried >= {
+        "loraplex",
+        "loraplex._async.AsyncClient",
+        "loraplex._config.Timeouts",
+        "loraplex._hooks.CallHook",
+        "loraplex._adapters.Adapters",
+        "loraplex._sync.Client",
+        "loraplex.errors",
+    }
+
+
 def test_health_and_model(server: Server, client: Client) -> None:
     with grpc.insecure_channel(server.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
@@ -443,3 +485,51 @@ def test_a_port_that_is_taken_is_named() -> None:
     assert done.returncode != 0
     assert str(port) in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_answers_of_a_given_form_beside_free_text(server: Server, client: Client) -> None:
+    """Every kind, with adapters, all at once; the free answers are what they are alone."""
+    pytest.importorskip("llguidance", reason="needs the server extra: llguidance")
+    person = {
+        "type": "object",
+        "properties": {
+            "name": {"enum": ["ada", "grace"]},
+            "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        },
+        "required": ["name", "age"],
+        "additionalProperties": False,
+        "x-guidance": {"whitespace_flexible": False},
+    }
+    forms = {
+        JsonSchema(json.dumps(person)): lambda text: json.loads(text)["name"] in ("ada", "grace"),
+        Regex("[a-f]{3}-[0-9]{4}"): re.compile("[a-f]{3}-[0-9]{4}").fullmatch,
+        Choice(("yes", "no", "a|b")): lambda text: text in ("yes", "no", "a|b"),
+        Grammar('start: "<" /[a-z]{2,4}/ ">"'): re.compile("<[a-z]{2,4}>").fullmatch,
+    }
+    names, lines = [None, "upper", "rot13"], make_lines(11, 3)
+
+    def ask(one: tuple[Any, str | None, str]) -> Any:
+        form, name, line = one
+        return client.generate(prompt(line), adapter=name, max_tokens=60, structure=form)
+
+    free = [(None, name, line) for name, line in zip(names, lines, strict=True)]
+    alone = [ask(one).text for one in free]
+    held = [(form, name, line) for form in forms for name, line in zip(names, lines, strict=True)]
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(ask, held + free))
+    for (form, name, _), answer in zip(held, answers, strict=False):
+        assert forms[form](answer.text), (form, name, answer.text)
+        assert answer.finish_reason == "stop"
+    assert [answer.text for answer in answers[len(held) :]] == alone
+    text = "".join(chunk.text for chunk in client.stream(prompt("a"), structure=Choice(["no, never"])))
+    assert text == "no, never"
+    for form, field in (
+        (JsonSchema({"type": "strin"}), "structure.json_schema"),
+        (Regex("["), "structure.regex"),
+        (Grammar("start: nothing"), "structure.grammar"),
+        (Regex("a" * (300 << 10)), "structure.regex"),
+    ):
+        with pytest.raises(errors.InvalidRequestError) as caught:
+            client.generate(prompt("a"), structure=form)
+        assert [violation.field for violation in caught.value.field_violations] == [field]
+    assert idle(server)["loraplex_kv_cache_blocks_used"] == 0

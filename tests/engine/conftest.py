@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig, SchedulerConfig
-from loraplex_server.core.request import AdapterUse, Request, SamplingParams
+from loraplex_server.core.request import AdapterUse, Request, SamplingParams, Structure
 from loraplex_server.engine.build import build_engine
+from loraplex_server.engine.drafts import Drafter
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.messages import Failed, Times, TokenLogprobs, Tokens
 
@@ -24,6 +26,7 @@ class Answer:
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     finish: str | None = None
     error: Any = None
     times: Times | None = None
@@ -45,6 +48,7 @@ class Harness:
             assert answer.finish is None
             answer.tokens += delta.token_ids
             answer.logprobs += delta.logprobs
+            answer.prompt_logprobs += delta.prompt_logprobs
             if delta.finish is not None:
                 answer.finish, answer.times = delta.finish.value, delta.times
 
@@ -58,14 +62,28 @@ class Harness:
         deadline_s: float | None = None,
         tenant: str = "default",
         cache_prefix: bool = True,
+        group: str = "",
+        structure: Structure | None = None,
+        speculative_tokens: int | None = None,
         **sampling: Any,
     ) -> Answer:
         self.answers[name] = Answer()
         uses = tuple(AdapterUse(adapter, weight) for adapter, weight in adapters)
-        params = SamplingParams(**sampling)
         self.engine.submit(
             "test",
-            Request(name, tuple(prompt), params, uses, tenant, priority, deadline_s, cache_prefix),
+            Request(
+                name,
+                tuple(prompt),
+                SamplingParams(**sampling),
+                uses,
+                tenant,
+                priority,
+                deadline_s,
+                cache_prefix,
+                group,
+                structure=structure,
+                speculative_tokens=speculative_tokens,
+            ),
         )
         return self.answers[name]
 
@@ -136,6 +154,46 @@ def module_harness() -> Iterator[MakeHarness]:
     """The same for engines that several tests look at."""
     with _harnesses() as make:
         yield make
+
+
+class _Guesser(Drafter):
+    """Knows the answer, and now and then says something else."""
+
+    def __init__(self, answer: Sequence[int], num_prompt: int, limit: int, rng: random.Random) -> None:
+        super().__init__(4, limit)
+        self._answer, self._num_prompt, self._end, self._rng = answer, num_prompt, limit, rng
+
+    def due(self, length: int) -> bool:
+        return length + 1 < self._end
+
+    def propose(self, token_ids: Sequence[int], most: int) -> tuple[int, ...]:
+        rng, done = self._rng, len(token_ids) - self._num_prompt
+        count = min(most, rng.randint(0, 4), self._end - len(token_ids) - 1)
+        guess = list(self._answer[done : done + max(count, 0)])
+        if guess and rng.random() < 0.5:
+            guess[rng.randrange(len(guess))] = rng.randrange(3, 200)
+        return tuple(guess)
+
+
+@pytest.fixture(scope="session")
+def guess_from() -> Callable[[Harness, Callable[[str], Sequence[int]]], None]:
+    """`guess_from(harness, answer)`: who speculates is given, often enough, tokens that are right, and often
+    enough such that are not; `answer` gives a request's by its name.
+    """
+
+    def change(served: Harness, answer: Callable[[str], Sequence[int]]) -> None:
+        rng, original = random.Random(0), served.engine._drafter
+
+        def make(sequence: Any) -> Drafter | None:
+            if original(sequence) is None:
+                return None
+            request = sequence.request
+            limit = min(sequence.num_prompt + request.sampling.max_tokens, served.engine.info.max_model_len)
+            return _Guesser(answer(request.request_id), sequence.num_prompt, limit, rng)
+
+        served.engine._drafter = make  # type: ignore[method-assign]
+
+    return change
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from loraplex_server.engine import sequence as sequences
 from loraplex_server.engine.planning import build_plan
 from loraplex_server.engine.scheduler import Scheduled
 from loraplex_server.errors import FailedPreconditionError
-from loraplex_server.model.graphs import GraphLimits, ladder
+from loraplex_server.model.graphs import GraphLimits, ladder, row_by_row
 from loraplex_server.model.runner import ModelRunner
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -63,6 +64,27 @@ def test_a_step_of_one_token_has_room_for_all_its_adapters() -> None:
     assert (limits.blocks(1), limits.blocks(8)) == (64, 200)
 
 
+def test_a_row_that_is_sampled_can_stand_alone() -> None:
+    """Two guesses after the sixth token of one sequence, none after the third of another, blocks of four."""
+
+    def sequence(length: int, table: list[int]) -> sequences.Sequence:
+        made = sequences.Sequence(Request("r", tuple(range(length))), "test", ())
+        made.block_table, made.num_computed = table, length - 1
+        return made
+
+    first, second = sequence(7, [8, 3, 5]), sequence(3, [9])
+    plan = build_plan([Scheduled(first, 1, drafts=(50, 51)), Scheduled(second, 1)], BLOCK, lambda _: 0, ())
+    assert plan.query_start.tolist() == [0, 3, 4]
+    rows = row_by_row(plan)
+    assert rows is not None
+    assert rows.query_start.tolist() == [0, 1, 2, 3, 4]
+    assert rows.context_len.tolist() == [7, 8, 9, 3]
+    assert rows.block_start.tolist() == [0, 3, 6, 9, 10]
+    assert rows.blocks.tolist() == [8, 3, 5] * 3 + [9]
+    first.num_computed = 4
+    assert row_by_row(build_plan([Scheduled(first, 3)], BLOCK, lambda _: 0, ())) is None
+
+
 def test_graphs_that_cannot_be_are_refused(harness: Any, tiny: Any) -> None:
     """`on` is that or no start; `auto` starts without them, as on this CPU."""
     with pytest.raises(FailedPreconditionError, match=r"--cuda-graphs on: .*runs torch"):
@@ -78,19 +100,22 @@ class Steps:
     engine: Any
     held: list[Any] = dataclasses.field(default_factory=list)
 
-    def plan(self, rows: Sequence[Row], seed: int, *, computed: bool) -> StepPlan:
-        """Decodes of `rows`, each in blocks of its own, or the steps before them."""
+    def plan(
+        self, rows: Sequence[Row], seed: int, *, computed: bool, guesses: Sequence[int] = ()
+    ) -> StepPlan:
+        """Decodes of `rows`, each in blocks of its own and with so many guesses, or the steps before them."""
         generator = np.random.default_rng(seed)
         order = generator.permutation(BLOCKS).tolist()
         scheduled = []
-        for length, adapters in rows:
+        for (length, adapters), count in zip_longest(rows, guesses, fillvalue=0):
             tokens = tuple(generator.integers(3, 200, length).tolist())
             uses = tuple(AdapterUse(name, weight) for name, weight in adapters)
             handles = self.handles(adapters)
             made = sequences.Sequence(Request("r", tokens, adapters=uses), "test", handles)
-            made.block_table = [order.pop() for _ in range(-(-length // BLOCK))]
+            made.block_table = [order.pop() for _ in range(-(-(length + count) // BLOCK))]
             made.num_computed = length - 1 if computed else 0
-            scheduled.append(Scheduled(made, 1 if computed else length - 1))
+            drafts = tuple(generator.integers(3, 200, count).tolist()) if computed else ()
+            scheduled.append(Scheduled(made, 1 if computed else length - 1, drafts=drafts))
         return build_plan(scheduled, BLOCK, self.engine.adapters.slot, ())
 
     def handles(self, adapters: Sequence[tuple[str, float]]) -> Any:
@@ -109,14 +134,22 @@ class Steps:
         for handles in self.held:
             self.engine.adapters.release(handles)
 
-    def compare(self, rows: Sequence[Row], seed: int, tolerance: float, *, replays: bool = True) -> None:
+    def compare(
+        self,
+        rows: Sequence[Row],
+        seed: int,
+        tolerance: float,
+        *,
+        replays: bool = True,
+        guesses: Sequence[int] = (),
+    ) -> None:
         """Both ways from one cache: the same logits, the same keys and values, nothing written elsewhere."""
         runner = self.engine._runner
         caches = runner._kv_caches
-        before = self.plan(rows, seed, computed=False)
+        before = self.plan(rows, seed, computed=False, guesses=guesses)
         if before.num_tokens:
             runner.run(before)
-        plan = self.plan(rows, seed, computed=True)
+        plan = self.plan(rows, seed, computed=True, guesses=guesses)
         kept = [cache.clone() for cache in caches]
         with torch.inference_mode():
             truth = runner._eager(plan)().clone()
@@ -185,6 +218,11 @@ class TestReplay:
         made = steps("Gemma2", cuda_graph_sizes=(4,))
         made.compare([(14, R6), (3, ()), (11, BOTH)], 0, 1e-5)
 
+    def test_guessed_tokens_are_rows_like_others(self, steps: Any) -> None:
+        made = steps()
+        made.compare([(5, R6), (7, ())], 0, 1e-5, guesses=(0, 2))
+        made.compare([(6, R7), (3, ())], 2, 1e-5, guesses=(3, 1), replays=False)
+
     def test_packed_weights(self, steps: Any) -> None:
         made = steps(quantization="nf4", cuda_graph_sizes=(2,))
         made.compare([(5, R6), (9, ())], 0, 1e-5)
@@ -193,7 +231,8 @@ class TestReplay:
         made = steps()
         runner, graphs = made.engine._runner, made.engine._runner._graphs
         full = [(5, BOTH)] * 3
-        assert graphs._bucket(made.plan(full, 0, computed=True)).size == 4
+        plan = made.plan(full, 0, computed=True)
+        assert graphs._bucket(plan, row_by_row(plan)).size == 4
         made.compare([(5, BOTH)] * 4, 0, 0, replays=False)
         prefill = made.plan([(5, ()), (5, R6)], 0, computed=False)
         assert graphs.prepare(prefill) is None

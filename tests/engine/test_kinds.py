@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from loraplex_server.model import fusion
+
 MAX_TOKENS = 10
 EXACT_IN_8_BITS = (
     None,
@@ -231,12 +233,16 @@ class Column:
         together: requests of all kinds and of the base are one batch; else each has the engine to itself.
         repeated: all are asked twice, after the base alone, and find their prompts cached the second time.
         preempted: the KV cache is too small for those that run.
+        fused: what lies between the projections is fused, by the references of the kernels.
+        guessed: tokens are guessed, many of them right.
     """
 
     quantization: str = "none"
     together: bool = True
     repeated: bool = False
     preempted: bool = False
+    fused: bool = False
+    guessed: bool = False
     scheduler: dict[str, Any] = dataclasses.field(default_factory=dict)
     adapters: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -248,11 +254,17 @@ _TIGHT: dict[str, Any] = {
 }
 COLUMNS = {
     "alone": Column(together=False),
+    "fused": Column(together=False, fused=True),
     "mixed batch": Column(),
     "nf4": Column("nf4", **_TIGHT),
     "int4": Column("int4", **_TIGHT),
     "chunked prefill": Column(**_TIGHT),
     "preemption": Column(preempted=True, scheduler={"max_num_requests": 6, "kv_cache_bytes": 24 * 2048}),
+    "speculation": Column(
+        guessed=True,
+        scheduler={"max_batch_tokens": 24, "max_num_requests": 6, "speculation_max_load": 1.0},
+        adapters=_TIGHT["adapters"],
+    ),
     "prefix cache": Column(
         repeated=True,
         # Room for the prompts of all kinds.
@@ -369,23 +381,34 @@ def truth(
 
 @pytest.fixture(scope="module")
 def column(
-    tiny: Any, saved: Any, prompts: Prompts, module_harness: Any
+    tiny: Any, saved: Any, truth: Any, prompts: Prompts, module_harness: Any, guess_from: Any
 ) -> Callable[[str, str], list[dict[tuple[str | None, int], Any]]]:
     """The answers of a column's engine, asked once for all kinds; twice where the column says so."""
+
+    def serve(architecture: str, column: Column) -> Any:
+        served = _serve(tiny(architecture), saved(architecture), column, module_harness)
+        if column.guessed:
+            expected = truth(architecture, column.quantization)
+            by_name = {_name(0, *which): tokens for which, (tokens, _) in expected.items()}
+            guess_from(served, by_name.__getitem__)
+        return served
+
     made: dict[tuple[str, str], list[dict[tuple[str | None, int], Any]]] = {}
 
     def ask(architecture: str, name: str) -> list[dict[tuple[str | None, int], Any]]:
         key = architecture, name
         if key not in made:
-            made[key] = _ask(tiny(architecture), saved(architecture), COLUMNS[name], prompts, module_harness)
+            made[key] = _ask(serve(architecture, COLUMNS[name]), COLUMNS[name], prompts)
         return made[key]
 
     return ask
 
 
-def _ask(
-    model: Any, folders: dict[str, Path], column: Column, prompts: Prompts, harness: Any
-) -> list[dict[tuple[str | None, int], Any]]:
+def _name(turn: int, kind: str | None, length: int) -> str:
+    return f"{turn}-{kind}-{length}"
+
+
+def _serve(model: Any, folders: dict[str, Path], column: Column, harness: Any) -> Any:
     served = harness(
         model,
         column.quantization,
@@ -398,9 +421,17 @@ def _ask(
         },
         adapters={"folders": tuple(folders.values()), **column.adapters},
     )
+    if column.fused:
+        assert fusion.fuse(served.engine._runner._base.model).layers == 2
+    return served
+
+
+def _ask(served: Any, column: Column, prompts: Prompts) -> list[dict[tuple[str | None, int], Any]]:
     wanted = [(kind, length) for length in LENGTHS for kind in (*KINDS, None)]
     random.Random(8).shuffle(wanted)
     options = {"max_tokens": MAX_TOKENS, "ignore_eos": True, "logprobs": 0}
+    if column.guessed:
+        options["speculative_tokens"] = 4
     if column.repeated:
         for length, prompt in prompts.items():
             served.submit(f"first-{length}", prompt, **options)
@@ -410,12 +441,16 @@ def _ask(
         answers = {}
         for kind, length in wanted:
             uses = KINDS[kind].uses if kind else []
-            answers[kind, length] = served.submit(f"{turn}-{kind}-{length}", prompts[length], uses, **options)
+            answers[kind, length] = served.submit(_name(turn, kind, length), prompts[length], uses, **options)
             if not column.together:
                 served.run()
         served.run()
         passes.append(answers)
-    assert bool(sum(step.preemptions for step in served.engine.stats().steps)) == column.preempted
+    steps = served.engine.stats().steps
+    assert bool(sum(step.preemptions for step in steps)) == column.preempted
+    accepted = sum(step.accepted_tokens for step in steps)
+    assert bool(accepted) == column.guessed
+    assert sum(step.drafted_tokens for step in steps) >= accepted
     return passes
 
 
@@ -426,7 +461,16 @@ def _logit_error(answer: Any, logits: torch.Tensor) -> float:
     return float((exact - found).abs().max() / logits.abs().max())
 
 
-@pytest.mark.parametrize("name", COLUMNS)
+# Where a layer has two norms, and where it has four.
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["Llama", pytest.param("Gemma2", marks=pytest.mark.slow)])
+def test_every_kind_equals_peft_where_steps_are_fused(
+    architecture: str, kind: str, truth: Any, column: Any, parity_cell: Any
+) -> None:
+    test_every_kind_equals_peft(architecture, kind, "fused", truth, column, parity_cell)
+
+
+@pytest.mark.parametrize("name", [name for name in COLUMNS if name != "fused"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kind_equals_peft(
@@ -641,3 +685,28 @@ def test_the_base_finds_what_an_activated_adapter_left(tiny: Any, harness: Any, 
         served.run()
         found[name] = answer.times.cached_prompt_tokens
     assert found == {"activated": 0, "base": 16, "other": 0, "weighed": 16}
+
+
+def test_prompts_are_scored_with_adapters_of_every_kind(
+    tiny: Any, harness: Any, saved: Any, truth: Any, prompts: Prompts
+) -> None:
+    """What PEFT answered, given as part of the prompt: its log-probabilities are those it was chosen with."""
+    served = harness(
+        tiny("Llama"),
+        scheduler={"kv_block_size": BLOCK, "max_batch_tokens": 16, "max_scored_tokens": 6},
+        adapters={"folders": tuple(saved("Llama").values())},
+    )
+    exact, length = truth("Llama", "none"), max(LENGTHS)
+    for kind in (*KINDS, None):
+        uses = KINDS[kind].uses if kind else []
+        told = (*prompts[length], *exact[kind, length][0])
+        served.submit(str(kind), told, uses, max_tokens=0, prompt_logprobs=0)
+    served.run()
+    for kind in (*KINDS, None):
+        tokens, logits = exact[kind, length]
+        answer = served.answers[str(kind)]
+        assert (answer.error, answer.tokens, answer.finish) == (None, [], "length")
+        assert [score.token_id for score in answer.prompt_logprobs] == [*prompts[length][1:], *tokens]
+        found = torch.tensor([score.logprob for score in answer.prompt_logprobs[-len(tokens) :]])
+        theirs = logits.log_softmax(-1)[range(len(tokens)), tokens]
+        assert (found - theirs).abs().max() <= 1e-4 * logits.abs().max(), kind

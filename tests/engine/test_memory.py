@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig, Sch
 from loraplex_server.core.step import StepPlan
 from loraplex_server.engine.build import build_engine
 from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError
-from loraplex_server.model import loader, memory, workspace
+from loraplex_server.model import loader, memory, scoring, workspace
 from loraplex_server.model.graphs import DecodeGraphs, GraphLimits
 from loraplex_server.model.live_bytes import LiveBytes
 from loraplex_server.model.sampler import sample
@@ -175,6 +176,15 @@ def test_the_sampler_takes_no_more_than_was_planned(sampling: dict[str, Any]) ->
         sample(logits, _prefill(8, 8, **sampling))
     print(f"\n{sampling}: {found.peak / logits.numel():.1f} bytes a logit")
     assert found.peak <= logits.numel() * workspace.SAMPLER_BYTES
+
+
+def test_scoring_takes_no_more_than_was_planned() -> None:
+    logits = torch.randn(40, 4096).bfloat16()
+    columns = {"score_row": np.arange(40), "score_id": np.arange(40), "score_top": np.full(40, 20)}
+    with LiveBytes() as found:
+        scoring.launch(logits, dataclasses.replace(_prefill(40, 1), **columns))
+    print(f"\n{found.peak / (scoring.PIECE_ROWS * logits.shape[1]):.1f} bytes a logit of a piece")
+    assert found.peak <= scoring.PIECE_ROWS * logits.shape[1] * scoring.SCORING_BYTES
 
 
 def test_live_bytes_counts_storages_once_and_forgets_them() -> None:

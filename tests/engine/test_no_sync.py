@@ -22,7 +22,9 @@ from loraplex_kernels import dispatch, fourbit, nf4
 from loraplex_kernels.attention import LayerShape
 from loraplex_kernels.lora import LoraPool
 from loraplex_server.core.step import StepPlan
-from loraplex_server.model import graphs, sampler
+from loraplex_server.model import graphs, sampler, scoring, workspace
+from loraplex_server.model.fusion import fuse
+from loraplex_server.model.live_bytes import LiveBytes
 from loraplex_server.model.loader import BaseModel, EmptyModel, attach_ends, install
 from loraplex_server.model.memory import allocate_kv
 from loraplex_server.model.norm import attach
@@ -101,10 +103,15 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     pytest.importorskip("triton")
     from loraplex_kernels.attention import kernel as attention_kernels
     from loraplex_kernels.fourbit import kernel as fourbit_kernels
+    from loraplex_kernels.gated import kernel as gated_kernels
     from loraplex_kernels.lora import kernel as lora_kernels
+    from loraplex_kernels.norm import kernel as norm_kernels
+    from loraplex_kernels.rotary import kernel as rotary_kernels
 
     counts: Counter[str] = Counter()
-    for module in (attention_kernels, fourbit_kernels, lora_kernels):
+    for module in (
+        attention_kernels, fourbit_kernels, gated_kernels, lora_kernels, norm_kernels, rotary_kernels
+    ):  # fmt: skip
         names = [name for name in vars(module) if name.endswith("_kernel")]
         assert names
         for name in names:
@@ -126,7 +133,7 @@ def on_meta(value: Any) -> Any:
     return value
 
 
-def build(config: Any, *, quantized: bool = True) -> ModelRunner:
+def build(config: Any, *, quantized: bool = True, fused: bool = True) -> ModelRunner:
     """A runner for the architecture of a transformers configuration, without values."""
     weight_format = WeightFormat("nf4" if quantized else "none", torch.bfloat16, META)
     empty = EmptyModel.of(config, weight_format)
@@ -168,6 +175,8 @@ def build(config: Any, *, quantized: bool = True) -> ModelRunner:
         eos_token_ids=(),
         parameters=empty.parameters,
     )
+    if fused:
+        assert fuse(model).layers == config.num_hidden_layers
     pool = LoraPool.allocate(
         num_elements=1 << 12,
         num_slots=8,
@@ -264,7 +273,8 @@ def test_a_recording_reads_and_sends_nothing(
     assert len(watches) == 4
     for watch in watches:
         assert (watch.faults, watch.to_device, watch.to_host) == ([], 0, 0)
-    assert min(launches[kernel] for kernel in ("write_kernel", "attend_kernel", "expand_kernel")) > 0
+    used = ("rotate_write_kernel", "attend_kernel", "expand_kernel", "add_rms_norm_kernel", "gated_kernel")
+    assert min(launches[kernel] for kernel in used) > 0
     assert launches["split_kernel"] > 0
 
 
@@ -319,6 +329,7 @@ SAMPLINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "greedy": (0, {}),
     "drawn": (1, {"temperature": np.full(3, 0.7), "top_p": np.full(3, 0.9)}),
     "mixed": (1, {"temperature": np.array([0.0, 1.0, 0.0]), "top_k": np.array([0, 5, 0])}),
+    "masked": (1, {"masked_row": np.array([1]), "mask_words": np.full(4, -1)}),
     "logprobs": (0, {"num_logprobs": np.array([-1, 0, 5])}),
     "everything": (
         1,
@@ -327,6 +338,8 @@ SAMPLINGS: dict[str, tuple[int, dict[str, Any]]] = {
             "num_logprobs": np.array([2, -1, 5]),
             "banned_start": np.array([0, 2, 2, 3]),
             "banned_ids": np.array([7, 9, 7]),
+            "masked_row": np.arange(3),
+            "mask_words": np.full(12, 1 << 40),
         },
     ),
 }
@@ -342,6 +355,95 @@ def test_sampling_is_one_copy_each_way(name: str) -> None:
         )
     assert watch.faults == []
     assert (watch.to_device, watch.to_host) == (sent, 1)
+
+
+SCORES = {"score_row": np.array([1, 2]), "score_id": np.array([7, 9]), "score_top": np.array([0, 3])}
+
+
+def test_scoring_is_one_copy_each_way() -> None:
+    many = {name: np.tile(column, 20) for name, column in SCORES.items()}
+    with Watch() as watch:
+        scoring.launch(
+            torch.empty(40, 50, dtype=torch.bfloat16, device=META),
+            plan([1, 45], adapters=False, sampling=many),
+        )
+    assert watch.faults == []
+    assert (watch.to_device, watch.to_host) == (1, 1)
+
+
+@pytest.mark.parametrize("queries", [[1, 5, 1], [1, 1, 1]])
+def test_a_step_with_scores_waits_for_nothing_and_is_not_replayed(
+    queries: list[int], architecture: Any, launches: Counter[str]
+) -> None:
+    runner = build(architecture("Llama"))
+    runner.record_graphs((4,), 32)
+    launches.clear()
+    with Watch() as watch:
+        runner.launch(plan(queries, adapters=True, sampling=SCORES))
+    assert watch.faults == []
+    assert (watch.to_device, watch.to_host) == (4, 2)
+    assert launches["attend_kernel"] > 0
+
+
+class Work(TorchDispatchMode):
+    """Counts the ops that a device would run a kernel for: not views, and not allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        allocation = name.startswith(("empty", "new_empty"))
+        if not (func.is_view or allocation or name in ("_unsafe_view", "detach")):
+            self.ops[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "fused"),
+    [("Llama", 32, 9), ("Qwen3", 44, 11), ("Gemma2", 52, 9), ("Phi3", 36, 9)],
+)
+def test_launches_of_a_layer_in_a_decode_step(
+    name: str, own: int, fused: int, architecture: Any, launches: Counter[str]
+) -> None:
+    """Of the model's own code and fused: what a second layer adds to a step without adapters."""
+    counted = {}
+    for form in (False, True):
+        totals = []
+        for layers in (1, 2):
+            config = architecture(name)
+            config.num_hidden_layers = layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = ["full_attention"] * layers
+            runner = build(config, fused=form)
+            # Once for what is made on first use and kept.
+            runner.logits(plan([1, 1, 1], adapters=False))
+            launches.clear()
+            with Work() as work:
+                runner.logits(plan([1, 1, 1], adapters=False))
+            totals.append(work.ops.total() + launches.total())
+        counted[form] = totals[1] - totals[0]
+    assert (counted[False], counted[True]) == (own, fused)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_fused_steps_take_no_more_than_was_planned(
+    name: str, architecture: Any, launches: Counter[str]
+) -> None:
+    config = architecture(name)
+    planned = workspace.step_bytes(
+        EmptyModel.of(config, WeightFormat("nf4", torch.bfloat16, META)), workspace.StepSize(42, 3, 42, 16)
+    )
+    taken = []
+    for fused in (False, True):
+        runner = build(config, fused=fused)
+        with LiveBytes() as bytes_:
+            runner.logits(plan([14, 14, 14], adapters=False))
+        taken.append(bytes_.peak)
+    assert taken[1] <= taken[0] <= planned
 
 
 def test_the_watch_sees_what_it_is_to_see(launches: Counter[str]) -> None:

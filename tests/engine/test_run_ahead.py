@@ -105,9 +105,10 @@ def test_answers_are_those_of_one_step_at_a_time(ahead: Any, harness: Any, tiny:
                 "stop_token_ids": tuple(rng.sample(range(3, 200), 30)),
                 "min_tokens": rng.choice([0, 0, 1]),
                 "logprobs": rng.choice([None, 2]),
+                "prompt_logprobs": (None, 1, None)[number % 3],
                 "frequency_penalty": rng.choice([0.0, 0.0, 1.0]),
             }
-            for _ in range(12)
+            for number in range(12)
         ]
         plain = harness(tiny("Llama"), scheduler=scheduler)
         served, device = ahead(scheduler=scheduler)
@@ -122,7 +123,7 @@ def test_answers_are_those_of_one_step_at_a_time(ahead: Any, harness: Any, tiny:
             one.assert_clean()
             answers.append(
                 {
-                    name: (a.tokens, a.finish, [p.token_id for p in a.logprobs])
+                    name: (a.tokens, a.finish, [p.token_id for p in (*a.prompt_logprobs, *a.logprobs)])
                     for name, a in one.answers.items()
                 }
             )

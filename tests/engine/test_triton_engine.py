@@ -145,7 +145,10 @@ def test_triton_answers_as_torch_does(served: tuple[dict[str, Any], dict[str, An
     assert found["answers"] == truth["answers"]
     assert len({tuple(tokens) for tokens in found["answers"].values()}) == 6, "adapters must be told apart"
     assert found["launches"]["lora.shrink.triton"] > 0
-    assert found["launches"]["attention.triton"] == found["launches"]["attention.write.triton"] > 0
+    assert found["launches"]["attention.triton"] == found["launches"]["rotary.write.triton"] > 0
+    # One layer: the sums before its MLP and after it, the first norm alone, one gate.
+    assert found["launches"]["norm.add_rms.triton"] == 2 * found["launches"]["norm.rms.triton"] > 0
+    assert found["launches"]["gated.triton"] == found["launches"]["norm.rms.triton"]
     assert found["launches"]["lora.expand.triton"] == found["launches"]["lora.shrink.triton"]
     # q·k·v, o and gate·up are one launch each; down, 96 wide, is no multiple of NF4's block.
     assert found["launches"]["vocabulary.add_low_rank.torch"] > 0

@@ -92,16 +92,31 @@ class ScriptedServer(
         self._record("Generate", request, context)
         yield from self.answers["Generate"](request, context)
 
+    def GenerateBatch(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
+        self._record("GenerateBatch", request, context)
+        yield from self.answers["GenerateBatch"](request, context)
+
     def GenerateUnary(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         self._record("GenerateUnary", request, context)
         whole = generation_pb2.GenerateUnaryResponse()
+        others: dict[int, Any] = {}
         for part in self.answers["Generate"](request.request, context):
+            whole.prompt_logprobs.extend(part.prompt_logprobs)
+            if part.index:
+                other = others.setdefault(part.index, generation_pb2.Answer(index=part.index))
+                other.text += part.text
+                other.token_ids.extend(part.token_ids)
+                other.logprobs.extend(part.logprobs)
+                other.finish.MergeFrom(part.finish)
+                continue
+            whole.prompt_token_ids.extend(part.prompt_token_ids)
             whole.text += part.text
             whole.token_ids.extend(part.token_ids)
             whole.logprobs.extend(part.logprobs)
             whole.request_id = whole.request_id or part.request_id
             if part.HasField("finish"):
                 whole.finish.CopyFrom(part.finish)
+        whole.others.extend(answer for _, answer in sorted(others.items()))
         return whole
 
 
@@ -140,7 +155,13 @@ def two_chunks(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         logprobs=[logprobs(7)] if asked else [],
         finish=generation_pb2.Finish(
             reason=generation_pb2.FINISH_REASON_STOP,
-            usage=generation_pb2.Usage(prompt_tokens=4, completion_tokens=3, cached_prompt_tokens=2),
+            usage=generation_pb2.Usage(
+                prompt_tokens=4,
+                completion_tokens=3,
+                cached_prompt_tokens=2,
+                drafted_tokens=5,
+                accepted_tokens=1,
+            ),
             timing=generation_pb2.Timing(queue_seconds=0.5, total_seconds=2.0, preemptions=1),
             stop_match="\n",
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import json
 import threading
@@ -246,6 +247,41 @@ class TestRetries:
             drive(lambda: client.generate("x"))
         assert server.calls["GenerateUnary"] == 1
 
+    def test_a_full_queue_on_demand(self, drive: Any, server: Any, abort: Any, connect: Any) -> None:
+        client = connect(retry=dataclasses.replace(QUICK, when_full=True))
+        self.failing(server, abort, times=2, code=grpc.StatusCode.RESOURCE_EXHAUSTED)
+        assert drive(lambda: client.generate("x")).text == "Grüße"
+        assert server.calls["GenerateUnary"] == 3
+
+    @pytest.mark.parametrize(("pushback", "attempts"), [("1", 3), ("-1", 1)])
+    def test_the_server_says_when_or_never(
+        self, drive: Any, server: Any, abort: Any, connect: Any, pushback: str, attempts: int
+    ) -> None:
+        """Without its word the client would wait for hours."""
+
+        def answer(request: Any, context: Any) -> Iterator[Any]:
+            if server.calls["GenerateUnary"] < 3:
+                context.set_trailing_metadata((("grpc-retry-pushback-ms", pushback),))
+                context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+            yield from good(request, context)
+
+        good, server.answers["Generate"] = server.answers["Generate"], answer
+        client = connect(retry=RetryPolicy(initial_backoff_s=9999, max_backoff_s=9999))
+        if attempts == 3:
+            assert drive(lambda: client.generate("x")).text == "Grüße"
+        else:
+            with pytest.raises(UnavailableError):
+                drive(lambda: client.generate("x"))
+        assert server.calls["GenerateUnary"] == attempts
+
+    def test_within_a_budget(self, drive: Any, server: Any, abort: Any, connect: Any) -> None:
+        client = connect(retry=dataclasses.replace(QUICK, budget=4))
+        self.failing(server, abort, times=99)
+        for _ in range(3):
+            with pytest.raises(UnavailableError):
+                drive(lambda: client.generate("x"))
+        assert server.calls["GenerateUnary"] == 2 + 1 + 1
+
     def test_loading_and_unloading_are_not_repeated(
         self, drive: Any, server: Any, abort: Any, connect: Any
     ) -> None:
@@ -278,7 +314,14 @@ class TestRetries:
 
     @pytest.mark.parametrize(
         "wrong",
-        [{"max_attempts": 1}, {"max_attempts": 6}, {"multiplier": 0}, {"max_backoff_s": float("inf")}],
+        [
+            {"max_attempts": 1},
+            {"max_attempts": 6},
+            {"multiplier": 0},
+            {"max_backoff_s": float("inf")},
+            {"budget": 0},
+            {"budget": 1001},
+        ],
     )
     def test_policies_are_checked(self, wrong: dict[str, Any]) -> None:
         with pytest.raises(InvalidRequestError, match=next(iter(wrong))):
@@ -375,7 +418,9 @@ def test_one_client_serves_many_threads(server: Any) -> None:
 def test_the_service_config_is_grpc_s_json() -> None:
     from loraplex._channel import service_config
 
-    (method,) = json.loads(service_config(RetryPolicy()))["methodConfig"]
+    config = json.loads(service_config(RetryPolicy()))
+    assert config["retryThrottling"] == {"maxTokens": 100, "tokenRatio": 0.2}
+    (method,) = config["methodConfig"]
     assert method["retryPolicy"] == {
         "maxAttempts": 4,
         "initialBackoff": "0.100000000s",

@@ -65,14 +65,38 @@ def command(server: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 def test_generate_streams_to_stdout(command: Command, server: Any) -> None:
     code, out, err = command("generate", "Hallo", "--stats")
     assert (code, out) == (0, "Grüße\n")
-    assert err == "4 (2 cached) + 3 tokens in 2.000 s, the first after 0.000 s; ended by stop\n"
+    assert err == "4 (2 cached) + 3 tokens (1 guessed) in 2.000 s, the first after 0.000 s; ended by stop\n"
     assert server.requests[0] == generation_pb2.GenerateRequest(text="Hallo")
+
+
+def test_forms_of_an_answer(command: Command, server: Any, tmp_path: Path) -> None:
+    file = tmp_path / "form"
+    file.write_text('{"type": "object"}')
+    forms = generation_pb2.Structure
+    for line, structure in (
+        (("--json-schema", str(file)), forms(json_schema='{"type": "object"}')),
+        (("--json-object",), forms(json_object=generation_pb2.JsonObject())),
+        (("--regex", "a+"), forms(regex="a+")),
+        (("--grammar", str(file)), forms(grammar='{"type": "object"}')),
+        (("--choice", "a", "--choice", "b c"), forms(choice=generation_pb2.Choice(texts=["a", "b c"]))),
+    ):
+        assert command("generate", "Hallo", *line)[0] == 0
+        assert server.requests[-1].structure == structure
+    sent = len(server.requests)
+    for line, said in (
+        (("--json-schema", str(tmp_path / "none")), "cannot be read"),
+        (("--regex", "a", "--json-object"), "not allowed with"),
+    ):
+        code, _, err = command("generate", "Hallo", *line)
+        assert code == 2
+        assert said in err
+    assert len(server.requests) == sent
 
 
 def test_generate_sends_every_option(command: Command, server: Any) -> None:
     line = """generate Hallo --adapter sql --adapter polite=0.5 --max-tokens 9 --min-tokens 2
         --temperature 0.5 --top-p 0.25 --top-k 40 --seed 7 --stop a
-        --stop b --ignore-eos --priority -1 --timeout 50 --json"""
+        --stop b --ignore-eos --priority -1 --speculative-tokens 8 --timeout 50 --json"""
     code, out, _ = command(*line.split())
     assert code == 0
     assert json.loads(out)["text"] == "Grüße"
@@ -88,6 +112,7 @@ def test_generate_sends_every_option(command: Command, server: Any) -> None:
             max_tokens=9, min_tokens=2, stop=["a", "b"], ignore_eos=True
         ),
         priority=-1,
+        speculative_tokens=8,
     )
 
 
@@ -301,7 +326,7 @@ def test_the_extras_are_those_of_the_package() -> None:
     for extra in ("server", "bench"):
         names = [re.split(r"[<>=; ]", line)[0] for line in project["optional-dependencies"][extra]]
         modules = {imported_as.get(name, name.replace("-", "_")) for name in names}
-        modules -= {"triton", "starlette", "uvicorn"}
+        modules -= {"triton", "starlette", "uvicorn", "llguidance"}
         assert modules == set(_extras.MODULES[extra])
 
 

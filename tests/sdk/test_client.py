@@ -23,7 +23,7 @@ def test_generate_returns_the_whole_answer(drive: Any, client: Any) -> None:
     assert answer.token_ids == [5, 6, 7]
     assert answer.finish_reason == "stop"
     assert answer.stop_match == "\n"
-    assert answer.usage == Usage(prompt_tokens=4, completion_tokens=3, cached_prompt_tokens=2)
+    assert answer.usage == Usage(4, 3, 2, drafted_tokens=5, accepted_tokens=1)
     assert answer.usage.total_tokens == 7
     assert answer.logprobs == [logprob(5), logprob(6), logprob(7)]
     assert answer.timing == Timing(0.5, 0.0, 0.0, 2.0, 1)
@@ -37,7 +37,7 @@ def test_stream_yields_chunks_and_ends_with_the_finish(drive: Any, client: Any) 
     assert (first.text, first.token_ids, first.finish_reason) == ("Grü", [5, 6], None)
     assert first.usage is first.timing is first.logprobs is first.stop_match is None
     assert (last.text, last.token_ids, last.finish_reason) == ("ße", [7], "stop")
-    assert last.usage == Usage(4, 3, 2)
+    assert last.usage == Usage(4, 3, 2, drafted_tokens=5, accepted_tokens=1)
     assert last.request_id == "mine"
     assert end is None
 
@@ -48,6 +48,49 @@ def test_a_collected_stream_is_the_unary_answer(drive: Any, client: Any, logprob
     assert drive(stream.collect) == drive(lambda: client.generate("Hallo", logprobs=logprobs))
     with pytest.raises(RuntimeError, match="read to its end"):
         drive(stream.collect)
+
+
+def three_answers(request: Any, context: Any) -> Any:
+    """Answers that come mixed, to a prompt that is scored and echoed."""
+
+    def score(token: int) -> Any:
+        top = [generation_pb2.TopLogprob(token_id=token, logprob=-0.25, text="x")]
+        return generation_pb2.TokenLogprobs(token_id=token, logprob=-0.25, top=top)
+
+    usage = generation_pb2.Usage(prompt_tokens=3, completion_tokens=1)
+    end = generation_pb2.Finish(reason=generation_pb2.FINISH_REASON_LENGTH, usage=usage)
+    prompt = {"text": "abc", "prompt_token_ids": [1, 2, 3]}
+    made = generation_pb2.GenerateResponse
+    yield made(request_id="r", prompt_logprobs=[score(2)], **prompt)
+    yield made(index=2, **prompt)
+    yield made(prompt_logprobs=[score(3)], text="-0", token_ids=[4], finish=end)
+    yield made(index=1, finish=end, **{**prompt, "text": "abc-1"}, token_ids=[5])
+    yield made(index=2, text="-2", token_ids=[6], finish=end)
+
+
+def test_several_answers_to_a_prompt_that_is_scored_and_echoed(drive: Any, server: Any, client: Any) -> None:
+    server.answers["Generate"] = three_answers
+    options: dict[str, Any] = {"n": 3, "prompt_logprobs": 1, "echo": True}
+    whole = drive(lambda: client.generate("abc", **options))
+    assert drive(drive(lambda: client.stream("abc", **options)).collect) == whole
+    assert (whole.index, whole.text, whole.token_ids) == (0, "abc-0", [4])
+    assert whole.prompt_logprobs == [logprob(2), logprob(3)]
+    assert [(other.index, other.text, other.token_ids) for other in whole.others] == [
+        (1, "abc-1", [5]),
+        (2, "abc-2", [6]),
+    ]
+    for answer in (whole, *whole.others):
+        assert (answer.prompt_token_ids, answer.request_id) == ([1, 2, 3], "r")
+        assert (answer.finish_reason, answer.usage.total_tokens) == ("length", 4)
+    assert [other.prompt_logprobs for other in whole.others] == [None, None]
+    stream = drive(lambda: client.stream("abc", **options))
+    chunks = [drive.next(stream) for _ in range(5)]
+    assert [chunk.index for chunk in chunks] == [0, 2, 0, 1, 2]
+    assert [chunk.prompt_token_ids for chunk in chunks] == [[1, 2, 3], [1, 2, 3], None, [1, 2, 3], None]
+    assert drive.next(stream) is None
+    server.answers["Generate"] = lambda request, context: list(three_answers(request, context))[:-1]
+    with pytest.raises(InternalError, match="without saying how"):
+        drive(drive(lambda: client.stream("abc", **options)).collect)
 
 
 def test_a_stream_cut_short_is_no_answer(drive: Any, server: Any, client: Any) -> None:
@@ -78,8 +121,12 @@ def test_every_option_is_sent(drive: Any, server: Any, client: Any) -> None:
         "stop_token_ids": [3],
         "ignore_eos": True,
         "logprobs": 0,
+        "prompt_logprobs": 2,
+        "echo": True,
+        "n": 1,
         "priority": -1,
         "cache_prefix": False,
+        "speculative_tokens": 0,
         "request_id": "mine",
     }
     expected = generation_pb2.GenerateRequest(
@@ -93,8 +140,12 @@ def test_every_option_is_sent(drive: Any, server: Any, client: Any) -> None:
             max_tokens=9, min_tokens=2, stop=["\n", "END"], stop_token_ids=[3], ignore_eos=True
         ),
         logprobs=0,
+        prompt_logprobs=2,
+        echo=True,
+        n=1,
         priority=-1,
         cache_prefix=False,
+        speculative_tokens=0,
         request_id="mine",
     )
     drive(lambda: client.generate([1, 2, 3], **options))

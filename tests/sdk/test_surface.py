@@ -8,10 +8,22 @@ from typing import Any, get_type_hints
 import pytest
 
 import loraplex
-from loraplex import AsyncClient, AsyncGenerationStream, Client, GenerateOptions, GenerationStream
-from loraplex._async import AsyncAdapters, AsyncAdapterWatch
+from loraplex import (
+    AsyncClient,
+    AsyncGenerationBatch,
+    AsyncGenerationMap,
+    AsyncGenerationStream,
+    Client,
+    GenerateOptions,
+    GenerationBatch,
+    GenerationMap,
+    GenerationStream,
+)
+from loraplex._adapters import Adapters
+from loraplex._async_adapters import AsyncAdapters
+from loraplex._async_streams import AsyncAdapterWatch
 from loraplex._convert import generate_request
-from loraplex._sync import Adapters, AdapterWatch
+from loraplex._streams import AdapterWatch
 
 
 def test_the_public_names() -> None:
@@ -20,17 +32,31 @@ def test_the_public_names() -> None:
         "AdapterInfo",
         "AdapterState",
         "AsyncClient",
+        "AsyncGenerationBatch",
+        "AsyncGenerationMap",
         "AsyncGenerationStream",
+        "BatchResult",
+        "CallHook",
+        "CallInfo",
+        "Choice",
         "Client",
+        "Conversation",
         "FinishReason",
         "GenerateOptions",
         "Generation",
+        "GenerationBatch",
         "GenerationChunk",
+        "GenerationMap",
         "GenerationStream",
+        "Grammar",
+        "JsonObject",
+        "JsonSchema",
         "Keepalive",
         "LoraplexError",
         "ModelInfo",
+        "Regex",
         "RetryPolicy",
+        "Timeouts",
         "Timing",
         "TlsConfig",
         "TokenLogprobs",
@@ -59,6 +85,8 @@ def public(kind: type) -> dict[str, Any]:
         (Client, AsyncClient),
         (Adapters, AsyncAdapters),
         (GenerationStream, AsyncGenerationStream),
+        (GenerationMap, AsyncGenerationMap),
+        (GenerationBatch, AsyncGenerationBatch),
         (AdapterWatch, AsyncAdapterWatch),
     ],
 )
@@ -72,7 +100,9 @@ def test_both_clients_have_one_shape(blocking: type, awaited: type) -> None:
         assert mine.parameters == other.parameters, name
         assert str(mine.return_annotation) == str(other.return_annotation).replace("Async", ""), name
         assert inspect.getdoc(member) == inspect.getdoc(theirs[name]), name
-        assert inspect.iscoroutinefunction(theirs[name]) is (not name.startswith(("stream", "watch"))), name
+        assert inspect.iscoroutinefunction(theirs[name]) is (
+            not name.startswith(("stream", "watch", "map"))
+        ), name
 
 
 def test_options_are_the_arguments_of_the_request() -> None:

@@ -1,12 +1,14 @@
-"""Python client of loraplex, which serves many adapters on one language model.
+r"""Python client of loraplex, which serves many adapters on one language model.
 
-    from loraplex import Client
-
-    with Client("127.0.0.1:50051") as client:
-        print(client.generate("Dear Sir", adapter="polite", max_tokens=64).text)
+>>> from loraplex import Client
+>>> with Client("127.0.0.1:50051") as client:
+...     print(client.generate("hello world 42\n", adapter="upper", max_tokens=64).text)
+HELLO WORLD 42
 
 AsyncClient is the same for asyncio. Errors are in `loraplex.errors`. Importing this package loads
 nothing: each name brings its module when it is first used.
+
+The examples here and below are run by the tests, against a server with the demo's model and adapters.
 """
 
 from __future__ import annotations
@@ -16,10 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraplex import errors
-    from loraplex._async import AsyncClient, AsyncGenerationStream
-    from loraplex._config import Keepalive, RetryPolicy, TlsConfig
-    from loraplex._convert import GenerateOptions
-    from loraplex._sync import Client, GenerationStream
+    from loraplex._async import AsyncClient
+    from loraplex._async_streams import AsyncGenerationBatch, AsyncGenerationStream
+    from loraplex._batch import BatchResult
+    from loraplex._config import Keepalive, RetryPolicy, Timeouts, TlsConfig
+    from loraplex._convert import Conversation, GenerateOptions
+    from loraplex._hooks import CallHook, CallInfo
+    from loraplex._map import AsyncGenerationMap, GenerationMap
+    from loraplex._streams import GenerationBatch, GenerationStream
+    from loraplex._structure import Choice, Grammar, JsonObject, JsonSchema, Regex
+    from loraplex._sync import Client
     from loraplex._types import (
         AdapterChanges,
         AdapterInfo,
@@ -41,17 +49,31 @@ __all__ = [
     "AdapterInfo",
     "AdapterState",
     "AsyncClient",
+    "AsyncGenerationBatch",
+    "AsyncGenerationMap",
     "AsyncGenerationStream",
+    "BatchResult",
+    "CallHook",
+    "CallInfo",
+    "Choice",
     "Client",
+    "Conversation",
     "FinishReason",
     "GenerateOptions",
     "Generation",
+    "GenerationBatch",
     "GenerationChunk",
+    "GenerationMap",
     "GenerationStream",
+    "Grammar",
+    "JsonObject",
+    "JsonSchema",
     "Keepalive",
     "LoraplexError",
     "ModelInfo",
+    "Regex",
     "RetryPolicy",
+    "Timeouts",
     "Timing",
     "TlsConfig",
     "TokenLogprobs",
@@ -62,10 +84,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "_async": ("AsyncClient", "AsyncGenerationStream"),
-    "_config": ("Keepalive", "RetryPolicy", "TlsConfig"),
-    "_convert": ("GenerateOptions",),
-    "_sync": ("Client", "GenerationStream"),
+    "_async": ("AsyncClient",),
+    "_async_streams": ("AsyncGenerationBatch", "AsyncGenerationStream"),
+    "_batch": ("BatchResult",),
+    "_config": ("Keepalive", "RetryPolicy", "Timeouts", "TlsConfig"),
+    "_convert": ("Conversation", "GenerateOptions"),
+    "_hooks": ("CallHook", "CallInfo"),
+    "_map": ("AsyncGenerationMap", "GenerationMap"),
+    "_structure": ("Choice", "Grammar", "JsonObject", "JsonSchema", "Regex"),
+    "_streams": ("GenerationBatch", "GenerationStream"),
+    "_sync": ("Client",),
     "_types": (
         "AdapterChanges",
         "AdapterInfo",

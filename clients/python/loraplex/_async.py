@@ -3,32 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack, overload
 
 import grpc
 import grpc.aio
 
 from loraplex import _convert as convert
+from loraplex._async_adapters import AsyncAdapters
+from loraplex._async_streams import AsyncGenerationBatch, AsyncGenerationStream, AsyncParts
 from loraplex._base import BaseClient, Stubs, Wait, stubs_on
-from loraplex._convert import AdapterMix, ChatMessage, Conversation, GenerateOptions, Prompt
-from loraplex._status import TranslatedErrors
-from loraplex._types import AdapterChanges, AdapterInfo, Generation, GenerationChunk, ModelInfo
-from loraplex._upload import Progress, upload_parts
-from loraplex.errors import DeadlineExceededError, UnavailableError
-from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
+from loraplex._batch import BatchReader, batch_request
+from loraplex._calls import PROBE, Call
+from loraplex._config import Timeout
+from loraplex._convert import ChatMessage, Conversation, GenerateOptions, Prompt
+from loraplex._map import AsyncGenerationMap, MapItem, MapProgress, MapSource
+from loraplex._types import Generation, ModelInfo
+from loraplex.errors import DeadlineExceededError, LoraplexError, UnavailableError
+from loraplex.v1 import generation_pb2, model_pb2
 
 
 class AsyncClient(BaseClient):
-    """A loraplex server, called from coroutines of one event loop.
+    r"""A loraplex server, called from coroutines of one event loop.
 
-    async with AsyncClient("127.0.0.1:50051") as client:
-        print((await client.generate("Dear Sir", adapter="polite", max_tokens=64)).text)
-        async for chunk in client.stream("Dear Sir", adapters=[("sql", 1.0), ("polite", 0.5)]):
-            print(chunk.text, end="", flush=True)
+    >>> async def ask():
+    ...     async with AsyncClient("127.0.0.1:50051") as client:
+    ...         answer = await client.generate("hello world 42\n", adapter="upper", max_tokens=64)
+    ...         print(answer.text, answer.finish_reason)
+    ...         async for chunk in client.stream("hello world 42\n", adapter="redact"):
+    ...             print(chunk.text, end="", flush=True)
+    ...         print()
+    ...         async for answer in client.map(["hello world 42\n", "good morning 7\n"], adapter="title"):
+    ...             print(answer.text)
+    >>> asyncio.run(ask())
+    HELLO WORLD 42 stop
+    hello world ##
+    Hello World 42
+    Good Morning 7
     """
 
     def _open(self) -> None:
@@ -43,16 +56,19 @@ class AsyncClient(BaseClient):
         if self._loop_stubs is None:
             asyncio.get_running_loop()
             settings = self._settings
+            interceptors = list(self._interceptors)
             self._channel = (
-                grpc.aio.insecure_channel(settings.target, settings.options)
+                grpc.aio.insecure_channel(settings.target, settings.options, interceptors=interceptors)
                 if settings.credentials is None
-                else grpc.aio.secure_channel(settings.target, settings.credentials, settings.options)
+                else grpc.aio.secure_channel(
+                    settings.target, settings.credentials, settings.options, interceptors=interceptors
+                )
             )
             self._loop_stubs = stubs_on(self._channel)
         return self._loop_stubs
 
     async def generate(
-        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, timeout: Timeout | None = None, **options: Unpack[GenerateOptions]
     ) -> Generation:
         """Generates an answer and returns it whole.
 
@@ -61,8 +77,8 @@ class AsyncClient(BaseClient):
             timeout: seconds for the whole call; None is the client's, infinity no limit.
             options: adapter, adapters, max_tokens, min_tokens, temperature, top_p, top_k, min_p,
                 repetition_penalty, presence_penalty, frequency_penalty, logit_bias, bad_words, seed, stop,
-                include_stop, stop_token_ids, ignore_eos, logprobs, priority, cache_prefix, request_id; see
-                GenerateOptions.
+                include_stop, stop_token_ids, ignore_eos, logprobs, prompt_logprobs, echo, n, priority,
+                cache_prefix, structure, speculative_tokens, request_id; see GenerateOptions.
 
         Raises:
             LoraplexError: see loraplex.errors.
@@ -70,7 +86,7 @@ class AsyncClient(BaseClient):
         return await self._generate(convert.generate_request(prompt, **options), timeout)
 
     def stream(
-        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, timeout: Timeout | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerationStream:
         """Sends the request and returns its answer as an iterator of chunks. Arguments as `generate` takes.
 
@@ -83,7 +99,7 @@ class AsyncClient(BaseClient):
         self,
         messages: Iterable[ChatMessage],
         *,
-        timeout: float | None = None,
+        timeout: Timeout | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Generation:
         """Continues a conversation, through the chat template of the adapter or the model.
@@ -102,7 +118,7 @@ class AsyncClient(BaseClient):
         self,
         messages: Iterable[ChatMessage],
         *,
-        timeout: float | None = None,
+        timeout: Timeout | None = None,
         **options: Unpack[GenerateOptions],
     ) -> AsyncGenerationStream:
         """The same as an iterator of chunks. Arguments as `chat` takes.
@@ -112,12 +128,88 @@ class AsyncClient(BaseClient):
         """
         return self._stream(convert.generate_request(Conversation(messages), **options), timeout)
 
+    @overload
+    def map(
+        self,
+        prompts: Iterable[MapItem],
+        *,
+        concurrency: int = 32,
+        return_errors: Literal[False] = False,
+        progress: MapProgress | None = None,
+        timeout: Timeout | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerationMap[Generation]: ...
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[MapItem],
+        *,
+        concurrency: int = 32,
+        return_errors: bool,
+        progress: MapProgress | None = None,
+        timeout: Timeout | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerationMap[Generation | LoraplexError]: ...
+
+    def map(
+        self,
+        prompts: Iterable[MapItem],
+        *,
+        concurrency: int = 32,
+        return_errors: bool = False,
+        progress: MapProgress | None = None,
+        timeout: Timeout | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerationMap[Any]:
+        """Generates an answer to each prompt, so many at a time, and yields them in the order of the prompts.
+
+        Args:
+            prompts: any iterable of prompts, or of pairs of a prompt and options of its own. It is read as
+                answers are taken, at most twice `concurrency` ahead of them.
+            concurrency: most requests under way at once.
+            return_errors: yield a LoraplexError in the place of its answer and go on. Otherwise it is raised
+                there, and what still runs is cancelled.
+            progress: called with the answers that are finished, and all there are, or None while that is not
+                known; where the answers are taken.
+            timeout: of each answer, as of `generate`.
+            options: of all prompts, as those of `generate`.
+
+        Raises:
+            LoraplexError: see loraplex.errors; those of the answers come while iterating.
+        """
+        self._check_open()
+        source = MapSource(prompts, options, concurrency, progress)
+        return AsyncGenerationMap(source, lambda request: self._generate(request, timeout), return_errors)
+
+    def stream_batch(
+        self,
+        prompts: Iterable[MapItem],
+        *,
+        timeout: Timeout | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerationBatch:
+        """Sends many prompts in one call; an iterator of what they come to, each when it has finished.
+
+        Args:
+            prompts: at most 1024 prompts, or pairs of a prompt and options of its own.
+            timeout: seconds for all of them; of a Timeouts, `connect` and `total`.
+            options: of all prompts, as those of `generate`.
+
+        Raises:
+            LoraplexError: see loraplex.errors; that of the whole call comes while iterating.
+        """
+        limits = dataclasses.replace(self._limits_of(timeout), first_token=None, between_tokens=None)
+        batch = batch_request(prompts, options)
+        call = self._begin("GenerationService/GenerateBatch", limits)
+        return AsyncGenerationBatch(AsyncParts(self, call, batch), BatchReader(batch))
+
     async def tokenize(
         self,
         prompt: str | Iterable[ChatMessage],
         *,
         adapters: str | Sequence[str] = (),
-        timeout: float | None = None,
+        timeout: Timeout | None = None,
     ) -> list[int]:
         """The token ids of a text or a conversation, as `generate` and `chat` would use them.
 
@@ -128,7 +220,7 @@ class AsyncClient(BaseClient):
             LoraplexError: see loraplex.errors.
         """
         request = convert.tokenize_request(generation_pb2.TokenizeRequest, prompt, adapters)
-        response = await self._call(self._stubs.generation.Tokenize, request, timeout)
+        response = await self._call("GenerationService/Tokenize", request, timeout)
         return list(response.token_ids)
 
     async def count_tokens(
@@ -136,16 +228,16 @@ class AsyncClient(BaseClient):
         prompt: str | Iterable[ChatMessage],
         *,
         adapters: str | Sequence[str] = (),
-        timeout: float | None = None,
+        timeout: Timeout | None = None,
     ) -> int:
         """How many tokens `tokenize` would return."""
         request = convert.tokenize_request(generation_pb2.CountTokensRequest, prompt, adapters)
-        response = await self._call(self._stubs.generation.CountTokens, request, timeout)
+        response = await self._call("GenerationService/CountTokens", request, timeout)
         return int(response.count)
 
-    async def model(self, *, timeout: float | None = None) -> ModelInfo:
+    async def model(self, *, timeout: Timeout | None = None) -> ModelInfo:
         """The base model and the server's limits."""
-        response = await self._call(self._stubs.model.GetModel, model_pb2.GetModelRequest(), timeout)
+        response = await self._call("ModelService/GetModel", model_pb2.GetModelRequest(), timeout)
         return convert.model_info(response.model)
 
     async def wait_until_ready(self, timeout: float = 60.0) -> ModelInfo:
@@ -158,7 +250,7 @@ class AsyncClient(BaseClient):
         while True:
             try:
                 response = await self._call(
-                    self._stubs.model.GetModel,
+                    "ModelService/GetModel",
                     model_pb2.GetModelRequest(),
                     wait.remaining(),
                     wait_for_ready=True,
@@ -183,225 +275,40 @@ class AsyncClient(BaseClient):
     ) -> None:
         await self.close()
 
-    async def _generate(self, request: generation_pb2.GenerateRequest, timeout: float | None) -> Generation:
+    async def _generate(self, request: generation_pb2.GenerateRequest, timeout: Timeout | None) -> Generation:
+        if self._limits_of(timeout).of_parts:
+            return await self._stream(request, timeout).collect()
         envelope = generation_pb2.GenerateUnaryRequest(request=request)
         response = await self._call(
-            self._stubs.generation.GenerateUnary, envelope, timeout, request_id=request.request_id
+            "GenerationService/GenerateUnary", envelope, timeout, request_id=request.request_id
         )
         return convert.generation(request, response)
 
     def _stream(
-        self, request: generation_pb2.GenerateRequest, timeout: float | None
+        self, request: generation_pb2.GenerateRequest, timeout: Timeout | None
     ) -> AsyncGenerationStream:
-        call = self._stubs.generation.Generate(request, **self._call_options(timeout))
-        return AsyncGenerationStream(call, convert.AnswerReader(request))
+        call = self._begin("GenerationService/Generate", timeout, request.request_id)
+        return AsyncGenerationStream(AsyncParts(self, call, request), convert.AnswerReader(request))
 
     async def _call(
-        self, method: Any, request: Any, timeout: float | None, *, request_id: str = "", **how: Any
+        self, method: str, request: Any, timeout: Timeout | None, *, request_id: str = "", **how: Any
     ) -> Any:
-        with TranslatedErrors(request_id):
-            return await method(request, **self._call_options(timeout), **how)
+        call = self._begin(method, timeout, request_id)
+        with call:
+            await self._connect(call)
+            response = await self._stubs.method(method)(request, **call.options(), **how)
+        call.finish()
+        return response
 
-
-class AsyncGenerationStream:
-    """An answer as it is generated: iterate over it for chunks.
-
-    Leaving it early cancels the generation on the server: by `async with`, by `close()`, or by
-    letting go of the last reference.
-    """
-
-    def __init__(self, call: Any, reader: convert.AnswerReader) -> None:
-        self._call = call
-        self._reader = reader
-        self._loop = asyncio.get_running_loop()
-
-    @property
-    def request_id(self) -> str:
-        """As the server's logs name it; empty before the first chunk, unless the caller chose it."""
-        return self._reader.request_id
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> GenerationChunk:
-        with TranslatedErrors(self.request_id):
-            response = await self._call.read()
-        if response is grpc.aio.EOF:
-            self._reader.check_complete()
-            raise StopAsyncIteration
-        return self._reader.chunk(response)
-
-    async def collect(self) -> Generation:
-        """Reads what is left of the answer and returns that as one Generation."""
-        return convert.joined([chunk async for chunk in self])
-
-    async def close(self) -> None:
-        """Cancels the generation, unless it has finished."""
-        self._call.cancel()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    def __del__(self) -> None:
-        # The collector may run on another thread, or after the loop.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._call.cancel)
-
-
-class AsyncAdapterWatch:
-    """What changes with the adapters: iterate over it. It ends by `async with`, or by `close()`."""
-
-    def __init__(self, call: Any) -> None:
-        self._call = call
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> AdapterChanges:
-        with TranslatedErrors(""):
-            response = await self._call.read()
-        if response is grpc.aio.EOF:
-            raise StopAsyncIteration
-        return convert.adapter_changes(response)
-
-    async def close(self) -> None:
-        """Ends it."""
-        self._call.cancel()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-
-class AsyncAdapters:
-    """The adapters that the server knows: `client.adapters`."""
-
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
-        self._call = client._call
-        self._options = client._call_options
-
-    @property
-    def _stub(self) -> Any:
-        return self._client._stubs.adapters
-
-    async def load(
-        self,
-        name: str,
-        source: str | os.PathLike[str],
-        *,
-        load_inplace: bool = False,
-        timeout: float | None = None,
-    ) -> AdapterInfo:
-        """Registers the adapter that PEFT saved in the folder `source`, a path on the server's machine.
-
-        With `load_inplace` it replaces an adapter of that name, whose running requests finish on the old one.
-        """
-        request = convert.load_request(name, source, load_inplace)
-        response = await self._call(self._stub.LoadAdapter, request, timeout)
-        return convert.adapter_info(response.adapter)
-
-    async def register_composition(
-        self,
-        name: str,
-        combination_type: str,
-        members: AdapterMix,
-        *,
-        density: float | None = None,
-        majority_sign: str | None = None,
-        svd_rank: int | None = None,
-        seed: int | None = None,
-        load_inplace: bool = False,
-        timeout: float | None = None,
-    ) -> AdapterInfo:
-        """Registers what PEFT's `add_weighted_adapter` makes of several adapters as an adapter of its own.
-
-        Args:
-            combination_type: "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties",
-                "dare_linear_svd", "dare_ties_svd", "magnitude_prune" or "magnitude_prune_svd".
-            members: `[("sql", 1.0), ("polite", 0.5)]`, or a mapping of names to weights.
-            density: part of the values to keep, for ties, dare and magnitude_prune.
-            majority_sign: "total" or "frequency", for ties.
-            svd_rank: rank of the result, for svd; None is the largest of the members'.
-            seed: of what dare drops.
-        """
-        request = convert.composition_request(
-            name, combination_type, members, density, majority_sign, svd_rank, seed, load_inplace
-        )
-        response = await self._call(self._stub.RegisterComposition, request, timeout)
-        return convert.adapter_info(response.adapter)
-
-    async def upload(
-        self,
-        name: str,
-        folder: str | os.PathLike[str],
-        *,
-        load_inplace: bool = False,
-        progress: Progress | None = None,
-        timeout: float | None = None,
-    ) -> AdapterInfo:
-        """Sends the adapter that PEFT saved in `folder`, on this machine, and registers it.
-
-        Args:
-            progress: called with the bytes sent so far, and all there are; perhaps on another thread.
-        """
-        parts = upload_parts(name, folder, load_inplace, progress)
-        response = await self._call(self._stub.UploadAdapter, _threaded(parts), timeout)
-        return convert.adapter_info(response.adapter)
-
-    async def unload(
-        self, name: str, *, grace_seconds: float | None = None, timeout: float | None = None
-    ) -> list[AdapterInfo]:
-        """Waits for the adapter's running requests, frees it, and returns what is registered then.
-
-        Requests that still run after `grace_seconds` are cancelled; None lets them run to their end.
-        """
-        request = convert.unload_request(name, grace_seconds)
-        response = await self._call(self._stub.UnloadAdapter, request, timeout)
-        return [convert.adapter_info(adapter) for adapter in response.remaining]
-
-    async def prefetch(
-        self, names: Sequence[str], *, host_only: bool = False, timeout: float | None = None
-    ) -> list[AdapterInfo]:
-        """Hints that adapters will be wanted; they are brought in as far as there is room that nobody needs.
-
-        Returns at once, with where they are now.
-        """
-        response = await self._call(self._stub.Prefetch, convert.prefetch_request(names, host_only), timeout)
-        return [convert.adapter_info(adapter) for adapter in response.adapters]
-
-    def watch(self, names: Sequence[str] = (), *, timeout: float | None = None) -> AsyncAdapterWatch:
-        """All adapters, or those of these names, and then what changes with them, as an iterator."""
-        options = self._options(timeout)
-        return AsyncAdapterWatch(self._stub.Watch(convert.watch_request(names), **options))
-
-    async def list(self, *, timeout: float | None = None) -> list[AdapterInfo]:
-        """All registered adapters."""
-        response = await self._call(self._stub.ListAdapters, adapters_pb2.ListAdaptersRequest(), timeout)
-        return [convert.adapter_info(adapter) for adapter in response.adapters]
-
-    async def get(self, name: str, *, timeout: float | None = None) -> AdapterInfo:
-        """One adapter."""
-        request = convert.named(adapters_pb2.GetAdapterRequest, name)
-        response = await self._call(self._stub.GetAdapter, request, timeout)
-        return convert.adapter_info(response.adapter)
-
-    async def pin(self, name: str, pinned: bool = True, *, timeout: float | None = None) -> AdapterInfo:
-        """Brings the adapter to the device and keeps it there; `pinned=False` lets it be evicted again."""
-        response = await self._call(self._stub.PinAdapter, convert.pin_request(name, pinned), timeout)
-        return convert.adapter_info(response.adapter)
-
-
-async def _threaded(parts: Iterator[Any]) -> AsyncIterator[Any]:
-    """What reads files and hashes them, on threads."""
-    while (part := await asyncio.to_thread(next, parts, None)) is not None:
-        yield part
+    async def _connect(self, call: Call) -> None:
+        """Waits for a server to be there, if the call has a limit for that."""
+        if call.must_connect:
+            _ = self._stubs  # which opens the channel
+            assert self._channel is not None
+            code = grpc.StatusCode.OK
+            try:
+                probe: Any = self._channel.unary_unary(PROBE)
+                await probe(b"", **call.probe_options())
+            except grpc.aio.AioRpcError as error:
+                code = error.code()
+            call.probed(code, self.server)

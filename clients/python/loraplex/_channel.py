@@ -19,7 +19,13 @@ MAX_MESSAGE_BYTES = 64 << 20
 
 # Left out: those whose second attempt would report what the first one did.
 REPEATABLE = {
-    "loraplex.v1.GenerationService": ("Generate", "GenerateUnary", "Tokenize", "CountTokens"),
+    "loraplex.v1.GenerationService": (
+        "Generate",
+        "GenerateUnary",
+        "GenerateBatch",
+        "Tokenize",
+        "CountTokens",
+    ),
     "loraplex.v1.AdapterService": ("ListAdapters", "GetAdapter", "PinAdapter", "Prefetch", "Watch"),
     "loraplex.v1.ModelService": ("GetModel",),
 }
@@ -55,8 +61,9 @@ def channel_settings(
         "grpc.max_receive_message_length": MAX_MESSAGE_BYTES,
         # A server that loads a model appears after seconds to minutes; gRPC would back off to two.
         "grpc.initial_reconnect_backoff_ms": 200,
-        "grpc.min_reconnect_backoff_ms": 200,
         "grpc.max_reconnect_backoff_ms": 2000,
+        # Despite its name, how long one attempt may take, the TLS handshake included.
+        "grpc.min_reconnect_backoff_ms": 10_000,
         "grpc.enable_retries": int(retry is not None),
     }
     if retry is not None:
@@ -88,26 +95,30 @@ def _credentials(tls: bool | TlsConfig) -> grpc.ChannelCredentials | None:
 
 def service_config(retry: RetryPolicy) -> str:
     """gRPC's JSON for `retry`. It commits to an attempt as soon as the server has answered anything."""
-    return json.dumps(
-        {
-            "methodConfig": [
-                {
-                    "name": [
-                        {"service": service, "method": method}
-                        for service, methods in REPEATABLE.items()
-                        for method in methods
+    config: dict[str, Any] = {
+        "methodConfig": [
+            {
+                "name": [
+                    {"service": service, "method": method}
+                    for service, methods in REPEATABLE.items()
+                    for method in methods
+                ],
+                "retryPolicy": {
+                    "maxAttempts": retry.max_attempts,
+                    "initialBackoff": f"{retry.initial_backoff_s:.9f}s",
+                    "maxBackoff": f"{retry.max_backoff_s:.9f}s",
+                    "backoffMultiplier": retry.multiplier,
+                    "retryableStatusCodes": [
+                        "UNAVAILABLE",
+                        *(["RESOURCE_EXHAUSTED"] if retry.when_full else []),
                     ],
-                    "retryPolicy": {
-                        "maxAttempts": retry.max_attempts,
-                        "initialBackoff": f"{retry.initial_backoff_s:.9f}s",
-                        "maxBackoff": f"{retry.max_backoff_s:.9f}s",
-                        "backoffMultiplier": retry.multiplier,
-                        "retryableStatusCodes": ["UNAVAILABLE"],
-                    },
-                }
-            ]
-        }
-    )
+                },
+            }
+        ]
+    }
+    if retry.budget is not None:
+        config["retryThrottling"] = {"maxTokens": retry.budget, "tokenRatio": 0.2}
+    return json.dumps(config)
 
 
 def authorization(token: str | None, settings: ChannelSettings, allow_insecure_token: bool) -> str | None:

@@ -13,15 +13,60 @@ Pem = bytes | str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long each phase of a call may take, in seconds; None is no limit.
+
+    Whichever passes first raises DeadlineExceededError, whose `phase` has the name of the field here. A plain
+    number in the place of a Timeouts is `total`, with the client's other limits.
+
+    >>> limits = Timeouts(connect=5, first_token=60, between_tokens=10)
+    >>> with Client("127.0.0.1:50051", timeout=limits) as client:
+    ...     print(client.generate("Hello", max_tokens=1).usage.completion_tokens)
+    1
+    """
+
+    connect: float | None = None
+    """Waiting for a server to connect to, with the first call and with one that follows on UNAVAILABLE: those
+    ask for its health before anything else. None: they fail when nobody is there, after the retries."""
+    first_token: float | None = None
+    """Waiting for the first part of an answer, queueing and prefill included."""
+    between_tokens: float | None = None
+    """Waiting for each further part. The caller's own time between two parts does not count."""
+    total: float | None = None
+    """The whole call, retries included; the server knows of it, and does not begin what cannot be in time."""
+
+    def __post_init__(self) -> None:
+        for name in ("connect", "first_token", "between_tokens", "total"):
+            seconds = getattr(self, name)
+            if seconds == math.inf:
+                object.__setattr__(self, name, None)
+            elif seconds is not None and not seconds > 0:
+                raise InvalidRequestError.for_field(
+                    "timeout" if name == "total" else f"timeout.{name}",
+                    f"must be positive seconds, not {seconds}; float('inf') is no limit",
+                )
+
+    @property
+    def of_parts(self) -> bool:
+        """Whether an answer has to be read in parts to keep these limits."""
+        return self.first_token is not None or self.between_tokens is not None
+
+
+Timeout = float | Timeouts
+"""Seconds for a whole call, or limits for its phases."""
+
+
+@dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """When gRPC itself repeats a call that failed with UNAVAILABLE.
 
     A generation is repeated only while the server has sent nothing of its answer. Loading and
     unloading are never repeated: the first attempt may have taken effect. A server whose queue is
-    full is not asked again either: the error's `retry_after_s` says when that makes sense.
+    full is not asked again unless `when_full` says so; the error's `retry_after_s` tells when that
+    makes sense.
 
-    The pause before attempt n + 1 is random, up to min(initial_backoff_s * multiplier ** (n - 1),
-    max_backoff_s).
+    The pause before attempt n + 1 is what the server asked for, where it did. Otherwise it is random, up to
+    min(initial_backoff_s * multiplier ** (n - 1), max_backoff_s).
     """
 
     max_attempts: int = 4
@@ -29,6 +74,12 @@ class RetryPolicy:
     initial_backoff_s: float = 0.1
     max_backoff_s: float = 2.0
     multiplier: float = 2.0
+    when_full: bool = False
+    """Also repeat what failed with RESOURCE_EXHAUSTED, after the pause that the server asked for."""
+    budget: int | None = 100
+    """Spent by failed attempts, one each, and refilled by calls that succeed, a fifth each. While less than
+    half is left, nothing is repeated, so that retries do not add to an overload. At most 1000; None: no
+    budget. Clients of one process and server share theirs."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.max_attempts <= 5:
@@ -39,6 +90,8 @@ class RetryPolicy:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise InvalidRequestError.for_field(f"retry.{name}", f"must be positive, not {value}")
+        if self.budget is not None and not 1 <= self.budget <= 1000:
+            raise InvalidRequestError.for_field("retry.budget", f"must be 1 to 1000, not {self.budget}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict, TypeVar
 
 from google.protobuf.message import Message
 
+from loraplex._structure import Structure, structure_message
 from loraplex._types import (
     AdapterChanges,
     AdapterInfo,
@@ -34,7 +35,10 @@ ChatMessage = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in place of a prompt; a chat template makes them into text."""
+    """Messages in place of a prompt, for `map`; a chat template makes them into text.
+
+    >>> question = Conversation([{"role": "user", "content": "Which users are there?"}])
+    """
 
     messages: Iterable[ChatMessage]
 
@@ -101,10 +105,20 @@ class GenerateOptions(TypedDict, total=False):
     """End-of-sequence does not end the generation."""
     logprobs: int | None
     """0: the chosen tokens' log-probabilities; n: also those of the n most probable tokens."""
+    prompt_logprobs: int | None
+    """The same for the prompt's tokens after the first; with max_tokens=0 nothing is generated."""
+    echo: bool
+    """The answer begins with the prompt."""
+    n: int | None
+    """So many answers to a prompt that is computed once, drawn with the seeds from `seed` on."""
     priority: int | None
     """Higher goes first."""
     cache_prefix: bool | None
     """False: the prompt is neither taken from nor left in the server's prefix cache."""
+    structure: Structure | None
+    """The form of the answer: JsonSchema, JsonObject, Regex, Grammar or Choice."""
+    speculative_tokens: int | None
+    """Most tokens guessed in a step from earlier text, 0 to 16: sooner where it copies, not otherwise."""
     request_id: str | None
     """A name of your own, to find the request in the server's logs."""
 
@@ -131,8 +145,13 @@ def generate_request(
     stop_token_ids: Sequence[int] | None = None,
     ignore_eos: bool = False,
     logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+    echo: bool = False,
+    n: int | None = None,
     priority: int | None = None,
     cache_prefix: bool | None = None,
+    structure: Structure | None = None,
+    speculative_tokens: int | None = None,
     request_id: str | None = None,
 ) -> generation_pb2.GenerateRequest:
     """The request as sent. Only types are checked here; what the values may be, the server knows.
@@ -175,8 +194,14 @@ def generate_request(
         extend(request.stopping, "stop_token_ids", stop_token_ids)
     assign(request.stopping, "ignore_eos", ignore_eos or None)
     assign(request, "logprobs", logprobs)
+    assign(request, "prompt_logprobs", prompt_logprobs)
+    assign(request, "echo", echo or None)
+    assign(request, "n", n)
     assign(request, "priority", priority)
     assign(request, "cache_prefix", cache_prefix)
+    if structure is not None:
+        request.structure.CopyFrom(structure_message(structure))
+    assign(request, "speculative_tokens", speculative_tokens)
     assign(request, "request_id", request_id)
     return request
 
@@ -367,14 +392,25 @@ class AnswerReader:
 
     def __init__(self, request: generation_pb2.GenerateRequest) -> None:
         self.request_id = request.request_id
-        self.complete = False
+        self._unfinished = request.n if request.HasField("n") else 1
         self._logprobs = request.HasField("logprobs")
+        self._prompt_logprobs = request.HasField("prompt_logprobs")
+        self._echo = request.echo
+        self._begun: set[int] = set()
 
-    def chunk(self, response: generation_pb2.GenerateResponse) -> GenerationChunk:
+    @property
+    def complete(self) -> bool:
+        """Whether every answer has come to its end."""
+        return self._unfinished <= 0
+
+    def read(self, response: generation_pb2.GenerateResponse) -> GenerationChunk:
         if response.request_id:
             self.request_id = response.request_id
         finish = response.finish if response.HasField("finish") else None
-        self.complete = finish is not None
+        self._unfinished -= finish is not None
+        scores = self._prompt_logprobs and response.index == 0
+        echoes = self._echo and response.index not in self._begun
+        self._begun.add(response.index)
         return GenerationChunk(
             text=response.text,
             token_ids=list(response.token_ids),
@@ -384,6 +420,9 @@ class AnswerReader:
             timing=timing(finish.timing) if finish else None,
             stop_match=(finish.stop_match or None) if finish else None,
             request_id=self.request_id,
+            index=response.index,
+            prompt_logprobs=[token_logprobs(entry) for entry in response.prompt_logprobs] if scores else None,
+            prompt_token_ids=list(response.prompt_token_ids) if echoes else None,
         )
 
     def check_complete(self) -> None:
@@ -394,12 +433,34 @@ class AnswerReader:
             )
 
 
+class ChangesReader:
+    """Reads the messages of a watch, which has no end of its own."""
+
+    request_id = ""
+
+    def read(self, response: adapters_pb2.WatchResponse) -> AdapterChanges:
+        return adapter_changes(response)
+
+    def check_complete(self) -> None:
+        """Called when the server has ended it."""
+
+
 def joined(chunks: Iterable[GenerationChunk]) -> Generation:
-    """The chunks of a complete answer as one."""
-    pieces = list(chunks)
-    last = pieces[-1] if pieces else None
-    if last is None or last.finish_reason is None or last.usage is None or last.timing is None:
+    """The chunks of a complete answer as one; of several answers as the first, which has the others."""
+    found: dict[int, list[GenerationChunk]] = {}
+    for piece in chunks:
+        found.setdefault(piece.index, []).append(piece)
+    answers = [_joined(found[index]) for index in sorted(found)]
+    if not answers:
         raise RuntimeError("the answer has been read to its end already")
+    return replace(answers[0], others=answers[1:])
+
+
+def _joined(pieces: list[GenerationChunk]) -> Generation:
+    last = pieces[-1]
+    if last.finish_reason is None or last.usage is None or last.timing is None:
+        raise RuntimeError("the answer has been read to its end already")
+    scored = [entry for piece in pieces for entry in piece.prompt_logprobs or ()]
     return Generation(
         text="".join(piece.text for piece in pieces),
         token_ids=[token for piece in pieces for token in piece.token_ids],
@@ -411,6 +472,9 @@ def joined(chunks: Iterable[GenerationChunk]) -> Generation:
         timing=last.timing,
         request_id=last.request_id,
         stop_match=last.stop_match,
+        index=last.index,
+        prompt_logprobs=None if last.prompt_logprobs is None else scored,
+        prompt_token_ids=pieces[0].prompt_token_ids,
     )
 
 
@@ -418,6 +482,8 @@ def generation(
     request: generation_pb2.GenerateRequest, response: generation_pb2.GenerateUnaryResponse
 ) -> Generation:
     wants_logprobs = request.HasField("logprobs")
+    request_id = response.request_id or request.request_id
+    prompt_ids = list(response.prompt_token_ids) if request.echo else None
     return Generation(
         text=response.text,
         token_ids=list(response.token_ids),
@@ -425,8 +491,34 @@ def generation(
         usage=usage(response.finish.usage),
         logprobs=[token_logprobs(entry) for entry in response.logprobs] if wants_logprobs else None,
         timing=timing(response.finish.timing),
-        request_id=response.request_id or request.request_id,
+        request_id=request_id,
         stop_match=response.finish.stop_match or None,
+        prompt_logprobs=[token_logprobs(entry) for entry in response.prompt_logprobs]
+        if request.HasField("prompt_logprobs")
+        else None,
+        prompt_token_ids=prompt_ids,
+        others=[_other(answer, request, request_id, prompt_ids) for answer in response.others],
+    )
+
+
+def _other(
+    answer: generation_pb2.Answer,
+    request: generation_pb2.GenerateRequest,
+    request_id: str,
+    prompt_token_ids: list[int] | None,
+) -> Generation:
+    wants_logprobs = request.HasField("logprobs")
+    return Generation(
+        text=answer.text,
+        token_ids=list(answer.token_ids),
+        finish_reason=finish_reason(answer.finish.reason),
+        usage=usage(answer.finish.usage),
+        logprobs=[token_logprobs(entry) for entry in answer.logprobs] if wants_logprobs else None,
+        timing=timing(answer.finish.timing),
+        request_id=request_id,
+        stop_match=answer.finish.stop_match or None,
+        index=answer.index,
+        prompt_token_ids=prompt_token_ids,
     )
 
 
@@ -435,7 +527,13 @@ def finish_reason(value: int) -> FinishReason:
 
 
 def usage(message: generation_pb2.Usage) -> Usage:
-    return Usage(message.prompt_tokens, message.completion_tokens, message.cached_prompt_tokens)
+    return Usage(
+        message.prompt_tokens,
+        message.completion_tokens,
+        message.cached_prompt_tokens,
+        message.drafted_tokens,
+        message.accepted_tokens,
+    )
 
 
 def timing(message: generation_pb2.Timing) -> Timing:

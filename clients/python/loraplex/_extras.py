@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 # What each extra brings, by import name. Left out is what a server can do without: without triton the torch
-# path serves, without starlette and uvicorn gRPC alone.
+# path serves, without starlette and uvicorn gRPC alone, without llguidance free text.
 MODULES = {
     "server": (
         "torch",

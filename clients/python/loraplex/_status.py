@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from types import TracebackType
 from typing import Any
 
 import grpc
@@ -13,6 +11,7 @@ from grpc_status import rpc_status
 
 from loraplex import errors
 from loraplex.errors import LoraplexError
+from loraplex.v1 import generation_pb2
 
 ERROR_BY_CODE: dict[grpc.StatusCode, type[LoraplexError]] = {
     grpc.StatusCode.CANCELLED: errors.RequestCancelledError,
@@ -34,12 +33,25 @@ ERROR_BY_CODE: dict[grpc.StatusCode, type[LoraplexError]] = {
 }
 
 
+_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
+
 def error_from_call(call: Any, request_id: str = "") -> LoraplexError:
     """The error for a failed call, which is a `grpc.RpcError` that also answers code() and details()."""
     code: grpc.StatusCode = call.code()
     details = _details(call)
     details["request_id"] = request_id or details["metadata"].get("request_id", "")
     return ERROR_BY_CODE[code](call.details() or code.name, code=code.name, **details)
+
+
+def error_from_message(message: generation_pb2.RequestError, request_id: str = "") -> LoraplexError:
+    """The error for one request of a batch, whose call goes on."""
+    code = _CODES.get(message.code, grpc.StatusCode.UNKNOWN)
+    found: dict[str, Any] = {"metadata": {}}
+    for packed in message.details:
+        _read_detail(packed, found)
+    found["request_id"] = request_id or found["metadata"].get("request_id", "")
+    return ERROR_BY_CODE[code](message.message or code.name, code=code.name, **found)
 
 
 def _details(call: Any) -> dict[str, Any]:
@@ -83,30 +95,3 @@ def _read_detail(packed: Any, found: dict[str, Any]) -> None:
         packed.Unpack(reason)
         found["reason"] = reason.reason
         found["metadata"] = dict(reason.metadata)
-
-
-class TranslatedErrors:
-    """A `with` around a call, or around an `await` of one, that lets no gRPC error out."""
-
-    def __init__(self, request_id: str = "") -> None:
-        self._request_id = request_id
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, grpc.RpcError):
-            raise error_from_call(error, self._request_id) from error
-        # grpc.aio answers with asyncio's CancelledError when a call was cancelled beside the task
-        # that awaits it. That task was not cancelled itself, and must not look as if it had been.
-        if isinstance(error, asyncio.CancelledError) and not _task_is_cancelled():
-            raise errors.RequestCancelledError(
-                "the call was cancelled on this side", request_id=self._request_id
-            ) from error
-
-
-def _task_is_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

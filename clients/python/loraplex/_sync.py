@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack, overload
 
 import grpc
 
 from loraplex import _convert as convert
+from loraplex._adapters import Adapters
 from loraplex._base import BaseClient, Wait, stubs_on
-from loraplex._convert import AdapterMix, ChatMessage, Conversation, GenerateOptions, Prompt
-from loraplex._status import TranslatedErrors
-from loraplex._types import AdapterChanges, AdapterInfo, Generation, GenerationChunk, ModelInfo
-from loraplex._upload import Progress, upload_parts
-from loraplex.errors import DeadlineExceededError, UnavailableError
-from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
+from loraplex._batch import BatchReader, batch_request
+from loraplex._calls import PROBE, Call
+from loraplex._config import Timeout
+from loraplex._convert import ChatMessage, Conversation, GenerateOptions, Prompt
+from loraplex._map import GenerationMap, MapItem, MapProgress, MapSource, PendingAnswer
+from loraplex._streams import GenerationBatch, GenerationStream, Parts
+from loraplex._types import Generation, ModelInfo
+from loraplex.errors import DeadlineExceededError, LoraplexError, UnavailableError
+from loraplex.v1 import generation_pb2, model_pb2
 
 
 class Client(BaseClient):
-    """A loraplex server, called from threads; one client serves any number of them.
+    r"""A loraplex server, called from threads; one client serves any number of them.
 
-    with Client("127.0.0.1:50051") as client:
-        print(client.generate("Dear Sir", adapter="polite", max_tokens=64).text)
-        for chunk in client.stream("Dear Sir", adapters=[("sql", 1.0), ("polite", 0.5)]):
-            print(chunk.text, end="", flush=True)
+    >>> with Client("127.0.0.1:50051") as client:
+    ...     answer = client.generate("hello world 42\n", adapter="upper", max_tokens=64)
+    ...     print(answer.text, answer.finish_reason, answer.usage.completion_tokens)
+    ...     for chunk in client.stream("hello world 42\n", adapters=[("redact", 1.0)], temperature=0):
+    ...         print(chunk.text, end="", flush=True)
+    HELLO WORLD 42 stop 15
+    hello world ##
+
+    Many prompts, so many at a time, their answers in order:
+
+    >>> prompts = ["hello world 42\n", ("good morning 7\n", {"adapter": "title"})]
+    >>> with Client("127.0.0.1:50051") as client:
+    ...     for answer in client.map(prompts, adapter="upper", concurrency=8):
+    ...         print(answer.text)
+    HELLO WORLD 42
+    Good Morning 7
     """
 
     def _open(self) -> None:
@@ -36,11 +52,13 @@ class Client(BaseClient):
             if settings.credentials is None
             else grpc.secure_channel(settings.target, settings.credentials, settings.options)
         )
+        if self._interceptors:
+            self._channel = grpc.intercept_channel(self._channel, *self._interceptors)
         self._stubs = stubs_on(self._channel)
         self.adapters = Adapters(self)
 
     def generate(
-        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, timeout: Timeout | None = None, **options: Unpack[GenerateOptions]
     ) -> Generation:
         """Generates an answer and returns it whole.
 
@@ -49,8 +67,8 @@ class Client(BaseClient):
             timeout: seconds for the whole call; None is the client's, infinity no limit.
             options: adapter, adapters, max_tokens, min_tokens, temperature, top_p, top_k, min_p,
                 repetition_penalty, presence_penalty, frequency_penalty, logit_bias, bad_words, seed, stop,
-                include_stop, stop_token_ids, ignore_eos, logprobs, priority, cache_prefix, request_id; see
-                GenerateOptions.
+                include_stop, stop_token_ids, ignore_eos, logprobs, prompt_logprobs, echo, n, priority,
+                cache_prefix, structure, speculative_tokens, request_id; see GenerateOptions.
 
         Raises:
             LoraplexError: see loraplex.errors.
@@ -58,7 +76,7 @@ class Client(BaseClient):
         return self._generate(convert.generate_request(prompt, **options), timeout)
 
     def stream(
-        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, timeout: Timeout | None = None, **options: Unpack[GenerateOptions]
     ) -> GenerationStream:
         """Sends the request and returns its answer as an iterator of chunks. Arguments as `generate` takes.
 
@@ -71,7 +89,7 @@ class Client(BaseClient):
         self,
         messages: Iterable[ChatMessage],
         *,
-        timeout: float | None = None,
+        timeout: Timeout | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Generation:
         """Continues a conversation, through the chat template of the adapter or the model.
@@ -90,7 +108,7 @@ class Client(BaseClient):
         self,
         messages: Iterable[ChatMessage],
         *,
-        timeout: float | None = None,
+        timeout: Timeout | None = None,
         **options: Unpack[GenerateOptions],
     ) -> GenerationStream:
         """The same as an iterator of chunks. Arguments as `chat` takes.
@@ -100,12 +118,93 @@ class Client(BaseClient):
         """
         return self._stream(convert.generate_request(Conversation(messages), **options), timeout)
 
+    @overload
+    def map(
+        self,
+        prompts: Iterable[MapItem],
+        *,
+        concurrency: int = 32,
+        return_errors: Literal[False] = False,
+        progress: MapProgress | None = None,
+        timeout: Timeout | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerationMap[Generation]: ...
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[MapItem],
+        *,
+        concurrency: int = 32,
+        return_errors: bool,
+        progress: MapProgress | None = None,
+        timeout: Timeout | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerationMap[Generation | LoraplexError]: ...
+
+    def map(
+        self,
+        prompts: Iterable[MapItem],
+        *,
+        concurrency: int = 32,
+        return_errors: bool = False,
+        progress: MapProgress | None = None,
+        timeout: Timeout | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerationMap[Any]:
+        """Generates an answer to each prompt, so many at a time, and yields them in the order of the prompts.
+
+        Args:
+            prompts: any iterable of prompts, or of pairs of a prompt and options of its own. It is read as
+                answers are taken, at most twice `concurrency` ahead of them.
+            concurrency: most requests under way at once.
+            return_errors: yield a LoraplexError in the place of its answer and go on. Otherwise it is raised
+                there, and what still runs is cancelled.
+            progress: called with the answers that are finished, and all there are, or None while that is not
+                known; where the answers are taken.
+            timeout: of each answer, as of `generate`.
+            options: of all prompts, as those of `generate`.
+
+        Raises:
+            LoraplexError: see loraplex.errors; those of the answers come while iterating.
+        """
+        self._check_open()
+
+        def start(request: generation_pb2.GenerateRequest) -> PendingAnswer:
+            if self._limits_of(timeout).of_parts:
+                return self._stream(request, timeout)
+            return _Unary(self, request, timeout)
+
+        return GenerationMap(MapSource(prompts, options, concurrency, progress), start, return_errors)
+
+    def stream_batch(
+        self,
+        prompts: Iterable[MapItem],
+        *,
+        timeout: Timeout | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerationBatch:
+        """Sends many prompts in one call; an iterator of what they come to, each when it has finished.
+
+        Args:
+            prompts: at most 1024 prompts, or pairs of a prompt and options of its own.
+            timeout: seconds for all of them; of a Timeouts, `connect` and `total`.
+            options: of all prompts, as those of `generate`.
+
+        Raises:
+            LoraplexError: see loraplex.errors; that of the whole call comes while iterating.
+        """
+        limits = dataclasses.replace(self._limits_of(timeout), first_token=None, between_tokens=None)
+        batch = batch_request(prompts, options)
+        call = self._begin("GenerationService/GenerateBatch", limits)
+        return GenerationBatch(Parts(self, call, batch), BatchReader(batch))
+
     def tokenize(
         self,
         prompt: str | Iterable[ChatMessage],
         *,
         adapters: str | Sequence[str] = (),
-        timeout: float | None = None,
+        timeout: Timeout | None = None,
     ) -> list[int]:
         """The token ids of a text or a conversation, as `generate` and `chat` would use them.
 
@@ -116,7 +215,7 @@ class Client(BaseClient):
             LoraplexError: see loraplex.errors.
         """
         request = convert.tokenize_request(generation_pb2.TokenizeRequest, prompt, adapters)
-        response = self._call(self._stubs.generation.Tokenize, request, timeout)
+        response = self._call("GenerationService/Tokenize", request, timeout)
         return list(response.token_ids)
 
     def count_tokens(
@@ -124,16 +223,16 @@ class Client(BaseClient):
         prompt: str | Iterable[ChatMessage],
         *,
         adapters: str | Sequence[str] = (),
-        timeout: float | None = None,
+        timeout: Timeout | None = None,
     ) -> int:
         """How many tokens `tokenize` would return."""
         request = convert.tokenize_request(generation_pb2.CountTokensRequest, prompt, adapters)
-        response = self._call(self._stubs.generation.CountTokens, request, timeout)
+        response = self._call("GenerationService/CountTokens", request, timeout)
         return int(response.count)
 
-    def model(self, *, timeout: float | None = None) -> ModelInfo:
+    def model(self, *, timeout: Timeout | None = None) -> ModelInfo:
         """The base model and the server's limits."""
-        response = self._call(self._stubs.model.GetModel, model_pb2.GetModelRequest(), timeout)
+        response = self._call("ModelService/GetModel", model_pb2.GetModelRequest(), timeout)
         return convert.model_info(response.model)
 
     def wait_until_ready(self, timeout: float = 60.0) -> ModelInfo:
@@ -146,7 +245,7 @@ class Client(BaseClient):
         while True:
             try:
                 response = self._call(
-                    self._stubs.model.GetModel,
+                    "ModelService/GetModel",
                     model_pb2.GetModelRequest(),
                     wait.remaining(),
                     wait_for_ready=True,
@@ -170,212 +269,66 @@ class Client(BaseClient):
     ) -> None:
         self.close()
 
-    def _generate(self, request: generation_pb2.GenerateRequest, timeout: float | None) -> Generation:
+    def _generate(self, request: generation_pb2.GenerateRequest, timeout: Timeout | None) -> Generation:
+        if self._limits_of(timeout).of_parts:
+            return self._stream(request, timeout).collect()
         envelope = generation_pb2.GenerateUnaryRequest(request=request)
         response = self._call(
-            self._stubs.generation.GenerateUnary, envelope, timeout, request_id=request.request_id
+            "GenerationService/GenerateUnary", envelope, timeout, request_id=request.request_id
         )
         return convert.generation(request, response)
 
-    def _stream(self, request: generation_pb2.GenerateRequest, timeout: float | None) -> GenerationStream:
-        self._check_open()
-        call = self._stubs.generation.Generate(request, **self._call_options(timeout))
-        return GenerationStream(call, convert.AnswerReader(request))
+    def _stream(self, request: generation_pb2.GenerateRequest, timeout: Timeout | None) -> GenerationStream:
+        call = self._begin("GenerationService/Generate", timeout, request.request_id)
+        return GenerationStream(Parts(self, call, request), convert.AnswerReader(request))
 
     def _call(
-        self, method: Any, request: Any, timeout: float | None, *, request_id: str = "", **how: Any
+        self, method: str, request: Any, timeout: Timeout | None, *, request_id: str = "", **how: Any
     ) -> Any:
-        self._check_open()
-        with TranslatedErrors(request_id):
-            return method(request, **self._call_options(timeout), **how)
+        call = self._begin(method, timeout, request_id)
+        with call:
+            self._connect(call)
+            response = self._stubs.method(method)(request, **call.options(), **how)
+        call.finish()
+        return response
+
+    def _connect(self, call: Call) -> None:
+        """Waits for a server to be there, if the call has a limit for that."""
+        if call.must_connect:
+            code = grpc.StatusCode.OK
+            try:
+                probe: Any = self._channel.unary_unary(PROBE)
+                probe(b"", **call.probe_options())
+            except grpc.RpcError as error:
+                code = error.code()
+            call.probed(code, self.server)
 
 
-class GenerationStream:
-    """An answer as it is generated: iterate over it for chunks.
+class _Unary:
+    """A generation that one thread waits for and another may cancel."""
 
-    Leaving it early cancels the generation on the server: by `with`, by `close()`, or by letting go
-    of the last reference.
-    """
-
-    def __init__(self, call: Any, reader: convert.AnswerReader) -> None:
-        self._call = call
-        self._reader = reader
-
-    @property
-    def request_id(self) -> str:
-        """As the server's logs name it; empty before the first chunk, unless the caller chose it."""
-        return self._reader.request_id
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> GenerationChunk:
-        with TranslatedErrors(self.request_id):
-            response = next(self._call, None)
-        if response is None:
-            self._reader.check_complete()
-            raise StopIteration
-        return self._reader.chunk(response)
+    def __init__(
+        self, client: Client, request: generation_pb2.GenerateRequest, timeout: Timeout | None
+    ) -> None:
+        self._client = client
+        self._request = request
+        self._call = client._begin("GenerationService/GenerateUnary", timeout, request.request_id)
+        self._future: grpc.Future[Any] | None = None
+        self._closed = False
 
     def collect(self) -> Generation:
-        """Reads what is left of the answer and returns that as one Generation."""
-        return convert.joined(self)
+        envelope = generation_pb2.GenerateUnaryRequest(request=self._request)
+        with self._call:
+            self._client._connect(self._call)
+            method = self._client._stubs.generation.GenerateUnary
+            self._future = future = method.future(envelope, **self._call.options())
+            if self._closed:
+                future.cancel()
+            response = future.result()
+        self._call.finish()
+        return convert.generation(self._request, response)
 
     def close(self) -> None:
-        """Cancels the generation, unless it has finished."""
-        self._call.cancel()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
-
-
-class AdapterWatch:
-    """What changes with the adapters: iterate over it. It ends by `with`, or by `close()`."""
-
-    def __init__(self, call: Any) -> None:
-        self._call = call
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> AdapterChanges:
-        with TranslatedErrors(""):
-            response = next(self._call, None)
-        if response is None:
-            raise StopIteration
-        return convert.adapter_changes(response)
-
-    def close(self) -> None:
-        """Ends it."""
-        self._call.cancel()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class Adapters:
-    """The adapters that the server knows: `client.adapters`."""
-
-    def __init__(self, client: Client) -> None:
-        self._call = client._call
-        self._options = client._call_options
-        self._stub = client._stubs.adapters
-
-    def load(
-        self,
-        name: str,
-        source: str | os.PathLike[str],
-        *,
-        load_inplace: bool = False,
-        timeout: float | None = None,
-    ) -> AdapterInfo:
-        """Registers the adapter that PEFT saved in the folder `source`, a path on the server's machine.
-
-        With `load_inplace` it replaces an adapter of that name, whose running requests finish on the old one.
-        """
-        request = convert.load_request(name, source, load_inplace)
-        response = self._call(self._stub.LoadAdapter, request, timeout)
-        return convert.adapter_info(response.adapter)
-
-    def register_composition(
-        self,
-        name: str,
-        combination_type: str,
-        members: AdapterMix,
-        *,
-        density: float | None = None,
-        majority_sign: str | None = None,
-        svd_rank: int | None = None,
-        seed: int | None = None,
-        load_inplace: bool = False,
-        timeout: float | None = None,
-    ) -> AdapterInfo:
-        """Registers what PEFT's `add_weighted_adapter` makes of several adapters as an adapter of its own.
-
-        Args:
-            combination_type: "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties",
-                "dare_linear_svd", "dare_ties_svd", "magnitude_prune" or "magnitude_prune_svd".
-            members: `[("sql", 1.0), ("polite", 0.5)]`, or a mapping of names to weights.
-            density: part of the values to keep, for ties, dare and magnitude_prune.
-            majority_sign: "total" or "frequency", for ties.
-            svd_rank: rank of the result, for svd; None is the largest of the members'.
-            seed: of what dare drops.
-        """
-        request = convert.composition_request(
-            name, combination_type, members, density, majority_sign, svd_rank, seed, load_inplace
-        )
-        response = self._call(self._stub.RegisterComposition, request, timeout)
-        return convert.adapter_info(response.adapter)
-
-    def upload(
-        self,
-        name: str,
-        folder: str | os.PathLike[str],
-        *,
-        load_inplace: bool = False,
-        progress: Progress | None = None,
-        timeout: float | None = None,
-    ) -> AdapterInfo:
-        """Sends the adapter that PEFT saved in `folder`, on this machine, and registers it.
-
-        Args:
-            progress: called with the bytes sent so far, and all there are; perhaps on another thread.
-        """
-        parts = upload_parts(name, folder, load_inplace, progress)
-        response = self._call(self._stub.UploadAdapter, parts, timeout)
-        return convert.adapter_info(response.adapter)
-
-    def unload(
-        self, name: str, *, grace_seconds: float | None = None, timeout: float | None = None
-    ) -> list[AdapterInfo]:
-        """Waits for the adapter's running requests, frees it, and returns what is registered then.
-
-        Requests that still run after `grace_seconds` are cancelled; None lets them run to their end.
-        """
-        request = convert.unload_request(name, grace_seconds)
-        response = self._call(self._stub.UnloadAdapter, request, timeout)
-        return [convert.adapter_info(adapter) for adapter in response.remaining]
-
-    def prefetch(
-        self, names: Sequence[str], *, host_only: bool = False, timeout: float | None = None
-    ) -> list[AdapterInfo]:
-        """Hints that adapters will be wanted; they are brought in as far as there is room that nobody needs.
-
-        Returns at once, with where they are now.
-        """
-        response = self._call(self._stub.Prefetch, convert.prefetch_request(names, host_only), timeout)
-        return [convert.adapter_info(adapter) for adapter in response.adapters]
-
-    def watch(self, names: Sequence[str] = (), *, timeout: float | None = None) -> AdapterWatch:
-        """All adapters, or those of these names, and then what changes with them, as an iterator."""
-        options = self._options(timeout)
-        return AdapterWatch(self._stub.Watch(convert.watch_request(names), **options))
-
-    def list(self, *, timeout: float | None = None) -> list[AdapterInfo]:
-        """All registered adapters."""
-        response = self._call(self._stub.ListAdapters, adapters_pb2.ListAdaptersRequest(), timeout)
-        return [convert.adapter_info(adapter) for adapter in response.adapters]
-
-    def get(self, name: str, *, timeout: float | None = None) -> AdapterInfo:
-        """One adapter."""
-        request = convert.named(adapters_pb2.GetAdapterRequest, name)
-        response = self._call(self._stub.GetAdapter, request, timeout)
-        return convert.adapter_info(response.adapter)
-
-    def pin(self, name: str, pinned: bool = True, *, timeout: float | None = None) -> AdapterInfo:
-        """Brings the adapter to the device and keeps it there; `pinned=False` lets it be evicted again."""
-        response = self._call(self._stub.PinAdapter, convert.pin_request(name, pinned), timeout)
-        return convert.adapter_info(response.adapter)
+        self._closed = True
+        if self._future is not None:
+            self._future.cancel()

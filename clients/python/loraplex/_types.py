@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -35,6 +35,10 @@ class Usage:
     completion_tokens: int
     cached_prompt_tokens: int = 0
     """The part of the prompt that was not computed, since the server's prefix cache had it."""
+    drafted_tokens: int = 0
+    """Tokens that the server guessed (`speculative_tokens`), right or wrong."""
+    accepted_tokens: int = 0
+    """Those that it guessed right."""
 
     @property
     def total_tokens(self) -> int:
@@ -88,11 +92,19 @@ class Generation:
     request_id: str
     stop_match: str | None
     """The stop string that ended it."""
+    index: int = 0
+    """Which of the `n` answers it is."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """One entry per token of the prompt after the first; of the first answer, and None unless asked for."""
+    prompt_token_ids: list[int] | None = None
+    """None unless the prompt is echoed."""
+    others: list[Generation] = field(default_factory=list)
+    """Of the first of `n` answers: the others, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationChunk:
-    """A piece of an answer. The last one, and only it, has `finish_reason`, `usage` and `timing`."""
+    """A piece of an answer. Its last one, and only it, has `finish_reason`, `usage` and `timing`."""
 
     text: str
     """What became certain; may be empty while a character or a possible stop string is incomplete."""
@@ -103,6 +115,12 @@ class GenerationChunk:
     timing: Timing | None
     stop_match: str | None
     request_id: str
+    index: int = 0
+    """Which of the `n` answers it is a piece of; their pieces come mixed."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of the prompt's tokens after the first, those that became known; in pieces of the first answer."""
+    prompt_token_ids: list[int] | None = None
+    """On an answer's first piece, where the prompt is echoed."""
 
 
 @dataclass(frozen=True, slots=True)

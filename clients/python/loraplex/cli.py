@@ -16,12 +16,14 @@ import re
 import secrets
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraplex import _extras, errors
 
 if TYPE_CHECKING:
     from loraplex import AdapterInfo, Client, GenerateOptions, GenerationChunk
+    from loraplex._structure import Structure
 
 # Beyond 3 the numbers are those of sysexits.h: EX_UNAVAILABLE, EX_TEMPFAIL, EX_NOPERM.
 EXIT_CODES: dict[type[errors.LoraplexError], int] = {
@@ -232,7 +234,19 @@ def _add_generate(commands: Any) -> None:
     )
     command.add_argument("--include-stop", action="store_true", help="print that text, too")
     command.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence")
+    forms = command.add_argument_group("form of the answer, one of").add_mutually_exclusive_group()
+    forms.add_argument("--json-schema", metavar="FILE", help="JSON that fits the schema in this file")
+    forms.add_argument("--json-object", action="store_true", help="any JSON object")
+    forms.add_argument("--regex", metavar="EXPR", help="text that this expression matches as a whole")
+    forms.add_argument("--grammar", metavar="FILE", help="text of the Lark grammar in this file")
+    forms.add_argument("--choice", action="append", metavar="TEXT", help="one of these; may be repeated")
     command.add_argument("--priority", type=int, metavar="N", help="higher goes first; default 0")
+    command.add_argument(
+        "--speculative-tokens",
+        type=int,
+        metavar="N",
+        help="guess up to N tokens a step from earlier text; the answer is the same",
+    )
     command.add_argument("--json", action="store_true", help="print the whole answer as JSON at the end")
     command.add_argument("--stats", action="store_true", help="report tokens and seconds on stderr")
     _add_connection(command)
@@ -398,6 +412,8 @@ def _generate(args: argparse.Namespace) -> int:
         "include_stop": args.include_stop,
         "ignore_eos": args.ignore_eos,
         "priority": args.priority,
+        "structure": _structure(args),
+        "speculative_tokens": args.speculative_tokens,
     }
     said = [{"role": "user", "content": prompt}]
     if args.system is not None:
@@ -414,14 +430,36 @@ def _generate(args: argparse.Namespace) -> int:
             print(chunk.text, end="", flush=True)
         print()
     if args.stats and chunk and chunk.usage and chunk.timing:
+        guessed = f" ({chunk.usage.accepted_tokens} guessed)" if chunk.usage.accepted_tokens else ""
         print(
             f"{chunk.usage.prompt_tokens} ({chunk.usage.cached_prompt_tokens} cached) + "
-            f"{chunk.usage.completion_tokens} tokens in "
+            f"{chunk.usage.completion_tokens} tokens{guessed} in "
             f"{chunk.timing.total_seconds:.3f} s, the first after "
             f"{chunk.timing.time_to_first_token_seconds:.3f} s; ended by {chunk.finish_reason}",
             file=sys.stderr,
         )
     return 0
+
+
+def _structure(args: argparse.Namespace) -> Structure | None:
+    from loraplex import Choice, Grammar, JsonObject, JsonSchema, Regex
+
+    if args.json_schema is not None:
+        return JsonSchema(_text_of("--json-schema", args.json_schema))
+    if args.grammar is not None:
+        return Grammar(_text_of("--grammar", args.grammar))
+    if args.regex is not None:
+        return Regex(args.regex)
+    if args.choice is not None:
+        return Choice(args.choice)
+    return JsonObject() if args.json_object else None
+
+
+def _text_of(flag: str, file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise errors.InvalidRequestError.for_field(flag, f"{file} cannot be read: {error}") from error
 
 
 def _watch(args: argparse.Namespace) -> int:

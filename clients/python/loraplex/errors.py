@@ -11,7 +11,7 @@
     ├── AbortedError             ABORTED              lost against a concurrent change; start again
     ├── ResourceExhaustedError   RESOURCE_EXHAUSTED   the queue is full; `retry_after_s` says for how long
     ├── RequestCancelledError    CANCELLED            the call was cancelled, or its client closed
-    ├── DeadlineExceededError    DEADLINE_EXCEEDED    `timeout` passed first
+    ├── DeadlineExceededError    DEADLINE_EXCEEDED    `timeout` passed first; `phase` says which of its limits
     ├── UnavailableError         UNAVAILABLE          no server there, or it is starting or draining
     ├── UnimplementedError       UNIMPLEMENTED        the server is older than this SDK
     └── InternalError            INTERNAL, UNKNOWN    the server failed
@@ -19,13 +19,25 @@
 
 Errors found before anything is sent (an argument of the wrong type, two that exclude each other)
 are InvalidRequestError as well, so that one `except LoraplexError` covers a call.
+
+>>> with Client("127.0.0.1:50051") as client:
+...     try:
+...         client.generate("hello", adapter="nobody", top_p=2)
+...     except InvalidRequestError as error:
+...         print(error.code, [violation.field for violation in error.field_violations])
+...     try:
+...         client.generate("hello", adapter="nobody")
+...     except NotFoundError as error:
+...         print(error.resource.type, error.resource.name, error.reason)
+INVALID_ARGUMENT ['sampling.top_p']
+adapter nobody ADAPTER_NOT_FOUND
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 __all__ = [
     "AbortedError",
@@ -42,10 +54,15 @@ __all__ = [
     "RequestCancelledError",
     "Resource",
     "ResourceExhaustedError",
+    "TimeoutPhase",
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",
 ]
+
+
+TimeoutPhase = Literal["connect", "first_token", "between_tokens", "total"]
+"""Which limit of `loraplex.Timeouts` passed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,9 +210,21 @@ class RequestCancelledError(LoraplexError):
 
 
 class DeadlineExceededError(LoraplexError):
-    """The timeout passed before the answer was complete."""
+    """The timeout passed before the answer was complete.
+
+    Attributes:
+        phase: "connect", "first_token", "between_tokens" or "total".
+    """
 
     default_code = "DEADLINE_EXCEEDED"
+    phase: TimeoutPhase = "total"
+
+    @classmethod
+    def in_phase(cls, phase: TimeoutPhase, message: str, *, request_id: str = "") -> DeadlineExceededError:
+        """The error where the SDK itself has waited long enough."""
+        error = cls(message, request_id=request_id)
+        error.phase = phase
+        return error
 
 
 class UnavailableError(LoraplexError):

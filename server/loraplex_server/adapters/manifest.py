@@ -38,6 +38,7 @@ from loraplex_server.adapters.effects import (
     SoftPrompt,
     TokenRows,
 )
+from loraplex_server.adapters.own_tokenizer import find_tokenizer
 from loraplex_server.adapters.peft_config import (
     MAX_CONFIG_BYTES,
     AdapterSettings,
@@ -70,6 +71,7 @@ from loraplex_server.adapters.tensor_file import (
 )
 from loraplex_server.adapters.token_tables import changed_tokens
 from loraplex_server.adapters.vocabulary import Parts, added_tokens, token_rows
+from loraplex_server.engine.messages import TokenizerSource
 from loraplex_server.errors import FailedPreconditionError, Reason, ServerError
 
 
@@ -90,7 +92,9 @@ class AdapterManifest:
         bottleneck: the form of its networks, if it is a bottleneck adapter.
         weights_file: name of the file that the header is of.
         chat_template: jinja source that the adapter was trained with; "" where it brings none.
-        kind: the same object for all that differ in nothing but name, folder, chat template and weights.
+        tokenizer: that the adapter was trained with; None where it brings none.
+        kind: the same object for all that differ in nothing but name, folder, what they bring for text, and
+            weights.
     """
 
     name: str
@@ -106,6 +110,7 @@ class AdapterManifest:
     bottleneck: BottleneckForm | None = None
     weights_file: str = WEIGHTS_FILE
     chat_template: str = ""
+    tokenizer: TokenizerSource | None = None
     kind: Kind | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -259,13 +264,22 @@ def read_manifest(
                 bottleneck=found.form,
                 weights_file=found.weights_file,
                 chat_template=read_chat_template(folder, roots),
+                tokenizer=find_tokenizer(folder, roots),
             )
         header_bytes, file_bytes = _read_weights_header(folder, roots)
         chat_template = read_chat_template(folder, roots)
+        tokenizer = find_tokenizer(folder, roots)
         key = hashlib.sha256(config).digest() + header_digest(header_bytes) + file_bytes.to_bytes(8, "little")
         kind = None if known is None else known.get(key)
         if kind is not None:
-            return replace(kind.first, name=name, folder=folder, chat_template=chat_template, kind=kind)
+            return replace(
+                kind.first,
+                name=name,
+                folder=folder,
+                chat_template=chat_template,
+                tokenizer=tokenizer,
+                kind=kind,
+            )
         settings = parse_config(config)
         header = parse_header(header_bytes, file_bytes)
         method = settings.method
@@ -304,6 +318,7 @@ def read_manifest(
             (entry, own.table) for entry, own in rows.items() if not own.tokens and own.table is not None
         ),
         chat_template=chat_template,
+        tokenizer=tokenizer,
     )
     if known is None or compared:
         return manifest

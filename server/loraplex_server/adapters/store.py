@@ -30,6 +30,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import torch
 
 from loraplex_kernels.lora.layouts import MAX_RANK, AdapterLayout, LoraPool
@@ -68,7 +69,7 @@ from loraplex_server.adapters.weights import HostBlob, lay_out, read_weights
 from loraplex_server.adapters.workers import Outcome, WorkerPool
 from loraplex_server.config import AdapterConfig
 from loraplex_server.core.composition import Composition
-from loraplex_server.engine.messages import AdapterChanges, AdapterStatus, SwapRecord
+from loraplex_server.engine.messages import AdapterChanges, AdapterStatus, SwapRecord, TokenizerSource
 from loraplex_server.errors import (
     AlreadyExistsError,
     CancelledError,
@@ -170,6 +171,10 @@ class AdapterStore:
         # Names whose adapters are not as they were, while somebody watches.
         self._changed: set[str] = set()
         self._watched = False
+
+        # Tokenizers of their own, by name, and what is new of them since it was last told.
+        self._tokenizers: dict[str, TokenizerSource] = {}
+        self._new_tokenizers: dict[str, TokenizerSource | None] = {}
 
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
         self._event = threading.Event()
@@ -274,6 +279,16 @@ class AdapterStore:
             ServerError: it was registered but cannot be served; the reason.
         """
         return self._find(name).manifest.chat_template
+
+    @property
+    def tokenizers(self) -> dict[str, TokenizerSource]:
+        """The tokenizers that adapters bring, by name."""
+        return dict(self._tokenizers)
+
+    def drain_tokenizers(self) -> dict[str, TokenizerSource | None]:
+        """Those that came or changed since the last call, None for those that are gone."""
+        changed, self._new_tokenizers = self._new_tokenizers, {}
+        return changed
 
     def watch(self, watched: bool) -> None:
         """Has changes kept for `drain_changes`, or kept no longer."""
@@ -812,6 +827,7 @@ class AdapterStore:
         else:
             self._broken.pop(name, None)
             self._records[name] = record
+            self._note_tokenizer(name)
             self._touch(name)
         return record
 
@@ -822,6 +838,7 @@ class AdapterStore:
         old = self._records.get(name)
         self._broken.pop(name, None)
         self._records[name] = new
+        self._note_tokenizer(name)
         if old is None:
             return
         wanted = old.slot is not None
@@ -888,6 +905,7 @@ class AdapterStore:
                 del registered[record.name]
         self._retired.add(record)
         record.retired = True
+        self._note_tokenizer(record.name)
         self._touch(record.name)
         self._loading.retired(record)
         self._settle(record)
@@ -1013,6 +1031,20 @@ class AdapterStore:
     def _touch(self, name: str) -> None:
         if self._watched:
             self._changed.add(name)
+
+    def _note_tokenizer(self, name: str) -> None:
+        """Takes up which tokenizer the adapter of this name brings now."""
+        record = self._records.get(name)
+        found = None if record is None else record.manifest.tokenizer
+        if record is not None and found is not None:
+            found = msgspec.structs.replace(found, added_tokens=record.manifest.added_tokens)
+        if found == self._tokenizers.get(name):
+            return
+        self._new_tokenizers[name] = found
+        if found is None:
+            del self._tokenizers[name]
+        else:
+            self._tokenizers[name] = found
 
     def _note(self, kind: str, record: Record, seconds: float = 0.0) -> None:
         self._touch(record.name)

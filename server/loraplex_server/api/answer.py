@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import msgspec
+
 from loraplex_server.api.detokenizer import Detokenizer, StopMatcher, TokenDecoder
 from loraplex_server.core.request import FinishReason
 from loraplex_server.engine.messages import Times, TokenDelta, TokenLogprobs
@@ -25,11 +27,20 @@ class Finish:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Prompt:
+    """What an answer continues."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+class Piece(msgspec.Struct, frozen=True):
     """Text and tokens that became certain; `logprobs` is empty or has one entry a token.
 
     Attributes:
-        offsets: for each token, the characters of the answer before its text.
+        offsets: where there are `logprobs`, for each token the characters of the answer before its text.
+        prompt_logprobs: those of the prompt's tokens that became known.
+        prompt: on the first piece, where it is to be echoed; no part of `text` or `token_ids`.
     """
 
     text: str
@@ -37,10 +48,12 @@ class Piece:
     logprobs: tuple[TokenLogprobs, ...]
     finish: Finish | None
     offsets: tuple[int, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt: Prompt | None = None
 
     @property
     def empty(self) -> bool:
-        return not self.text and not self.token_ids and self.finish is None
+        return not (self.text or self.token_ids or self.prompt_logprobs) and self.finish is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +96,16 @@ class Answer:
         self._characters = 0
         self._released = 0
         self._times: Times | None = None
+        self._prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         self.num_tokens = 0
 
     def push(self, delta: TokenDelta) -> Piece:
         """Takes new tokens in. After a piece with `finish` nothing more may be pushed."""
+        if not self._may_stop and not delta.logprobs:
+            return self._plain(delta)
         text = ""
         self._times = delta.times or self._times
+        self._prompt_logprobs = delta.prompt_logprobs
         last = len(delta.token_ids) - 1
         for index, token_id in enumerate(delta.token_ids):
             logprobs = delta.logprobs[index] if delta.logprobs else None
@@ -104,6 +121,18 @@ class Answer:
             return self._stopped(text)
         text += self._matcher.flush()
         return self._piece(text, Finish(delta.finish, "", delta.times))
+
+    def _plain(self, delta: TokenDelta) -> Piece:
+        """Where nothing depends on which token brought which text."""
+        token_ids = delta.token_ids
+        text = self._detokenizer.extend(token_ids[:-1] if delta.stop_token else token_ids)
+        finish = None
+        if delta.finish is not None:
+            text += self._detokenizer.flush()
+            finish = Finish(delta.finish, "", delta.times)
+        self._characters += len(text)
+        self.num_tokens += len(token_ids)
+        return Piece(text, token_ids, (), finish, prompt_logprobs=delta.prompt_logprobs)
 
     def _match(self, text: str) -> str:
         self._characters += len(text)
@@ -132,4 +161,5 @@ class Answer:
             logprobs=tuple(logprobs for _, _, logprobs in ready if logprobs is not None),
             finish=finish,
             offsets=tuple(offset for offset, _, _ in ready),
+            prompt_logprobs=self._prompt_logprobs,
         )

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
-import prometheus_client
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -28,16 +27,20 @@ from loraplex.v1 import (
 )
 from loraplex_server.api import tls
 from loraplex_server.api.adapter_service import AdapterService
+from loraplex_server.api.adapter_tokenizers import AdapterTokenizers
 from loraplex_server.api.authentication import Authenticator
 from loraplex_server.api.chat.prompts import ChatPrompts
 from loraplex_server.api.convert import Limits
+from loraplex_server.api.dashboard.port import MetricsPort
 from loraplex_server.api.generation_service import GenerationService
 from loraplex_server.api.generator import Generator
 from loraplex_server.api.interceptors import CallInterceptor
 from loraplex_server.api.lifecycle import Backend, Lifecycle
 from loraplex_server.api.model_service import ModelService
 from loraplex_server.api.restarts import AdapterJournal, RestartBudget
+from loraplex_server.api.stalls import StallWatch
 from loraplex_server.api.tokenizer import Tokenizer
+from loraplex_server.api.tracing.spans import NoTracing, Tracing
 from loraplex_server.api.uploads import UploadDesk
 from loraplex_server.config import ApiConfig, EngineConfig, ServerConfig, is_loopback
 from loraplex_server.engine.client import EngineClient
@@ -127,7 +130,10 @@ class _Server:
         api = config.api
         self._certificates = api.tls is not None and api.tls.client_ca is not None
         self._authenticator = Authenticator(api.token_file, certificates=self._certificates)
-        self._generator = Generator(self._lifecycle, self._metrics)
+        self._tracing = _tracing(api.otlp_endpoint, self._model_name, self._version)
+        # After all that there may be spans of.
+        stack.push_async_callback(self._tracing.close)
+        self._generator = Generator(self._lifecycle, self._metrics, self._tracing)
 
     async def run(self, launch: LaunchEngine, signals: asyncio.Queue[int]) -> int:
         # Ports first: a taken one is found before a model is loaded, and probes can see it load.
@@ -201,9 +207,12 @@ class _Server:
     async def _listen(self) -> int:
         """Starts the gRPC server, which refuses all calls but health and reflection for now."""
         api = self._config.api
+        stalls = StallWatch(api.stall_s)
+        watching = asyncio.create_task(stalls.run(), name="stalls")
+        self._stack.callback(watching.cancel)
         server = grpc.aio.server(
             interceptors=[
-                CallInterceptor(self._lifecycle, self._metrics, self._authenticator, api.slow_reader_s)
+                CallInterceptor(self._lifecycle, self._metrics, self._authenticator, self._tracing, stalls)
             ],
             options=_channel_options(api),
             maximum_concurrent_rpcs=self._max_calls,
@@ -211,7 +220,7 @@ class _Server:
         register: list[tuple[Callable[[Any, Any], Any], object]] = [
             (
                 generation_pb2_grpc.add_GenerationServiceServicer_to_server,
-                GenerationService(self._generator),
+                GenerationService(self._generator, self._metrics),
             ),
             (
                 adapters_pb2_grpc.add_AdapterServiceServicer_to_server,
@@ -263,14 +272,14 @@ class _Server:
             raise FailedPreconditionError(
                 f"--http-port needs {error.name}, which is not installed; pip install 'loraplex[server]'"
             ) from error
-        name = api.model_name or _model_name(self._config.engine.model.model)
         app = application(
             self._lifecycle,
             self._metrics,
             self._authenticator,
             self._generator,
-            HttpSettings(name, api.max_message_bytes),
+            HttpSettings(self._model_name, api.max_message_bytes, api.stall_s),
             self._version,
+            self._tracing,
         )
         context = None if api.tls is None else tls.http_context(api.tls)
         family = socket.AF_INET6 if ":" in api.host else socket.AF_INET
@@ -290,6 +299,10 @@ class _Server:
         return await listener.start()
 
     @property
+    def _model_name(self) -> str:
+        return self._config.api.model_name or _model_name(self._config.engine.model.model)
+
+    @property
     def _max_calls(self) -> int:
         scheduler = self._config.engine.scheduler
         return scheduler.max_queue + scheduler.max_num_requests + _SPARE_CALLS
@@ -299,23 +312,15 @@ class _Server:
         if api.metrics_port < 0:
             return None
         try:
-            server, thread = prometheus_client.start_http_server(
-                api.metrics_port, addr=api.metrics_host, registry=self._metrics.registry
-            )
+            server = MetricsPort(api.metrics_host, api.metrics_port, self._metrics.registry)
         except OSError as error:
             address = _address(api.metrics_host, api.metrics_port)
             raise FailedPreconditionError(
                 f"metrics cannot listen on {address} ({error.strerror}); choose another --metrics-host or "
                 "--metrics-port"
             ) from error
-
-        def close() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        self._stack.callback(close)
-        return int(server.server_port)
+        self._stack.callback(server.close)
+        return server.port
 
     async def _start_engine(self, launch: LaunchEngine) -> EngineClient:
         """Launches the engine and, while it loads, the tokenizer; then lets calls in."""
@@ -332,7 +337,13 @@ class _Server:
             await asyncio.gather(ready, loading, return_exceptions=True)
             raise
         tokenizer = loading.result()
-        engine = await EngineClient.connect(handle.socket_path, handle.token, self._journal.note)
+        engine = await EngineClient.connect(
+            handle.socket_path,
+            handle.token,
+            self._journal.note,
+            max_joined=self._config.api.max_tokens_per_message,
+            max_unread=self._config.api.max_unread_tokens,
+        )
         self._engine_stack.push_async_callback(engine.shutdown)
         await self._journal.replay(engine)
         self._metrics.set_info(engine.info, self._version)
@@ -346,7 +357,9 @@ class _Server:
         )
         chat = ChatPrompts(engine, tokenizer, limits.max_prompt_chars)
         self._engine_stack.push_async_callback(chat.close)
-        self._lifecycle.serve(Backend(engine, tokenizer, limits, chat))
+        tokenizers = AdapterTokenizers(tokenizer, limits.vocab_size, lambda: engine.tokenizers)
+        self._engine_stack.push_async_callback(tokenizers.close)
+        self._lifecycle.serve(Backend(engine, tokenizer, limits, chat, tokenizers))
         return engine
 
     def _load_tokenizer(self) -> Tokenizer:
@@ -384,6 +397,18 @@ async def _end_engine(handle: EngineHandle) -> None:
         await asyncio.to_thread(handle.terminate)
 
 
+def _tracing(endpoint: str, model: str, version: str) -> Tracing:
+    if not endpoint:
+        return NoTracing()
+    try:
+        from loraplex_server.api.tracing.otlp import OtlpTracing
+    except ImportError as error:
+        raise FailedPreconditionError(
+            f"--otlp-endpoint needs {error.name}, which is not installed; pip install 'loraplex[tracing]'"
+        ) from error
+    return OtlpTracing(endpoint, model, version)
+
+
 def _find_dead_peers(listening: socket.socket) -> None:
     """Connections ask after clients that say nothing, so that one which vanished is noticed."""
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -418,7 +443,7 @@ def _channel_options(api: ApiConfig) -> list[tuple[str, Any]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_time_ms", round(api.keepalive_s * 1000)),
         ("grpc.keepalive_timeout_ms", round(api.keepalive_timeout_s * 1000)),
-        # Or it is a minute, whatever the other says.
+        # Without this gRPC 1.85 waits a minute for the answer, whatever the line above says.
         ("grpc.http2.ping_timeout_ms", round(api.keepalive_timeout_s * 1000)),
     ]
 

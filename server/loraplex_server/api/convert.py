@@ -9,14 +9,25 @@ import dataclasses
 import math
 import re
 import secrets
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import msgspec
 
 from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
 from loraplex_server.adapters.peft_config import MAX_CONFIG_BYTES
 from loraplex_server.api.answer import End, Piece
 from loraplex_server.core.composition import COMBINATION_TYPES, MAJORITY_SIGNS, Composition, prunes
-from loraplex_server.core.request import AdapterUse, FinishReason, Request, SamplingDefaults, SamplingParams
+from loraplex_server.core.request import (
+    MAX_SPECULATIVE_TOKENS,
+    AdapterUse,
+    FinishReason,
+    Request,
+    SamplingDefaults,
+    SamplingParams,
+    Structure,
+)
 from loraplex_server.engine.messages import AdapterStatus, EngineInfo, TokenLogprobs
 from loraplex_server.errors import FieldViolation, InvalidArgumentError
 
@@ -31,8 +42,12 @@ MAX_REPETITION_PENALTY = 100.0
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_CHARS = 256
 MAX_CHAT_MESSAGES = 1024
+MAX_STRUCTURE_BYTES = 256 << 10
+MAX_STRUCTURE_CHOICES = 1024
 MAX_PREFETCH = 1024
 MAX_MEMBERS = 64
+MAX_CHOICES = 128
+MAX_BATCH = 1024
 DEFAULT_MAX_TOKENS = 256
 # A status travels in HTTP/2 trailers, which clients limit to 8 KiB.
 _MAX_VIOLATIONS = 16
@@ -103,10 +118,28 @@ def check_generate(message: generation_pb2.GenerateRequest, limits: Limits) -> N
     adapted = bool(message.adapters)
     _check_sampling(found, message.sampling, limits, adapters=adapted)
     _check_stopping(found, message.stopping, limits, adapters=adapted)
-    if message.HasField("logprobs") and message.logprobs > MAX_LOGPROBS:
-        found.add("logprobs", f"{message.logprobs} is more than {MAX_LOGPROBS}")
+    if message.HasField("structure"):
+        _check_structure(found, message.structure)
+    nothing = message.stopping.HasField("max_tokens") and message.stopping.max_tokens < 1
+    if nothing and not (message.HasField("prompt_logprobs") or message.echo):
+        found.add("stopping.max_tokens", "has to be at least 1; 0 goes with prompt_logprobs or echo")
+    for field in ("logprobs", "prompt_logprobs"):
+        if message.HasField(field) and getattr(message, field) > MAX_LOGPROBS:
+            found.add(field, f"{getattr(message, field)} is more than {MAX_LOGPROBS}")
+    if message.HasField("n") and not 1 <= message.n <= MAX_CHOICES:
+        found.add("n", f"has to be 1 to {MAX_CHOICES}")
+    if message.speculative_tokens > MAX_SPECULATIVE_TOKENS:
+        found.add("speculative_tokens", f"{message.speculative_tokens} is more than {MAX_SPECULATIVE_TOKENS}")
     if message.HasField("request_id") and not valid_request_id(message.request_id):
         found.add("request_id", "has to be 1 to 128 printable ASCII characters without spaces")
+    found.raise_any()
+
+
+def check_batch(message: generation_pb2.GenerateBatchRequest) -> None:
+    """Raises: InvalidArgumentError for no request, or too many."""
+    found = _Violations()
+    if not 1 <= len(message.requests) <= MAX_BATCH:
+        found.add("requests", f"has {len(message.requests)} requests; give 1 to {MAX_BATCH}")
     found.raise_any()
 
 
@@ -141,6 +174,7 @@ def to_request(
     limits: Limits,
     *,
     bad_words: tuple[tuple[int, ...], ...] = (),
+    end_token_ids: tuple[int, ...] = (),
     request_id: str,
     tenant: str,
     deadline_s: float | None,
@@ -149,6 +183,7 @@ def to_request(
 
     Args:
         bad_words: the message's, tokenised.
+        end_token_ids: end the answer like the model's own end-of-sequence tokens.
         tenant: who called.
         deadline_s: `time.time()` after which the answer is of no use.
 
@@ -185,9 +220,10 @@ def to_request(
             seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(63),
             max_tokens=max_tokens,
             min_tokens=min(stopping.min_tokens, max_tokens),
-            stop_token_ids=tuple(stopping.stop_token_ids),
+            stop_token_ids=(*stopping.stop_token_ids, *(() if stopping.ignore_eos else end_token_ids)),
             ignore_eos=stopping.ignore_eos,
             logprobs=message.logprobs if message.HasField("logprobs") else None,
+            prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
         ),
         adapters=tuple(
             AdapterUse(use.adapter, use.weight if use.HasField("weight") else 1.0) for use in message.adapters
@@ -196,6 +232,8 @@ def to_request(
         priority=message.priority,
         deadline_s=deadline_s,
         cache_prefix=message.cache_prefix if message.HasField("cache_prefix") else True,
+        structure=_structure(message.structure) if message.HasField("structure") else None,
+        speculative_tokens=message.speculative_tokens if message.HasField("speculative_tokens") else None,
     )
 
 
@@ -321,16 +359,62 @@ def check_adapter_name(name: str) -> None:
 
 
 def to_generate_response(
-    piece: Piece, finish: generation_pb2.Finish | None, token_text: Callable[[int], str], request_id: str
+    piece: Piece,
+    finish: generation_pb2.Finish | None,
+    token_text: Callable[[int], str],
+    request_id: str,
+    index: int = 0,
 ) -> generation_pb2.GenerateResponse:
-    """One streamed message; `request_id` is empty on all but the first."""
-    return generation_pb2.GenerateResponse(
-        text=piece.text,
-        token_ids=piece.token_ids,
-        logprobs=[to_logprobs(entry, token_text) for entry in piece.logprobs],
-        finish=finish,
-        request_id=request_id,
-    )
+    """One streamed message of answer `index`; `request_id` is empty on all but the first."""
+    message = generation_pb2.GenerateResponse(text=piece.text, token_ids=piece.token_ids)
+    # Most messages have none of these, and naming them costs as much as what they do have.
+    if index:
+        message.index = index
+    if piece.prompt is not None:
+        message.text = piece.prompt.text + piece.text
+        message.prompt_token_ids.extend(piece.prompt.token_ids)
+    if piece.prompt_logprobs:
+        message.prompt_logprobs.extend(to_logprobs(entry, token_text) for entry in piece.prompt_logprobs)
+    if piece.logprobs:
+        message.logprobs.extend(to_logprobs(entry, token_text) for entry in piece.logprobs)
+    if finish is not None:
+        message.finish.CopyFrom(finish)
+    if request_id:
+        message.request_id = request_id
+    return message
+
+
+class WholeResponse:
+    """The messages of a stream, joined."""
+
+    def __init__(self) -> None:
+        self._first = generation_pb2.GenerateUnaryResponse()
+        self._others: dict[int, generation_pb2.Answer] = {}
+        self._texts: defaultdict[int, list[str]] = defaultdict(list)
+
+    def add(self, message: generation_pb2.GenerateResponse) -> None:
+        """Takes the next message in."""
+        part: generation_pb2.GenerateUnaryResponse | generation_pb2.Answer = self._first
+        if message.index:
+            part = self._others.setdefault(message.index, generation_pb2.Answer(index=message.index))
+        else:
+            self._first.prompt_token_ids.extend(message.prompt_token_ids)
+        self._texts[message.index].append(message.text)
+        part.token_ids.extend(message.token_ids)
+        part.logprobs.extend(message.logprobs)
+        self._first.prompt_logprobs.extend(message.prompt_logprobs)
+        if message.request_id:
+            self._first.request_id = message.request_id
+        if message.HasField("finish"):
+            part.finish.CopyFrom(message.finish)
+
+    def response(self) -> generation_pb2.GenerateUnaryResponse:
+        """All of them in one."""
+        self._first.text = "".join(self._texts[0])
+        for index, answer in sorted(self._others.items()):
+            answer.text = "".join(self._texts[index])
+            self._first.others.append(answer)
+        return self._first
 
 
 def to_finish(end: End) -> generation_pb2.Finish:
@@ -342,6 +426,8 @@ def to_finish(end: End) -> generation_pb2.Finish:
             prompt_tokens=end.prompt_tokens,
             completion_tokens=end.completion_tokens,
             cached_prompt_tokens=times.cached_prompt_tokens if times else 0,
+            drafted_tokens=times.drafted_tokens if times else 0,
+            accepted_tokens=times.accepted_tokens if times else 0,
         ),
         timing=generation_pb2.Timing(
             queue_seconds=times.queue_s if times else 0.0,
@@ -529,11 +615,8 @@ def _check_sampling(
 def _check_stopping(
     found: _Violations, stopping: generation_pb2.StoppingCriteria, limits: Limits, *, adapters: bool
 ) -> None:
-    if stopping.HasField("max_tokens"):
-        if stopping.max_tokens < 1:
-            found.add("stopping.max_tokens", "has to be at least 1")
-        elif stopping.min_tokens > stopping.max_tokens:
-            found.add("stopping.min_tokens", f"is more than max_tokens, {stopping.max_tokens}")
+    if stopping.HasField("max_tokens") and stopping.min_tokens > stopping.max_tokens:
+        found.add("stopping.min_tokens", f"is more than max_tokens, {stopping.max_tokens}")
     if len(stopping.stop) > MAX_STOPS:
         found.add("stopping.stop", f"{len(stopping.stop)} strings are more than {MAX_STOPS}")
     for index, stop in enumerate(stopping.stop):
@@ -546,6 +629,43 @@ def _check_stopping(
         )
     else:
         _check_token_ids(found, "stopping.stop_token_ids", stopping.stop_token_ids, limits, adapters=adapters)
+
+
+def _check_structure(found: _Violations, structure: generation_pb2.Structure) -> None:
+    kind = structure.WhichOneof("kind")
+    match kind:
+        case "json_object":
+            return
+        case "choice":
+            field, texts = "structure.choice.texts", list(structure.choice.texts)
+            if not 1 <= len(texts) <= MAX_STRUCTURE_CHOICES:
+                found.add(field, f"has {len(texts)} texts; give 1 to {MAX_STRUCTURE_CHOICES}")
+            elif not all(texts):
+                found.add(field, "has an empty text; every one needs a character")
+        case "json_schema" | "regex" | "grammar":
+            field, texts = f"structure.{kind}", [getattr(structure, kind)]
+            if not texts[0]:
+                found.add(field, "is empty")
+        case _:
+            found.add("structure", "is empty; set json_schema, json_object, regex, grammar or choice")
+            return
+    if sum(len(text.encode()) for text in texts) > MAX_STRUCTURE_BYTES:
+        found.add(field, f"has more than {MAX_STRUCTURE_BYTES} bytes")
+    elif kind == "json_schema" and texts[0]:
+        try:
+            schema = msgspec.json.decode(texts[0])
+        except (msgspec.DecodeError, RecursionError) as error:
+            found.add(field, f"is no JSON: {error}")
+        else:
+            if not isinstance(schema, dict):
+                found.add(field, "is no JSON object, as schemas are")
+
+
+def _structure(structure: generation_pb2.Structure) -> Structure:
+    kind = structure.WhichOneof("kind") or ""
+    if kind == "choice":
+        return Structure(kind, choices=tuple(dict.fromkeys(structure.choice.texts)))
+    return Structure(kind, "" if kind == "json_object" else getattr(structure, kind))
 
 
 def _enum_text(kind: Any, number: int) -> str:

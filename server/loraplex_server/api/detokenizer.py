@@ -63,11 +63,34 @@ class Detokenizer:
         self._given = max(0, len(self._decoder.decode(self._window)) - incomplete)
         return certain
 
+    def extend(self, token_ids: Sequence[int]) -> str:
+        """The same for several tokens, at the price of one where the last of them ends a character."""
+        shown = [token_id for token_id in token_ids if self._decoder.has_text(token_id)]
+        if len(shown) > 1:
+            text = self._decoder.decode(self._window + shown)
+            last = self._decoder.decode(shown[-1:])
+            whole = last and not last.startswith(_REPLACEMENT) and not text.endswith(_REPLACEMENT)
+            if whole and len(text) > self._given:
+                certain = text[self._given :]
+                self._window, self._given, self._settled = shown[-1:], len(last), 1
+                return certain
+        return "".join(map(self.push, shown))
+
     def flush(self) -> str:
         """What is left at the end: an incomplete character as replacement characters."""
         text = self._decoder.decode(self._window)[self._given :] if self._window else ""
         self._window, self._given, self._settled = [], 0, 0
         return text
+
+
+def token_offsets(decoder: TokenDecoder, token_ids: Sequence[int]) -> list[int]:
+    """For each token, how many characters of the tokens' text are certain before it."""
+    detokenizer = Detokenizer(decoder)
+    offsets, characters = [], 0
+    for token_id in token_ids:
+        offsets.append(characters)
+        characters += len(detokenizer.push(token_id))
+    return offsets
 
 
 def _context(decoder: TokenDecoder, prompt_token_ids: Sequence[int]) -> tuple[list[int], int]:

@@ -3,51 +3,52 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator
+import logging
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
 from loraplex_server import log
-from loraplex_server.api import convert
+from loraplex_server.api import convert, timings
 from loraplex_server.api.generator import Generator
-from loraplex_server.api.status import code_of_cancellation
+from loraplex_server.api.merging import as_finished, merged
+from loraplex_server.api.status import code_of_cancellation, to_message
+from loraplex_server.errors import ErrorInfo, InternalError, ServerError
+from loraplex_server.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+# Of a call, in the ids of the requests of its batch.
+_MAX_ID_CHARS = 120
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Hands requests to the generator and its pieces to gRPC."""
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, metrics: Metrics) -> None:
         self._generator = generator
+        self._metrics = metrics
 
-    async def Generate(  # noqa: N802
+    def Generate(  # noqa: N802
         self, request: generation_pb2.GenerateRequest, context: Any
     ) -> AsyncGenerator[generation_pb2.GenerateResponse]:
-        [accepted] = await self._generator.accept(request, remaining_s=context.time_remaining())
-        token_text = self._generator.backend.tokenizer.token_text
-        request_id = log.request_id.get()
-        outputs = self._generator.run(accepted, lambda: code_of_cancellation(context).lower())
-        async with contextlib.aclosing(outputs):
-            async for piece, end in outputs:
-                finish = None if end is None else convert.to_finish(end)
-                yield convert.to_generate_response(piece, finish, token_text, request_id)
-                request_id = ""
+        return self._messages(request, context)
 
     async def GenerateUnary(  # noqa: N802
         self, request: generation_pb2.GenerateUnaryRequest, context: Any
     ) -> generation_pb2.GenerateUnaryResponse:
-        response = generation_pb2.GenerateUnaryResponse()
-        texts: list[str] = []
-        async with contextlib.aclosing(self.Generate(request.request, context)) as messages:
-            async for message in messages:
-                texts.append(message.text)
-                response.token_ids.extend(message.token_ids)
-                response.logprobs.extend(message.logprobs)
-                if message.request_id:
-                    response.request_id = message.request_id
-                if message.HasField("finish"):
-                    response.finish.CopyFrom(message.finish)
-        response.text = "".join(texts)
-        return response
+        return await self._whole(request.request, context)
+
+    async def GenerateBatch(  # noqa: N802
+        self, request: generation_pb2.GenerateBatchRequest, context: Any
+    ) -> AsyncGenerator[generation_pb2.GenerateBatchResponse]:
+        convert.check_batch(request)
+        # More at a time would wait in the engine's queue, in the way of others.
+        limit = self._generator.backend.engine.info.max_num_requests
+        jobs = (self._of_batch(position, each, context) for position, each in enumerate(request.requests))
+        async with contextlib.aclosing(as_finished(jobs, limit)) as answers:
+            async for answer in answers:
+                yield answer
 
     async def Tokenize(  # noqa: N802
         self, request: generation_pb2.TokenizeRequest, context: Any
@@ -60,3 +61,52 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         count = len(await self._generator.tokenize(request))
         limit = self._generator.backend.limits.max_model_len
         return generation_pb2.CountTokensResponse(count=count, max_model_len=limit)
+
+    async def _messages(
+        self, request: generation_pb2.GenerateRequest, context: Any
+    ) -> AsyncGenerator[generation_pb2.GenerateResponse]:
+        """The messages of all answers to one request."""
+        accepted = await self._generator.accept(request, remaining_s=context.time_remaining())
+        token_text = accepted[0].tokenizer.token_text
+        request_id = log.request_id.get()
+        why_left: Callable[[], str] = lambda: code_of_cancellation(context).lower()  # noqa: E731
+        outputs = merged([self._generator.run(each, why_left) for each in accepted])
+        async with contextlib.aclosing(outputs):
+            async for index, (piece, end) in outputs:
+                finish = None
+                if end is not None:
+                    timings.note(end)
+                    finish = convert.to_finish(end)
+                yield convert.to_generate_response(piece, finish, token_text, request_id, index)
+                request_id = ""
+
+    async def _whole(
+        self, request: generation_pb2.GenerateRequest, context: Any
+    ) -> generation_pb2.GenerateUnaryResponse:
+        """All of one request's messages in one."""
+        whole = convert.WholeResponse()
+        async with contextlib.aclosing(self._messages(request, context)) as messages:
+            async for message in messages:
+                whole.add(message)
+        return whole.response()
+
+    async def _of_batch(
+        self, position: int, request: generation_pb2.GenerateRequest, context: Any
+    ) -> generation_pb2.GenerateBatchResponse:
+        """The answer to one request of a batch, or why there is none."""
+        log.request_id.set(f"{log.request_id.get()[:_MAX_ID_CHARS]}-{position}")
+        try:
+            answer = await self._whole(request, context)
+            return generation_pb2.GenerateBatchResponse(position=position, answer=answer)
+        except ServerError as error:
+            _log.info("request %d of a batch: %s: %s", position, error.code, error)
+            info = error.info
+        except Exception:
+            _log.exception("request %d of a batch failed", position)
+            info = ErrorInfo(InternalError.code, "")
+        self._metrics.observe_error(info)
+        status = to_message(info, log.request_id.get())
+        failure = generation_pb2.RequestError(
+            code=status.code, message=status.message, details=status.details
+        )
+        return generation_pb2.GenerateBatchResponse(position=position, error=failure)

@@ -14,12 +14,13 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from loraplex_server import log
-from loraplex_server.api import authentication
+from loraplex_server.api import authentication, timings
 from loraplex_server.api.authentication import Authenticator
 from loraplex_server.api.convert import valid_request_id
 from loraplex_server.api.lifecycle import Lifecycle
-from loraplex_server.api.slow_readers import ReaderWatch
-from loraplex_server.api.status import code_of_cancellation, to_status
+from loraplex_server.api.stalls import StallWatch
+from loraplex_server.api.status import code_of_cancellation, retry_pushback, to_status
+from loraplex_server.api.tracing.spans import NO_SPAN, Tracing
 from loraplex_server.errors import (
     ErrorInfo,
     InternalError,
@@ -51,7 +52,8 @@ _Behavior = Callable[[Any, _Context], Any]
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the handlers of all services.
 
-    A caller may send its own request id as metadata `x-request-id`; it is sent back so, with the status.
+    A caller may send its own request id as metadata `x-request-id`; it is sent back so, with the status, and
+    with where the time went (`api.timings`).
     """
 
     def __init__(
@@ -59,13 +61,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         lifecycle: Lifecycle,
         metrics: Metrics,
         authenticator: Authenticator,
-        slow_reader_s: float = 0.0,
+        tracing: Tracing,
+        stalls: StallWatch,
     ) -> None:
-        """`slow_reader_s`: how long a stream's reader may take for a message; 0 is for ever."""
+        self._stalls = stalls
         self._lifecycle = lifecycle
         self._metrics = metrics
         self._authenticator = authenticator
-        self._slow_reader_s = slow_reader_s
+        self._tracing = tracing
 
     async def intercept_service(
         self,
@@ -112,10 +115,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if not hasattr(responses, "__aiter__"):
                     await responses
                     return
-                with ReaderWatch(context.write, self._slow_reader_s) as reader:
-                    async with contextlib.aclosing(responses):
-                        async for response in responses:
-                            await reader.write(response)
+                async with contextlib.aclosing(responses):
+                    async for response in responses:
+                        await self._stalls.write(context, response)
 
         return answer
 
@@ -123,14 +125,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _call(self, method: str, context: _Context) -> AsyncIterator[None]:
         started = time.perf_counter()
         log.request_id.set(_request_id(context))
+        timings.begin()
+        guarded = method.startswith(_GUARDED)
+        span = self._tracing.rpc(method, _texts(context)) if guarded else NO_SPAN
         code = "OK"
         try:
             if not method.startswith(_OPEN_TO_ALL):
                 tenant = self._authenticator.tenant_of(_authorization(context), lambda: _names(context))
                 authentication.tenant.set(tenant)
-            with self._lifecycle.call() if method.startswith(_GUARDED) else contextlib.nullcontext():
+            with self._lifecycle.call() if guarded else contextlib.nullcontext():
                 yield
-            context.set_trailing_metadata(((_REQUEST_ID_KEY, log.request_id.get()),))
+            context.set_trailing_metadata(_trailers(started))
         except asyncio.CancelledError:
             code = code_of_cancellation(context)
             raise
@@ -143,17 +148,25 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 _log.exception("%s failed", method)
             else:
                 _log.info("%s: %s: %s", method, code, error)
-            await _abort(context, error.info)
+            self._metrics.observe_error(error.info)
+            await _abort(context, error.info, started)
         except Exception:
             code = InternalError.code
             _log.exception("%s failed", method)
-            await _abort(context, ErrorInfo(code, ""))
+            info = ErrorInfo(code, "")
+            self._metrics.observe_error(info)
+            await _abort(context, info, started)
         finally:
             self._metrics.observe_call(method, code, time.perf_counter() - started)
+            span.end_rpc(code)
 
 
 def _authorization(context: _Context) -> str | None:
     return next((str(v) for k, v in context.invocation_metadata() or () if k == "authorization"), None)
+
+
+def _texts(context: _Context) -> dict[str, str]:
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
 def _names(context: _Context) -> Iterator[str]:
@@ -202,15 +215,18 @@ def _request_id(context: _Context) -> str:
     return uuid.uuid4().hex[:16]
 
 
-async def _abort(context: _Context, error: ErrorInfo) -> None:
-    request_id = log.request_id.get()
-    status = to_status(error, request_id)
-    metadata = (*status.trailing_metadata, (_REQUEST_ID_KEY, request_id))
+def _trailers(started: float) -> tuple[tuple[str, str], ...]:
+    return (_REQUEST_ID_KEY, log.request_id.get()), (timings.KEY, timings.told(time.perf_counter() - started))
+
+
+async def _abort(context: _Context, error: ErrorInfo, started: float) -> None:
+    status = to_status(error, log.request_id.get())
+    metadata = (*status.trailing_metadata, *retry_pushback(error), *_trailers(started))
     try:
-        # Behind messages that nobody reads it is not sent before they are; gRPC sees to that.
         async with asyncio.timeout(_ABORT_S):
             await context.abort(status.code, status.details, metadata)
     except TimeoutError as unread:
+        # Behind messages that the client does not read. It gets there when they do; nobody waits for that.
         raise asyncio.CancelledError from unread
     except (grpc.aio.UsageError, grpc.aio.InternalError) as gone:
         # The call ended meanwhile; gRPC would log a stack trace for what it raised here.

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import AsyncGenerator, Iterator
 from typing import TypeVar
 
+from loraplex_server.api.adapter_tokenizers import AdapterTokenizers
 from loraplex_server.api.chat.prompts import ChatPrompts
 from loraplex_server.api.convert import Limits
 from loraplex_server.api.tokenizer import Tokenizer
@@ -19,12 +20,18 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """What the services work with once the engine is ready."""
+    """What the services work with once the engine is ready.
+
+    Attributes:
+        tokenizer: the base model's.
+        tokenizers: which one a request's adapters ask for.
+    """
 
     engine: EngineClient
     tokenizer: Tokenizer
     limits: Limits
     chat: ChatPrompts
+    tokenizers: AdapterTokenizers
 
 
 class Lifecycle:

@@ -12,6 +12,7 @@ UNAVAILABLE           RetryInfo
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import grpc
@@ -24,13 +25,20 @@ from loraplex_server.errors import ErrorInfo
 _DOMAIN = "loraplex"
 _DEFAULT_RETRY_S = 1.0
 _CLOCK_SLACK_S = 0.05
+_PUSHBACK_JITTER = 0.25
 # gRPC limits all trailers of a call to 8 KiB, and the text travels twice.
 _MAX_MESSAGE_CHARS = 1000
 _MAX_VIOLATION_CHARS = 120
 
 
 def to_status(error: ErrorInfo, request_id: str) -> grpc.Status:
-    """The status to end a call with.
+    """The status to end a call with."""
+    result: grpc.Status = rpc_status.to_status(to_message(error, request_id))
+    return result
+
+
+def to_message(error: ErrorInfo, request_id: str) -> status_pb2.Status:
+    """The status as a message, with its details.
 
     An INTERNAL error's own text may name files and is for the log alone: the caller gets the id to ask
     about.
@@ -52,8 +60,16 @@ def to_status(error: ErrorInfo, request_id: str) -> grpc.Status:
         packed = any_pb2.Any()
         packed.Pack(detail)
         status.details.append(packed)
-    result: grpc.Status = rpc_status.to_status(status)
-    return result
+    return status
+
+
+def retry_pushback(error: ErrorInfo) -> tuple[tuple[str, str], ...]:
+    """Trailing metadata that has gRPC's own retries wait as long as RetryInfo says; random on top of it, so
+    that all who are refused together do not come back together."""
+    if error.retry_after_s is None or error.code not in ("RESOURCE_EXHAUSTED", "UNAVAILABLE"):
+        return ()
+    pause_s = error.retry_after_s * random.uniform(1.0, 1.0 + _PUSHBACK_JITTER)
+    return (("grpc-retry-pushback-ms", str(round(pause_s * 1000))),)
 
 
 def code_of_cancellation(context: Any) -> str:

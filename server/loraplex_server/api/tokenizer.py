@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import hashlib
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,12 +21,15 @@ class Tokenizer:
     Attributes:
         chat_template: jinja source, "" where the model has none.
         special_tokens: by name, such as "bos_token"; templates use them.
+        eos_token_id: the tokenizer's own idea of what ends a text; None where it has none.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._decode = _fastest_decode(tokenizer)
+        # Of single tokens: as `token_text` and as `decode` has them.
         self._texts: dict[int, str] = {}
+        self._alone: dict[int, str] = {}
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         special = {index for index, added in tokenizer.added_tokens_decoder.items() if added.special}
         special.update(tokenizer.all_special_ids)
@@ -31,6 +37,7 @@ class Tokenizer:
         longest = max((len(token) for token in vocabulary), default=1)
         self.max_chars_per_token = min(longest, _MAX_CHARS_PER_TOKEN)
         self.chat_template = _chat_template(tokenizer)
+        self.eos_token_id: int | None = tokenizer.eos_token_id
         self.special_tokens: dict[str, str] = {
             name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
         }
@@ -40,13 +47,24 @@ class Tokenizer:
         """Loads the tokenizer of the checkpoint at `model`, a folder or hub id; no code from it is run."""
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            # Fixed here once: changing either while another thread encodes is an error.
-            backend.no_truncation()
-            backend.no_padding()
-        return cls(tokenizer)
+        return cls(_settled(AutoTokenizer.from_pretrained(model)))
+
+    def sibling(self, folder: str) -> Tokenizer:
+        """The tokenizer in `folder`, read as this one was: by the same class, from local files alone.
+
+        Raises:
+            Exception: any, where it is none of that class.
+        """
+        kind = type(self._tokenizer)
+        return Tokenizer(_settled(kind.from_pretrained(folder, local_files_only=True)))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The same for all that make the same tokens of any text, and the same text of any tokens."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        whole = uuid.uuid4().hex if backend is None else backend.to_str()
+        specials = (sorted(self._tokenizer.all_special_ids), sorted(self.special_tokens.items()))
+        return hashlib.sha256(f"{specials} {whole}".encode(errors="replace")).hexdigest()
 
     async def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
         """The prompt as the model expects it; a long one is encoded in a thread.
@@ -60,7 +78,12 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`, special tokens left out, spaces as they are."""
-        return self._decode(token_ids)
+        if len(token_ids) != 1:
+            return self._decode(token_ids)
+        text = self._alone.get(token_ids[0])
+        if text is None:
+            text = self._alone[token_ids[0]] = self._decode(token_ids)
+        return text
 
     def has_text(self, token_id: int) -> bool:
         """Whether `decode` can show the token: it is in the vocabulary and not special."""
@@ -77,6 +100,15 @@ class Tokenizer:
     def _encode(self, text: str, special: bool) -> tuple[int, ...]:
         # Length is the API's to judge, with an error that says so; transformers would log a warning.
         return tuple(self._tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"])
+
+
+def _settled(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # Fixed here once: changing either while another thread encodes is an error.
+        backend.no_truncation()
+        backend.no_padding()
+    return tokenizer
 
 
 def _chat_template(tokenizer: Any) -> str:

@@ -6,6 +6,9 @@ import enum
 
 import msgspec
 
+MAX_SPECULATIVE_TOKENS = 16
+"""Most tokens of an answer that are guessed in one step."""
+
 
 class FinishReason(enum.StrEnum):
     """Why a generation ended."""
@@ -46,10 +49,11 @@ class SamplingParams(msgspec.Struct, frozen=True):
         logit_bias: (token, what is added to its logit) pairs, each token once.
         bad_words: sequences of tokens that the answer may not contain.
         seed: always set; the API draws one where the caller gave none.
-        max_tokens: at least 1.
+        max_tokens: 0 generates nothing: the prompt alone is looked at.
         min_tokens: end tokens are masked until this many exist.
         stop_token_ids: beside the model's end-of-sequence tokens.
         logprobs: None for none, else how many alternatives beside the chosen token.
+        prompt_logprobs: the same for each token of the prompt after the first.
     """
 
     temperature: float = 0.0
@@ -67,11 +71,26 @@ class SamplingParams(msgspec.Struct, frozen=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def penalised(self) -> bool:
         """Whether tokens so far have a say in the next."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+class Structure(msgspec.Struct, frozen=True):
+    """The form that an answer has to have. The API has validated every field.
+
+    Attributes:
+        kind: "json_schema", "json_object", "regex", "grammar" (Lark) or "choice".
+        text: the schema, the expression or the grammar.
+        choices: for "choice", the texts to choose from.
+    """
+
+    kind: str
+    text: str = ""
+    choices: tuple[str, ...] = ()
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -85,6 +104,10 @@ class Request(msgspec.Struct, frozen=True):
         priority: higher goes first.
         deadline_s: `time.time()` after which the answer is of no use.
         cache_prefix: whether it may have, and leave, keys and values in the prefix cache.
+        group: name, among those of one API process, of requests with this prompt that compute it once; "" for
+            a request by itself.
+        structure: the form of the answer; None is free text.
+        speculative_tokens: most tokens that are guessed in a step; None is the server's default.
     """
 
     request_id: str
@@ -95,3 +118,6 @@ class Request(msgspec.Struct, frozen=True):
     priority: int = 0
     deadline_s: float | None = None
     cache_prefix: bool = True
+    group: str = ""
+    structure: Structure | None = None
+    speculative_tokens: int | None = None

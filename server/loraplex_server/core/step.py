@@ -82,6 +82,10 @@ class StepPlan:
     seen_start: Ints = dataclasses.field(default_factory=_nothing)
     seen_ids: Ints = dataclasses.field(default_factory=_nothing)
     seen_count: Ints = dataclasses.field(default_factory=_nothing)
+    # What grammars allow: rows (of those sampled) that have one, [G], and for each a bit for every token of
+    # the base model, bit t % 64 of its word t // 64, [G * words]. Tokens without a bit are not allowed.
+    masked_row: Ints = dataclasses.field(default_factory=_nothing)
+    mask_words: Ints = dataclasses.field(default_factory=_nothing)
     # Prefixes: virtual tokens `prefix_first` and those after it of the adapter in a slot, copied before the
     # pass to cells of the KV cache. [C], [C], [C + 1], [sum]; few steps have any.
     prefix_slot: Ints = dataclasses.field(default_factory=_nothing)
@@ -92,6 +96,11 @@ class StepPlan:
     # this one sampled for its `sample_row[fed_from]`. [F] each.
     fed_row: Ints = dataclasses.field(default_factory=_nothing)
     fed_from: Ints = dataclasses.field(default_factory=_nothing)
+    # Rows of the batch, each with the known token that follows it, whose log-probability is asked for, and
+    # how many alternatives beside it. [Q] each.
+    score_row: Ints = dataclasses.field(default_factory=_nothing)
+    score_id: Ints = dataclasses.field(default_factory=_nothing)
+    score_top: Ints = dataclasses.field(default_factory=_nothing)
 
     @property
     def num_tokens(self) -> int:
@@ -100,6 +109,11 @@ class StepPlan:
     @property
     def num_sequences(self) -> int:
         return len(self.context_len)
+
+    @property
+    def logit_row(self) -> Ints:
+        """Rows of the batch whose logits are wanted: those sampled, then those scored, [S + Q]."""
+        return np.concatenate([self.sample_row, self.score_row]) if len(self.score_row) else self.sample_row
 
     @property
     def runs(self) -> list[tuple[int, int, tuple[tuple[int, float], ...]]]:
@@ -154,6 +168,7 @@ class StepOutput:
         prepare_s: the host's time for the step's inputs and, where the device runs by itself, for launching.
         run_s: the forward pass; where the device runs by itself, `device_s`.
         sample_s: sampling; where the device runs by itself, the host's wait for the tokens.
+        scored: the token of each of the plan's `score_row`, with its log-probability.
     """
 
     sampled: tuple[SampledToken, ...]
@@ -162,3 +177,4 @@ class StepOutput:
     prepare_s: float | None = None
     run_s: float | None = None
     sample_s: float | None = None
+    scored: tuple[SampledToken, ...] = ()

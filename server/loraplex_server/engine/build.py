@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import os
 import sys
@@ -18,7 +19,9 @@ from loraplex_server.adapters.store import AdapterStore
 from loraplex_server.config import EngineConfig
 from loraplex_server.engine.audit import finish
 from loraplex_server.engine.engine import Emit, Engine
+from loraplex_server.engine.grammars import Grammars
 from loraplex_server.engine.messages import EngineInfo
+from loraplex_server.engine.token_trie import load_token_trie
 from loraplex_server.errors import FailedPreconditionError
 from loraplex_server.model import architecture, loader, memory
 from loraplex_server.model.frozen import FrozenProjections
@@ -42,7 +45,8 @@ def build_engine(
     """Loads everything and returns an engine with an empty queue.
 
     Args:
-        wake: called, from any thread, when an adapter has arrived; an idle loop then steps again.
+        wake: called, from any thread, when an adapter has arrived or a structure is compiled; an idle loop
+            then steps again.
 
     Raises:
         ServerError: the model or the adapters cannot be served; the text says why.
@@ -80,7 +84,7 @@ def build_engine(
         block_size=block_size,
         max_batch_tokens=config.scheduler.max_batch_tokens,
         max_pairs_per_token=config.adapters.max_per_request,
-        max_samples=memory.max_samples(config),
+        max_samples=memory.max_logit_rows(config),
         layers=layers,
     )
     insisted = config.model.cuda_graphs == "on"
@@ -129,7 +133,12 @@ def build_engine(
         sampling_defaults=sampling_defaults(config.model),
         memory=tuple((part.name, part.num_bytes) for part in plan.parts),
     )
-    return Engine(config, runner, adapters, info, emit)
+    grammars = Grammars(
+        functools.partial(load_token_trie, config.model.model, info.vocab_size, info.eos_token_ids),
+        info.vocab_size,
+        wake,
+    )
+    return Engine(config, runner, adapters, info, emit, grammars)
 
 
 def _graph_sizes(config: EngineConfig, *, recordable: bool) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,19 @@ import msgspec
 
 from loraplex_server.core.composition import Composition
 from loraplex_server.core.request import Request
+from loraplex_server.engine.deltas import DeltaQueue
 from loraplex_server.engine.messages import (
     PROTOCOL_VERSION,
     AdapterChanges,
     AdapterCommand,
     AdapterReply,
     AdapterStatus,
+    AdapterTokenizers,
     Cancel,
     CheckIntegrity,
     EngineInfo,
     Failed,
+    FrameBuffer,
     FromEngine,
     Hello,
     IntegrityReply,
@@ -31,6 +34,7 @@ from loraplex_server.engine.messages import (
     Submit,
     ToEngine,
     TokenDelta,
+    TokenizerSource,
     Tokens,
     Welcome,
     decode_from_engine,
@@ -38,12 +42,17 @@ from loraplex_server.engine.messages import (
 )
 from loraplex_server.errors import InternalError, Reason, ServerError, UnavailableError, from_info
 
+_READ_BYTES = 1 << 18
+
 
 class EngineClient:
     """One connection to an engine. Methods belong to the event loop that called `connect`.
 
     A request's deltas wait in a queue of their own until the caller takes them, so a slow reader
-    holds back nobody else; `stream` joins what has piled up.
+    holds back nobody else.
+
+    Attributes:
+        tokenizers: what adapters bring, by name, as of now.
     """
 
     def __init__(
@@ -51,13 +60,20 @@ class EngineClient:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         info: EngineInfo,
+        tokenizers: Mapping[str, TokenizerSource],
         note: Callable[[AdapterCommand, AdapterReply], None] | None = None,
+        *,
+        max_joined: int = 256,
+        max_unread: int = 4096,
     ) -> None:
         self.info = info
+        self.tokenizers = dict(tokenizers)
+        self._max_joined = max_joined
+        self._max_unread = max_unread
         self._note = note
         self._reader = reader
         self._writer = writer
-        self._streams: dict[str, asyncio.Queue[TokenDelta | ServerError]] = {}
+        self._streams: dict[str, DeltaQueue] = {}
         self._calls: dict[int, asyncio.Future[AdapterReply | IntegrityReply]] = {}
         self._call_ids = itertools.count(1)
         self._watchers: set[_Watcher] = set()
@@ -69,12 +85,20 @@ class EngineClient:
 
     @classmethod
     async def connect(
-        cls, socket_path: str, token: str, note: Callable[[AdapterCommand, AdapterReply], None] | None = None
+        cls,
+        socket_path: str,
+        token: str,
+        note: Callable[[AdapterCommand, AdapterReply], None] | None = None,
+        *,
+        max_joined: int = 256,
+        max_unread: int = 4096,
     ) -> EngineClient:
         """Connects to the engine listening at `socket_path`.
 
         Args:
             note: called with each adapter command that succeeded.
+            max_joined: tokens that `stream` may join in one delta for a caller who is behind.
+            max_unread: where more tokens of a request wait for its caller, it ends.
 
         Raises:
             UnavailableError: nobody listens there, or it speaks another version.
@@ -88,7 +112,8 @@ class EngineClient:
             raise UnavailableError(f"the engine cannot be reached: {error}") from error
         if not isinstance(message, Welcome) or message.version != PROTOCOL_VERSION:
             raise UnavailableError("the engine speaks another protocol version; run one release of both")
-        return cls(reader, writer, message.info, note)
+        limits = {"max_joined": max_joined, "max_unread": max_unread}
+        return cls(reader, writer, message.info, message.tokenizers, note, **limits)
 
     @property
     def alive(self) -> bool:
@@ -114,24 +139,18 @@ class EngineClient:
         """
         if request.request_id in self._streams:
             raise InternalError(f"request id {request.request_id!r} is in use")
-        queue: asyncio.Queue[TokenDelta | ServerError] = asyncio.Queue()
+        queue = DeltaQueue(self._max_joined, self._max_unread)
         self._streams[request.request_id] = queue
         finished = False
         try:
             self._send(Submit(request))
             while not finished:
-                item = await queue.get()
-                while isinstance(item, TokenDelta) and item.finish is None and not queue.empty():
-                    following = queue.get_nowait()
-                    if isinstance(following, ServerError):
-                        item = following
-                        break
-                    item = _join(item, following)
-                if isinstance(item, ServerError):
-                    finished = True
-                    raise item
-                finished = item.finish is not None
-                yield item
+                delta = await queue.take()
+                finished = delta.finish is not None
+                yield delta
+        except ServerError:
+            finished = True
+            raise
         finally:
             del self._streams[request.request_id]
             if not finished and self.alive:
@@ -254,10 +273,13 @@ class EngineClient:
         self._writer.write(encode(message))
 
     async def _receive(self) -> None:
+        frames = FrameBuffer()
         try:
-            while True:
-                self._dispatch(await _read(self._reader))
-        except (OSError, asyncio.IncompleteReadError):
+            while data := await self._reader.read(_READ_BYTES):
+                for body in frames.feed(data):
+                    self._dispatch(decode_from_engine(body))
+            raise EOFError
+        except (OSError, EOFError):
             self._lose(
                 UnavailableError(
                     "the engine has stopped; try again when it is back",
@@ -273,11 +295,12 @@ class EngineClient:
             case Tokens():
                 for delta in message.deltas:
                     # A delta may cross our own Cancel on the way.
-                    if (stream := self._streams.get(delta.request_id)) is not None:
-                        stream.put_nowait(delta)
+                    stream = self._streams.get(delta.request_id)
+                    if stream is not None and not stream.put(delta):
+                        self._send(Cancel(delta.request_id))
             case Failed():
                 if (stream := self._streams.get(message.request_id)) is not None:
-                    stream.put_nowait(from_info(message.error))
+                    stream.fail(from_info(message.error))
             case AdapterReply() | IntegrityReply():
                 future = self._calls.get(message.call_id)
                 if future is not None and not future.done():
@@ -285,6 +308,12 @@ class EngineClient:
             case AdapterChanges():
                 for watcher in self._watchers:
                     watcher.put(message)
+            case AdapterTokenizers():
+                for name, source in message.changed.items():
+                    if source is None:
+                        self.tokenizers.pop(name, None)
+                    else:
+                        self.tokenizers[name] = source
             case Stats():
                 for listener in self._stats_listeners:
                     listener(message)
@@ -294,7 +323,7 @@ class EngineClient:
     def _lose(self, error: ServerError) -> None:
         self._lost = self._lost or error
         for stream in self._streams.values():
-            stream.put_nowait(self._lost)
+            stream.fail(self._lost)
         for watcher in self._watchers:
             watcher.fail(self._lost)
         for future in self._calls.values():
@@ -339,17 +368,6 @@ class _Watcher:
             tuple(status for status in pending.values() if status is not None),
             tuple(name for name, status in pending.items() if status is None),
         )
-
-
-def _join(first: TokenDelta, second: TokenDelta) -> TokenDelta:
-    return TokenDelta(
-        request_id=first.request_id,
-        token_ids=first.token_ids + second.token_ids,
-        logprobs=first.logprobs + second.logprobs,
-        finish=second.finish,
-        stop_token=second.stop_token,
-        times=second.times or first.times,
-    )
 
 
 async def _read(reader: asyncio.StreamReader) -> FromEngine:

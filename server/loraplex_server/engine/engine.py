@@ -11,6 +11,8 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, wait
+from itertools import islice
 from typing import Protocol
 
 import msgspec
@@ -22,6 +24,9 @@ from loraplex_server.config import EngineConfig
 from loraplex_server.core.request import FinishReason, Request
 from loraplex_server.core.step import SampledToken, StepOutput, StepPlan
 from loraplex_server.engine.audit import Audit, finish
+from loraplex_server.engine.constraint import Constraint
+from loraplex_server.engine.drafts import Drafter
+from loraplex_server.engine.grammars import Grammars, no_tokens
 from loraplex_server.engine.kv_blocks import KvBlockPool
 from loraplex_server.engine.messages import (
     EngineInfo,
@@ -39,6 +44,7 @@ from loraplex_server.engine.planning import build_plan
 from loraplex_server.engine.scheduler import Scheduled, Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.errors import (
+    DeadlineExceededError,
     InternalError,
     InvalidArgumentError,
     Reason,
@@ -47,6 +53,12 @@ from loraplex_server.errors import (
 )
 
 _log = logging.getLogger(__name__)
+
+COMPILE_S = 30.0
+"""Longest that a request waits for its structure to be compiled."""
+
+# Longest that a step waits to learn what may come next; mostly it is known before.
+_FOLLOW_S = 0.005
 
 Emit = Callable[[str, Tokens | Failed], None]
 """Sends a message to the client of that id."""
@@ -81,13 +93,14 @@ class _Step:
     """A step from its launch until its tokens are there.
 
     Attributes:
-        scheduled: what it computes, in the order of the batch, and whether a token is sampled after it.
+        scheduled: what it computes, in the order of the batch, how many tokens are sampled after it, and how
+            many tokens of the prompt are scored.
         in_stride: the device had the step before to compute when this one was launched.
         record: without the times that are known at its end.
     """
 
     launched: Launched
-    scheduled: list[tuple[Scheduled, bool]]
+    scheduled: list[tuple[Scheduled, int, int]]
     started_s: float
     in_stride: bool
     record: StepRecord
@@ -97,7 +110,13 @@ class Engine:
     """Requests in, tokens out. Not thread-safe: one thread owns it."""
 
     def __init__(
-        self, config: EngineConfig, runner: Runner, adapters: AdapterStore, info: EngineInfo, emit: Emit
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        adapters: AdapterStore,
+        info: EngineInfo,
+        emit: Emit,
+        grammars: Grammars | None = None,
     ) -> None:
         self.info = info
         self.adapters = adapters
@@ -108,6 +127,11 @@ class Engine:
         self._blocks = KvBlockPool(info.kv_blocks, info.kv_block_size)
         self.scheduler = Scheduler(config.scheduler, self._blocks, adapters)
         self._sequences: dict[tuple[str, str], Sequence] = {}
+        self._grammars = grammars or Grammars(no_tokens, info.vocab_size)
+        # Requests that go to the scheduler once their structures are compiled.
+        self._compiling: dict[Sequence, Future[Constraint]] = {}
+        # Requests whose grammars look what may come after their last tokens.
+        self._following: dict[Future[None], Sequence] = {}
         self._steps: list[StepRecord] = []
         self._failed_steps = 0
         self._hits = self._misses = 0
@@ -118,11 +142,16 @@ class Engine:
         self._drains: dict[object, tuple[str, float]] = {}
         self._prefix_cache = config.scheduler.prefix_cache
         self._prefix_queries = self._prefix_hits = 0
+        self._speculative_tokens = config.scheduler.speculative_tokens
         self._audit = Audit(self._problems, runner.weight_checksum, info.weight_checksum)
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._in_flight is not None
+        return self.scheduler.has_work or self._in_flight is not None or bool(self._compiling)
+
+    @property
+    def _num_waiting(self) -> int:
+        return len(self.scheduler.waiting) + len(self._compiling)
 
     def submit(self, client: str, request: Request) -> None:
         """Queues a request. One that cannot be served is answered with `Failed` at once."""
@@ -188,10 +217,11 @@ class Engine:
         """Plans and launches the next step; None if no request can be advanced, or the step failed."""
         self._end_drains(started_s)
         self.adapters.poll()
+        self._take_followed()
+        self._take_compiled(started_s)
         schedule = self.scheduler.schedule(started_s)
         for sequence, error in schedule.failed:
-            self._emit(sequence.client, Failed(sequence.request.request_id, error.info))
-            self._retire(sequence)
+            self._fail(sequence, error)
         if not schedule.scheduled:
             return None
         self._audit.worked()
@@ -206,7 +236,7 @@ class Engine:
         prefill_tokens = sum(item.num_tokens for item in scheduled if item.sequence.num_pending > 1)
         return _Step(
             launched=launched,
-            scheduled=[(item, item.samples) for item in scheduled],
+            scheduled=[(item, item.num_samples, len(item.scores)) for item in scheduled],
             started_s=started_s,
             in_stride=self._in_flight is not None,
             record=StepRecord(
@@ -217,6 +247,7 @@ class Engine:
                 decode_tokens=plan.num_tokens - prefill_tokens,
                 adapters=len(set(plan.pair_slot.tolist())),
                 preemptions=schedule.preemptions,
+                drafted_tokens=sum(len(item.drafts) for item in scheduled),
             ),
         )
 
@@ -227,19 +258,28 @@ class Engine:
         scheduled until it is known.
         """
         samples = 0
-        for item, is_sampled in step.scheduled:
+        for item, num_samples, num_scores in step.scheduled:
             sequence = item.sequence
-            samples += is_sampled
+            samples += num_samples
             if sequence.status is Status.FINISHED:
                 continue
             sequence.num_computed += item.num_tokens
-            if is_sampled and self._runner.asynchronous and not self._must_know(sequence):
+            sequence.scored_to += num_scores
+            if num_samples and self._runner.asynchronous and not self._must_know(item):
                 sequence.token_ids.append(0)
                 sequence.awaited = samples - 1
 
-    def _must_know(self, sequence: Sequence) -> bool:
+    def _must_know(self, item: Scheduled) -> bool:
         """Whether the host has to know a sequence's next token before there can be another."""
-        return self._is_last(sequence, 1) or sequence.request.sampling.penalised
+        sequence, sampling = item.sequence, item.sequence.request.sampling
+        return (
+            self._is_last(sequence, 1)
+            or sampling.penalised
+            or bool(sampling.bad_words)
+            or sequence.constraint is not None
+            or bool(item.drafts)
+            or self.scheduler.speculates(sequence, len(sequence.token_ids) + 1)
+        )
 
     def _is_last(self, sequence: Sequence, more: int = 0) -> bool:
         """Whether with `more` tokens than it has a sequence is as long as it may be."""
@@ -253,10 +293,10 @@ class Engine:
         try:
             output = step.launched.result()
         except Exception as error:
-            self._give_up([item.sequence for item, _ in step.scheduled], error)
+            self._give_up([item.sequence for item, *_ in step.scheduled], error)
             return
         received_s = time.monotonic()
-        self._commit(step, output)
+        accepted = self._commit(step, output)
         now_s = time.monotonic()
         begun_s, self._collected_s = max(step.started_s, self._collected_s), now_s
         self._steps.append(
@@ -269,6 +309,7 @@ class Engine:
                 run_seconds=output.run_s,
                 sample_seconds=output.sample_s,
                 emit_seconds=now_s - received_s,
+                accepted_tokens=accepted,
             )
         )
 
@@ -307,7 +348,7 @@ class Engine:
             steps=steps,
             failed_steps=failed_steps,
             swaps=tuple(adapters.drain_swaps()),
-            waiting=len(self.scheduler.waiting),
+            waiting=self._num_waiting,
             running=len(self.scheduler.running),
             waiting_for_adapter=self.scheduler.num_waiting_for_adapter,
             kv_blocks_used=self._blocks.num_used,
@@ -338,7 +379,7 @@ class Engine:
             call_id=call_id,
             problems=tuple(problems),
             running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
+            waiting=self._num_waiting,
             kv_blocks_used=self._blocks.num_used,
             adapter_references=self.adapters.references(),
             weight_checksum=checksum,
@@ -375,9 +416,9 @@ class Engine:
             raise InvalidArgumentError.field("adapters", "one adapter is named twice; add its weights up")
         if (client, request.request_id) in self._sequences:
             raise InvalidArgumentError.field("request_id", f"{request.request_id!r} is running already")
-        if len(self.scheduler.waiting) >= self._max_queue:
+        if self._num_waiting >= self._max_queue:
             raise ResourceExhaustedError(
-                f"{len(self.scheduler.waiting)} requests wait already; try again later",
+                f"{self._num_waiting} requests wait already; try again later",
                 resource=("queue", "waiting requests"),
                 retry_after_s=1.0,
                 reason=Reason.QUEUE_FULL,
@@ -386,8 +427,10 @@ class Engine:
         handles = self.adapters.resolve(names, weights)
         try:
             self._check_tokens(request, handles)
-            caches = self._prefix_cache and request.cache_prefix
-            sequence = Sequence(request, client, handles, caches=caches)
+            public = self._prefix_cache and request.cache_prefix
+            group = (client, request.group) if request.group and not public else None
+            sequence = Sequence(request, client, handles, caches=public or group is not None, group=group)
+            sequence.drafter = self._drafter(sequence)
             if sequence.num_prompt >= limit:
                 raise InvalidArgumentError.field(
                     "prompt",
@@ -398,7 +441,85 @@ class Engine:
             self.adapters.release(handles)
             raise
         self._sequences[client, request.request_id] = sequence
-        self.scheduler.add(sequence)
+        if request.structure is None:
+            self.scheduler.add(sequence)
+        else:
+            self._compiling[sequence] = self._grammars.start(request.structure)
+
+    def _take_compiled(self, now_s: float) -> None:
+        """Queues the requests whose structures are compiled; ends those that cannot be, or wait too long."""
+        for sequence, compilation in list(self._compiling.items()):
+            deadline_s = sequence.request.deadline_s
+            try:
+                if compilation.done():
+                    # A panic in the grammar's library is no Exception.
+                    raised = compilation.exception()
+                    if raised is not None and not isinstance(raised, ServerError):
+                        _log.error("a structure could not be compiled", exc_info=raised)
+                        raise InternalError("the structure could not be compiled") from raised
+                    sequence.constraint = compilation.result()
+                elif deadline_s is not None and deadline_s <= time.time():
+                    raise DeadlineExceededError("the deadline passed before the structure was compiled")
+                elif now_s - sequence.arrival_s > COMPILE_S:
+                    raise ResourceExhaustedError(
+                        f"the structure was not compiled in {COMPILE_S:g} s; make it simpler, or try again",
+                        retry_after_s=1.0,
+                    )
+                else:
+                    continue
+            except ServerError as error:
+                self._fail(sequence, error)
+                continue
+            del self._compiling[sequence]
+            self.scheduler.add(sequence)
+
+    def _take_followed(self) -> None:
+        """Ends the answers that are whole or cannot go on; the others are scheduled again.
+
+        Waits a moment for those that are not known yet, so that they need not sit out a step.
+        """
+        if not self._following:
+            return
+        for future in wait(self._following, _FOLLOW_S).done:
+            sequence = self._following.pop(future)
+            held, structure = sequence.constraint, sequence.request.structure
+            if sequence.status is Status.FINISHED:
+                continue
+            assert held is not None
+            assert structure is not None
+            if (raised := future.exception()) is not None:
+                _log.error("a structure could not be followed", exc_info=raised)
+                self._fail(sequence, InternalError("the structure could not be followed"))
+            elif held.complete:
+                self._finish(sequence, FinishReason.STOP)
+            elif self._is_last(sequence):
+                self._finish(sequence, FinishReason.LENGTH)
+            elif held.error:
+                # Whatever the others found out is too much for a new one, too.
+                self._grammars.forget(structure)
+                said = f"cannot be followed any further: {held.error}"
+                self._fail(sequence, InvalidArgumentError.field(f"structure.{structure.kind}", said))
+            else:
+                held.ready = True
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Ends a request all of whose tokens were emitted."""
+        times = _times(sequence, time.monotonic())
+        delta = TokenDelta(sequence.request.request_id, (), finish=reason, times=times)
+        self._emit(sequence.client, Tokens((delta,)))
+        self._retire(sequence)
+
+    def _drafter(self, sequence: Sequence) -> Drafter | None:
+        request = sequence.request
+        most = request.speculative_tokens
+        most = self._speculative_tokens if most is None else most
+        # What a grammar allows after a guess is not known before the guess is known to be right.
+        if not most or request.structure is not None:
+            return None
+        limit = min(sequence.num_prompt + request.sampling.max_tokens, self.info.max_model_len)
+        # Where the engine runs ahead, who guesses sits out every other step.
+        worth = 2 if self._runner.asynchronous else 1
+        return Drafter(most, limit, first=sequence.num_virtual, worth=worth)
 
     def _check_tokens(self, request: Request, handles: tuple[AdapterHandle, ...]) -> None:
         """Every token id that the request names is the base's, or one that its adapter adds."""
@@ -419,54 +540,99 @@ class Engine:
         """Decodes first, then chunks; within either, one adapter's rows together: fewer, larger tiles."""
         return item.num_tokens > 1, [self.adapters.slot(handle) for handle in item.sequence.handles]
 
-    def _commit(self, step: _Step, output: StepOutput) -> None:
-        """Writes a step's tokens into the sequences, ends those that are complete, and emits."""
+    def _commit(self, step: _Step, output: StepOutput) -> int:
+        """Writes a step's tokens into the sequences, ends those that are complete, and emits.
+
+        Returns how many guesses were right.
+        """
         deltas: defaultdict[str, list[TokenDelta]] = defaultdict(list)
-        sampled = iter(output.sampled)
-        now_s = time.monotonic()
-        for item, is_sampled in step.scheduled:
+        sampled, scored = iter(output.sampled), iter(output.scored)
+        accepted, now_s = 0, time.monotonic()
+        for item, num_samples, num_scores in step.scheduled:
             sequence = item.sequence
-            token = next(sampled) if is_sampled else None
+            tokens = tuple(islice(sampled, num_samples))
+            scores = tuple(map(_logprobs, islice(scored, num_scores))) if num_scores else ()
             # Cancelled, or complete one step before: what was computed ahead is dropped.
             if sequence.status is Status.FINISHED:
                 continue
-            for block, key in sequence.new_block_keys(self._blocks.block_size):
-                self._blocks.set_key(block, key)
-            if token is not None:
-                deltas[sequence.client].append(self._append(sequence, token, now_s))
+            tokens, finish = self._extend(sequence, tokens, item.drafts)
+            if item.drafts:
+                accepted += self._settle(item, len(tokens) - 1)
+            self.scheduler.name_blocks(sequence)
+            if tokens or scores or finish is not None:
+                deltas[sequence.client].append(self._delta(sequence, tokens, scores, finish, now_s))
         for client, found in deltas.items():
             self._emit(client, Tokens(tuple(found)))
+        return accepted
 
-    def _append(self, sequence: Sequence, token: SampledToken, now_s: float) -> TokenDelta:
-        if sequence.awaited is not None:
+    def _extend(
+        self, sequence: Sequence, sampled: tuple[SampledToken, ...], drafts: tuple[int, ...]
+    ) -> tuple[tuple[SampledToken, ...], FinishReason | None]:
+        """Writes tokens into a sequence up to the first that is not as guessed, or ends it.
+
+        Returns those, and why it ends.
+        """
+        if sampled and not sequence.request.sampling.max_tokens:
+            # There is no step without a token where a prompt ends: it is dropped.
+            return (), FinishReason.LENGTH
+        if sampled and sequence.awaited is not None:
             sequence.token_ids.pop()
             sequence.awaited = None
-        sequence.token_ids.append(token.token_id)
-        if sequence.first_token_s is None:
+        for count, token in enumerate(sampled, 1):
+            sequence.token_ids.append(token.token_id)
+            finish = self._why_ended(sequence)
+            if finish is None and sequence.constraint is not None:
+                # Whether it is the last is known once the grammar has seen it.
+                sequence.constraint.ready = False
+                self._following[self._grammars.follow(sequence.constraint, token.token_id)] = sequence
+            if finish is not None or drafts[count - 1 : count] != (token.token_id,):
+                return sampled[:count], finish
+        return (), None
+
+    def _why_ended(self, sequence: Sequence) -> FinishReason | None:
+        """Whether a sequence ends with its last token, as far as it takes no grammar to say so."""
+        token_id, sampling = sequence.token_ids[-1], sequence.request.sampling
+        held = sequence.constraint is not None
+        if token_id in sampling.stop_token_ids or (
+            token_id in self.info.eos_token_ids and (held or not sampling.ignore_eos)
+        ):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if not held and self._is_last(sequence) else None
+
+    def _settle(self, item: Scheduled, right: int) -> int:
+        """Keeps what was computed of so many right guesses and forgets the others. Returns the former."""
+        sequence = item.sequence
+        assert sequence.drafter is not None
+        sequence.drafter.judge(len(item.drafts), right, len(sequence.token_ids))
+        # Preempted since, it has nothing that is computed.
+        if sequence.status is Status.RUNNING:
+            sequence.num_computed += right
+            self.scheduler.give_back(sequence)
+        return right
+
+    def _delta(
+        self,
+        sequence: Sequence,
+        tokens: tuple[SampledToken, ...],
+        scores: tuple[TokenLogprobs, ...],
+        finish: FinishReason | None,
+        now_s: float,
+    ) -> TokenDelta:
+        """What the client is told of new tokens and the prompt's scores; ends a sequence that is complete."""
+        first = bool(tokens) and sequence.first_token_s is None
+        if first:
             sequence.first_token_s = now_s
-        request, sampling = sequence.request, sequence.request.sampling
-        is_end = token.token_id in sampling.stop_token_ids or (
-            token.token_id in self.info.eos_token_ids and not sampling.ignore_eos
-        )
-        finish: FinishReason | None = None
-        if is_end:
-            finish = FinishReason.STOP
-        elif self._is_last(sequence):
-            finish = FinishReason.LENGTH
-        logprobs: tuple[TokenLogprobs, ...] = ()
-        if token.logprob is not None:
-            top = tuple(TopLogprob(token_id, logprob) for token_id, logprob in token.top)
-            logprobs = (TokenLogprobs(token.token_id, token.logprob, top),)
-        times = _times(sequence, now_s) if finish is not None or sequence.num_generated == 1 else None
+        times = _times(sequence, now_s) if first or finish is not None else None
         if finish is not None:
             self._retire(sequence)
         return TokenDelta(
-            request.request_id,
-            (token.token_id,),
-            logprobs,
+            sequence.request.request_id,
+            tuple(token.token_id for token in tokens),
+            tuple(_logprobs(token) for token in tokens if token.logprob is not None),
             finish=finish,
-            stop_token=is_end,
+            stop_token=finish is FinishReason.STOP,
             times=times,
+            prompt_logprobs=scores,
         )
 
     def _end_drains(self, now_s: float) -> None:
@@ -478,15 +644,28 @@ class Engine:
             error = unloaded(name)
             for sequence in list(self._sequences.values()):
                 if any(handle.draining and handle.name == name for handle in sequence.handles):
-                    self._emit(sequence.client, Failed(sequence.request.request_id, error.info))
-                    self._retire(sequence)
+                    self._fail(sequence, error)
+
+    def _fail(self, sequence: Sequence, error: ServerError) -> None:
+        """Ends a request with an error."""
+        self._emit(sequence.client, Failed(sequence.request.request_id, error.info))
+        self._retire(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
         """Frees all that a sequence holds and forgets it; safe to call twice."""
+        if (compilation := self._compiling.pop(sequence, None)) is not None:
+            compilation.cancel()
+            sequence.status = Status.FINISHED
         self.scheduler.finish(sequence)
         if self._sequences.pop((sequence.client, sequence.request.request_id), None) is not None:
             self.adapters.release(sequence.handles)
         assert sequence.status is Status.FINISHED
+
+
+def _logprobs(token: SampledToken) -> TokenLogprobs:
+    assert token.logprob is not None
+    top = tuple(TopLogprob(token_id, logprob) for token_id, logprob in token.top)
+    return TokenLogprobs(token.token_id, token.logprob, top)
 
 
 def _adapter_names(sequences: list[Sequence]) -> tuple[str, ...]:
@@ -503,4 +682,6 @@ def _times(sequence: Sequence, now_s: float) -> Times:
         total_s=now_s - arrival_s,
         preemptions=sequence.preemptions,
         cached_prompt_tokens=sequence.cached_prompt_tokens,
+        drafted_tokens=sequence.drafter.drafted if sequence.drafter else 0,
+        accepted_tokens=sequence.drafter.accepted if sequence.drafter else 0,
     )

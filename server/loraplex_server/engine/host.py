@@ -28,6 +28,7 @@ from loraplex_server.engine.messages import (
     AdapterCommand,
     AdapterReply,
     AdapterStatus,
+    AdapterTokenizers,
     Cancel,
     CheckIntegrity,
     Failed,
@@ -143,6 +144,7 @@ class EngineHost:
             while not self._stopping:
                 self._handle_events(engine, wait=not busy)
                 progressed = engine.step()
+                self._send_tokenizers(engine)
                 busy = progressed or engine.idle()
                 self._send_stats(engine, idle=not progressed)
         finally:
@@ -168,7 +170,7 @@ class EngineHost:
                 pass
             case _Connected(client):
                 self._clients[client.id] = client
-                client.send(Welcome(PROTOCOL_VERSION, engine.info))
+                client.send(Welcome(PROTOCOL_VERSION, engine.info, engine.adapters.tokenizers))
             case _Gone(client_id):
                 engine.cancel_client(client_id)
                 self._watch(engine, client_id, watching=False)
@@ -208,6 +210,8 @@ class EngineHost:
         adapters = engine.adapters
 
         def reply(answer: AdapterStatus | ServerError | list[AdapterStatus]) -> None:
+            # Who hears that an adapter is there may send text for it at once.
+            self._send_tokenizers(engine)
             if isinstance(answer, ServerError):
                 self.emit(client, AdapterReply(command.call_id, error=answer.info))
             else:
@@ -255,6 +259,12 @@ class EngineHost:
             self._watchers.remove(client)
             if not self._watchers:
                 engine.adapters.watch(False)
+
+    def _send_tokenizers(self, engine: Engine) -> None:
+        changed = engine.adapters.drain_tokenizers()
+        if changed:
+            for client in self._clients.values():
+                client.send(AdapterTokenizers(changed))
 
     def _send_changes(self, engine: Engine) -> None:
         if self._watchers:

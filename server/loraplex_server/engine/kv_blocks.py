@@ -124,6 +124,16 @@ class KvBlockPool:
         """The content's name, None while the block is free or not full, or another has that name."""
         return self._keys.get(block)
 
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Takes the names of these contents away, those that are there: nobody finds them any more."""
+        for key in keys:
+            block = self._by_key.pop(key, None)
+            if block is not None:
+                del self._keys[block]
+                if block in self._cached:
+                    del self._cached[block]
+                    self._free.append(block)
+
     def clear(self) -> int:
         """Forgets all cached blocks, which are free then. Returns how many."""
         count = len(self._cached)

@@ -8,6 +8,8 @@ the connection that submitted it and dies with it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
 
 from loraplex_server.core.composition import Composition
@@ -62,9 +64,35 @@ class EngineInfo(msgspec.Struct, frozen=True):
     memory: tuple[tuple[str, int], ...] = ()
 
 
+class TokenizerFile(msgspec.Struct, frozen=True, array_like=True):
+    """One file of a tokenizer, with what tells whether it is still the same."""
+
+    name: str
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+class TokenizerSource(msgspec.Struct, frozen=True, array_like=True):
+    """The tokenizer that an adapter brings.
+
+    Attributes:
+        folder: real path of the adapter's folder.
+        added_tokens: how many token ids the adapter adds to the base's vocabulary.
+    """
+
+    folder: str
+    files: tuple[TokenizerFile, ...]
+    added_tokens: int = 0
+
+
 class Welcome(_Message, frozen=True):
+    """Answers `Hello`. `tokenizers`: what adapters bring, by name; later `AdapterTokenizers` follow."""
+
     version: int
     info: EngineInfo
+    tokenizers: dict[str, TokenizerSource] = {}
 
 
 # API -> engine
@@ -141,6 +169,8 @@ class Times(msgspec.Struct, frozen=True):
 
     Attributes:
         cached_prompt_tokens: not computed, since their keys and values were in the prefix cache.
+        drafted_tokens: guessed.
+        accepted_tokens: how many of them were right.
     """
 
     queue_s: float
@@ -149,6 +179,8 @@ class Times(msgspec.Struct, frozen=True):
     total_s: float
     preemptions: int
     cached_prompt_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -157,6 +189,8 @@ class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         finish: set on the last delta of a request.
         times: set on the first delta, for clients that end at a stop string, and on the last.
+        prompt_logprobs: of the prompt's tokens after the first, in order, those that became known; a delta of
+            them alone has no token ids.
         stop_token: the last token id ended the generation (end of sequence or a stop token) and has
             no text.
     """
@@ -167,6 +201,7 @@ class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     finish: FinishReason | None = None
     stop_token: bool = False
     times: Times | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Tokens(_Message, frozen=True):
@@ -227,6 +262,12 @@ class AdapterChanges(_Message, frozen=True):
     all: bool = False
 
 
+class AdapterTokenizers(_Message, frozen=True):
+    """Adapters that from now on bring these tokenizers, or None; sent before the reply to what changed it."""
+
+    changed: dict[str, TokenizerSource | None]
+
+
 class IntegrityReply(_Message, frozen=True):
     """Pools as they are now.
 
@@ -250,6 +291,7 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
     `device_seconds` is the step's time by the device's clock, `idle_seconds` how long the device waited for
     it although there was work; None without such a clock, or where there was none. `prepare_seconds`,
     `run_seconds` and `sample_seconds` are `StepOutput`'s, `emit_seconds` is for committing and emitting.
+    `decode_tokens` has `drafted_tokens` among them, of which `accepted_tokens` were guessed right.
     """
 
     seconds: float
@@ -265,6 +307,8 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
     run_seconds: float | None = None
     sample_seconds: float | None = None
     emit_seconds: float | None = None
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class SwapRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -316,7 +360,9 @@ class Stats(_Message, frozen=True):
     failed_steps: int = 0
 
 
-FromEngine = Welcome | Tokens | Failed | AdapterReply | AdapterChanges | IntegrityReply | Stats
+FromEngine = (
+    Welcome | Tokens | Failed | AdapterReply | AdapterChanges | AdapterTokenizers | IntegrityReply | Stats
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
@@ -337,3 +383,22 @@ def decode_to_engine(body: bytes) -> ToEngine:
 def decode_from_engine(body: bytes) -> FromEngine:
     """Raises: msgspec.DecodeError for anything that is no such message."""
     return _from_engine.decode(body)
+
+
+class FrameBuffer:
+    """Cuts what comes from a connection into frames."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The bodies of the frames that are complete with `data`."""
+        data = self._rest + data if self._rest else data
+        begin = 0
+        while len(data) - begin >= 4:
+            end = begin + 4 + int.from_bytes(data[begin : begin + 4], "big")
+            if end > len(data):
+                break
+            yield data[begin + 4 : end]
+            begin = end
+        self._rest = data[begin:]

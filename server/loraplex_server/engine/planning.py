@@ -9,11 +9,15 @@ import numpy as np
 
 from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.core.random import uniform
-from loraplex_server.core.step import StepPlan
+from loraplex_server.core.step import Ints, StepPlan
 from loraplex_server.engine.scheduler import Scheduled
 from loraplex_server.engine.sequence import Sequence
 
 SlotOf = Callable[[AdapterHandle], int]
+
+Drafts = tuple[int, ...]
+_Row = tuple[Sequence, Drafts]
+"""A row after which a token is sampled: of a sequence, as if these guesses were its tokens."""
 
 
 def build_plan(
@@ -31,19 +35,22 @@ def build_plan(
     blocks: list[int] = []
     num_blocks: list[int] = []
     runs: list[tuple[int, int, list[tuple[int, float]]]] = []
-    sampled: list[Sequence] = []
+    sampled: list[_Row] = []
     sample_row: list[int] = []
     prefixes: list[tuple[int, int, list[int]]] = []
     fed: list[tuple[int, int]] = []
+    scored: list[tuple[int, int, int]] = []
     for item in scheduled:
         sequence, length = item.sequence, item.num_tokens
         first = sequence.num_computed
-        end = first + length
+        known = first + length
+        end = known + len(item.drafts)
         row = len(token_ids)
-        if sequence.awaited is not None and end == len(sequence.token_ids):
+        if sequence.awaited is not None and known == len(sequence.token_ids):
             fed.append((row + length - 1, sequence.awaited))
-        token_ids += sequence.token_ids[first:end]
-        lengths.append(length)
+        token_ids += sequence.token_ids[first:known]
+        token_ids += item.drafts
+        lengths.append(end - first)
         contexts.append(end)
         table = sequence.block_table[: -(-end // block_size)]
         blocks += table
@@ -52,11 +59,17 @@ def build_plan(
             runs += _runs(item, row, slot_of)
         if item.num_copied:
             prefixes.append(_prefix(item, block_size, slot_of))
+        if sequence.num_unscored:
+            scored += _scored(item, row)
         if item.samples:
-            sampled.append(sequence)
+            sampled.append((sequence, ()))
             sample_row.append(row + length - 1)
-    params = [sequence.request.sampling for sequence in sampled]
-    banned = [_banned(sequence, eos_token_ids) for sequence in sampled]
+            for count in range(1, len(item.drafts) + 1):
+                sampled.append((sequence, item.drafts[:count]))
+                sample_row.append(row + length - 1 + count)
+    params = [sequence.request.sampling for sequence, _ in sampled]
+    banned = [_banned(sequence, drafts, eos_token_ids) for sequence, drafts in sampled]
+    masked = _masked(sampled, banned)
     query_start, block_start = _starts(lengths), _starts(num_blocks)
     context_len, block_ids = _ints(contexts), _ints(blocks)
     token_sequence = np.repeat(np.arange(len(lengths)), lengths)
@@ -79,13 +92,17 @@ def build_plan(
         temperature=_floats([sampling.temperature for sampling in params]),
         top_k=_ints([sampling.top_k for sampling in params]),
         top_p=_floats([sampling.top_p for sampling in params]),
-        uniform=_floats([_draw(sequence) for sequence in sampled]),
+        uniform=_floats([_draw(sequence, drafts) for sequence, drafts in sampled]),
         num_logprobs=_ints([-1 if sampling.logprobs is None else sampling.logprobs for sampling in params]),
         banned_start=_starts([len(ids) for ids in banned]),
         banned_ids=_ints([token for ids in banned for token in ids]),
         fed_row=_ints([row for row, _ in fed]),
         fed_from=_ints([index for _, index in fed]),
+        score_row=_ints([row for row, _, _ in scored]),
+        score_id=_ints([token for _, token, _ in scored]),
+        score_top=_ints([top for _, _, top in scored]),
         **_rare(sampled),
+        **masked,
         prefix_slot=_ints([slot for slot, _, _ in prefixes]),
         prefix_first=_ints([first for _, first, _ in prefixes]),
         prefix_start=_starts([len(cells) for _, _, cells in prefixes]),
@@ -96,7 +113,7 @@ def build_plan(
 def _runs(item: Scheduled, row: int, slot_of: SlotOf) -> list[tuple[int, int, list[tuple[int, float]]]]:
     """(first row, end, [(slot, weight), ...]) of each stretch of equal, non-empty composition."""
     sequence, first = item.sequence, item.sequence.num_computed
-    end = first + item.num_tokens
+    end = first + item.num_rows
     changes = [position for position in sequence.adapter_changes if first < position < end]
     runs = []
     for start, stop in pairwise([first, *changes, end]):
@@ -105,6 +122,15 @@ def _runs(item: Scheduled, row: int, slot_of: SlotOf) -> list[tuple[int, int, li
             slots = [(slot_of(handle), weight) for handle, weight in composition]
             runs.append((row + start - first, row + stop - first, slots))
     return runs
+
+
+def _scored(item: Scheduled, row: int) -> list[tuple[int, int, int]]:
+    """(row, token that follows it, alternatives beside it) of each token of the prompt that is scored."""
+    sequence = item.sequence
+    top = sequence.request.sampling.prompt_logprobs
+    assert top is not None
+    first = row - sequence.num_computed
+    return [(first + position, sequence.token_ids[position + 1], top) for position in item.scores]
 
 
 def _prefix(item: Scheduled, block_size: int, slot_of: SlotOf) -> tuple[int, int, list[int]]:
@@ -116,9 +142,9 @@ def _prefix(item: Scheduled, block_size: int, slot_of: SlotOf) -> tuple[int, int
     return slot_of(handle), first, cells
 
 
-def _rare(sampled: list[Sequence]) -> dict[str, np.ndarray]:
+def _rare(sampled: list[_Row]) -> dict[str, np.ndarray]:
     """The sections of what few requests ask for; left out where none does."""
-    params = [sequence.request.sampling for sequence in sampled]
+    params = [sequence.request.sampling for sequence, _ in sampled]
     sections: dict[str, np.ndarray] = {}
     if any(sampling.min_p for sampling in params):
         sections["min_p"] = _floats([sampling.min_p for sampling in params])
@@ -128,9 +154,7 @@ def _rare(sampled: list[Sequence]) -> dict[str, np.ndarray]:
         sections["bias_value"] = _floats([value for sampling in params for _, value in sampling.logit_bias])
     if any(sampling.penalised for sampling in params):
         seen = [
-            sequence.token_counts.update(sequence.token_ids, sequence.num_prompt)
-            for sequence in sampled
-            if sequence.request.sampling.penalised
+            _seen(sequence, drafts) for sequence, drafts in sampled if sequence.request.sampling.penalised
         ]
         lengths = iter([len(ids) for ids, _ in seen])
         sections["seen_start"] = _starts([next(lengths) if sampling.penalised else 0 for sampling in params])
@@ -141,22 +165,45 @@ def _rare(sampled: list[Sequence]) -> dict[str, np.ndarray]:
     return sections
 
 
-def _draw(sequence: Sequence) -> float:
-    """The draw of the sequence's next token; greedy decoding needs none."""
-    sampling = sequence.request.sampling
-    return uniform(sampling.seed, len(sequence.token_ids)) if sampling.temperature > 0 else 0.0
+def _masked(sampled: list[_Row], banned: list[tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The sections of what grammars allow; left out where no row has one. Bans of their rows are in them."""
+    rows, words = [], []
+    for row, (sequence, _) in enumerate(sampled):
+        if sequence.constraint is not None:
+            rows.append(row)
+            words.append(sequence.constraint.allowed(banned[row]))
+            banned[row] = ()
+    return {"masked_row": _ints(rows), "mask_words": np.concatenate(words)} if rows else {}
 
 
-def _banned(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+def _seen(sequence: Sequence, drafts: Drafts) -> tuple[Ints, Ints]:
+    """The tokens that a row has, and the times that it generated them."""
+    counts = sequence.token_counts
+    found = counts.update(sequence.token_ids, sequence.num_prompt)
+    return counts.with_more(drafts) if drafts else found
+
+
+def _draw(sequence: Sequence, drafts: Drafts) -> float:
+    """The draw of a row's next token; greedy decoding needs none."""
     sampling = sequence.request.sampling
-    banned = [word[-1] for word in sampling.bad_words if _ends_with(sequence.token_ids, word[:-1])]
-    if sequence.num_generated < sampling.min_tokens:
+    if not sampling.temperature > 0:
+        return 0.0
+    return uniform(sampling.seed, len(sequence.token_ids) + len(drafts))
+
+
+def _banned(sequence: Sequence, drafts: Drafts, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    sampling = sequence.request.sampling
+    banned = [word[-1] for word in sampling.bad_words if _ends_with(sequence.token_ids, drafts, word[:-1])]
+    if sequence.num_generated + len(drafts) < sampling.min_tokens:
         banned += [*eos_token_ids, *sampling.stop_token_ids]
+    elif sampling.ignore_eos and sequence.constraint is not None:
+        # A grammar is over with it, so it is put off for as long as there is something else.
+        banned += eos_token_ids
     return tuple(dict.fromkeys(banned))
 
 
-def _ends_with(token_ids: list[int], end: tuple[int, ...]) -> bool:
-    return not end or tuple(token_ids[-len(end) :]) == end
+def _ends_with(token_ids: list[int], drafts: Drafts, end: tuple[int, ...]) -> bool:
+    return not end or (*token_ids[-len(end) :], *drafts)[-len(end) :] == end
 
 
 def _ints(values: list[int]) -> np.ndarray:

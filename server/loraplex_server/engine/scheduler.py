@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable
 from typing import Protocol
 
@@ -74,16 +75,33 @@ class Scheduled:
 
     Attributes:
         num_copied: virtual tokens before these whose keys and values are first copied from the adapter.
+        drafts: guessed tokens computed after them; a token is sampled after each of these, too.
     """
 
     sequence: Sequence
     num_tokens: int
     num_copied: int = 0
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def scores(self) -> range:
+        """Positions of the chunk whose following token is scored."""
+        return self.sequence.scored_in(self.num_tokens) if self.sequence.num_unscored else range(0)
 
     @property
     def samples(self) -> bool:
         """Whether the chunk reaches the last known token, so that the next one is sampled."""
         return self.num_tokens == self.sequence.num_pending
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of it after which a token is sampled."""
+        return 1 + len(self.drafts) if self.samples else 0
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that are computed, drafts included."""
+        return self.num_tokens + len(self.drafts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +139,7 @@ class Scheduler:
         self._order = order or rounds
         self._ledger = Ledger(rounds)
         self._holds: dict[str, _Hold] = {}
+        self._groups: dict[tuple[str, str], _Group] = {}
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.prefix_queries = 0
@@ -138,6 +157,8 @@ class Scheduler:
         """Puts a sequence in the queue."""
         self.waiting.append(sequence)
         self._ledger.enter(sequence)
+        if sequence.group is not None:
+            self._groups.setdefault(sequence.group, _Group()).count += 1
 
     def finish(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is, and frees all that it holds. Harmless if it is out."""
@@ -148,7 +169,15 @@ class Scheduler:
         self._ledger.leave(sequence, waiting=not running)
         self._free_blocks(sequence)
         self._unreserve(sequence)
+        self._leave_group(sequence)
         sequence.status = Status.FINISHED
+
+    def name_blocks(self, sequence: Sequence) -> None:
+        """Tells the pool what is in the blocks that became full, for others to find."""
+        for block, key in sequence.new_block_keys(self._blocks.block_size):
+            self._blocks.set_key(block, key)
+            if sequence.group is not None:
+                self._groups[sequence.group].keys.append(key)
 
     def schedule(self, now_s: float | None = None) -> Schedule:
         """Chooses the next step's tokens; moves sequences between the queues and takes their blocks.
@@ -158,13 +187,14 @@ class Scheduler:
         """
         now_s = time.monotonic() if now_s is None else now_s
         failed = self._expire()
-        scheduled, preempted = self._continue_running()
+        scheduled, preempted, scores = self._continue_running()
         # What memory took away is not given to newcomers in the same step.
         if not preempted:
             used = sum(item.num_tokens for item in scheduled)
-            self._admit(scheduled, failed, self._config.max_batch_tokens - used, now_s)
+            self._admit(scheduled, failed, self._config.max_batch_tokens - used, scores, now_s)
+            scheduled = self._with_drafts(scheduled)
         for item in scheduled:
-            self._ledger.charge(item.sequence, item.num_tokens)
+            self._ledger.charge(item.sequence, item.num_rows)
         return Schedule(tuple(scheduled), tuple(failed), preempted)
 
     def _expire(self) -> list[tuple[Sequence, ServerError]]:
@@ -182,18 +212,21 @@ class Scheduler:
             )
         return failed
 
-    def _continue_running(self) -> tuple[list[Scheduled], int]:
-        budget = self._config.max_batch_tokens
+    def _continue_running(self) -> tuple[list[Scheduled], int, int]:
+        """What the running sequences compute, how many were preempted, and how many more may be scored."""
+        budget, scores = self._config.max_batch_tokens, self._config.max_scored_tokens
         scheduled: dict[Sequence, int] = {}
         preempted = 0
         # Decodes first: a long prefill must not hold them back.
         for sequence in sorted(self.running, key=lambda sequence: sequence.num_pending > 1):
-            if sequence.status is not Status.RUNNING:
+            if sequence.status is not Status.RUNNING or sequence.held_back:
                 continue
-            num_tokens = min(sequence.num_pending, budget)
+            scored = sequence.num_unscored > 0
+            num_tokens = min(sequence.most_tokens(scores) if scored else sequence.num_pending, budget)
             while num_tokens and not self._grow(sequence, num_tokens):
                 victim = min(self.running, key=lambda one: (one.request.priority, -one.arrival_s))
-                budget += scheduled.pop(victim, 0)
+                given = scheduled.pop(victim, 0)
+                budget, scores = budget + given, scores + len(victim.scored_in(given))
                 self._preempt(victim)
                 preempted += 1
                 if victim is sequence:
@@ -201,17 +234,21 @@ class Scheduler:
             if num_tokens:
                 scheduled[sequence] = num_tokens
                 budget -= num_tokens
-        return [Scheduled(sequence, num_tokens) for sequence, num_tokens in scheduled.items()], preempted
+                if scored:
+                    scores -= len(sequence.scored_in(num_tokens))
+        found = [Scheduled(sequence, num_tokens) for sequence, num_tokens in scheduled.items()]
+        return found, preempted, scores
 
     def _admit(
         self,
         scheduled: list[Scheduled],
         failed: list[tuple[Sequence, ServerError]],
         budget: int,
+        scores: int,
         now_s: float,
     ) -> None:
         filling = [one for one in self.running if one.caches and one.num_pending > 1]
-        admission = _Admission(scheduled, failed, filling, budget, now_s)
+        admission = _Admission(scheduled, failed, filling, budget, scores, now_s)
         if self._full(admission):
             return
         passed = admission.passed
@@ -223,6 +260,45 @@ class Scheduler:
         if not self._offer(self._order(candidates, now_s, passed), admission):
             there = [one for one in self.waiting if admission.may_join(one, resident=True)]
             self._offer(self._order(there, now_s, passed), admission)
+
+    def speculates(self, sequence: Sequence, length: int) -> bool:
+        """Whether there may be a guess for a sequence once it has `length` tokens, as busy as it is now."""
+        drafter = sequence.drafter
+        return drafter is not None and drafter.due(length) and self._has_room_for_drafts()
+
+    def _has_room_for_drafts(self) -> bool:
+        config = self._config
+        return len(self.running) <= config.speculation_max_load * config.max_num_requests
+
+    def _with_drafts(self, scheduled: list[Scheduled]) -> list[Scheduled]:
+        """Guesses for those that decode, from what is left of the step: no one waits for them, and no one is
+        preempted.
+        """
+        if not any(item.sequence.drafter for item in scheduled):
+            return scheduled
+        config = self._config
+        rows = config.max_batch_tokens - sum(item.num_tokens for item in scheduled)
+        # As many rows are sampled as there could be without guesses: so much memory was set aside.
+        rows = min(rows, config.max_samples - sum(item.num_samples for item in scheduled))
+        found, open_ = [], self._has_room_for_drafts()
+        for left, item in zip(range(len(scheduled), 0, -1), scheduled, strict=True):
+            sequence, drafter = item.sequence, item.sequence.drafter
+            if drafter is not None and sequence.awaited is None:
+                if item.num_tokens != 1 or not item.samples:
+                    drafter.read(sequence.token_ids)
+                elif open_ and rows > 0:
+                    drafts = drafter.propose(sequence.token_ids, -(-rows // left))
+                    if drafts and self._grow(sequence, 1 + len(drafts)):
+                        rows -= len(drafts)
+                        item = dataclasses.replace(item, drafts=drafts)
+            found.append(item)
+        return found
+
+    def give_back(self, sequence: Sequence) -> None:
+        """Frees the blocks of a running sequence that only wrong guesses have used."""
+        kept = self._blocks.blocks_for(len(sequence.token_ids))
+        self._blocks.release(sequence.block_table[kept:])
+        del sequence.block_table[kept:]
 
     def _urgent(self, now_s: float) -> list[Sequence]:
         """Those who have waited for room on the device beyond their patience; a few, the longest first.
@@ -257,7 +333,7 @@ class Scheduler:
                 break
             flow = sequence.flow
             assert flow is not None
-            if flow in passed:
+            if flow in passed or sequence.held_back:
                 continue
             match self._readiness(sequence, now_s):
                 case Readiness.FAILED:
@@ -278,6 +354,9 @@ class Scheduler:
                     continue
                 case Readiness.READY:
                     pass
+            if sequence.num_unscored and not admission.scores:
+                passed.add(flow)
+                continue
             # The blocks of all its known tokens are taken now: a prompt that is computed in chunks must
             # not lose its later blocks to those admitted after it.
             if self._is_coming(sequence, admission.filling):
@@ -287,7 +366,7 @@ class Scheduler:
                 break
             num_copied = max(0, sequence.num_prefix - sequence.num_computed)
             sequence.num_computed += num_copied
-            num_tokens = min(sequence.num_pending, admission.budget)
+            num_tokens = min(sequence.most_tokens(admission.scores), admission.budget)
             self.waiting.remove(sequence)
             self.running.append(sequence)
             sequence.status = Status.RUNNING
@@ -299,6 +378,7 @@ class Scheduler:
             if sequence.caches and sequence.num_pending > 1:
                 admission.filling.append(sequence)
             admission.budget -= num_tokens
+            admission.scores -= len(sequence.scored_in(num_tokens))
         return True
 
     def _make_room(self, urgent: list[Sequence], admission: _Admission) -> None:
@@ -366,8 +446,10 @@ class Scheduler:
             self._free_blocks(sequence)
             sequence.num_computed = 0
             return False
-        if sequence.caches and sequence.first_scheduled_s is None:
+        if sequence.caches and sequence.first_scheduled_s is None and not sequence.num_unscored:
             sequence.cached_prompt_tokens = max(0, sequence.num_computed - sequence.num_virtual)
+            if sequence.group is not None:
+                return True
             self.prefix_queries += sequence.num_prompt - sequence.num_virtual
             self.prefix_hits += sequence.cached_prompt_tokens
         return True
@@ -400,6 +482,15 @@ class Scheduler:
         self._blocks.release(sequence.block_table)
         sequence.block_table = []
         sequence.num_named = 0
+
+    def _leave_group(self, sequence: Sequence) -> None:
+        if sequence.group is None:
+            return
+        group = self._groups[sequence.group]
+        group.count -= 1
+        if not group.count:
+            self._blocks.forget(group.keys)
+            del self._groups[sequence.group]
 
     def _unreserve(self, sequence: Sequence) -> None:
         if sequence.reserved:
@@ -453,12 +544,28 @@ class Scheduler:
             if sequence.status is not status
         ]
         problems += self._ledger.check_integrity(self.waiting, self.running)
+        members = Counter(sequence.group for sequence in (*self.running, *self.waiting) if sequence.group)
+        if members != {key: group.count for key, group in self._groups.items()}:
+            problems.append("groups count other members than there are")
         problems += [
             f"request {sequence.request.request_id} runs without its adapters"
             for sequence in self.running
             if sequence.handles and not sequence.reserved
         ]
         return problems
+
+
+@dataclasses.dataclass
+class _Group:
+    """Requests with one prompt, apart from the prefix cache.
+
+    Attributes:
+        count: members in the queues.
+        keys: of the blocks that one of them has filled.
+    """
+
+    count: int = 0
+    keys: list[bytes] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -485,6 +592,8 @@ class _Admission:
 
     Attributes:
         filling: sequences that run and compute blocks for the prefix cache.
+        budget: tokens that may still be computed.
+        scores: how many of them may be scored.
         passed: flows whose next request has to wait.
         num_coming: sequences that wait for blocks which those are about to compute.
         num_blocked: how many there was no room on the device for.
@@ -498,12 +607,14 @@ class _Admission:
         failed: list[tuple[Sequence, ServerError]],
         filling: list[Sequence],
         budget: int,
+        scores: int,
         now_s: float,
     ) -> None:
         self.scheduled = scheduled
         self.failed = failed
         self.filling = filling
         self.budget = budget
+        self.scores = scores
         self.now_s = now_s
         self.passed: set[Account] = set()
         self.num_blocked = 0

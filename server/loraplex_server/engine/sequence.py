@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 from loraplex_server.adapters.record import AdapterHandle
 from loraplex_server.core.request import Request
+from loraplex_server.engine.constraint import Constraint
+from loraplex_server.engine.drafts import Drafter
 from loraplex_server.engine.fairness import Account
 from loraplex_server.engine.kv_blocks import block_key
 from loraplex_server.engine.token_counts import TokenCounts
@@ -43,14 +45,20 @@ class Sequence:
         num_virtual: rows of a soft prompt or a prefix, which come first.
         num_prefix: how many of these are a prefix's: copied to the cache when it is admitted, not computed.
         num_computed: how many of them have their keys and values in the cache.
+        scored_to: the tokens that follow those before this position have their log-probabilities, as far as
+            they are asked for.
         block_table: KV blocks it holds, in the order of positions.
         block_keys: keys of its full blocks of known tokens, as far as they were asked for.
         num_named: blocks at the beginning of the table whose keys the pool was told.
         caches: its blocks may be had by others, and it may have theirs.
+        group: those others, where they are not all whose prompts begin alike: the prompt's blocks are for the
+            members of the group, and nobody finds them after the last.
         cached_prompt_tokens: tokens of its prompt that it found in the cache when it was first admitted.
         reserved: it holds device references to its adapters.
         awaited: its last token is not known yet: it is this one of those that the step in flight samples.
         flow: the account of what it is given; the scheduler's ledger sets it.
+        constraint: where its answer stands in its grammar, None for free text.
+        drafter: guesses its next tokens; None does not.
     """
 
     request: Request
@@ -62,15 +70,19 @@ class Sequence:
     num_virtual: int = 0
     num_prefix: int = 0
     num_computed: int = 0
+    scored_to: int = 0
     status: Status = Status.WAITING
     block_table: list[int] = dataclasses.field(default_factory=list)
     block_keys: list[bytes] = dataclasses.field(default_factory=list)
     num_named: int = 0
     caches: bool = False
+    group: tuple[str, str] | None = None
     cached_prompt_tokens: int = 0
     reserved: bool = False
     awaited: int | None = None
     flow: Account | None = None
+    constraint: Constraint | None = None
+    drafter: Drafter | None = None
     preemptions: int = 0
     adapter_wait_start_s: float | None = None
     adapter_wait_s: float = 0.0
@@ -88,6 +100,8 @@ class Sequence:
         self.num_prefix = sum(handle.num_prefix_tokens for handle in self.handles)
         self.token_ids = [*(-1 - row for row in range(self.num_virtual)), *prompt]
         self.num_prompt = len(self.token_ids)
+        scored = self.request.sampling.prompt_logprobs is not None
+        self.scored_to = self.num_virtual if scored else self.num_prompt - 1
         uses = zip(self.handles, self.request.adapters, strict=True)
         spans = [(*_span(handle, prompt), handle, use.weight) for handle, use in uses]
         edges = {edge for start, end, *_ in spans for edge in (start, end)}
@@ -98,6 +112,11 @@ class Sequence:
         )
 
     @property
+    def held_back(self) -> bool:
+        """Whether its grammar has not said yet what may come next."""
+        return self.constraint is not None and not self.constraint.ready
+
+    @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
 
@@ -105,6 +124,22 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens known and not yet computed: 1 when decoding, more when prefilling."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_unscored(self) -> int:
+        """Tokens of the prompt whose log-probabilities are still to be computed."""
+        return self.num_prompt - 1 - self.scored_to
+
+    def scored_in(self, num_tokens: int) -> range:
+        """Positions, of the next `num_tokens` computed, whose following token is scored."""
+        end = min(self.num_computed + num_tokens, self.num_prompt - 1)
+        return range(max(self.num_computed, self.scored_to), end)
+
+    def most_tokens(self, scores: int) -> int:
+        """Tokens that can be computed next with no more than so many of them scored."""
+        if self.num_unscored <= scores:
+            return self.num_pending
+        return max(0, self.scored_to - self.num_computed) + scores
 
     def adapters_at(self, position: int) -> Composition:
         """The adapters, with weights, that apply to the token at `position`.
@@ -123,24 +158,29 @@ class Sequence:
         """Keys, in order, of the full blocks that it need not compute itself if they are cached.
 
         Its adapters have to be READY: before, their content is not known. The last known token is always
-        computed: its logits are wanted.
+        computed: its logits are wanted, as are those of the tokens whose next is scored.
         """
         if self.caches:
-            for index in range((len(self.token_ids) - 1) // block_size):
+            end = self.scored_to if self.num_unscored else len(self.token_ids) - 1
+            for index in range(self._shared(end, block_size)):
                 yield self._key(index, block_size)
 
     def will_fill(self, index: int, key: bytes, block_size: int) -> bool:
         """Whether computing its known tokens will fill the block at `index` of the table as `key` says."""
-        ahead = self.num_named <= index < len(self.token_ids) // block_size
+        ahead = self.num_named <= index < self._shared(len(self.token_ids), block_size)
         return ahead and self._key(index, block_size) == key
 
     def new_block_keys(self, block_size: int) -> list[tuple[int, bytes]]:
         """(block, key) of each block that became full since the last call."""
-        first, full = self.num_named, self.num_computed // block_size
-        if first == full or not self.caches:
+        first, full = self.num_named, self._shared(self.num_computed, block_size)
+        if first >= full or not self.caches:
             return []
         self.num_named = full
         return [(self.block_table[index], self._key(index, block_size)) for index in range(first, full)]
+
+    def _shared(self, num_tokens: int, block_size: int) -> int:
+        """How many of the full blocks of the first `num_tokens` others may have."""
+        return (num_tokens if self.group is None else min(num_tokens, self.num_prompt)) // block_size
 
     def _key(self, index: int, block_size: int) -> bytes:
         """Key of the block at `index` of the table, and of those before it, each computed once."""
@@ -154,7 +194,7 @@ class Sequence:
 
     def _namespace(self, begin: int, end: int) -> bytes:
         """Whose KV the positions from `begin` to `end` are: the tenant, content and weight of each adapter in
-        order, and where in the block it changes."""
+        order, where in the block it changes, and the group."""
         changes: tuple[int, ...] = ()
         place: tuple[int, ...] = ()
         if self._changes and begin < self._changes[-1]:
@@ -165,7 +205,8 @@ class Sequence:
                 (start - begin, [(_content(handle), weight) for handle, weight in self.adapters_at(start)])
                 for start in (begin, *changes)
             ]
-            self._namespaces[place] = repr((self.request.tenant, EFFECT_VERSION, parts)).encode()
+            group = () if self.group is None else (self.group,)
+            self._namespaces[place] = repr((self.request.tenant, EFFECT_VERSION, parts, *group)).encode()
         return self._namespaces[place]
 
 

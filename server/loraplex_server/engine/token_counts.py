@@ -38,6 +38,22 @@ class TokenCounts:
         size = len(self._place)
         return self._ids[:size], self._counts[:size]
 
+    def with_more(self, token_ids: Sequence[int]) -> tuple[Ints, Ints]:
+        """What `update` would give if these had been generated, too; nothing of it is kept."""
+        size = len(self._place)
+        counts = self._counts[:size].copy()
+        more: dict[int, int] = {}
+        for token in token_ids:
+            place = self._place.get(token)
+            if place is None:
+                more[token] = more.get(token, 0) + 1
+            else:
+                counts[place] += 1
+        return (
+            np.concatenate([self._ids[:size], np.array([*more], np.int64)]),
+            np.concatenate([counts, np.array([*more.values()], np.int64)]),
+        )
+
     def _place_of(self, token: int) -> int:
         place = self._place.get(token)
         if place is None:

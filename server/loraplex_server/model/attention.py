@@ -9,6 +9,7 @@ from transformers import AttentionInterface
 
 from loraplex_kernels import parallel
 from loraplex_kernels.attention import LayerShape, paged_attention, write_kv
+from loraplex_kernels.rotary import rotate_and_write
 from loraplex_server.model import context
 
 NAME = "loraplex_paged"
@@ -31,7 +32,7 @@ def _attend(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Writes the step's keys and values and attends over the paged cache.
+    """Writes the step's keys and values, rotated first if that was put off, and attends over the paged cache.
 
     `query` is [1, heads, T, head_dim], `key` and `value` [1, kv_heads, T, head_dim]; returns
     [1, T, heads, head_dim]. There is no mask: causality and windows follow from the block tables.
@@ -47,7 +48,12 @@ def _attend(
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if step.seen is not None:
         step.seen[layer] = LayerShape(q.shape[1], k.shape[1], q.shape[2], q.dtype, sliding_window)
-    write_kv(k, v, cache, step.attention)
+    rotated = not step.rotations
+    if rotated:
+        write_kv(k, v, cache, step.attention)
+    else:
+        rotation = step.rotations.pop()
+        rotate_and_write(q, k, v, rotation.cos[0], rotation.sin[0], cache, step.attention)
     with parallel.threads_for(step.attended * q.shape[1] * q.shape[2] / _PRODUCTS_PER_US):
         out = paged_attention(
             q,
@@ -56,8 +62,9 @@ def _attend(
             scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
             sliding_window=sliding_window,
             softcap=softcap,
-            k=k,
-            v=v,
+            # Rotated on their way, keys are in the cache alone.
+            k=k if rotated else None,
+            v=v if rotated else None,
         )
     return out.unsqueeze(0), None
 

@@ -17,6 +17,14 @@ from loraplex_server.model.effects import Effect, NormEffect
 
 
 @dataclasses.dataclass(frozen=True)
+class Rotation:
+    """A rotation of queries and keys that was put off: cos and sin are [1, T, rotated values of a head]."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
 class StepContext:
     """One forward pass.
 
@@ -29,6 +37,8 @@ class StepContext:
         head: what they do at the head, of whose input only the sampled rows are there.
         added_tokens: most that one of them adds to the vocabulary.
         seen: where given, each layer notes here what it asks of the attention.
+        own_code: nothing between the projections may be fused (`fusion`): an adapter acts there.
+        rotations: what the attention that is called next has to do first; at most one.
     """
 
     attention: AttentionBatch
@@ -39,6 +49,8 @@ class StepContext:
     head: tuple[Effect, ...] = ()
     added_tokens: int = 0
     seen: dict[int, LayerShape] | None = None
+    own_code: bool = False
+    rotations: list[Rotation] = dataclasses.field(default_factory=list)
 
 
 _current: StepContext | None = None

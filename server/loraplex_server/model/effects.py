@@ -175,6 +175,11 @@ def norm_effects(pool: LoraPool, batch: LoraBatch) -> tuple[NormEffect, ...]:
     return (OwnWeights(pool, batch),) if replacement.any_weights(pool, batch) else ()
 
 
+def acts_between(effects: Iterable[Effect], norms: Iterable[NormEffect]) -> bool:
+    """Whether an effect of a step acts, or reads, between the projections: nothing is fused there then."""
+    return any(norms) or any(isinstance(effect, Bottlenecks) for effect in effects)
+
+
 def embedding_effects(pool: LoraPool, batch: LoraBatch, site: Vocabulary) -> tuple[EmbeddingEffect, ...]:
     """What the adapters of a batch do at the embedding, in order."""
     if not vocabulary.acts_at(pool, batch, site.embedding.first_entry):

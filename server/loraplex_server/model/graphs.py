@@ -4,7 +4,8 @@ A step in which every sequence computes one token is hundreds of small kernels, 
 one takes longer than running them. Recorded, they are one launch. A recording's inputs lie at fixed
 addresses: token ids, positions, the attention's tables, the adapters' segments. A step fills them, in three
 copies, and replays. Tokens past the step's own have the id 0, are written to no cell and belong to no
-adapter.
+adapter. Guessed tokens are rows like others: each attends on its own to the blocks of its sequence, which
+have all of the step's keys and values by then.
 
 There are two recordings for each size: for steps without adapters, which launch nothing for them, and for
 those with low-rank pairs of any number and mix. Whatever else an adapter does is not recorded: `prepare` then
@@ -17,14 +18,14 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from loraplex_kernels.attention import AttentionBuffers, LayerShape
 from loraplex_kernels.lora import LoraBatchBuffers, LoraPool
-from loraplex_server.core.step import StepPlan
+from loraplex_server.core.step import Ints, StepPlan
 from loraplex_server.model.context import StepContext
 from loraplex_server.model.effects import Effect, Kinds, acts_outside, effects_of, kinds
 from loraplex_server.model.recording import Work, recorder
@@ -132,8 +133,9 @@ class DecodeGraphs:
 
         `tokens` are those that the plan is fed from.
         """
-        bucket = self._bucket(plan)
-        if bucket is None:
+        rows = row_by_row(plan)
+        bucket = None if rows is None else self._bucket(plan, rows)
+        if rows is None or bucket is None:
             return None
         effects: tuple[Effect, ...] = ()
         if len(plan.run_start):
@@ -144,9 +146,7 @@ class DecodeGraphs:
         replay = bucket.replays.get(kinds(effects))
         if replay is None:
             return None
-        bucket.attention.fill(
-            plan.query_start, plan.context_len, plan.block_start, plan.blocks, plan.slot_mapping
-        )
+        bucket.attention.fill(*rows, plan.slot_mapping)
         count = plan.num_tokens
         # Fresh memory, of which the allocator sees to it that the copy is done before it is used again.
         inputs = torch.zeros(self._inputs.shape, dtype=torch.int64, pin_memory=pins(self._device))
@@ -159,30 +159,28 @@ class DecodeGraphs:
             assert tokens is not None
             known = tokens.index_select(0, self._inputs[3, :fed])
             self._inputs[0].index_copy_(0, self._inputs[2, :fed], known)
-        rows = None
+        sampled = None
         if not np.array_equal(plan.sample_row, np.arange(count)):
-            rows = send([plan.sample_row], self._device)[0]
+            sampled = send([plan.sample_row], self._device)[0]
 
         def launch() -> torch.Tensor:
             replay()
             assert self._logits is not None
             logits = self._logits[:count]
-            return logits if rows is None else logits.index_select(0, rows)
+            return logits if sampled is None else logits.index_select(0, sampled)
 
         return launch
 
-    def _bucket(self, plan: StepPlan) -> _Bucket | None:
-        """The smallest with room for the step, if every sequence of it computes one token that has an id."""
+    def _bucket(self, plan: StepPlan, rows: Rows) -> _Bucket | None:
+        """The smallest with room for the step, if all of its tokens have an id."""
         count = plan.num_tokens
-        if count > self._largest or count != plan.num_sequences or not count:
-            return None
-        if (np.diff(plan.query_start) != 1).any() or (plan.token_ids < 0).any():
+        if count > self._largest or not count or len(plan.score_row) or (plan.token_ids < 0).any():
             return None
         pairs = (
             int((plan.run_end - plan.run_start) @ np.diff(plan.run_pair_start)) if len(plan.run_start) else 0
         )
         for bucket in self._buckets:
-            if bucket.has_room(count, len(plan.blocks), pairs):
+            if bucket.has_room(count, len(rows.blocks), pairs):
                 return bucket
         return None
 
@@ -200,6 +198,33 @@ class DecodeGraphs:
             self._logits[:size].copy_(logits)
 
         return work
+
+
+class Rows(NamedTuple):
+    """A step's attention, as of sequences of one token each."""
+
+    query_start: Ints
+    context_len: Ints
+    block_start: Ints
+    blocks: Ints
+
+
+def row_by_row(plan: StepPlan) -> Rows | None:
+    """A step whose every token is decoded, guessed ones included, row by row; None of any other."""
+    count = plan.num_tokens
+    if count == plan.num_sequences:
+        if (np.diff(plan.query_start) != 1).any():
+            return None
+        return Rows(plan.query_start, plan.context_len, plan.block_start, plan.blocks)
+    if len(plan.sample_row) != count:
+        return None
+    # Each row has its sequence's table once more.
+    owner = np.repeat(np.arange(plan.num_sequences), np.diff(plan.query_start))
+    lengths = np.diff(plan.block_start)[owner]
+    block_start = np.concatenate([[0], lengths.cumsum()])
+    within = np.arange(block_start[-1]) - np.repeat(block_start[:-1], lengths)
+    blocks = plan.blocks[np.repeat(plan.block_start[:-1][owner], lengths) + within]
+    return Rows(np.arange(count + 1), plan.positions + 1, block_start, blocks)
 
 
 class _Bucket:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import re
 import sys
 from collections.abc import Generator, Iterator
@@ -21,17 +22,21 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from loraplex_kernels import dispatch
 from loraplex_kernels.lora import LoraSite
 from loraplex_server.config import ModelConfig
 from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError
 from loraplex_server.model import architecture
 from loraplex_server.model.architecture import Ends, Norm, Projection
 from loraplex_server.model.checkpoint import Checkpoint, locate
+from loraplex_server.model.fusion import fuse
 from loraplex_server.model.linear import FrozenHead, SiteGroup, SiteLinear
 from loraplex_server.model.norm import NormSite, attach
 from loraplex_server.model.residual import ResidualStream
 from loraplex_server.model.vocabulary import Vocabulary
 from loraplex_server.model.weights import FrozenWeight, WeightFormat
+
+_log = logging.getLogger(__name__)
 
 
 class TensorSource(Protocol):
@@ -233,6 +238,9 @@ class EmptyModel:
             attach(model.get_submodule(norm.path), norm, entries + index)
             for index, norm in enumerate(self.norms)
         )
+        vocabulary = attach_ends(model, self.ends, entries + len(norms))
+        if dispatch.backend(self.format.device) == "triton":
+            _log.info("fused: %s", fuse(model))
         return BaseModel(
             model=model,
             config=self.config,
@@ -240,7 +248,7 @@ class EmptyModel:
             groups=tuple(groups),
             projections=tuple(projection for group in self.grouped for projection in group),
             norms=norms,
-            vocabulary=attach_ends(model, self.ends, entries + len(norms)),
+            vocabulary=vocabulary,
             kv_shapes=self.kv_shapes,
             residual=ResidualStream(model, self._residual_norms()),
             eos_token_ids=self.eos_token_ids,

@@ -116,7 +116,14 @@ def make_plan(
     if narrow and triton and device.type == "cuda":
         _check_narrow_floats(device)
     adapters = _adapter_bytes(registry, config, dtype)
-    step = StepSize(scheduler.max_batch_tokens, max_samples(config), _max_pairs(config), adapters.max_rank)
+    samples = max_samples(config)
+    step = StepSize(
+        scheduler.max_batch_tokens,
+        samples,
+        _max_pairs(config),
+        adapters.max_rank,
+        max_logit_rows(config) - samples,
+    )
     fixed = [
         Part(
             f"base weights ({empty.format.quantization})",
@@ -129,7 +136,7 @@ def make_plan(
         Part(
             WORKSPACE,
             workspace.step_bytes(empty, step),
-            ("--max-batch-tokens", "--max-num-requests"),
+            ("--max-batch-tokens", "--max-num-requests", "--max-scored-tokens"),
         ),
     ]
     per_block = block_bytes(empty.kv_shapes, scheduler.kv_block_size, kv_dtype(scheduler, dtype))
@@ -253,8 +260,8 @@ def _adapter_bytes(registry: SiteRegistry, config: EngineConfig, dtype: torch.dt
         max_tokens=config.scheduler.max_batch_tokens, max_pairs=_max_pairs(config), device=meta
     )
     sampled = LoraBatchBuffers(
-        max_tokens=max_samples(config),
-        max_pairs=max_samples(config) * config.adapters.max_per_request,
+        max_tokens=max_logit_rows(config),
+        max_pairs=max_logit_rows(config) * config.adapters.max_per_request,
         device=meta,
     )
     return _AdapterBytes(
@@ -268,7 +275,13 @@ def _adapter_bytes(registry: SiteRegistry, config: EngineConfig, dtype: torch.dt
 
 def max_samples(config: EngineConfig) -> int:
     """Most rows of a step whose next token is sampled."""
-    return min(config.scheduler.max_num_requests, config.scheduler.max_batch_tokens)
+    return config.scheduler.max_samples
+
+
+def max_logit_rows(config: EngineConfig) -> int:
+    """Most rows of a step whose next token is sampled or scored."""
+    scheduler = config.scheduler
+    return min(scheduler.max_num_requests + scheduler.max_scored_tokens, scheduler.max_batch_tokens)
 
 
 def _total_bytes(device: torch.device) -> int:

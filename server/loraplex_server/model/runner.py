@@ -16,9 +16,11 @@ from loraplex_kernels.attention import AttentionBatch, LayerShape
 from loraplex_kernels.lora import LoraBatch, LoraBatchBuffers, LoraPool
 from loraplex_server.core.step import Ints, StepOutput, StepPlan
 from loraplex_server.model import context, sampler, warmup
+from loraplex_server.model import scoring as scoring_of
 from loraplex_server.model.clock import DeviceClock, Span
 from loraplex_server.model.context import StepContext
 from loraplex_server.model.effects import (
+    acts_between,
     acts_outside,
     effects_of,
     embedding_effects,
@@ -29,6 +31,7 @@ from loraplex_server.model.graphs import DecodeGraphs, GraphLimits
 from loraplex_server.model.loader import BaseModel
 from loraplex_server.model.prefix import place_prefixes
 from loraplex_server.model.sampler import Sampling
+from loraplex_server.model.scoring import Scoring
 from loraplex_server.model.transfer import send
 
 _log = logging.getLogger(__name__)
@@ -46,22 +49,30 @@ class LaunchTimes:
 class Pending:
     """A step that was launched, and that the device may still be computing."""
 
-    def __init__(self, sampling: Sampling | None, span: Span | None, times: LaunchTimes) -> None:
+    def __init__(
+        self,
+        sampling: Sampling | None,
+        span: Span | None,
+        times: LaunchTimes,
+        scoring: Scoring | None = None,
+    ) -> None:
         self._sampling = sampling
+        self._scoring = scoring
         self._span = span
         self._times = times
 
     def result(self) -> StepOutput:
-        """What the step sampled, once it is there."""
+        """What the step sampled and scored, once it is there."""
         started_s = time.perf_counter()
         sampled = () if self._sampling is None else self._sampling.result()
+        scored = () if self._scoring is None else self._scoring.result()
         times, fetch_s = self._times, time.perf_counter() - started_s
         if self._span is None:
             inline = times.prepare_s, times.forward_s, times.sample_s + fetch_s
-            return StepOutput(sampled, None, None, *inline)
+            return StepOutput(sampled, None, None, *inline, scored)
         device_s, waited_s = self._span.seconds()
         launching_s = times.prepare_s + times.forward_s + times.sample_s
-        return StepOutput(sampled, device_s, waited_s, launching_s, device_s, fetch_s)
+        return StepOutput(sampled, device_s, waited_s, launching_s, device_s, fetch_s, scored)
 
 
 class ModelRunner:
@@ -79,8 +90,8 @@ class ModelRunner:
         max_samples: int = 0,
         layers: Iterable[LayerShape] = (),
     ) -> None:
-        """`max_samples`: most rows sampled in a step, 0 for all of its tokens. `layers`: shapes of the
-        attention, as the self-check saw them; their tables travel together.
+        """`max_samples`: most rows sampled or scored in a step, 0 for all of its tokens. `layers`: shapes of
+        the attention, as the self-check saw them; their tables travel together.
         """
         self._base = base
         self._kv_caches = kv_caches
@@ -157,7 +168,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Pending:
-        """Computes every token of the plan, writes its keys and values, and samples.
+        """Computes every token of the plan, writes its keys and values, samples, and scores.
 
         On a GPU all of it is queued, in order, and nothing waits; elsewhere it is done on return.
         """
@@ -167,15 +178,17 @@ class ModelRunner:
         prepared_s = time.perf_counter()
         logits = forward()
         forwarded_s = time.perf_counter()
-        sampling = sampler.launch(logits, plan) if len(plan.sample_row) else None
+        count = len(plan.sample_row)
+        sampling = sampler.launch(logits[:count], plan) if count else None
+        scoring = scoring_of.launch(logits[count:], plan) if len(plan.score_row) else None
         self._tokens = None if sampling is None else sampling.tokens
         span, sampled_s = self._clock.end(), time.perf_counter()
         times = LaunchTimes(prepared_s - started_s, forwarded_s - prepared_s, sampled_s - forwarded_s)
-        return Pending(sampling, span, times)
+        return Pending(sampling, span, times, scoring)
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
-        """Next-token logits [S, vocabulary] of the plan's `sample_row`, valid until the next step."""
+        """Next-token logits [S + Q, vocabulary] of the plan's `logit_row`, valid until the next step."""
         return self._prepare(plan)()
 
     def usable(self) -> bool:
@@ -213,11 +226,14 @@ class ModelRunner:
         if outside is not None and (ids >= vocabulary.size).any():
             ends.check_ids(ids, self._pool, vocabulary.embedding, outside)
         token_ids, positions, rows, fed_row, fed_from, added_to = send(
-            [ids, plan.positions, plan.sample_row, plan.fed_row, plan.fed_from, added], self._device
+            [ids, plan.positions, plan.logit_row, plan.fed_row, plan.fed_from, added], self._device
         )
         if len(plan.fed_row):
             assert self._tokens is not None
             token_ids.index_copy_(0, fed_row, self._tokens.index_select(0, fed_from))
+        # Nothing is launched for a step without adapters.
+        effects = () if batch is None else effects_of(self._pool, batch, self._base.residual)
+        norms = () if outside is None else norm_effects(self._pool, outside)
         step = StepContext(
             attention=AttentionBatch.build(
                 plan.query_start,
@@ -231,11 +247,11 @@ class ModelRunner:
             ),
             kv_caches=self._kv_caches,
             attended=int(np.diff(plan.query_start) @ plan.context_len),
-            # Nothing is launched for a step without adapters.
-            effects=() if batch is None else effects_of(self._pool, batch, self._base.residual),
-            norms=() if outside is None else norm_effects(self._pool, outside),
+            effects=effects,
+            norms=norms,
             head=() if sampled is None else head_effects(self._pool, sampled, vocabulary),
             added_tokens=int(added.max(initial=0)),
+            own_code=acts_between(effects, norms),
         )
 
         def forward() -> torch.Tensor:
@@ -287,10 +303,10 @@ class ModelRunner:
         return found
 
     def _sampled(self, plan: StepPlan, batch: LoraBatch) -> LoraBatch | None:
-        """The batch of the sampled rows alone, None where no adapter does anything at the head."""
-        runs = plan.runs
-        owner = np.searchsorted(plan.run_start, plan.sample_row, "right") - 1
-        inside = (owner >= 0) & (plan.sample_row < plan.run_end[owner])
+        """The batch of the rows with logits alone, None where no adapter does anything at the head."""
+        runs, rows = plan.runs, plan.logit_row
+        owner = np.searchsorted(plan.run_start, rows, "right") - 1
+        inside = (owner >= 0) & (rows < plan.run_end[owner])
         found = [
             (row, row + 1, runs[run][2])
             for row, (run, has) in enumerate(zip(owner.tolist(), inside.tolist(), strict=True))
@@ -299,8 +315,8 @@ class ModelRunner:
         return self._sampled_segments.fill(found) if found else None
 
     def _added_tokens(self, plan: StepPlan, sampled: LoraBatch | None) -> Ints:
-        """[S]: how many tokens each sampled row's adapter adds to the vocabulary."""
-        added: Ints = np.zeros(len(plan.sample_row), np.int64)
+        """[S + Q]: how many tokens the adapter of each row with logits adds to the vocabulary."""
+        added: Ints = np.zeros(len(plan.logit_row), np.int64)
         if sampled is not None:
             site = self._base.vocabulary
             found = ends.added_tokens(self._pool, sampled, site.head.first_entry, site.size)

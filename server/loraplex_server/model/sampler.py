@@ -6,6 +6,7 @@ All of it runs on the device: the parameters travel there in one copy, the resul
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +23,10 @@ def sample(logits: torch.Tensor, plan: StepPlan) -> tuple[SampledToken, ...]:
 def launch(logits: torch.Tensor, plan: StepPlan) -> Sampling:
     """Samples one token a row; nothing waits for the device.
 
-    Logits are changed in the order of transformers' processors: bias, penalties, bans; then temperature,
-    top-k, top-p and min-p say what may be drawn. A drawn token is the first, in descending order of
-    probability, at which the cumulative mass of what is left exceeds the row's draw: no random generator, so
-    a row's token depends on its logits, its parameters and its draw alone.
+    Logits are changed in the order of transformers' processors: bias, penalties, bans, masks; then
+    temperature, top-k, top-p and min-p say what may be drawn. A drawn token is the first, in descending order
+    of probability, at which the cumulative mass of what is left exceeds the row's draw: no random generator,
+    so a row's token depends on its logits, its parameters and its draw alone.
 
     Args:
         logits: [S, vocabulary], any floating dtype; row i belongs to `plan.sample_row[i]`.
@@ -43,7 +44,7 @@ def launch(logits: torch.Tensor, plan: StepPlan) -> Sampling:
     most = int(plan.num_logprobs.max(initial=-1))
     if most < 0:
         return Sampling(chosen, Fetch(chosen), plan.num_logprobs)
-    return Sampling(chosen, Fetch(_with_logprobs(logits, chosen, most)), plan.num_logprobs)
+    return Sampling(chosen, Fetch(with_logprobs(logits, chosen, most)), plan.num_logprobs)
 
 
 class Sampling:
@@ -63,20 +64,7 @@ class Sampling:
         values = self._fetch.wait()
         if values.ndim == 1:
             return tuple(SampledToken(token) for token in values.tolist())
-        found = []
-        floats = values.view(np.float32)
-        most = (values.shape[1] - 2) // 2
-        for row, (count, token) in enumerate(
-            zip(self._num_logprobs.tolist(), values[:, 0].tolist(), strict=True)
-        ):
-            if count < 0:
-                found.append(SampledToken(token))
-                continue
-            top = min(count, most)
-            ids, logprobs = values[row, 2 : 2 + top], floats[row, 2 + most : 2 + most + top]
-            best = tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
-            found.append(SampledToken(token, floats[row, 1].item(), best))
-        return tuple(found)
+        return unpack(values, self._num_logprobs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +77,15 @@ class _Changes:
     """Rows, tokens, times generated, and three penalties for each pair."""
     bans: list[torch.Tensor] | None
     """Rows, tokens."""
+    masks: list[torch.Tensor] | None
+    """Rows, and the words of their bits, one row's after the other's."""
 
 
 def _inputs(
     plan: StepPlan, drawn: np.ndarray, logits: torch.Tensor
 ) -> tuple[_Changes, list[torch.Tensor] | None]:
     """What greedy rows do not need: the changes; and rows, temperature, top-k, top-p, min-p and draw."""
-    groups: list[list[Words]] = [[], [], [], []]
+    groups: list[list[Words]] = [[], [], [], [], []]
     if len(plan.bias_ids):
         groups[0] = [_rows(plan.bias_start), plan.bias_ids, plan.bias_value]
     if len(plan.seen_ids):
@@ -113,10 +103,12 @@ def _inputs(
         min_p = plan.min_p if len(plan.min_p) else np.zeros(len(top_k))
         columns = (plan.temperature, top_k, plan.top_p, min_p, plan.uniform)
         groups[3] = [drawn, *(column[drawn] for column in columns)]
+    if len(plan.masked_row):
+        groups[4] = [plan.masked_row, plan.mask_words]
     arrays = [array for group in groups for array in group]
     sent = iter(send(arrays, logits.device) if arrays else [])
-    bias, penalties, bans, draws = ([next(sent) for _ in group] or None for group in groups)
-    return _Changes(bias, penalties, bans), draws
+    bias, penalties, bans, draws, masks = ([next(sent) for _ in group] or None for group in groups)
+    return _Changes(bias, penalties, bans, masks), draws
 
 
 def _rows(starts: np.ndarray) -> np.ndarray:
@@ -138,7 +130,27 @@ def _changed(scores: torch.Tensor, changes: _Changes) -> torch.Tensor:
     if changes.bans is not None:
         rows, tokens = changes.bans
         scores = scores.index_put((rows, tokens), scores.new_full((), -torch.inf))
+    if changes.masks is not None:
+        scores = _masked(scores, *changes.masks)
     return scores
+
+
+def _masked(scores: torch.Tensor, rows: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Scores [S, vocabulary] with what the bits of `rows` do not allow at -inf; other rows as they are.
+
+    Args:
+        words: int64 [rows * words]; bit t % 64 of a row's word t // 64 is token t's.
+    """
+    width = scores.shape[-1]
+    bits = words.view(torch.uint8).view(len(rows), -1, 1) >> torch.arange(
+        8, dtype=torch.uint8, device=words.device
+    )
+    barred = (bits & 1 == 0).flatten(1)[:, :width]
+    # Tokens of adapters have no bit.
+    barred = torch.nn.functional.pad(barred, (0, width - barred.shape[1]), value=True)
+    if len(rows) == len(scores):
+        return scores.masked_fill(barred, -torch.inf)
+    return scores.index_copy(0, rows, scores.index_select(0, rows).masked_fill(barred, -torch.inf))
 
 
 def _draw(
@@ -166,7 +178,7 @@ def _draw(
     return tokens.gather(-1, torch.minimum(pick, last)).squeeze(-1)
 
 
-def _with_logprobs(logits: torch.Tensor, tokens: torch.Tensor, most: int) -> torch.Tensor:
+def with_logprobs(logits: torch.Tensor, tokens: torch.Tensor, most: int) -> torch.Tensor:
     """int32 [S, 2 + 2 * most]: token, its log-probability's bits, ids of the best, their log-probabilities'
     bits. `most` is the vocabulary at most.
     """
@@ -175,3 +187,21 @@ def _with_logprobs(logits: torch.Tensor, tokens: torch.Tensor, most: int) -> tor
     values, ids = logprobs.topk(min(most, logits.shape[-1]), dim=-1)
     columns = (tokens[:, None].int(), chosen.view(torch.int32), ids.int(), values.view(torch.int32))
     return torch.cat(columns, dim=1)
+
+
+def unpack(values: np.ndarray[Any, Any], num_logprobs: np.ndarray) -> tuple[SampledToken, ...]:
+    """The tokens of what `with_logprobs` made, each with as many alternatives as were asked for; a count
+    below 0 is a token alone.
+    """
+    found = []
+    floats = values.view(np.float32)
+    most = (values.shape[1] - 2) // 2
+    for row, (count, token) in enumerate(zip(num_logprobs.tolist(), values[:, 0].tolist(), strict=True)):
+        if count < 0:
+            found.append(SampledToken(token))
+            continue
+        top = min(count, most)
+        ids, logprobs = values[row, 2 : 2 + top], floats[row, 2 + most : 2 + most + top]
+        best = tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
+        found.append(SampledToken(token, floats[row, 1].item(), best))
+    return tuple(found)

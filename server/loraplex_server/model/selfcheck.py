@@ -2,7 +2,8 @@
 
 transformers' classes were not written for ragged rows. Whatever would make one request's answer depend
 on another's (a mask built elsewhere, positions taken from the row, attention that bypasses the
-registered function) shows here, before any user meets it.
+registered function) shows here, before any user meets it. Alone, they take the model's own code throughout,
+so that a fused kernel that does not do what it stands for shows here too.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def _alone(base: BaseModel, prompt: np.ndarray) -> torch.Tensor:
     batch = AttentionBatch.build(
         [0, length], [length], [0, 1], [0], np.arange(length), block_size=length, device=base.format.device
     )
-    return _logits(base, prompt, np.arange(length), StepContext(batch, ()))
+    return _logits(base, prompt, np.arange(length), StepContext(batch, (), own_code=True))
 
 
 def _logits(base: BaseModel, tokens: np.ndarray, positions: np.ndarray, step: StepContext) -> torch.Tensor:

@@ -29,6 +29,7 @@ from loraplex_server.model.graphs import GraphLimits
 from loraplex_server.model.linear import FrozenHead
 from loraplex_server.model.live_bytes import LiveBytes
 from loraplex_server.model.loader import EmptyModel, install
+from loraplex_server.model.scoring import PIECE_ROWS, SCORING_BYTES
 from loraplex_server.model.weights import WeightFormat
 
 _log = logging.getLogger(__name__)
@@ -49,15 +50,21 @@ class StepSize:
 
     Attributes:
         tokens: computed.
-        samples: rows of logits.
+        samples: rows of logits that are sampled.
         pairs: of a token and one of its adapters.
         max_rank: pitch of the adapters' intermediate result.
+        scores: further rows of logits, that are scored.
     """
 
     tokens: int
     samples: int
     pairs: int
     max_rank: int
+    scores: int = 0
+
+    @property
+    def logit_rows(self) -> int:
+        return self.samples + self.scores
 
 
 def step_bytes(empty: EmptyModel, size: StepSize) -> int:
@@ -66,14 +73,15 @@ def step_bytes(empty: EmptyModel, size: StepSize) -> int:
     Temporaries of the torch references, which are there where Triton is not, come on top.
     """
     vocabulary: int = empty.model.get_input_embeddings().weight.shape[0]
-    sampling = size.samples * vocabulary * (SAMPLER_BYTES + empty.format.dtype.itemsize)
+    scoring = min(size.scores, PIECE_ROWS) * SCORING_BYTES
+    sampling = size.logit_rows * empty.format.dtype.itemsize + max(size.samples * SAMPLER_BYTES, scoring)
     try:
         forward = _forward_bytes(empty, size)
     except Exception as error:
         # Position embeddings that look at their input, say: meta tensors have no values.
         _log.debug("the step's memory is estimated: %s", error)
         forward = _estimate(empty, size, vocabulary)
-    return max(forward, sampling)
+    return max(forward, vocabulary * sampling)
 
 
 def graph_bytes(empty: EmptyModel, limits: GraphLimits, max_rank: int, num_slots: int) -> int:
@@ -116,7 +124,7 @@ def _forward_bytes(empty: EmptyModel, size: StepSize) -> int:
             inputs_embeds=torch.empty(1, size.tokens, hidden, dtype=empty.format.dtype, device=_META),
             position_ids=torch.empty(1, size.tokens, dtype=torch.int64, device=_META),
             use_cache=False,
-            logits_to_keep=torch.empty(size.samples, dtype=torch.int64, device=_META),
+            logits_to_keep=torch.empty(size.logit_rows, dtype=torch.int64, device=_META),
         )
     return bytes_.peak
 
@@ -127,7 +135,7 @@ def _estimate(empty: EmptyModel, size: StepSize, vocabulary: int) -> int:
     hidden: int = empty.model.get_input_embeddings().weight.shape[-1]
     rows = size.tokens * (_WIDE_ROWS * widest + _HIDDEN_ROWS * hidden)
     intermediate = size.pairs * max(map(len, empty.grouped)) * size.max_rank * torch.float32.itemsize
-    return (rows + size.samples * vocabulary) * itemsize + intermediate
+    return (rows + size.logit_rows * vocabulary) * itemsize + intermediate
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cloraplex/v1/generation.proto\x12\x0bloraplex.v1\"\xa4\x03\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.loraplex.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\n \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12,\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x1a.loraplex.v1.AdapterWeight\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.loraplex.v1.SamplingParams\x12/\n\x08stopping\x18\x05 \x01(\x0b\x32\x1d.loraplex.v1.StoppingCriteria\x12\x15\n\x08logprobs\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nrequest_id\x18\x07 \x01(\tH\x02\x88\x01\x01\x12\x15\n\x08priority\x18\x08 \x01(\x05H\x03\x88\x01\x01\x12\x19\n\x0c\x63\x61\x63he_prefix\x18\t \x01(\x08H\x04\x88\x01\x01\x42\x08\n\x06promptB\x0b\n\t_logprobsB\r\n\x0b_request_idB\x0b\n\t_priorityB\x0f\n\r_cache_prefix\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.loraplex.v1.ChatMessage\"H\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x11\n\x04name\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_name\"@\n\rAdapterWeight\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\t\n\x07_weight\"\xd7\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12>\n\nlogit_bias\x18\t \x03(\x0b\x32*.loraplex.v1.SamplingParams.LogitBiasEntry\x12\x11\n\tbad_words\x18\n \x03(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"\xb2\x01\n\x10StoppingCriteria\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x14\n\x0cinclude_stop\x18\x06 \x01(\x08\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\"\x9a\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.loraplex.v1.TokenLogprobs\x12#\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x13.loraplex.v1.Finish\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"X\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12$\n\x03top\x18\x03 \x03(\x0b\x32\x17.loraplex.v1.TopLogprob\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x8f\x01\n\x06\x46inish\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.loraplex.v1.Timing\x12\x12\n\nstop_match\x18\x04 \x01(\t\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"\x8e\x01\n\x06Timing\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x1c\n\x14\x61\x64\x61pter_wait_seconds\x18\x02 \x01(\x01\x12#\n\x1btime_to_first_token_seconds\x18\x03 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x04 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x05 \x01(\r\"E\n\x14GenerateUnaryRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.loraplex.v1.GenerateRequest\"\x9f\x01\n\x15GenerateUnaryResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.loraplex.v1.TokenLogprobs\x12#\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x13.loraplex.v1.Finish\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"`\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12\x10\n\x08\x61\x64\x61pters\x18\x03 \x03(\tB\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"c\n\x12\x43ountTokensRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12\x10\n\x08\x61\x64\x61pters\x18\x03 \x03(\tB\x08\n\x06prompt\";\n\x13\x43ountTokensResponse\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xd1\x02\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1d.loraplex.v1.GenerateResponse0\x01\x12V\n\rGenerateUnary\x12!.loraplex.v1.GenerateUnaryRequest\x1a\".loraplex.v1.GenerateUnaryResponse\x12G\n\x08Tokenize\x12\x1c.loraplex.v1.TokenizeRequest\x1a\x1d.loraplex.v1.TokenizeResponse\x12P\n\x0b\x43ountTokens\x12\x1f.loraplex.v1.CountTokensRequest\x1a .loraplex.v1.CountTokensResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cloraplex/v1/generation.proto\x12\x0bloraplex.v1\x1a\x19google/protobuf/any.proto\"\xfe\x04\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.loraplex.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\n \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12,\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x1a.loraplex.v1.AdapterWeight\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.loraplex.v1.SamplingParams\x12/\n\x08stopping\x18\x05 \x01(\x0b\x32\x1d.loraplex.v1.StoppingCriteria\x12\x15\n\x08logprobs\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nrequest_id\x18\x07 \x01(\tH\x02\x88\x01\x01\x12\x15\n\x08priority\x18\x08 \x01(\x05H\x03\x88\x01\x01\x12\x19\n\x0c\x63\x61\x63he_prefix\x18\t \x01(\x08H\x04\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\r \x01(\rH\x05\x88\x01\x01\x12\x11\n\x04\x65\x63ho\x18\x0e \x01(\x08H\x06\x88\x01\x01\x12\x0e\n\x01n\x18\x0f \x01(\rH\x07\x88\x01\x01\x12\x1f\n\x12speculative_tokens\x18\x10 \x01(\rH\x08\x88\x01\x01\x12.\n\tstructure\x18\x11 \x01(\x0b\x32\x16.loraplex.v1.StructureH\t\x88\x01\x01\x42\x08\n\x06promptB\x0b\n\t_logprobsB\r\n\x0b_request_idB\x0b\n\t_priorityB\x0f\n\r_cache_prefixB\x12\n\x10_prompt_logprobsB\x07\n\x05_echoB\x04\n\x02_nB\x15\n\x13_speculative_tokensB\x0c\n\n_structure\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.loraplex.v1.ChatMessage\"H\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x11\n\x04name\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_name\"@\n\rAdapterWeight\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\t\n\x07_weight\"\xd7\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12>\n\nlogit_bias\x18\t \x03(\x0b\x32*.loraplex.v1.SamplingParams.LogitBiasEntry\x12\x11\n\tbad_words\x18\n \x03(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"\xb2\x01\n\x10StoppingCriteria\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x14\n\x0cinclude_stop\x18\x06 \x01(\x08\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\"\xa5\x01\n\tStructure\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12.\n\x0bjson_object\x18\x02 \x01(\x0b\x32\x17.loraplex.v1.JsonObjectH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x12%\n\x06\x63hoice\x18\x05 \x01(\x0b\x32\x13.loraplex.v1.ChoiceH\x00\x42\x06\n\x04kind\"\x0c\n\nJsonObject\"\x17\n\x06\x43hoice\x12\r\n\x05texts\x18\x01 \x03(\t\"\xf8\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.loraplex.v1.TokenLogprobs\x12#\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x13.loraplex.v1.Finish\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\r\n\x05index\x18\x06 \x01(\r\x12\x33\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x1a.loraplex.v1.TokenLogprobs\x12\x18\n\x10prompt_token_ids\x18\x08 \x03(\r\"X\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12$\n\x03top\x18\x03 \x03(\x0b\x32\x17.loraplex.v1.TopLogprob\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x8f\x01\n\x06\x46inish\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.loraplex.v1.Timing\x12\x12\n\nstop_match\x18\x04 \x01(\t\"\x88\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x64rafted_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x05 \x01(\r\"\x8e\x01\n\x06Timing\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x1c\n\x14\x61\x64\x61pter_wait_seconds\x18\x02 \x01(\x01\x12#\n\x1btime_to_first_token_seconds\x18\x03 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x04 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x05 \x01(\r\"E\n\x14GenerateUnaryRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.loraplex.v1.GenerateRequest\"\x93\x02\n\x15GenerateUnaryResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.loraplex.v1.TokenLogprobs\x12#\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x13.loraplex.v1.Finish\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x33\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x1a.loraplex.v1.TokenLogprobs\x12\x18\n\x10prompt_token_ids\x18\x07 \x03(\r\x12#\n\x06others\x18\x08 \x03(\x0b\x32\x13.loraplex.v1.Answer\"\x8b\x01\n\x06\x41nswer\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.loraplex.v1.TokenLogprobs\x12#\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x13.loraplex.v1.Finish\"F\n\x14GenerateBatchRequest\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.loraplex.v1.GenerateRequest\"\x95\x01\n\x15GenerateBatchResponse\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x34\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\".loraplex.v1.GenerateUnaryResponseH\x00\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.loraplex.v1.RequestErrorH\x00\x42\x08\n\x06result\"T\n\x0cRequestError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x14.google.protobuf.Any\"`\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12\x10\n\x08\x61\x64\x61pters\x18\x03 \x03(\tB\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"c\n\x12\x43ountTokensRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12\x10\n\x08\x61\x64\x61pters\x18\x03 \x03(\tB\x08\n\x06prompt\";\n\x13\x43ountTokensResponse\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xab\x03\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1d.loraplex.v1.GenerateResponse0\x01\x12V\n\rGenerateUnary\x12!.loraplex.v1.GenerateUnaryRequest\x1a\".loraplex.v1.GenerateUnaryResponse\x12X\n\rGenerateBatch\x12!.loraplex.v1.GenerateBatchRequest\x1a\".loraplex.v1.GenerateBatchResponse0\x01\x12G\n\x08Tokenize\x12\x1c.loraplex.v1.TokenizeRequest\x1a\x1d.loraplex.v1.TokenizeResponse\x12P\n\x0b\x43ountTokens\x12\x1f.loraplex.v1.CountTokensRequest\x1a .loraplex.v1.CountTokensResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,48 +34,62 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2562
-  _globals['_FINISHREASON']._serialized_end=2657
-  _globals['_GENERATEREQUEST']._serialized_start=46
-  _globals['_GENERATEREQUEST']._serialized_end=466
-  _globals['_TOKENIDS']._serialized_start=468
-  _globals['_TOKENIDS']._serialized_end=491
-  _globals['_CHAT']._serialized_start=493
-  _globals['_CHAT']._serialized_end=543
-  _globals['_CHATMESSAGE']._serialized_start=545
-  _globals['_CHATMESSAGE']._serialized_end=617
-  _globals['_ADAPTERWEIGHT']._serialized_start=619
-  _globals['_ADAPTERWEIGHT']._serialized_end=683
-  _globals['_SAMPLINGPARAMS']._serialized_start=686
-  _globals['_SAMPLINGPARAMS']._serialized_end=1157
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=988
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1036
-  _globals['_STOPPINGCRITERIA']._serialized_start=1160
-  _globals['_STOPPINGCRITERIA']._serialized_end=1338
-  _globals['_GENERATERESPONSE']._serialized_start=1341
-  _globals['_GENERATERESPONSE']._serialized_end=1495
-  _globals['_TOKENLOGPROBS']._serialized_start=1497
-  _globals['_TOKENLOGPROBS']._serialized_end=1585
-  _globals['_TOPLOGPROB']._serialized_start=1587
-  _globals['_TOPLOGPROB']._serialized_end=1648
-  _globals['_FINISH']._serialized_start=1651
-  _globals['_FINISH']._serialized_end=1794
-  _globals['_USAGE']._serialized_start=1796
-  _globals['_USAGE']._serialized_end=1883
-  _globals['_TIMING']._serialized_start=1886
-  _globals['_TIMING']._serialized_end=2028
-  _globals['_GENERATEUNARYREQUEST']._serialized_start=2030
-  _globals['_GENERATEUNARYREQUEST']._serialized_end=2099
-  _globals['_GENERATEUNARYRESPONSE']._serialized_start=2102
-  _globals['_GENERATEUNARYRESPONSE']._serialized_end=2261
-  _globals['_TOKENIZEREQUEST']._serialized_start=2263
-  _globals['_TOKENIZEREQUEST']._serialized_end=2359
-  _globals['_TOKENIZERESPONSE']._serialized_start=2361
-  _globals['_TOKENIZERESPONSE']._serialized_end=2398
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=2400
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=2499
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=2501
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2560
-  _globals['_GENERATIONSERVICE']._serialized_start=2660
-  _globals['_GENERATIONSERVICE']._serialized_end=2997
+  _globals['_FINISHREASON']._serialized_start=3726
+  _globals['_FINISHREASON']._serialized_end=3821
+  _globals['_GENERATEREQUEST']._serialized_start=73
+  _globals['_GENERATEREQUEST']._serialized_end=711
+  _globals['_TOKENIDS']._serialized_start=713
+  _globals['_TOKENIDS']._serialized_end=736
+  _globals['_CHAT']._serialized_start=738
+  _globals['_CHAT']._serialized_end=788
+  _globals['_CHATMESSAGE']._serialized_start=790
+  _globals['_CHATMESSAGE']._serialized_end=862
+  _globals['_ADAPTERWEIGHT']._serialized_start=864
+  _globals['_ADAPTERWEIGHT']._serialized_end=928
+  _globals['_SAMPLINGPARAMS']._serialized_start=931
+  _globals['_SAMPLINGPARAMS']._serialized_end=1402
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1233
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1281
+  _globals['_STOPPINGCRITERIA']._serialized_start=1405
+  _globals['_STOPPINGCRITERIA']._serialized_end=1583
+  _globals['_STRUCTURE']._serialized_start=1586
+  _globals['_STRUCTURE']._serialized_end=1751
+  _globals['_JSONOBJECT']._serialized_start=1753
+  _globals['_JSONOBJECT']._serialized_end=1765
+  _globals['_CHOICE']._serialized_start=1767
+  _globals['_CHOICE']._serialized_end=1790
+  _globals['_GENERATERESPONSE']._serialized_start=1793
+  _globals['_GENERATERESPONSE']._serialized_end=2041
+  _globals['_TOKENLOGPROBS']._serialized_start=2043
+  _globals['_TOKENLOGPROBS']._serialized_end=2131
+  _globals['_TOPLOGPROB']._serialized_start=2133
+  _globals['_TOPLOGPROB']._serialized_end=2194
+  _globals['_FINISH']._serialized_start=2197
+  _globals['_FINISH']._serialized_end=2340
+  _globals['_USAGE']._serialized_start=2343
+  _globals['_USAGE']._serialized_end=2479
+  _globals['_TIMING']._serialized_start=2482
+  _globals['_TIMING']._serialized_end=2624
+  _globals['_GENERATEUNARYREQUEST']._serialized_start=2626
+  _globals['_GENERATEUNARYREQUEST']._serialized_end=2695
+  _globals['_GENERATEUNARYRESPONSE']._serialized_start=2698
+  _globals['_GENERATEUNARYRESPONSE']._serialized_end=2973
+  _globals['_ANSWER']._serialized_start=2976
+  _globals['_ANSWER']._serialized_end=3115
+  _globals['_GENERATEBATCHREQUEST']._serialized_start=3117
+  _globals['_GENERATEBATCHREQUEST']._serialized_end=3187
+  _globals['_GENERATEBATCHRESPONSE']._serialized_start=3190
+  _globals['_GENERATEBATCHRESPONSE']._serialized_end=3339
+  _globals['_REQUESTERROR']._serialized_start=3341
+  _globals['_REQUESTERROR']._serialized_end=3425
+  _globals['_TOKENIZEREQUEST']._serialized_start=3427
+  _globals['_TOKENIZEREQUEST']._serialized_end=3523
+  _globals['_TOKENIZERESPONSE']._serialized_start=3525
+  _globals['_TOKENIZERESPONSE']._serialized_end=3562
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=3564
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=3663
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=3665
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=3724
+  _globals['_GENERATIONSERVICE']._serialized_start=3824
+  _globals['_GENERATIONSERVICE']._serialized_end=4251
 # @@protoc_insertion_point(module_scope)

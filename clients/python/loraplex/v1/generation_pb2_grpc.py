@@ -45,6 +45,11 @@ class GenerationServiceStub(object):
                 request_serializer=loraplex_dot_v1_dot_generation__pb2.GenerateUnaryRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_generation__pb2.GenerateUnaryResponse.FromString,
                 _registered_method=True)
+        self.GenerateBatch = channel.unary_stream(
+                '/loraplex.v1.GenerationService/GenerateBatch',
+                request_serializer=loraplex_dot_v1_dot_generation__pb2.GenerateBatchRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_generation__pb2.GenerateBatchResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/loraplex.v1.GenerationService/Tokenize',
                 request_serializer=loraplex_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
@@ -62,13 +67,16 @@ class GenerationServiceServicer(object):
     """
 
     def Generate(self, request, context):
-        """Streams the answer as it is generated. The last message carries `finish`; everything before
-        it carries text and token ids. Cancelling the call frees all it held within one step.
+        """Streams the answer as it is generated. Its last message carries `finish`; everything before
+        it carries text and token ids. Of several answers (`n`) the messages come mixed, each with its
+        `index`, and the stream ends when every one has had its `finish`. Cancelling the call frees all
+        it held within one step.
 
         Errors: INVALID_ARGUMENT (BadRequest names the field), NOT_FOUND (ResourceInfo names the
         adapter), FAILED_PRECONDITION (the adapters cannot be served together), RESOURCE_EXHAUSTED
-        (queue full; RetryInfo says when to try again), DEADLINE_EXCEEDED, UNAVAILABLE (starting or
-        draining).
+        (queue full; RetryInfo says when to try again; or the stream is not read), DEADLINE_EXCEEDED
+        (refused at once where it cannot be met), UNAVAILABLE (starting or draining). Trailing metadata:
+        x-request-id, server-timing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,6 +84,17 @@ class GenerationServiceServicer(object):
 
     def GenerateUnary(self, request, context):
         """The same, answered in one message when the generation has finished.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateBatch(self, request, context):
+        """Many requests in one call, each answered in one message when it has finished, in whatever order
+        that is. One that fails does not end the others. At most 1024 requests; a part of them runs at a
+        time, in their order. Those without a `request_id` get the call's with their position after it.
+
+        Errors of the call: INVALID_ARGUMENT (no request, or too many), DEADLINE_EXCEEDED, UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,6 +128,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.GenerateUnary,
                     request_deserializer=loraplex_dot_v1_dot_generation__pb2.GenerateUnaryRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_generation__pb2.GenerateUnaryResponse.SerializeToString,
+            ),
+            'GenerateBatch': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateBatch,
+                    request_deserializer=loraplex_dot_v1_dot_generation__pb2.GenerateBatchRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_generation__pb2.GenerateBatchResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -176,6 +200,33 @@ class GenerationService(object):
             '/loraplex.v1.GenerationService/GenerateUnary',
             loraplex_dot_v1_dot_generation__pb2.GenerateUnaryRequest.SerializeToString,
             loraplex_dot_v1_dot_generation__pb2.GenerateUnaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/loraplex.v1.GenerationService/GenerateBatch',
+            loraplex_dot_v1_dot_generation__pb2.GenerateBatchRequest.SerializeToString,
+            loraplex_dot_v1_dot_generation__pb2.GenerateBatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,8 +35,16 @@ class ChatPrompts:
         # Templates that went over the limits, by digest: each costs a process and seconds, once.
         self._bad: collections.OrderedDict[bytes, None] = collections.OrderedDict()
 
-    async def prompt(self, messages: Sequence[Mapping[str, str]], adapters: Iterable[str]) -> str:
+    async def prompt(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        adapters: Iterable[str],
+        special_tokens: Mapping[str, str],
+    ) -> str:
         """The text of a conversation up to where the assistant speaks next, special tokens included.
+
+        Args:
+            special_tokens: by name, those of the tokenizer that the text is for.
 
         Raises:
             InvalidArgumentError: the template refuses the messages, or they are too long.
@@ -47,7 +55,7 @@ class ChatPrompts:
         digest = hashlib.sha256(template.encode(errors="replace")).digest()
         if digest in self._bad:
             raise _over_limit(whose)
-        variables = variables_of(messages, self._tokenizer.special_tokens)
+        variables = variables_of(messages, special_tokens)
         try:
             found = await self._renderer.render(Render(template, variables, self._max_chars))
         except OverLimitError as error:

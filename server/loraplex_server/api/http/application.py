@@ -17,12 +17,13 @@ from loraplex_server import log
 from loraplex_server.api.authentication import Authenticator
 from loraplex_server.api.generator import Generator
 from loraplex_server.api.http.errors import to_body
-from loraplex_server.api.http.generation import Chat, Completions, GenerationEndpoint, HttpSettings
+from loraplex_server.api.http.generation import Chat, Completions, GenerationEndpoint, HttpSettings, Kind
 from loraplex_server.api.http.middleware import CallMiddleware
 from loraplex_server.api.http.models import Models
 from loraplex_server.api.http.openapi import document
 from loraplex_server.api.http.schema import Health
 from loraplex_server.api.lifecycle import Lifecycle
+from loraplex_server.api.tracing.spans import Tracing
 from loraplex_server.errors import ErrorInfo
 from loraplex_server.metrics import Metrics
 
@@ -36,10 +37,14 @@ def application(
     generator: Generator,
     settings: HttpSettings,
     version: str,
+    tracing: Tracing,
 ) -> Starlette:
     """The whole HTTP API, for an ASGI server to run."""
     models = Models(lifecycle, settings)
     openapi = msgspec.json.encode(document(version))
+
+    def endpoint(kind: Kind) -> GenerationEndpoint:
+        return GenerationEndpoint(kind, generator, settings, metrics)
 
     async def health(request: Request) -> Response:
         serving = lifecycle.serving
@@ -54,8 +59,8 @@ def application(
         return Response(openapi, media_type="application/json")
 
     routes = [
-        Route("/v1/completions", GenerationEndpoint(Completions(), generator, settings), methods=["POST"]),
-        Route("/v1/chat/completions", GenerationEndpoint(Chat(), generator, settings), methods=["POST"]),
+        Route("/v1/completions", endpoint(Completions()), methods=["POST"]),
+        Route("/v1/chat/completions", endpoint(Chat()), methods=["POST"]),
         Route("/v1/models", models.list, methods=["GET"]),
         Route("/v1/models/{model:path}", models.get, methods=["GET"]),
         Route("/health", health, methods=["GET"]),
@@ -68,6 +73,7 @@ def application(
         metrics=metrics,
         authenticator=authenticator,
         routes={route.endpoint: route.path for route in routes},
+        tracing=tracing,
     )
     handlers: dict[Any, Any] = {HTTPException: _no_such_thing}
     app = Starlette(routes=routes, middleware=[calls], exception_handlers=handlers)

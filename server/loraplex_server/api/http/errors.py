@@ -22,7 +22,7 @@ import re
 import msgspec
 
 from loraplex_server.api.http.schema import ErrorBody, ErrorDetail
-from loraplex_server.errors import ErrorInfo, FieldViolation, ServerError
+from loraplex_server.errors import ErrorInfo, FieldViolation, InvalidArgumentError, ServerError
 
 _STATUS = {
     "INVALID_ARGUMENT": (400, "invalid_request_error"),
@@ -46,6 +46,7 @@ _PATHS = (
     (re.compile(r"^(text|token_ids(\.ids)?|prompt)(?=$|\[)"), "prompt"),
     (re.compile(r"^chat$"), "messages"),
     (re.compile(r"^(adapters\[\d+\])\.adapter$"), r"\1.name"),
+    (re.compile(r"^structure\.choice\.texts$"), "structure.choice"),
 )
 
 
@@ -85,6 +86,15 @@ def to_body(info: ErrorInfo, request_id: str, model: str = "") -> bytes:
     if len(message) > _MAX_MESSAGE_CHARS:
         message = message[: _MAX_MESSAGE_CHARS - 1] + "…"
     return msgspec.json.encode(ErrorBody(ErrorDetail(message, _STATUS[code][1], param, reason)))
+
+
+def under(error: InvalidArgumentError, field: str, instead: str) -> InvalidArgumentError:
+    """The error of a request that calls a field otherwise than `loraplex.v1` does."""
+    violations = tuple(
+        msgspec.structs.replace(one, field=instead) if one.field == field else one
+        for one in error.info.violations
+    )
+    return InvalidArgumentError(error.info.message.replace(field, instead), violations=violations)
 
 
 def headers_of(info: ErrorInfo) -> dict[str, str]:

@@ -1,18 +1,15 @@
-"""Several answers as one stream, server-sent events, and clients that hang up."""
+"""Server-sent events, and clients that hang up."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any, TypeVar
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 DONE = b"data: [DONE]\n\n"
-
-_STALL_S = 60.0
 
 _HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -21,7 +18,6 @@ _HEADERS = (
     (b"x-accel-buffering", b"no"),
 )
 
-ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
@@ -53,55 +49,17 @@ async def _hung_up(receive: Receive) -> None:
         pass
 
 
-async def merged(sources: Sequence[AsyncGenerator[ItemT]]) -> AsyncGenerator[tuple[int, ItemT]]:
-    """The items of all `sources` as they come, each with the index of its source.
-
-    The first error of a source ends all. Leaving early closes every source. A source is asked for its next
-    item only when its last one was taken, so a slow reader makes them wait.
-    """
-    if len(sources) == 1:
-        async with contextlib.aclosing(sources[0]) as only:
-            async for item in only:
-                yield 0, item
-        return
-    queue: asyncio.Queue[tuple[int, ItemT] | Exception | None] = asyncio.Queue(maxsize=1)
-
-    async def pump(index: int, source: AsyncGenerator[ItemT]) -> None:
-        try:
-            async with contextlib.aclosing(source):
-                async for item in source:
-                    await queue.put((index, item))
-        except Exception as error:
-            await queue.put(error)
-        else:
-            await queue.put(None)
-
-    tasks = [asyncio.create_task(pump(index, source)) for index, source in enumerate(sources)]
-    left = len(tasks)
-    try:
-        while left:
-            entry = await queue.get()
-            if isinstance(entry, Exception):
-                raise entry
-            if entry is None:
-                left -= 1
-            else:
-                yield entry
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 class EventStream:
     """Server-sent events on one response. The headers go out with the first event, so that whatever goes
     wrong before it can still be told by a status.
 
-    While a client reads slowly, its events wait; one that reads nothing for a minute is given up.
+    While a client reads slowly, its events wait; one that reads nothing for `stall_s` is given up, unless
+    that is 0.
     """
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, stall_s: float) -> None:
         self._send = send
+        self._stall_s = stall_s or None
         self.started = False
 
     async def event(self, data: bytes) -> None:
@@ -118,7 +76,7 @@ class EventStream:
 
     async def _write(self, body: bytes, *, more: bool) -> None:
         try:
-            async with asyncio.timeout(_STALL_S):
+            async with asyncio.timeout(self._stall_s):
                 if not self.started:
                     self.started = True
                     await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})

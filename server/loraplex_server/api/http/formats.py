@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import msgspec
 
-from loraplex_server.api.answer import End, Piece
+from loraplex_server.api.answer import End, Piece, Prompt
+from loraplex_server.api.detokenizer import token_offsets
 from loraplex_server.api.http.schema import (
     AnswerMessage,
     ChatChoice,
@@ -20,12 +22,14 @@ from loraplex_server.api.http.schema import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    CompletionTokensDetails,
     Delta,
     PromptTokensDetails,
     TokenAlternative,
     TokenEntry,
     Usage,
 )
+from loraplex_server.api.tokenizer import Tokenizer
 from loraplex_server.engine.messages import TokenLogprobs
 
 TokenText = Callable[[int], str]
@@ -52,9 +56,13 @@ class Collected:
     texts: list[str] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     offsets: list[int] = dataclasses.field(default_factory=list)
+    prompt: Prompt | None = None
+    prompt_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     end: End | None = None
 
     def add(self, piece: Piece, end: End | None) -> None:
+        self.prompt = piece.prompt or self.prompt
+        self.prompt_logprobs.extend(piece.prompt_logprobs)
         self.texts.append(piece.text)
         self.logprobs.extend(piece.logprobs)
         self.offsets.extend(piece.offsets)
@@ -83,52 +91,88 @@ class CompletionFormat:
     """Of `/v1/completions`.
 
     Args:
-        echoes: what each answer begins with.
+        num_choices: answers to each prompt; the first of them has its log-probabilities.
         wants_logprobs: entries were asked for, with so many alternatives each.
         null_usage: events say that their usage is null, as they do when the last one has it.
+        echoes: the answers begin with their prompts.
     """
 
     def __init__(
         self,
         heading: Heading,
-        token_text: TokenText,
-        echoes: Sequence[str],
+        tokenizer: Tokenizer,
+        num_choices: int,
         wants_logprobs: int | None,
         null_usage: bool,
+        *,
+        echoes: bool = False,
     ) -> None:
         self._heading = heading
-        self._token_text = token_text
-        self._echoes = echoes
+        self._tokenizer = tokenizer
+        self._token_text = tokenizer.token_text
+        self._num_choices = num_choices
         self._wants_logprobs = wants_logprobs
         self._usage = None if null_usage else msgspec.UNSET
-        self._opened: set[int] = set()
+        self._scored = echoes and wants_logprobs is not None
+        # By the index of a prompt's first answer: its scores so far, what waits for all of them, and how many
+        # those are.
+        self._scores: defaultdict[int, list[TokenLogprobs]] = defaultdict(list)
+        self._held: defaultdict[int, list[tuple[int, Piece, End | None]]] = defaultdict(list)
+        self._wanted: dict[int, int] = {}
+        # By index: the characters of the prompt.
+        self._echoed: dict[int, int] = {}
 
     def whole(self, answers: Sequence[Collected], usage: Usage) -> bytes:
-        choices = [
-            CompletionChoice(
-                text=self._echoes[index] + "".join(answer.texts),
-                index=index,
-                logprobs=self._logprobs(answer.logprobs, answer.offsets),
-                finish_reason=answer.finished.finish.reason.value,
+        choices = []
+        for index, answer in enumerate(answers):
+            prompt = answer.prompt
+            scores = answers[self._first(index)].prompt_logprobs
+            choices.append(
+                CompletionChoice(
+                    text=(prompt.text if prompt else "") + "".join(answer.texts),
+                    index=index,
+                    logprobs=self._logprobs(answer.logprobs, answer.offsets, prompt, scores),
+                    finish_reason=answer.finished.finish.reason.value,
+                )
             )
-            for index, answer in enumerate(answers)
-        ]
         return self._encode(choices, usage)
 
     def events(self, index: int, piece: Piece, end: End | None) -> Iterator[bytes]:
-        text = piece.text
-        if index not in self._opened:
-            self._opened.add(index)
-            text = self._echoes[index] + text
-        if not text and end is None and not piece.logprobs:
+        if not self._scored:
+            yield from self._event(index, piece, end, ())
             return
+        first = self._first(index)
+        scores, held = self._scores[first], self._held[first]
+        scores += piece.prompt_logprobs
+        held.append((index, piece, end))
+        if piece.prompt is not None:
+            self._wanted[first] = len(piece.prompt.token_ids) - 1
+        # A prompt is echoed in one piece, and so are its log-probabilities, for each of its answers.
+        if len(scores) == self._wanted[first]:
+            for each in held:
+                yield from self._event(*each, scores)
+            held.clear()
+
+    def _event(
+        self, index: int, piece: Piece, end: End | None, scores: Sequence[TokenLogprobs]
+    ) -> Iterator[bytes]:
+        prompt, before = piece.prompt, self._echoed.get(index, 0)
+        if prompt is not None:
+            self._echoed[index] = len(prompt.text)
+        text = (prompt.text if prompt else "") + piece.text
+        if not text and end is None and not piece.logprobs and prompt is None:
+            return
+        offsets = [before + offset for offset in piece.offsets]
         choice = CompletionChoice(
             text=text,
             index=index,
-            logprobs=self._logprobs(piece.logprobs, piece.offsets),
+            logprobs=self._logprobs(piece.logprobs, offsets, prompt, scores),
             finish_reason=end.finish.reason.value if end else None,
         )
         yield self._encode([choice], self._usage)
+
+    def _first(self, index: int) -> int:
+        return index - index % self._num_choices
 
     def usage_event(self, usage: Usage) -> bytes:
         return self._encode([], usage)
@@ -147,21 +191,37 @@ class CompletionFormat:
         )
 
     def _logprobs(
-        self, entries: Sequence[TokenLogprobs], offsets: Sequence[int]
+        self,
+        entries: Sequence[TokenLogprobs],
+        offsets: Sequence[int],
+        prompt: Prompt | None,
+        scores: Sequence[TokenLogprobs],
     ) -> CompletionLogprobs | None:
+        """Those of the prompt, if there is one, and of the tokens after it; `offsets` are from its end."""
         if self._wants_logprobs is None:
             return None
+        found: list[TokenLogprobs | None] = list(entries)
+        token_ids = [entry.token_id for entry in entries]
+        if prompt is not None:
+            found = [None, *scores, *entries]
+            token_ids = [*prompt.token_ids, *token_ids]
+            end = len(prompt.text)
+            own = token_offsets(self._tokenizer, prompt.token_ids)
+            offsets = [*(min(offset, end) for offset in own), *(end + offset for offset in offsets)]
         return CompletionLogprobs(
-            tokens=[self._token_text(entry.token_id) for entry in entries],
-            token_logprobs=[_finite(entry.logprob) for entry in entries],
-            top_logprobs=[
-                {self._token_text(top.token_id): _finite(top.logprob) for top in entry.top}
-                for entry in entries
-            ]
+            tokens=[self._token_text(token_id) for token_id in token_ids],
+            token_logprobs=[None if entry is None else _finite(entry.logprob) for entry in found],
+            top_logprobs=[None if entry is None else self._best(entry) for entry in found]
             if self._wants_logprobs
             else None,
             text_offset=list(offsets),
         )
+
+    def _best(self, entry: TokenLogprobs) -> dict[str, float]:
+        # Of tokens that look alike, the most probable.
+        texts = [self._token_text(top.token_id) for top in entry.top]
+        pairs = zip(texts, entry.top, strict=True)
+        return {text: _finite(top.logprob) for text, top in reversed(list(pairs))}
 
 
 class ChatFormat:
@@ -254,7 +314,11 @@ def usage_of(answers: Sequence[Collected], num_choices: int) -> Usage:
     completion = sum(end.completion_tokens for end in ends)
     times = [end.finish.times for end in ends[::num_choices]]
     cached = sum(each.cached_prompt_tokens for each in times if each is not None)
-    return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+    every = [end.finish.times for end in ends if end.finish.times is not None]
+    accepted = sum(each.accepted_tokens for each in every)
+    wrong = sum(each.drafted_tokens for each in every) - accepted
+    details = PromptTokensDetails(cached), CompletionTokensDetails(accepted, wrong)
+    return Usage(prompt, completion, prompt + completion, *details)
 
 
 def _finite(logprob: float) -> float:

@@ -17,13 +17,12 @@ from loraplex_server.api.answer import End, Piece
 from loraplex_server.api.generator import Generator
 from loraplex_server.api.http import unserved
 from loraplex_server.api.http.body import read_body
-from loraplex_server.api.http.errors import to_body
+from loraplex_server.api.http.errors import to_body, under
 from loraplex_server.api.http.events import (
     ClientGoneError,
     EventStream,
     Receive,
     Send,
-    merged,
     while_connected,
 )
 from loraplex_server.api.http.formats import (
@@ -37,7 +36,10 @@ from loraplex_server.api.http.formats import (
 from loraplex_server.api.http.schema import ChatBody, CompletionBody, GenerationBody
 from loraplex_server.api.http.translate import chat_message, completion_messages
 from loraplex_server.api.lifecycle import Backend
-from loraplex_server.errors import ErrorInfo, InternalError, ServerError
+from loraplex_server.api.merging import merged
+from loraplex_server.api.tokenizer import Tokenizer
+from loraplex_server.errors import ErrorInfo, InternalError, InvalidArgumentError, ServerError
+from loraplex_server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
@@ -52,10 +54,12 @@ class HttpSettings:
     Attributes:
         model_name: the base model's, as callers name it.
         max_body_bytes: longest request.
+        stall_s: a stream that has not been read for so long ends; 0 is never.
     """
 
     model_name: str
     max_body_bytes: int
+    stall_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,17 +83,16 @@ class Completions:
     async def read(self, request: Request, backend: Backend, settings: HttpSettings) -> _Job:
         body = await read_body(request, CompletionBody, unserved.COMPLETION, settings.max_body_bytes)
         request.scope[MODEL_KEY] = body.model
-        pairs = completion_messages(body, settings.model_name, backend.limits.defaults)
-        echoes = []
-        for _, prompt in pairs:
-            text = ""
-            if body.echo:
-                text = prompt if isinstance(prompt, str) else _decode(backend, prompt)
-            echoes += [text] * (body.n or 1)
+        messages = completion_messages(body, settings.model_name, backend.limits.defaults)
         looks = CompletionFormat(
-            _heading(body, backend), backend.tokenizer.token_text, echoes, body.logprobs, _wants_usage(body)
+            _heading(body, backend),
+            await _tokenizer(backend, messages[0]),
+            body.n or 1,
+            body.logprobs,
+            _wants_usage(body),
+            echoes=bool(body.echo),
         )
-        return _Job(body, [message for message, _ in pairs], looks)
+        return _Job(body, messages, looks)
 
 
 class Chat:
@@ -101,9 +104,8 @@ class Chat:
         message = chat_message(
             body, settings.model_name, backend.limits.defaults, backend.limits.max_model_len
         )
-        looks = ChatFormat(
-            _heading(body, backend), backend.tokenizer.token_text, bool(body.logprobs), _wants_usage(body)
-        )
+        token_text = (await _tokenizer(backend, message)).token_text
+        looks = ChatFormat(_heading(body, backend), token_text, bool(body.logprobs), _wants_usage(body))
         return _Job(body, [message], looks)
 
 
@@ -114,7 +116,8 @@ class GenerationEndpoint:
     status; later they are a stream's last event.
     """
 
-    def __init__(self, kind: Kind, generator: Generator, settings: HttpSettings) -> None:
+    def __init__(self, kind: Kind, generator: Generator, settings: HttpSettings, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._kind = kind
         self._generator = generator
         self._settings = settings
@@ -123,13 +126,17 @@ class GenerationEndpoint:
         request = Request(scope, receive)
         job = await self._kind.read(request, self._generator.backend, self._settings)
         answer = self._stream(job, send) if job.body.stream else self._whole(job, scope, receive, send)
-        await while_connected(receive, answer)
+        try:
+            await while_connected(receive, answer)
+        except InvalidArgumentError as error:
+            if job.body.response_format is None:
+                raise
+            raise under(error, "structure.json_schema", "response_format.json_schema.schema") from error
 
     async def _outputs(self, job: _Job) -> AsyncGenerator[tuple[int, tuple[Piece, End | None]]]:
-        choices = job.body.n or 1
         accepted = []
         for message in job.messages:
-            accepted += await self._generator.accept(message, choices=choices)
+            accepted += await self._generator.accept(message)
         return merged([self._generator.run(each, lambda: "cancelled") for each in accepted])
 
     async def _whole(self, job: _Job, scope: Any, receive: Receive, send: Send) -> None:
@@ -142,7 +149,7 @@ class GenerationEndpoint:
         await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _stream(self, job: _Job, send: Send) -> None:
-        events = EventStream(send)
+        events = EventStream(send, self._settings.stall_s)
         try:
             await self._send_events(job, events)
         except ClientGoneError:
@@ -156,6 +163,7 @@ class GenerationEndpoint:
             else:
                 _log.info("a stream ends with %s: %s", error.code, error)
                 info = error.info
+            self._metrics.observe_error(info)
             await events.event(to_body(info, log.request_id.get(), job.body.model))
             await events.end(b"")
 
@@ -177,10 +185,9 @@ def _heading(body: GenerationBody, backend: Backend) -> Heading:
     return Heading(log.request_id.get(), body.model, f"fp_{checksum[:12]}")
 
 
+async def _tokenizer(backend: Backend, message: generation_pb2.GenerateRequest) -> Tokenizer:
+    return (await backend.tokenizers.of([use.adapter for use in message.adapters])).tokenizer
+
+
 def _wants_usage(body: GenerationBody) -> bool:
     return bool(body.stream and body.stream_options is not None and body.stream_options.include_usage)
-
-
-def _decode(backend: Backend, token_ids: Any) -> str:
-    known = [token_id for token_id in token_ids if backend.tokenizer.has_text(token_id)]
-    return backend.tokenizer.decode(known)

@@ -23,6 +23,7 @@ from loraplex_server.api.http.events import ClientGoneError, Receive, Send
 from loraplex_server.api.http.generation import MODEL_KEY
 from loraplex_server.api.http.listener import CERTIFICATE_KEY
 from loraplex_server.api.lifecycle import Lifecycle
+from loraplex_server.api.tracing.spans import NO_SPAN, Tracing
 from loraplex_server.errors import InternalError, ServerError
 from loraplex_server.metrics import Metrics
 
@@ -51,12 +52,14 @@ class CallMiddleware:
         metrics: Metrics,
         authenticator: Authenticator,
         routes: dict[Any, str],
+        tracing: Tracing,
     ) -> None:
         self._app = app
         self._lifecycle = lifecycle
         self._metrics = metrics
         self._authenticator = authenticator
         self._routes = routes
+        self._tracing = tracing
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -75,13 +78,14 @@ class CallMiddleware:
             await send(message)
 
         path: str = scope["path"]
+        guarded = path.startswith(_GUARDED)
+        span = self._tracing.http(scope["method"], path, headers) if guarded else NO_SPAN
         try:
             if path != _OPEN_TO_ALL:
                 tenant = self._authenticator.tenant_of(
                     headers.get("authorization"), lambda: _names(scope.get(CERTIFICATE_KEY) or {})
                 )
                 authentication.tenant.set(tenant)
-            guarded = path.startswith(_GUARDED)
             with self._lifecycle.call() if guarded else contextlib.nullcontext():
                 await self._app(scope, receive, send_on)
         except (ClientGoneError, asyncio.CancelledError):
@@ -97,13 +101,16 @@ class CallMiddleware:
             _log.exception("%s failed", path)
             if status:
                 # Cut off: the client must not take what it has for the whole.
+                self._metrics.observe_error(InternalError("").info)
                 raise
             await self._refuse(InternalError(""), scope, receive, send_on)
         finally:
-            route = self._routes.get(scope.get("endpoint"), "other")
-            self._metrics.observe_http(route, status or _CLIENT_GONE, time.perf_counter() - started)
+            route, status = self._routes.get(scope.get("endpoint")), status or _CLIENT_GONE
+            self._metrics.observe_http(route or "other", status, time.perf_counter() - started)
+            span.end_http(route, status)
 
     async def _refuse(self, error: ServerError, scope: Any, receive: Receive, send: Send) -> None:
+        self._metrics.observe_error(error.info)
         body = to_body(error.info, log.request_id.get(), scope.get(MODEL_KEY, ""))
         response = Response(
             body, status_of(error), headers=headers_of(error.info), media_type="application/json"

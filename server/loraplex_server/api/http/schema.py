@@ -6,14 +6,14 @@ loraplex's own, named as in `loraplex.v1`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from loraplex_server.api import convert
+from loraplex_server.core.request import MAX_SPECULATIVE_TOKENS
 
 _MAX_COUNT = (1 << 31) - 1
-_MAX_CHOICES = 128
 
 Text = Annotated[str, Meta(max_length=1 << 24)]
 Count = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
@@ -37,6 +37,39 @@ class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool | None = None
 
 
+class TextFormat(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """Free text."""
+
+
+class JsonObjectFormat(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="json_object"):
+    """Any JSON object."""
+
+
+class NamedSchema(Struct, frozen=True, forbid_unknown_fields=True):
+    """A JSON Schema. Name and description say nothing to this server, which is always strict."""
+
+    name: Text
+    schema: dict[str, Any]
+    description: Text | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
+    """JSON that fits a schema."""
+
+    json_schema: NamedSchema
+
+
+class Structure(Struct, frozen=True, forbid_unknown_fields=True):
+    """The form of the answer, as `loraplex.v1.Structure` has it; exactly one of these."""
+
+    json_schema: dict[str, Any] | None = None
+    json_object: bool | None = None
+    regex: Text | None = None
+    grammar: Text | None = None
+    choice: Annotated[list[Text], Meta(max_length=convert.MAX_STRUCTURE_CHOICES)] | None = None
+
+
 class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What both kinds of request have.
 
@@ -45,12 +78,14 @@ class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         adapters: with the base model's name: adapters to sum.
         logit_bias: token ids, as text since they are an object's keys, and what is added to their logits.
         seed: any integer; negative ones count from the top of 64 bits.
+        response_format: what OpenAI's API knows of forms.
+        structure: all the forms there are; not with `response_format`.
         user: says nothing to this server.
     """
 
     model: Name
     adapters: list[AdapterWeight] | None = None
-    n: Annotated[int, Meta(ge=1, le=_MAX_CHOICES)] | None = None
+    n: Annotated[int, Meta(ge=1, le=convert.MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Positive | None = None
@@ -71,6 +106,9 @@ class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ignore_eos: bool | None = None
     priority: Annotated[int, Meta(ge=-_MAX_COUNT, le=_MAX_COUNT)] | None = None
     cache_prefix: bool | None = None
+    response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
+    structure: Structure | None = None
+    speculative_tokens: Annotated[int, Meta(ge=0, le=MAX_SPECULATIVE_TOKENS)] | None = None
     user: Text | None = None
 
 
@@ -79,11 +117,13 @@ class CompletionBody(GenerationBody, frozen=True, kw_only=True, forbid_unknown_f
 
     Attributes:
         prompt: a text, a list of texts, a list of token ids, or a list of such lists.
-        echo: the answer begins with the prompt.
+        echo: the answer begins with the prompt, which is scored like the rest where `logprobs` is set.
         logprobs: how many alternatives beside each chosen token.
+        max_tokens: 0 goes with `echo`.
     """
 
     prompt: str | list[str | TokenId | list[TokenId]]
+    max_tokens: Count | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=convert.MAX_LOGPROBS)] | None = None
 
@@ -114,19 +154,28 @@ class PromptTokensDetails(Struct, frozen=True):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Struct, frozen=True):
+    """Tokens that were guessed, by whether they were right; the wrong ones are in no other count."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class CompletionLogprobs(Struct, frozen=True):
-    """One entry a token; `text_offset` counts characters from the beginning of the text."""
+    """One entry a token; `text_offset` counts characters from the beginning of the text. The first token of a
+    prompt that is echoed has no log-probability."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from loraplex.v1 import generation_pb2
 from loraplex_server.api import convert
-from loraplex_server.api.http.schema import ChatBody, CompletionBody, GenerationBody, Message
+from loraplex_server.api.http.schema import (
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    Message,
+)
 from loraplex_server.core.request import SamplingDefaults
 from loraplex_server.errors import InvalidArgumentError, NotFoundError
 
-MAX_CHOICES = 128
+MAX_CHOICES = convert.MAX_CHOICES
 """Most answers that one HTTP request may ask for, over all its prompts."""
 
 _DEFAULT_TEMPERATURE = 1.0
 _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _DEFAULT_COMPLETION_TOKENS = 16
 
-Prompt = str | Sequence[int]
-
 
 def completion_messages(
     body: CompletionBody, base: str, defaults: SamplingDefaults
-) -> list[tuple[generation_pb2.GenerateRequest, Prompt]]:
-    """One message for each prompt, and the prompt itself.
+) -> list[generation_pb2.GenerateRequest]:
+    """One message for each prompt.
 
     Args:
         base: name of the base model.
@@ -39,11 +46,10 @@ def completion_messages(
         raise InvalidArgumentError.field(
             "prompt", f"{len(prompts)} prompts and n make {num_choices} answers, more than {MAX_CHOICES}"
         )
-    if body.echo and body.logprobs is not None:
-        raise InvalidArgumentError.field("echo", "is not served with logprobs: a prompt's are not computed")
     found = []
     for prompt in prompts:
-        message = _message(body, base, defaults, body.max_tokens or _DEFAULT_COMPLETION_TOKENS)
+        limit = _DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        message = _message(body, base, defaults, limit)
         if isinstance(prompt, str):
             message.text = prompt
         else:
@@ -51,7 +57,11 @@ def completion_messages(
             message.token_ids.ids.extend(prompt)
         if body.logprobs is not None:
             message.logprobs = body.logprobs
-        found.append((message, prompt))
+            if body.echo:
+                message.prompt_logprobs = body.logprobs
+        if body.echo:
+            message.echo = True
+        found.append(message)
     return found
 
 
@@ -127,9 +137,43 @@ def _message(
     stopping.stop_token_ids.extend(body.stop_token_ids or ())
     stopping.ignore_eos = bool(body.ignore_eos)
     stopping.include_stop = bool(body.include_stop_str_in_output)
+    if body.n is not None:
+        message.n = body.n
     if body.cache_prefix is not None:
         message.cache_prefix = body.cache_prefix
+    _set_structure(message, body)
+    if body.speculative_tokens is not None:
+        message.speculative_tokens = body.speculative_tokens
     return message
+
+
+def _set_structure(message: generation_pb2.GenerateRequest, body: GenerationBody) -> None:
+    match body.response_format:
+        case JsonObjectFormat():
+            message.structure.json_object.SetInParent()
+        case JsonSchemaFormat(named):
+            message.structure.json_schema = msgspec.json.encode(named.schema).decode()
+    asked = body.structure
+    if asked is None:
+        return
+    if message.HasField("structure"):
+        raise InvalidArgumentError.field("structure", "goes without response_format; give one of them")
+    given = [name for name in asked.__struct_fields__ if getattr(asked, name) not in (None, False)]
+    if len(given) != 1:
+        raise InvalidArgumentError.field(
+            "structure", "has to have one of json_schema, json_object, regex, grammar and choice"
+        )
+    message.structure.SetInParent()
+    match given[0]:
+        case "json_schema":
+            message.structure.json_schema = msgspec.json.encode(asked.json_schema).decode()
+        case "json_object":
+            message.structure.json_object.SetInParent()
+        case "choice":
+            message.structure.choice.SetInParent()
+            message.structure.choice.texts.extend(asked.choice or ())
+        case name:
+            setattr(message.structure, name, getattr(asked, name))
 
 
 def _check_stream(body: GenerationBody) -> None:
@@ -137,7 +181,7 @@ def _check_stream(body: GenerationBody) -> None:
         raise InvalidArgumentError.field("stream_options", "goes with stream; leave it out")
 
 
-def _prompts(prompt: str | Sequence[str | int | list[int]]) -> list[Prompt]:
+def _prompts(prompt: str | Sequence[str | int | list[int]]) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     kinds = {type(entry) for entry in prompt}

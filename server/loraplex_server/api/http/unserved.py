@@ -25,7 +25,6 @@ _NOTHING = Unserved(())
 _TEXT_ONLY = "is not served: answers are text; leave it out"
 
 GENERATION: Mapping[str, Unserved] = {
-    "response_format": Unserved(({"type": "text"},), _TEXT_ONLY),
     "service_tier": Unserved(("auto", "default")),
     "store": Unserved((False,), "is not served: nothing is kept; leave it out"),
     "metadata": Unserved(({},)),

@@ -1,0 +1,105 @@
+"""Guesses at the next tokens of one request, from its own text: prompt lookup (Saxena, "Prompt Lookup
+Decoding", 2023).
+
+What stands after the latest earlier place where the row's last few tokens stood is likely to come next, in
+answers that copy from the prompt or repeat themselves. A step then computes the guessed tokens beside the one
+that it has to, and samples after each of them: with the draw of its position each row samples what decoding
+one by one would have sampled there, and as long as that is the next guess, the row after it stands. So a
+guess changes how many steps an answer takes, never the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_WIDEST, _NARROWEST = 4, 2
+_FIRST_LENGTH = 4
+_LONGEST_WAIT = 16
+# Tokens taken into the index at a time: it must not hold up a step.
+_AT_ONCE = 1024
+
+
+class Drafter:
+    """Guesses for one row of tokens, and how many are worth their while.
+
+    A guess that is right to its end is followed by one of twice the length; a wrong one by one of the length
+    that was right, and one more. After a guess that was worth nothing, or where there is nothing to guess
+    from, some tokens are waited for, twice as many each time (both as TCP does it, Jacobson, "Congestion
+    avoidance and control", 1988).
+
+    Attributes:
+        drafted: tokens guessed so far.
+        accepted: how many of them were right.
+    """
+
+    def __init__(self, most: int, limit: int, *, first: int = 0, worth: int = 1) -> None:
+        """
+        Args:
+            most: tokens of a guess.
+            limit: tokens that the row may have at its end.
+            first: place of the first token that has an id.
+            worth: right tokens with which a guess was better than none.
+        """
+        self._most = most
+        self._limit = limit
+        self._worth = min(worth, self._most)
+        self._first = self._indexed = first
+        # What followed the latest occurrence of each few tokens, those at the row's end left out.
+        self._next: dict[tuple[int, ...], int] = {}
+        self._length = min(_FIRST_LENGTH, self._most)
+        self._wait = 1
+        self._resume = 0
+        self.drafted = 0
+        self.accepted = 0
+
+    def due(self, length: int) -> bool:
+        """Whether there may be a guess for a row of `length` tokens, all of them known."""
+        return length >= self._resume and length + 1 < self._limit
+
+    def propose(self, token_ids: Sequence[int], most: int) -> tuple[int, ...]:
+        """At most `most` tokens, and often none, that may follow those of the row, which are all known."""
+        length = len(token_ids)
+        count = min(most, self._length, self._limit - length - 1)
+        if count < 1 or not self.due(length):
+            return ()
+        self.read(token_ids)
+        for width in range(_WIDEST, _NARROWEST - 1, -1):
+            place = self._next.get(tuple(token_ids[-width:]))
+            if place is not None:
+                found = list(token_ids[place : place + count])
+                # Past its end the row is taken to repeat what it has from that place on.
+                return tuple((found * count)[:count])
+        if self._indexed == length:
+            self._pause(length)
+        return ()
+
+    def judge(self, drafted: int, accepted: int, length: int) -> None:
+        """So many of a guess were right, with which the row has `length` tokens."""
+        self.drafted += drafted
+        self.accepted += accepted
+        if accepted == drafted:
+            self._length = min(max(self._length, 2 * drafted), self._most)
+        else:
+            self._length = min(max(accepted + 1, self._worth), self._most)
+        if accepted >= self._worth:
+            self._wait = 1
+        else:
+            self._pause(length)
+
+    def read(self, token_ids: Sequence[int]) -> None:
+        """Takes in what is new of the row, all of it known; of a long prompt a piece each time."""
+        begin = self._indexed
+        end = min(len(token_ids), begin + _AT_ONCE)
+        if end == begin:
+            return
+        tokens = tuple(token_ids[max(self._first, begin - _WIDEST) : end])
+        offset = end - len(tokens)
+        for place in range(begin, end):
+            at = place - offset
+            for width in range(_NARROWEST, min(_WIDEST, at) + 1):
+                self._next[tokens[at - width : at]] = place
+        self._indexed = end
+
+    def _pause(self, length: int) -> None:
+        self._resume = length + self._wait
+        self._wait = min(2 * self._wait, _LONGEST_WAIT)
