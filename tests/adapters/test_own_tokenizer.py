@@ -59,7 +59,6 @@ def test_the_store_tells_what_comes_changes_and_goes(
     assert store.tokenizers == store.drain_tokenizers() == {"own": first}
     assert store.drain_tokenizers() == {}
 
-    write_adapter(tmp_path / "own", seed=1)
     (tmp_path / "own" / "tokenizer.json").write_text("{ }")
     second = find_tokenizer(tmp_path / "own", [tmp_path])
     store.load("own", str(tmp_path / "own"), answer(), inplace=True)

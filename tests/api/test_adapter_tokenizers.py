@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import shutil
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from loraplex.v1 import generation_pb2
 from loraplex_server.adapters.own_tokenizer import find_tokenizer
 from loraplex_server.api import adapter_tokenizers
 from loraplex_server.api.adapter_tokenizers import AdapterTokenizers, ChosenTokenizer, _Recent
 from loraplex_server.api.tokenizer import Tokenizer
-from loraplex_server.engine.messages import TokenizerSource
+from loraplex_server.core.request import FinishReason, Request
+from loraplex_server.engine.messages import TokenizersChanged, TokenizerSource, TokenLogprobs
 from loraplex_server.errors import FailedPreconditionError
 
 PLAIN, SPECIAL = ["<|tool|>", "Grüße"], ["<|im_start|>", "<|im_end|>"]
@@ -208,3 +211,59 @@ def test_the_least_used_go_by_size() -> None:
     assert [recent.get(name) for name in "abc"] == [4, None, 4]
     recent.put("huge", 99, 99)
     assert [recent.get(name) for name in ("a", "c", "huge")] == [None, None, 99]
+
+
+def test_over_grpc_and_http_as_adapters_come_and_go(serving: Any, checkpoint: Path, tmp_path: Path) -> None:
+    """The engine says what they bring; every way of asking has it, in and out."""
+    pytest.importorskip("uvicorn", reason="needs the server extra: uvicorn")
+    changed = AutoTokenizer.from_pretrained(checkpoint)
+    changed.add_tokens(PLAIN)
+    folder = tmp_path / "own"
+    changed.save_pretrained(folder)
+    source = find_tokenizer(folder, [tmp_path])
+    assert source is not None
+    text = "the <|tool|> fox"
+
+    async def echo(engine: Any, request: Request) -> None:
+        ids = request.prompt_token_ids
+        logprobs = tuple(TokenLogprobs(token, -0.5) for token in ids)
+        engine.tokens(request, *ids, logprobs=logprobs, finish=FinishReason.LENGTH)
+
+    async def main() -> None:
+        async with serving(echo, http_port=0) as server:
+
+            async def tokens() -> list[int]:
+                request = generation_pb2.TokenizeRequest(text=text, adapters=["own"])
+                return list((await server.generation.Tokenize(request)).token_ids)
+
+            plain = await tokens()
+            server.engine.send(TokenizersChanged({"own": source}))
+            async with asyncio.timeout(20):
+                while (own := await tokens()) == plain:
+                    await asyncio.sleep(0.01)
+            assert own == changed(text)["input_ids"]
+            request = generation_pb2.GenerateRequest(text=text, adapters=[{"adapter": "own"}], logprobs=0)
+            whole = await server.generation.GenerateUnary(
+                generation_pb2.GenerateUnaryRequest(request=request)
+            )
+            assert (whole.text, list(whole.token_ids)) == (text, own)
+
+            def post() -> Any:
+                body = {"model": "own", "prompt": text, "logprobs": 0}
+                asked = urllib.request.Request(
+                    f"http://{server.http_at}/v1/completions",
+                    json.dumps(body).encode(),
+                    {"content-type": "application/json"},
+                )
+                with urllib.request.urlopen(asked, timeout=20) as response:
+                    return json.load(response)["choices"][0]
+
+            answer = await asyncio.to_thread(post)
+            assert answer["text"] == text
+            assert "<|tool|>" in answer["logprobs"]["tokens"]
+            server.engine.send(TokenizersChanged({"own": None}))
+            async with asyncio.timeout(20):
+                while await tokens() != plain:
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(main())

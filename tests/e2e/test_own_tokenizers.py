@@ -128,15 +128,13 @@ def test_two_tokenizers_in_one_request(client: Client) -> None:
 def test_a_new_version_comes_with_its_tokenizer(
     client: Client, adapters: tuple[Path, dict[str, Any]]
 ) -> None:
-    """Its files are changed and the adapter is loaded in place: text is the new version's from then on."""
+    """Nothing but its tokenizer is changed: text is the new version's once the adapter is loaded in place."""
     root, models = adapters
     _, tokenizer = models["other"]
     folder = root / "other"
     changed = type(tokenizer).from_pretrained(folder)
     changed.add_tokens(["##"])
     changed.save_pretrained(folder)
-    config = folder / "adapter_config.json"
-    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
     client.adapters.load("other", folder, load_inplace=True)
     assert client.tokenize("a##b", adapters="other") == changed("a##b")["input_ids"]
     assert client.tokenize("a##b", adapters="other") != tokenizer("a##b")["input_ids"]

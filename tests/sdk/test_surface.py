@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any, get_type_hints
 
 import pytest
@@ -111,6 +112,14 @@ def test_options_are_the_arguments_of_the_request() -> None:
     assert get_type_hints(GenerateOptions) == arguments
     documented = inspect.getdoc(Client.generate) or ""
     assert all(f"{name}," in documented or f"{name};" in documented for name in arguments)
+
+
+def test_the_readme_names_every_option(pytestconfig: pytest.Config) -> None:
+    readme = (pytestconfig.rootpath / "README.md").read_text()
+    section = readme.split("### Options of a generation\n")[1].split("\n### ")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    named = set(re.findall(r"`(\w+)", " ".join(cells)))
+    assert named == get_type_hints(GenerateOptions).keys()
 
 
 HEAVY = ("torch", "transformers", "numpy", "loraplex_server")

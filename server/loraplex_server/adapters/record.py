@@ -13,7 +13,6 @@ from loraplex_server.errors import ServerError
 
 if TYPE_CHECKING:
     # The scheduler knows handles, and must not need torch for it.
-    from pathlib import Path
 
     from loraplex_kernels.lora.layouts import AdapterLayout
     from loraplex_server.adapters.manifest import AdapterManifest
@@ -107,9 +106,10 @@ class Record:
         return AdapterState.LOADING if self.reading else AdapterState.UNLOADED
 
     @property
-    def origin(self) -> tuple[str, str, Path]:
+    def origin(self) -> tuple[object, ...]:
         """What it is and where from; another version of its name differs in it."""
-        return self.content_hash, self.source, self.manifest.folder
+        manifest = self.manifest
+        return self.content_hash, self.source, manifest.folder, manifest.chat_template, manifest.tokenizer
 
     @property
     def wanted_on_device(self) -> bool:

@@ -31,6 +31,9 @@ BOTTLENECK_FILE = "adapter.safetensors"
 INTERFACE_FILE = "adapter_interface.json"
 HEAD_FILES = ("model_head.safetensors", "pytorch_model_head.bin")
 
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""What an adapter may bring for prompts and answers."""
+
 PICKLE_FILES = {
     "adapter_model.bin": "save_pretrained with safe_serialization=True",
     "pytorch_adapter.bin": "save_adapter with use_safetensors=True",
@@ -137,7 +140,7 @@ def _is_inside(path: str, roots: Iterable[str]) -> bool:
 def stamp(folder: Path) -> Stamp:
     """The stamp of the adapter in `folder`; a missing file has None."""
     stamps: list[tuple[int, int, int] | None] = []
-    for filename in (CONFIG_FILE, WEIGHTS_FILE, BOTTLENECK_FILE, INTERFACE_FILE):
+    for filename in (CONFIG_FILE, WEIGHTS_FILE, BOTTLENECK_FILE, INTERFACE_FILE, *TEXT_FILES):
         try:
             status = os.stat(folder / filename)
             stamps.append((status.st_ino, status.st_size, status.st_mtime_ns))

@@ -20,7 +20,6 @@ from loraplex_server.engine.messages import (
     AdapterCommand,
     AdapterReply,
     AdapterStatus,
-    AdapterTokenizers,
     Cancel,
     CheckIntegrity,
     EngineInfo,
@@ -34,6 +33,7 @@ from loraplex_server.engine.messages import (
     Submit,
     ToEngine,
     TokenDelta,
+    TokenizersChanged,
     TokenizerSource,
     Tokens,
     Welcome,
@@ -308,7 +308,7 @@ class EngineClient:
             case AdapterChanges():
                 for watcher in self._watchers:
                     watcher.put(message)
-            case AdapterTokenizers():
+            case TokenizersChanged():
                 for name, source in message.changed.items():
                     if source is None:
                         self.tokenizers.pop(name, None)

@@ -28,7 +28,6 @@ from loraplex_server.engine.messages import (
     AdapterCommand,
     AdapterReply,
     AdapterStatus,
-    AdapterTokenizers,
     Cancel,
     CheckIntegrity,
     Failed,
@@ -37,6 +36,7 @@ from loraplex_server.engine.messages import (
     Shutdown,
     Submit,
     ToEngine,
+    TokenizersChanged,
     Welcome,
     decode_to_engine,
     encode,
@@ -264,7 +264,7 @@ class EngineHost:
         changed = engine.adapters.drain_tokenizers()
         if changed:
             for client in self._clients.values():
-                client.send(AdapterTokenizers(changed))
+                client.send(TokenizersChanged(changed))
 
     def _send_changes(self, engine: Engine) -> None:
         if self._watchers:

@@ -88,7 +88,7 @@ class TokenizerSource(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Welcome(_Message, frozen=True):
-    """Answers `Hello`. `tokenizers`: what adapters bring, by name; later `AdapterTokenizers` follow."""
+    """Answers `Hello`. `tokenizers`: what adapters bring, by name; later `TokenizersChanged` follow."""
 
     version: int
     info: EngineInfo
@@ -262,7 +262,7 @@ class AdapterChanges(_Message, frozen=True):
     all: bool = False
 
 
-class AdapterTokenizers(_Message, frozen=True):
+class TokenizersChanged(_Message, frozen=True):
     """Adapters that from now on bring these tokenizers, or None; sent before the reply to what changed it."""
 
     changed: dict[str, TokenizerSource | None]
@@ -361,7 +361,7 @@ class Stats(_Message, frozen=True):
 
 
 FromEngine = (
-    Welcome | Tokens | Failed | AdapterReply | AdapterChanges | AdapterTokenizers | IntegrityReply | Stats
+    Welcome | Tokens | Failed | AdapterReply | AdapterChanges | TokenizersChanged | IntegrityReply | Stats
 )
 
 _encoder = msgspec.msgpack.Encoder()
