@@ -25,7 +25,7 @@ from loraplex_server.errors import FailedPreconditionError, Reason
 MAX_TOKENIZER_BYTES = 32 << 20
 """All files of one together; that of a vocabulary of 256,000 tokens has about 17 MiB."""
 
-_MAX_KEPT_BYTES = 256 << 20
+_MAX_KEPT_BYTES = 128 << 20
 """By the size of their files; in memory they take several times that."""
 _MAX_REMEMBERED = 16_384
 
@@ -217,6 +217,11 @@ def _build(files: Mapping[str, bytes], base: Tokenizer) -> Tokenizer:
             if type(error).__name__ != "PanicException":
                 raise
             raise _UnusableError("it is not one of the base's kind") from error
+    if built.cutting != base.cutting:
+        # Its rules would run on every text, and some never end.
+        raise _UnusableError(
+            "it cuts text by other rules than the base's; save the base's own, with the tokens added to it"
+        )
     return base if built.fingerprint == base.fingerprint else built
 
 
