@@ -212,6 +212,7 @@ def time_steps(
     device: torch.device,
     *,
     kv_cache_dtype: str = "auto",
+    fused: bool = True,
     tiny: bool = False,
 ) -> None:
     """The section of whole decode steps, printed and written row by row."""
@@ -219,8 +220,9 @@ def time_steps(
     from loraplex_bench import step_table
 
     wanted = step_table.StepTable.tiny() if tiny else step_table.StepTable()
-    wanted = dataclasses.replace(wanted, kv_cache_dtype=kv_cache_dtype)
+    wanted = dataclasses.replace(wanted, kv_cache_dtype=kv_cache_dtype, fused=fused)
     section = "step" if kv_cache_dtype == "auto" else f"step-{kv_cache_dtype}"
+    section += "" if fused else "-unfused"
     rows: list[step_table.StepRow] = []
     for row in step_table.measure(wanted, device, limit_s):
         rows.append(row)
@@ -284,6 +286,11 @@ def main(argv: list[str] | None = None) -> int:
         "--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="of the section step"
     )
     parser.add_argument(
+        "--unfused",
+        action="store_true",
+        help="section step: the model's own code between projections, to compare with",
+    )
+    parser.add_argument(
         "--tiny",
         action="store_true",
         help=f"try {' and '.join(TINY_SECTIONS)} out on a tiny model, on a CPU if need be",
@@ -315,7 +322,8 @@ def main(argv: list[str] | None = None) -> int:
             time_fused(document, arguments.time_limit, device)
     torch.cuda.empty_cache()
     if "step" in sections:
-        time_steps(document, arguments.time_limit, device, kv_cache_dtype=arguments.kv_cache_dtype)
+        options = {"kv_cache_dtype": arguments.kv_cache_dtype, "fused": not arguments.unfused}
+        time_steps(document, arguments.time_limit, device, **options)
     if "server" in sections:
         time_server(document, arguments.time_limit, device)
     print(f"written to {document.path}")

@@ -47,6 +47,7 @@ class StepTable:
     rank: int = 16
     dtype: torch.dtype = torch.bfloat16
     kv_cache_dtype: str = "auto"
+    fused: bool = True
     steps: int = 30
 
     @classmethod
@@ -138,7 +139,9 @@ class StepBench:
         config = config_of(wanted.shape)
         weight_format = WeightFormat(quantization, wanted.dtype, device)
         source = RandomWeights(config, wanted.dtype, device)
-        self.base: BaseModel = EmptyModel.of(config, weight_format).fill(source, progress=False)
+        self.base: BaseModel = EmptyModel.of(config, weight_format).fill(
+            source, progress=False, fused=wanted.fused
+        )
         layers = check_ragged(self.base)
         self._blocks = -(-(wanted.context + 1) // _BLOCK)
         kv_dtype = torch.float8_e4m3fn if wanted.kv_cache_dtype == "fp8" else wanted.dtype

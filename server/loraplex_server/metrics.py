@@ -87,8 +87,10 @@ class Metrics:
             "loraplex_failed_steps", "Steps that failed, and with them every request in them."
         )
         self._prefill_tokens = self._counter("loraplex_prefill_tokens", "Prompt tokens computed.")
-        self._decode_tokens = self._counter("loraplex_decode_tokens", "Decode tokens computed.")
-        self._drafted_tokens = self._counter("loraplex_drafted_tokens", "Tokens guessed, of those decoded.")
+        self._decode_tokens = self._counter(
+            "loraplex_decode_tokens", "Tokens decoded, wrong guesses left out."
+        )
+        self._drafted_tokens = self._counter("loraplex_drafted_tokens", "Tokens guessed, right or wrong.")
         self._accepted_tokens = self._counter("loraplex_accepted_tokens", "Tokens guessed right.")
         self._preemptions = self._counter("loraplex_preemptions", "Requests preempted, to be recomputed.")
         self._kv_ratio = self._gauge("loraplex_kv_cache_usage_ratio", "KV blocks in use, of all, 0 to 1.")
@@ -232,7 +234,8 @@ class Metrics:
             self._step_tokens.observe(step.prefill_tokens + step.decode_tokens)
             self._step_adapters.observe(step.adapters)
             self._prefill_tokens.inc(step.prefill_tokens)
-            self._decode_tokens.inc(step.decode_tokens)
+            wrong = step.drafted_tokens - step.accepted_tokens
+            self._decode_tokens.inc(step.decode_tokens - wrong)
             self._drafted_tokens.inc(step.drafted_tokens)
             self._accepted_tokens.inc(step.accepted_tokens)
             self._preemptions.inc(step.preemptions)

@@ -11,7 +11,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex_server.core.request import AdapterUse, Request
-from loraplex_server.engine.messages import EngineInfo, Stats
+from loraplex_server.engine.messages import EngineInfo, Stats, StepRecord
 from loraplex_server.errors import ErrorInfo, Reason
 from loraplex_server.metrics import Metrics
 
@@ -86,6 +86,17 @@ def stats(**fields: Any) -> Stats:
         "adapters_waiting": ("c",),
     }
     return Stats(**(given | fields))
+
+
+def test_a_wrong_guess_is_no_token_decoded() -> None:
+    metrics = Metrics()
+    step = StepRecord(0.1, 0.01, 2, 0, 10, 0, 0, drafted_tokens=8, accepted_tokens=5)
+    metrics.observe_stats(stats(steps=(step, step)))
+    found = {
+        name: metrics.registry.get_sample_value(f"loraplex_{name}_tokens_total")
+        for name in ("decode", "drafted", "accepted")
+    }
+    assert found == {"decode": 14, "drafted": 16, "accepted": 10}
 
 
 def series(metrics: Metrics) -> dict[str, list[tuple[dict[str, str], float]]]:

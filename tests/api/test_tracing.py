@@ -196,6 +196,21 @@ def test_http_requests_and_each_of_their_choices(
     assert b"secret" not in found.raw
 
 
+def test_each_request_of_a_batch(serving: Any, collector: tuple[Collector, str]) -> None:
+    found, endpoint = collector
+
+    async def main() -> None:
+        async with serving(answers, otlp_endpoint=endpoint) as server:
+            batch = generation_pb2.GenerateBatchRequest(requests=[message(), message(logprobs=99), message()])
+            async for _ in server.generation.GenerateBatch(batch, metadata=(("x-request-id", "b"),)):
+                pass
+
+    asyncio.run(main())
+    call = found.named("loraplex.v1.GenerationService/GenerateBatch")
+    generations = [span for span in found.spans if span.parent_span_id == call.span_id]
+    assert {attributes(span)["gen_ai.response.id"] for span in generations} == {"b-0", "b-2"}
+
+
 def test_the_caller_decides_what_is_sampled(serving: Any, collector: tuple[Collector, str]) -> None:
     found, endpoint = collector
 

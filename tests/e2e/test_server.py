@@ -114,6 +114,28 @@ def idle(server: Server) -> dict[str, float]:
         time.sleep(0.2)
 
 
+def shown(server: Server, condition: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+    """The metrics, once they are as they should be."""
+    end_s = time.monotonic() + 30
+    while not condition(metrics := server.metrics()):
+        assert time.monotonic() < end_s, "the metrics did not come to that"
+        time.sleep(0.05)
+    return metrics
+
+
+def test_copies_are_guessed_and_the_same(server: Server, client: Client) -> None:
+    before = shown(server, lambda metrics: not metrics["loraplex_requests_running"])
+    for line in make_lines(7, 3):
+        with client.stream(prompt(line), speculative_tokens=8) as stream:
+            answer = stream.collect()
+        assert answer.text == expected(None, line)
+        assert len(answer.token_ids) == answer.usage.completion_tokens
+        assert 0 < answer.usage.accepted_tokens <= answer.usage.drafted_tokens
+        assert client.generate(prompt(line)).token_ids == answer.token_ids
+    for name in ("loraplex_drafted_tokens_total", "loraplex_accepted_tokens_total"):
+        shown(server, lambda metrics, name=name: metrics[name] > before[name])
+
+
 def test_every_adapter_and_the_base_at_once_through_three_slots(server: Server, client: Client) -> None:
     """204 requests, all adapters mixed: every answer is its own adapter's, and nothing is held at the end."""
     names: list[str | None] = [*TASKS, None]

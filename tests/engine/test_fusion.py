@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from loraplex_bench.random_weights import RandomWeights
+from loraplex_bench.random_weights import RandomWeights, config_of
 from loraplex_kernels import dispatch
 from loraplex_server.config import ModelConfig
 from loraplex_server.errors import FailedPreconditionError
@@ -163,6 +163,23 @@ def test_angles_of_another_dtype_are_left_to_the_model(dtype: torch.dtype, rotat
         dispatch.launches.clear()
         assert torch.equal(selfcheck._ragged(base, prompts, {}), own)
         assert dispatch.launches["rotary.write.torch"] == rotations
+
+
+@pytest.mark.parametrize(
+    ("kernels", "wanted", "found"), [("triton", True, True), ("triton", False, False), ("torch", True, False)]
+)
+def test_models_are_fused_where_tritons_kernels_run(
+    kernels: dispatch.Kernels, wanted: bool, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    config, cpu = config_of("tiny"), torch.device("cpu")
+    with dispatch.using(kernels):
+        empty = EmptyModel.of(config, WeightFormat("none", torch.float32, cpu))
+        base = empty.fill(RandomWeights(config, torch.float32, cpu), progress=False, fused=wanted)
+    layer = base.model.get_submodule("model.layers.1")
+    for module in (layer, layer.get_submodule("mlp"), layer.get_submodule("self_attn")):
+        assert ("forward" in vars(module)) == found
 
 
 def test_a_fused_kernel_that_does_something_else_is_found_at_start(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, cast
 
 from loraplex_server.adapters.record import AdapterHandle
@@ -96,6 +97,42 @@ def test_draws_and_masks_follow_the_request() -> None:
     )
     assert plan.num_logprobs.tolist() == [-1, 4]
     assert (plan.banned_start.tolist(), plan.banned_ids.tolist()) == ([0, 3, 3], [2, 9, 8])
+
+
+def test_guesses_are_rows_as_if_they_were_known() -> None:
+    """Positions, draws, bans, minima and counts of each row are those of decoding up to it one by one."""
+    made = sequence(
+        4,
+        3,
+        [0, 2],
+        (AdapterUse("a"),),
+        temperature=0.5,
+        seed=3,
+        min_tokens=2,
+        stop_token_ids=(8,),
+        logprobs=1,
+        bad_words=((103, 9), (50, 7), (50, 60, 5)),
+        frequency_penalty=0.5,
+    )
+    other = sequence(2, 1, [1])
+    plan = build_plan([Scheduled(made, 1, drafts=(50, 60, 50)), Scheduled(other, 1)], 4, slot_of, (2,))
+    assert plan.token_ids.tolist() == [103, 50, 60, 50, 101]
+    assert plan.positions.tolist() == [3, 4, 5, 6, 1]
+    assert plan.slot_mapping.tolist() == [3, 8, 9, 10, 5]
+    assert (plan.query_start.tolist(), plan.context_len.tolist()) == ([0, 4, 5], [7, 2])
+    assert plan.runs == [(0, 4, ((2, 1.0),))]
+    assert plan.sample_row.tolist() == [0, 1, 2, 3, 4]
+    assert plan.uniform.tolist() == [*(uniform(3, position) for position in (4, 5, 6, 7)), 0.0]
+    assert plan.num_logprobs.tolist() == [1, 1, 1, 1, -1]
+    bans = [plan.banned_ids[i:j].tolist() for i, j in pairwise(plan.banned_start.tolist())]
+    assert bans == [[9, 2, 8], [7, 2, 8], [5], [7], []]
+    seen = [
+        dict(zip(plan.seen_ids[i:j].tolist(), plan.seen_count[i:j].tolist(), strict=True))
+        for i, j in pairwise(plan.seen_start.tolist())
+    ]
+    prompt = {100: 0, 101: 0, 102: 0, 103: 0}
+    assert seen == [prompt, {**prompt, 50: 1}, {**prompt, 50: 1, 60: 1}, {**prompt, 50: 2, 60: 1}, {}]
+    assert made.token_counts.update(made.token_ids, 4)[0].tolist() == [100, 101, 102, 103]
 
 
 def test_block_keys_name_tenant_adapters_and_weights() -> None:

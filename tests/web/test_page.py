@@ -129,6 +129,22 @@ def test_a_step_is_taken_apart(server: Any, tab: Callable[..., Any]) -> None:
     assert sum(widths) == pytest.approx(100, abs=0.1)
 
 
+def test_guesses_are_shown_where_there_are_any(server: Any, tab: Callable[..., Any]) -> None:
+    text = "loraplex_build_info 1.0\nloraplex_drafted_tokens_total {}\nloraplex_accepted_tokens_total {}\n"
+    guesses = iter([(0, 0), (0, 0), (40, 30)])
+    last = [(0, 0)]
+
+    def answer(route: Any) -> None:
+        last.append(next(guesses, last[-1]))
+        route.fulfill(body=text.format(*last[-1]), content_type="text/plain")
+
+    shown = tab(server.url + FAST, lambda page: page.route("**/metrics", answer))
+    shown.until("live")
+    shown.page.wait_for_selector("#guesses:visible", timeout=60_000)
+    assert shown.page.inner_text("#guesses") == "75% of guessed tokens right, 30 in all"
+    assert shown.said == []
+
+
 def test_it_goes_on_when_the_server_was_restarted(start: Callable[..., Any], tab: Callable[..., Any]) -> None:
     server = start()
     load(server.address, 7)

@@ -223,8 +223,11 @@ class EmptyModel:
         paths = [projection.path for group in self.grouped for projection in group]
         return {entry: self.residual[path] for entry, path in enumerate(paths) if path in self.residual}
 
-    def fill(self, source: TensorSource, *, progress: bool = True) -> BaseModel:
+    def fill(self, source: TensorSource, *, progress: bool = True, fused: bool = True) -> BaseModel:
         """Reads and quantises the weights; this object is used up.
+
+        Args:
+            fused: where Triton's kernels run, fuse what lies between the projections.
 
         Raises:
             FailedPreconditionError: they are not this model's, or cannot be held in the format.
@@ -239,7 +242,7 @@ class EmptyModel:
             for index, norm in enumerate(self.norms)
         )
         vocabulary = attach_ends(model, self.ends, entries + len(norms))
-        if dispatch.backend(self.format.device) == "triton":
+        if fused and dispatch.backend(self.format.device) == "triton":
             _log.info("fused: %s", fuse(model))
         return BaseModel(
             model=model,
