@@ -70,6 +70,7 @@ def requests(rng: random.Random) -> list[dict[str, Any]]:
                 "stop_token_ids": tuple(rng.sample(range(3, 200), rng.choice([0, 8]))),
                 "min_tokens": rng.choice([0, 0, 1]),
                 "logprobs": rng.choice([None, None, 2]),
+                "prompt_logprobs": (None, None, 1)[len(found) % 3],
                 "frequency_penalty": rng.choice([0.0, 0.0, 0.3]),
                 "repetition_penalty": rng.choice([1.0, 1.0, 0.9]),
                 "logit_bias": rng.choice([(), FEW]),
@@ -97,7 +98,10 @@ def ask(served: Any, wanted: list[dict[str, Any]], **more: Any) -> dict[str, Any
         name: (
             answer.tokens,
             answer.finish,
-            [(entry.token_id, [top.token_id for top in entry.top]) for entry in answer.logprobs],
+            [
+                (entry.token_id, [top.token_id for top in entry.top])
+                for entry in (*answer.prompt_logprobs, *answer.logprobs)
+            ],
         )
         for name, answer in served.answers.items()
     }

@@ -41,6 +41,7 @@ from loraplex_server.adapters.sources import (
     CONFIG_FILE,
     HEAD_FILES,
     INTERFACE_FILE,
+    MAX_EXTRA_FILE_BYTES,
     PICKLE_FILES,
     WEIGHTS_FILE,
     head_refusal,
@@ -56,14 +57,12 @@ from loraplex_server.errors import (
     NotFoundError,
     PermissionDeniedError,
     Reason,
+    ResourceExhaustedError,
     ServerError,
     UnavailableError,
 )
 
 _log = logging.getLogger(__name__)
-
-MAX_EXTRA_FILE_BYTES = 32 << 20
-"""Largest file that may come along, which is what the tokenizer of a large vocabulary takes."""
 
 _WEIGHTS_FILES = (WEIGHTS_FILE, BOTTLENECK_FILE)
 _MOVING_TARGET_TRIES = 3
@@ -224,7 +223,7 @@ class AdapterSources:
                 committed = True
             finally:
                 if not committed:
-                    cache.end(key)
+                    cache.end(key, keep=False)
         return folder
 
     def retain(self, folder: Path) -> None:
@@ -415,7 +414,7 @@ class AdapterSources:
                 )
         total = sum(file.size for file in files)
         partial = self._cache.begin(key, total)
-        committed = False
+        committed = full = False
         try:
             digests = {
                 file.name: self._downloader.download(
@@ -425,9 +424,14 @@ class AdapterSources:
             }
             folder = self._cache.commit(key, {"source": str(uri), "sha256": digests})
             committed = True
+        except ResourceExhaustedError as error:
+            full = error.info.reason == Reason.DISK_FULL
+            raise
         finally:
             if not committed:
-                self._cache.end(key)
+                self._cache.end(key, keep=not full)
+            if full:
+                self._cache.empty()
         _log.info("downloaded %s, %d bytes", uri, total)
         return folder
 
