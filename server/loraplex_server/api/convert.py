@@ -72,6 +72,7 @@ class Limits:
     Attributes:
         max_prompt_chars: a longer text cannot fit and is refused before it is tokenised.
         defaults: for what a caller leaves open.
+        speculative_tokens: guessed in a step for a request that does not say.
     """
 
     vocab_size: int
@@ -79,6 +80,7 @@ class Limits:
     max_prompt_chars: int
     max_adapters: int
     defaults: SamplingDefaults = dataclasses.field(default_factory=SamplingDefaults)
+    speculative_tokens: int = 0
 
 
 class _Violations:
