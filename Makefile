@@ -40,7 +40,7 @@ test-fast: $(STAMP) ## The inner loop: two minutes
 	$(TEST_ENV) $(PY) -m pytest -q -x -m 'not slow and not kernels_wide and not gpu_bench and not web'
 
 test-kernels: $(STAMP) ## The wide sweep of the Triton kernels, under the interpreter where there is no GPU
-	$(TEST_ENV) $(PY) -m pytest -q -m kernels_wide tests/ops
+	$(TEST_ENV) $(PY) -m pytest -q -m kernels_wide tests/ops tests/engine/test_fusion.py
 
 test-web: $(STAMP) ## The built-in page in headless Chromium, installed by apt or else by Playwright
 	$(PY) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[web-test]'

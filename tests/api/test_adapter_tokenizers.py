@@ -194,6 +194,28 @@ def test_what_cannot_be_used_is_refused(
         assert str(folder) not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("part", "rule"),
+    [
+        (
+            "pre_tokenizer",
+            {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False},
+        ),
+        ("normalizer", {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}),
+        ("decoder", {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}),
+    ],
+)
+def test_rules_of_its_own_never_run(
+    shelf: Shelf, save: Callable[..., Path], part: str, rule: dict[str, Any]
+) -> None:
+    """Such a rule takes for ever, or all memory, on a text that its author knows."""
+    folder = save("own")
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), part: rule}))
+    with pytest.raises(FailedPreconditionError, match="cuts text by other rules than the base's"):
+        shelf.of(shelf.add(folder))
+
+
 def test_files_that_changed_since_the_adapter_was_checked(shelf: Shelf, save: Callable[..., Path]) -> None:
     folder = save("own")
     name = shelf.add(folder)

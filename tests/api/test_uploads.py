@@ -71,6 +71,19 @@ def test_an_upload_is_received_whole(receive: Any) -> None:
     assert receive(header(sha256=hashlib.sha256(BODY).hexdigest().upper()), BODY)
 
 
+def text_file(body: bytes, name: str = "tokenizer.json", **changed: Any) -> adapters_pb2.UploadedFile:
+    fields = {"name": name, "sha256": hashlib.sha256(body).hexdigest(), "size": len(body)}
+    return adapters_pb2.UploadedFile(**{**fields, **changed})
+
+
+def test_what_an_adapter_brings_for_text_comes_along(receive: Any) -> None:
+    texts = {"tokenizer.json": b"tokens", "chat_template.jinja": b"{{ x }}"}
+    announced = header(files=[text_file(body, name) for name, body in texts.items()])
+    check_upload_header(announced, 5000)
+    files = receive(announced, BODY, b"tok", b"ens", b"{{ x }}")
+    assert files == {"adapter_config.json": b"{}", "adapter_model.safetensors": BODY, **texts}
+
+
 @pytest.mark.parametrize(
     ("announced", "chunks", "field"),
     [
@@ -81,6 +94,10 @@ def test_an_upload_is_received_whole(receive: Any) -> None:
         ({"size": 2 * MAX_CHUNK_BYTES}, [b"x" * (MAX_CHUNK_BYTES + 1)], "chunk"),
         ({}, [b"!" + BODY[1:]], "sha256"),
         ({}, [], "size"),
+        ({"files": [text_file(b"abc")]}, [BODY], "files[0].size"),
+        ({"files": [text_file(b"abc")]}, [BODY + b"abc"], "chunk"),
+        ({"files": [text_file(b"abc")]}, [BODY, b"abd"], "files[0].sha256"),
+        ({"files": [text_file(b"abc")]}, [BODY, b"abc", b"d"], "chunk"),
     ],
 )
 def test_what_was_not_announced_is_refused(
@@ -100,6 +117,12 @@ def test_what_was_not_announced_is_refused(
         ({"sha256": "ab"}, "header.sha256"),
         ({"size": 0}, "header.size"),
         ({"size": 5001}, "header.size"),
+        ({"files": [text_file(b"x", "../tokenizer.json")]}, "header.files[0].name"),
+        ({"files": [text_file(b"x", "adapter_model.safetensors")]}, "header.files[0].name"),
+        ({"files": [text_file(b"x"), text_file(b"x")]}, "header.files[1].name"),
+        ({"files": [text_file(b"x", sha256="")]}, "header.files[0].sha256"),
+        ({"files": [text_file(b"x", size=0)]}, "header.files[0].size"),
+        ({"files": [text_file(b"x", size=4000)]}, "header.files"),
     ],
 )
 def test_bad_headers_are_refused_before_anything_is_read(changed: dict[str, Any], field: str) -> None:

@@ -53,8 +53,11 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 
 @pytest.fixture(scope="module")
-def client(adapters: tuple[Path, dict[str, Any]]) -> Iterator[Client]:
+def client(
+    adapters: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Client]:
     flags = demo_flags(quantization="none", adapters=adapters[0])
+    flags += ["--allow-uploads", "--adapter-cache-dir", str(tmp_path_factory.mktemp("cache"))]
     with (
         LaunchedServer([*flags, "--dtype", "float32", "--threads", "1"]) as server,
         Client(server.grpc) as made,
@@ -114,6 +117,22 @@ def test_conversations_in_the_words_of_the_adapter(
     ids = tokenizer(expected, add_special_tokens=False)["input_ids"]
     assert client.tokenize(said, adapters="own") == ids
     assert client.chat(said, adapter="own", max_tokens=2).usage.prompt_tokens == len(ids)
+
+
+def test_an_adapter_that_a_client_sends_brings_its_tokenizer(
+    client: Client, adapters: tuple[Path, dict[str, Any]]
+) -> None:
+    root, models = adapters
+    _, tokenizer = models["own"]
+    client.adapters.upload("sent", root / "own")
+    text = "abc<|tool|>12\n"
+    assert client.tokenize(text, adapters="sent") == tokenizer(text)["input_ids"]
+    said = [{"role": "user", "content": "hello"}]
+    assert client.tokenize(said, adapters="sent") == client.tokenize(said, adapters="own")
+    answers = [client.generate(text, adapter=name, max_tokens=8) for name in ("sent", "own")]
+    assert answers[0].token_ids == answers[1].token_ids
+    # The same files are the same tokenizer.
+    assert client.count_tokens(text, adapters=["sent", "own"]) == len(tokenizer(text)["input_ids"])
 
 
 def test_two_tokenizers_in_one_request(client: Client) -> None:

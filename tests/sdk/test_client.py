@@ -416,6 +416,19 @@ def test_uploads(drive: Any, server: Any, client: Any, tmp_path: Path) -> None:
     assert b"".join(part.chunk for part in rest) == body
     assert max(len(part.chunk) for part in rest) == 1 << 20
     assert seen == [(1 << 20, len(body)), (2 << 20, len(body)), (len(body), len(body))]
+
+    texts = {"tokenizer.json": b"t" * (3 << 19), "chat_template.jinja": b"{{ x }}"}
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text)
+    (tmp_path / "special_tokens_map.json").write_bytes(b"")
+    drive(lambda: client.adapters.upload("sql", tmp_path, progress=lambda *progress: seen.append(progress)))
+    first, *rest = server.requests[-1]
+    assert [(file.name, file.size, file.sha256) for file in first.header.files] == [
+        (name, len(text), hashlib.sha256(text).hexdigest()) for name, text in texts.items()
+    ]
+    assert b"".join(part.chunk for part in rest) == body + b"".join(texts.values())
+    assert [len(part.chunk) for part in rest][-3:] == [1 << 20, 1 << 19, 7]
+    assert seen[-1] == (len(body) + (3 << 19) + 7,) * 2
     with pytest.raises(InvalidRequestError, match="folder"):
         drive(lambda: client.adapters.upload("sql", tmp_path / "nothing"))
 

@@ -89,6 +89,8 @@ class Adapters:
     ) -> AdapterInfo:
         """Sends the adapter that PEFT saved in `folder`, on this machine, and registers it.
 
+        A tokenizer and a chat template that were saved beside it go along.
+
         Args:
             progress: called with the bytes sent so far, and all there are; perhaps on another thread.
         """

@@ -41,6 +41,7 @@ from loraplex_server.adapters.sources import (
     CONFIG_FILE,
     HEAD_FILES,
     INTERFACE_FILE,
+    MAX_EXTRA_FILE_BYTES,
     PICKLE_FILES,
     WEIGHTS_FILE,
     head_refusal,
@@ -62,9 +63,6 @@ from loraplex_server.errors import (
 )
 
 _log = logging.getLogger(__name__)
-
-MAX_EXTRA_FILE_BYTES = 32 << 20
-"""Largest file that may come along, which is what the tokenizer of a large vocabulary takes."""
 
 _WEIGHTS_FILES = (WEIGHTS_FILE, BOTTLENECK_FILE)
 _MOVING_TARGET_TRIES = 3

@@ -34,6 +34,9 @@ HEAD_FILES = ("model_head.safetensors", "pytorch_model_head.bin")
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """What an adapter may bring for prompts and answers."""
 
+MAX_EXTRA_FILE_BYTES = 32 << 20
+"""Largest of them, which is what the tokenizer of a large vocabulary takes."""
+
 PICKLE_FILES = {
     "adapter_model.bin": "save_pretrained with safe_serialization=True",
     "pytorch_adapter.bin": "save_adapter with use_safetensors=True",

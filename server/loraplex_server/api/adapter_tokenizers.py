@@ -18,14 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from loraplex_server.adapters.sources import MAX_EXTRA_FILE_BYTES
 from loraplex_server.api.tokenizer import Tokenizer
 from loraplex_server.engine.messages import TokenizerFile, TokenizerSource
 from loraplex_server.errors import FailedPreconditionError, Reason
 
-MAX_TOKENIZER_BYTES = 32 << 20
-"""All files of one together; that of a vocabulary of 256,000 tokens has about 17 MiB."""
-
-_MAX_KEPT_BYTES = 256 << 20
+_MAX_KEPT_BYTES = 128 << 20
 """By the size of their files; in memory they take several times that."""
 _MAX_REMEMBERED = 16_384
 
@@ -180,8 +178,8 @@ def _read(source: TokenizerSource) -> dict[str, bytes]:
     if not any(file.name == _FILE for file in source.files):
         raise _UnusableError(f"there is no {_FILE}; save it with a fast tokenizer's save_pretrained")
     size = sum(file.size for file in source.files)
-    if size > MAX_TOKENIZER_BYTES:
-        raise _UnusableError(f"it has {size} bytes; at most {MAX_TOKENIZER_BYTES} are read")
+    if size > MAX_EXTRA_FILE_BYTES:
+        raise _UnusableError(f"it has {size} bytes; at most {MAX_EXTRA_FILE_BYTES} are read")
     found = {}
     for file in source.files:
         try:
@@ -217,6 +215,11 @@ def _build(files: Mapping[str, bytes], base: Tokenizer) -> Tokenizer:
             if type(error).__name__ != "PanicException":
                 raise
             raise _UnusableError("it is not one of the base's kind") from error
+    if built.cutting != base.cutting:
+        # Its rules would run on every text, and some never end.
+        raise _UnusableError(
+            "it cuts text by other rules than the base's; save the base's own, with the tokens added to it"
+        )
     return base if built.fingerprint == base.fingerprint else built
 
 

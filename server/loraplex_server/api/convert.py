@@ -17,6 +17,7 @@ import msgspec
 
 from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
 from loraplex_server.adapters.peft_config import MAX_CONFIG_BYTES
+from loraplex_server.adapters.sources import MAX_EXTRA_FILE_BYTES, TEXT_FILES
 from loraplex_server.api.answer import End, Piece
 from loraplex_server.core.composition import COMBINATION_TYPES, MAJORITY_SIGNS, Composition, prunes
 from loraplex_server.core.request import (
@@ -315,6 +316,17 @@ def check_upload_header(header: adapters_pb2.UploadHeader, max_bytes: int) -> No
         found.add(
             "header.size", f"is {header.size}; this server takes 1 to {max_bytes} bytes (--upload-max-bytes)"
         )
+    names = [file.name for file in header.files]
+    for index, file in enumerate(header.files):
+        field = f"header.files[{index}]"
+        if file.name not in TEXT_FILES or names.index(file.name) != index:
+            found.add(f"{field}.name", f"has to be one of {', '.join(TEXT_FILES)}, each once")
+        if _SHA256.fullmatch(file.sha256) is None:
+            found.add(f"{field}.sha256", "has to be 64 hex digits")
+        if not 1 <= file.size <= MAX_EXTRA_FILE_BYTES:
+            found.add(f"{field}.size", f"is {file.size}; one has 1 to {MAX_EXTRA_FILE_BYTES} bytes")
+    if header.files and header.size + sum(file.size for file in header.files) > max_bytes:
+        found.add("header.files", f"are with the weights more than {max_bytes} bytes (--upload-max-bytes)")
     found.raise_any()
 
 

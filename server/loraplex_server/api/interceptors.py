@@ -115,9 +115,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if not hasattr(responses, "__aiter__"):
                     await responses
                     return
+                task = asyncio.current_task()
+                assert task is not None
                 async with contextlib.aclosing(responses):
                     async for response in responses:
-                        await self._stalls.write(context, response)
+                        await self._stalls.write(task, context, response)
 
         return answer
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import json
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -57,6 +58,15 @@ class Tokenizer:
         """
         kind = type(self._tokenizer)
         return Tokenizer(_settled(kind.from_pretrained(folder, local_files_only=True)))
+
+    @functools.cached_property
+    def cutting(self) -> str:
+        """How text is cut and put together, its vocabulary aside: rules, regular expressions among them."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return uuid.uuid4().hex
+        whole = json.loads(backend.to_str())
+        return json.dumps([whole.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")])
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -103,27 +103,48 @@ class UploadDesk:
 
 
 async def _write(folder: Path, header: adapters_pb2.UploadHeader, requests: Requests) -> dict[str, str]:
-    """Writes both files; the SHA-256 of each by name."""
+    """Writes all files; the SHA-256 of each by name."""
     config = header.config.encode()
     await asyncio.to_thread((folder / CONFIG_FILE).write_bytes, config)
+    digests = {CONFIG_FILE: hashlib.sha256(config).hexdigest()}
+    weights = adapters_pb2.UploadedFile(name=WEIGHTS_FILE, sha256=header.sha256, size=header.size)
+    digests[WEIGHTS_FILE] = await _write_file(folder, weights, "", requests)
+    for index, file in enumerate(header.files):
+        digests[file.name] = await _write_file(folder, file, f"files[{index}].", requests)
+    if await _next(requests) is not None:
+        raise InvalidArgumentError.field("chunk", "is beyond the bytes announced")
+    return digests
+
+
+async def _write_file(
+    folder: Path, announced: adapters_pb2.UploadedFile, fields: str, requests: Requests
+) -> str:
+    """Writes the file that is announced; its SHA-256. `fields`: where the header says of it."""
     digest, received = hashlib.sha256(), 0
-    with (folder / WEIGHTS_FILE).open("wb") as file:
-        while (request := await _next(requests)) is not None:
+    with (folder / announced.name).open("wb") as file:
+        while received < announced.size:
+            request = await _next(requests)
+            if request is None:
+                raise InvalidArgumentError.field(
+                    f"{fields}size", f"{announced.size} bytes were announced, {received} came"
+                )
             if request.WhichOneof("part") != "chunk" or not 1 <= len(request.chunk) <= MAX_CHUNK_BYTES:
                 raise InvalidArgumentError.field(
                     "chunk", f"has to have 1 to {MAX_CHUNK_BYTES} bytes in every message after the first"
                 )
             received += len(request.chunk)
-            if received > header.size:
-                raise InvalidArgumentError.field("chunk", f"is beyond the {header.size} bytes announced")
+            if received > announced.size:
+                raise InvalidArgumentError.field(
+                    "chunk",
+                    f"is beyond the {announced.size} bytes announced; a message has bytes of one file",
+                )
             await asyncio.to_thread(_take, file, digest, request.chunk)
-    if received != header.size:
-        raise InvalidArgumentError.field("size", f"{header.size} bytes were announced, {received} came")
-    if digest.hexdigest() != header.sha256.lower():
+    if digest.hexdigest() != announced.sha256.lower():
         raise InvalidArgumentError.field(
-            "sha256", f"{header.sha256} was announced, but what came has {digest.hexdigest()}; send it again"
+            f"{fields}sha256",
+            f"{announced.sha256} was announced, but what came has {digest.hexdigest()}; send it again",
         )
-    return {CONFIG_FILE: hashlib.sha256(config).hexdigest(), WEIGHTS_FILE: digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def _take(file: BinaryIO, digest: hashlib._Hash, chunk: bytes) -> None:

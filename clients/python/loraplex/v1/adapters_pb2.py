@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aloraplex/v1/adapters.proto\x12\x0bloraplex.v1\"\x96\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.loraplex.v1.AdapterState\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x11\n\tpeft_type\x18\x05 \x01(\t\x12\x0c\n\x04rank\x18\x06 \x01(\r\x12\x16\n\x0etarget_modules\x18\x07 \x03(\t\x12\r\n\x05\x62ytes\x18\x08 \x01(\x04\x12\x14\n\x0c\x63ontent_hash\x18\t \x01(\t\x12\x12\n\nreferences\x18\n \x01(\r\x12\x10\n\x08\x64raining\x18\x0b \x01(\x08\x12\x0c\n\x04hits\x18\x0c \x01(\x04\x12\x0e\n\x06misses\x18\r \x01(\x04\x12\x11\n\tevictions\x18\x0e \x01(\x04\"H\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x14\n\x0cload_inplace\x18\x03 \x01(\x08\"<\n\x13LoadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Adapter\"D\n\x11\x43ompositionMember\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\xbd\x02\n\x1aRegisterCompositionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x36\n\x10\x63ombination_type\x18\x02 \x01(\x0e\x32\x1c.loraplex.v1.CombinationType\x12/\n\x07members\x18\x03 \x03(\x0b\x32\x1e.loraplex.v1.CompositionMember\x12\x14\n\x07\x64\x65nsity\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x30\n\rmajority_sign\x18\x05 \x01(\x0e\x32\x19.loraplex.v1.MajoritySign\x12\x15\n\x08svd_rank\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x02\x88\x01\x01\x12\x14\n\x0cload_inplace\x18\x08 \x01(\x08\x42\n\n\x08_densityB\x0b\n\t_svd_rankB\x07\n\x05_seed\"D\n\x1bRegisterCompositionResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Adapter\"`\n\x0cUploadHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\t\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\x14\n\x0cload_inplace\x18\x05 \x01(\x08\"\\\n\x14UploadAdapterRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.loraplex.v1.UploadHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\">\n\x15UploadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Adapter\"R\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\rgrace_seconds\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_grace_seconds\"@\n\x15UnloadAdapterResponse\x12\'\n\tremaining\x18\x01 \x03(\x0b\x32\x14.loraplex.v1.Adapter\"\x15\n\x13ListAdaptersRequest\">\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.loraplex.v1.Adapter\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x12GetAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Adapter\"A\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06pinned\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\t\n\x07_pinned\";\n\x12PinAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Adapter\"3\n\x0fPrefetchRequest\x12\r\n\x05names\x18\x01 \x03(\t\x12\x11\n\thost_only\x18\x02 \x01(\x08\"\x1d\n\x0cWatchRequest\x12\r\n\x05names\x18\x01 \x03(\t\"H\n\rWatchResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.loraplex.v1.Adapter\x12\x0f\n\x07removed\x18\x02 \x03(\t\":\n\x10PrefetchResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.loraplex.v1.Adapter*\xb1\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41\x44\x41PTER_STATE_UNLOADED\x10\x01\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x02\x12\x16\n\x12\x41\x44\x41PTER_STATE_HOST\x10\x03\x12\x19\n\x15\x41\x44\x41PTER_STATE_COPYING\x10\x04\x12\x18\n\x14\x41\x44\x41PTER_STATE_DEVICE\x10\x05*\x9a\x03\n\x0f\x43ombinationType\x12 \n\x1c\x43OMBINATION_TYPE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43OMBINATION_TYPE_LINEAR\x10\x01\x12\x18\n\x14\x43OMBINATION_TYPE_CAT\x10\x02\x12\x18\n\x14\x43OMBINATION_TYPE_SVD\x10\x03\x12\x19\n\x15\x43OMBINATION_TYPE_TIES\x10\x04\x12\x1d\n\x19\x43OMBINATION_TYPE_TIES_SVD\x10\x05\x12 \n\x1c\x43OMBINATION_TYPE_DARE_LINEAR\x10\x06\x12\x1e\n\x1a\x43OMBINATION_TYPE_DARE_TIES\x10\x07\x12$\n COMBINATION_TYPE_DARE_LINEAR_SVD\x10\x08\x12\"\n\x1e\x43OMBINATION_TYPE_DARE_TIES_SVD\x10\t\x12$\n COMBINATION_TYPE_MAGNITUDE_PRUNE\x10\n\x12(\n$COMBINATION_TYPE_MAGNITUDE_PRUNE_SVD\x10\x0b*c\n\x0cMajoritySign\x12\x1d\n\x19MAJORITY_SIGN_UNSPECIFIED\x10\x00\x12\x17\n\x13MAJORITY_SIGN_TOTAL\x10\x01\x12\x1b\n\x17MAJORITY_SIGN_FREQUENCY\x10\x02\x32\xfc\x05\n\x0e\x41\x64\x61pterService\x12P\n\x0bLoadAdapter\x12\x1f.loraplex.v1.LoadAdapterRequest\x1a .loraplex.v1.LoadAdapterResponse\x12h\n\x13RegisterComposition\x12\'.loraplex.v1.RegisterCompositionRequest\x1a(.loraplex.v1.RegisterCompositionResponse\x12X\n\rUploadAdapter\x12!.loraplex.v1.UploadAdapterRequest\x1a\".loraplex.v1.UploadAdapterResponse(\x01\x12V\n\rUnloadAdapter\x12!.loraplex.v1.UnloadAdapterRequest\x1a\".loraplex.v1.UnloadAdapterResponse\x12S\n\x0cListAdapters\x12 .loraplex.v1.ListAdaptersRequest\x1a!.loraplex.v1.ListAdaptersResponse\x12M\n\nGetAdapter\x12\x1e.loraplex.v1.GetAdapterRequest\x1a\x1f.loraplex.v1.GetAdapterResponse\x12M\n\nPinAdapter\x12\x1e.loraplex.v1.PinAdapterRequest\x1a\x1f.loraplex.v1.PinAdapterResponse\x12G\n\x08Prefetch\x12\x1c.loraplex.v1.PrefetchRequest\x1a\x1d.loraplex.v1.PrefetchResponse\x12@\n\x05Watch\x12\x19.loraplex.v1.WatchRequest\x1a\x1a.loraplex.v1.WatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aloraplex/v1/adapters.proto\x12\x0bloraplex.v1\"\x96\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.loraplex.v1.AdapterState\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x11\n\tpeft_type\x18\x05 \x01(\t\x12\x0c\n\x04rank\x18\x06 \x01(\r\x12\x16\n\x0etarget_modules\x18\x07 \x03(\t\x12\r\n\x05\x62ytes\x18\x08 \x01(\x04\x12\x14\n\x0c\x63ontent_hash\x18\t \x01(\t\x12\x12\n\nreferences\x18\n \x01(\r\x12\x10\n\x08\x64raining\x18\x0b \x01(\x08\x12\x0c\n\x04hits\x18\x0c \x01(\x04\x12\x0e\n\x06misses\x18\r \x01(\x04\x12\x11\n\tevictions\x18\x0e \x01(\x04\"H\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x14\n\x0cload_inplace\x18\x03 \x01(\x08\"<\n\x13LoadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Adapter\"D\n\x11\x43ompositionMember\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\xbd\x02\n\x1aRegisterCompositionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x36\n\x10\x63ombination_type\x18\x02 \x01(\x0e\x32\x1c.loraplex.v1.CombinationType\x12/\n\x07members\x18\x03 \x03(\x0b\x32\x1e.loraplex.v1.CompositionMember\x12\x14\n\x07\x64\x65nsity\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x30\n\rmajority_sign\x18\x05 \x01(\x0e\x32\x19.loraplex.v1.MajoritySign\x12\x15\n\x08svd_rank\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x02\x88\x01\x01\x12\x14\n\x0cload_inplace\x18\x08 \x01(\x08\x42\n\n\x08_densityB\x0b\n\t_svd_rankB\x07\n\x05_seed\"D\n\x1bRegisterCompositionResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Adapter\"\x8a\x01\n\x0cUploadHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\t\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\x14\n\x0cload_inplace\x18\x05 \x01(\x08\x12(\n\x05\x66iles\x18\x06 \x03(\x0b\x32\x19.loraplex.v1.UploadedFile\":\n\x0cUploadedFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\"\\\n\x14UploadAdapterRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.loraplex.v1.UploadHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\">\n\x15UploadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Adapter\"R\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\rgrace_seconds\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_grace_seconds\"@\n\x15UnloadAdapterResponse\x12\'\n\tremaining\x18\x01 \x03(\x0b\x32\x14.loraplex.v1.Adapter\"\x15\n\x13ListAdaptersRequest\">\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.loraplex.v1.Adapter\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x12GetAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Adapter\"A\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06pinned\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\t\n\x07_pinned\";\n\x12PinAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.loraplex.v1.Adapter\"3\n\x0fPrefetchRequest\x12\r\n\x05names\x18\x01 \x03(\t\x12\x11\n\thost_only\x18\x02 \x01(\x08\"\x1d\n\x0cWatchRequest\x12\r\n\x05names\x18\x01 \x03(\t\"H\n\rWatchResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.loraplex.v1.Adapter\x12\x0f\n\x07removed\x18\x02 \x03(\t\":\n\x10PrefetchResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.loraplex.v1.Adapter*\xb1\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41\x44\x41PTER_STATE_UNLOADED\x10\x01\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x02\x12\x16\n\x12\x41\x44\x41PTER_STATE_HOST\x10\x03\x12\x19\n\x15\x41\x44\x41PTER_STATE_COPYING\x10\x04\x12\x18\n\x14\x41\x44\x41PTER_STATE_DEVICE\x10\x05*\x9a\x03\n\x0f\x43ombinationType\x12 \n\x1c\x43OMBINATION_TYPE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43OMBINATION_TYPE_LINEAR\x10\x01\x12\x18\n\x14\x43OMBINATION_TYPE_CAT\x10\x02\x12\x18\n\x14\x43OMBINATION_TYPE_SVD\x10\x03\x12\x19\n\x15\x43OMBINATION_TYPE_TIES\x10\x04\x12\x1d\n\x19\x43OMBINATION_TYPE_TIES_SVD\x10\x05\x12 \n\x1c\x43OMBINATION_TYPE_DARE_LINEAR\x10\x06\x12\x1e\n\x1a\x43OMBINATION_TYPE_DARE_TIES\x10\x07\x12$\n COMBINATION_TYPE_DARE_LINEAR_SVD\x10\x08\x12\"\n\x1e\x43OMBINATION_TYPE_DARE_TIES_SVD\x10\t\x12$\n COMBINATION_TYPE_MAGNITUDE_PRUNE\x10\n\x12(\n$COMBINATION_TYPE_MAGNITUDE_PRUNE_SVD\x10\x0b*c\n\x0cMajoritySign\x12\x1d\n\x19MAJORITY_SIGN_UNSPECIFIED\x10\x00\x12\x17\n\x13MAJORITY_SIGN_TOTAL\x10\x01\x12\x1b\n\x17MAJORITY_SIGN_FREQUENCY\x10\x02\x32\xfc\x05\n\x0e\x41\x64\x61pterService\x12P\n\x0bLoadAdapter\x12\x1f.loraplex.v1.LoadAdapterRequest\x1a .loraplex.v1.LoadAdapterResponse\x12h\n\x13RegisterComposition\x12\'.loraplex.v1.RegisterCompositionRequest\x1a(.loraplex.v1.RegisterCompositionResponse\x12X\n\rUploadAdapter\x12!.loraplex.v1.UploadAdapterRequest\x1a\".loraplex.v1.UploadAdapterResponse(\x01\x12V\n\rUnloadAdapter\x12!.loraplex.v1.UnloadAdapterRequest\x1a\".loraplex.v1.UnloadAdapterResponse\x12S\n\x0cListAdapters\x12 .loraplex.v1.ListAdaptersRequest\x1a!.loraplex.v1.ListAdaptersResponse\x12M\n\nGetAdapter\x12\x1e.loraplex.v1.GetAdapterRequest\x1a\x1f.loraplex.v1.GetAdapterResponse\x12M\n\nPinAdapter\x12\x1e.loraplex.v1.PinAdapterRequest\x1a\x1f.loraplex.v1.PinAdapterResponse\x12G\n\x08Prefetch\x12\x1c.loraplex.v1.PrefetchRequest\x1a\x1d.loraplex.v1.PrefetchResponse\x12@\n\x05Watch\x12\x19.loraplex.v1.WatchRequest\x1a\x1a.loraplex.v1.WatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'loraplex.v1.adapters_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTERSTATE']._serialized_start=1856
-  _globals['_ADAPTERSTATE']._serialized_end=2033
-  _globals['_COMBINATIONTYPE']._serialized_start=2036
-  _globals['_COMBINATIONTYPE']._serialized_end=2446
-  _globals['_MAJORITYSIGN']._serialized_start=2448
-  _globals['_MAJORITYSIGN']._serialized_end=2547
+  _globals['_ADAPTERSTATE']._serialized_start=1959
+  _globals['_ADAPTERSTATE']._serialized_end=2136
+  _globals['_COMBINATIONTYPE']._serialized_start=2139
+  _globals['_COMBINATIONTYPE']._serialized_end=2549
+  _globals['_MAJORITYSIGN']._serialized_start=2551
+  _globals['_MAJORITYSIGN']._serialized_end=2650
   _globals['_ADAPTER']._serialized_start=44
   _globals['_ADAPTER']._serialized_end=322
   _globals['_LOADADAPTERREQUEST']._serialized_start=324
@@ -49,36 +49,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGISTERCOMPOSITIONREQUEST']._serialized_end=848
   _globals['_REGISTERCOMPOSITIONRESPONSE']._serialized_start=850
   _globals['_REGISTERCOMPOSITIONRESPONSE']._serialized_end=918
-  _globals['_UPLOADHEADER']._serialized_start=920
-  _globals['_UPLOADHEADER']._serialized_end=1016
-  _globals['_UPLOADADAPTERREQUEST']._serialized_start=1018
-  _globals['_UPLOADADAPTERREQUEST']._serialized_end=1110
-  _globals['_UPLOADADAPTERRESPONSE']._serialized_start=1112
-  _globals['_UPLOADADAPTERRESPONSE']._serialized_end=1174
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1176
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1258
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1260
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1324
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=1326
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1347
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1349
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1411
-  _globals['_GETADAPTERREQUEST']._serialized_start=1413
-  _globals['_GETADAPTERREQUEST']._serialized_end=1446
-  _globals['_GETADAPTERRESPONSE']._serialized_start=1448
-  _globals['_GETADAPTERRESPONSE']._serialized_end=1507
-  _globals['_PINADAPTERREQUEST']._serialized_start=1509
-  _globals['_PINADAPTERREQUEST']._serialized_end=1574
-  _globals['_PINADAPTERRESPONSE']._serialized_start=1576
-  _globals['_PINADAPTERRESPONSE']._serialized_end=1635
-  _globals['_PREFETCHREQUEST']._serialized_start=1637
-  _globals['_PREFETCHREQUEST']._serialized_end=1688
-  _globals['_WATCHREQUEST']._serialized_start=1690
-  _globals['_WATCHREQUEST']._serialized_end=1719
-  _globals['_WATCHRESPONSE']._serialized_start=1721
-  _globals['_WATCHRESPONSE']._serialized_end=1793
-  _globals['_PREFETCHRESPONSE']._serialized_start=1795
-  _globals['_PREFETCHRESPONSE']._serialized_end=1853
-  _globals['_ADAPTERSERVICE']._serialized_start=2550
-  _globals['_ADAPTERSERVICE']._serialized_end=3314
+  _globals['_UPLOADHEADER']._serialized_start=921
+  _globals['_UPLOADHEADER']._serialized_end=1059
+  _globals['_UPLOADEDFILE']._serialized_start=1061
+  _globals['_UPLOADEDFILE']._serialized_end=1119
+  _globals['_UPLOADADAPTERREQUEST']._serialized_start=1121
+  _globals['_UPLOADADAPTERREQUEST']._serialized_end=1213
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_start=1215
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_end=1277
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1279
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1361
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1363
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1427
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1429
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1450
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1452
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1514
+  _globals['_GETADAPTERREQUEST']._serialized_start=1516
+  _globals['_GETADAPTERREQUEST']._serialized_end=1549
+  _globals['_GETADAPTERRESPONSE']._serialized_start=1551
+  _globals['_GETADAPTERRESPONSE']._serialized_end=1610
+  _globals['_PINADAPTERREQUEST']._serialized_start=1612
+  _globals['_PINADAPTERREQUEST']._serialized_end=1677
+  _globals['_PINADAPTERRESPONSE']._serialized_start=1679
+  _globals['_PINADAPTERRESPONSE']._serialized_end=1738
+  _globals['_PREFETCHREQUEST']._serialized_start=1740
+  _globals['_PREFETCHREQUEST']._serialized_end=1791
+  _globals['_WATCHREQUEST']._serialized_start=1793
+  _globals['_WATCHREQUEST']._serialized_end=1822
+  _globals['_WATCHRESPONSE']._serialized_start=1824
+  _globals['_WATCHRESPONSE']._serialized_end=1896
+  _globals['_PREFETCHRESPONSE']._serialized_start=1898
+  _globals['_PREFETCHRESPONSE']._serialized_end=1956
+  _globals['_ADAPTERSERVICE']._serialized_start=2653
+  _globals['_ADAPTERSERVICE']._serialized_end=3417
 # @@protoc_insertion_point(module_scope)

@@ -141,18 +141,30 @@ class RegisterCompositionResponse(_message.Message):
     def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
-    __slots__ = ("name", "config", "sha256", "size", "load_inplace")
+    __slots__ = ("name", "config", "sha256", "size", "load_inplace", "files")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     LOAD_INPLACE_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
     name: str
     config: str
     sha256: str
     size: int
     load_inplace: bool
-    def __init__(self, name: _Optional[str] = ..., config: _Optional[str] = ..., sha256: _Optional[str] = ..., size: _Optional[int] = ..., load_inplace: bool = ...) -> None: ...
+    files: _containers.RepeatedCompositeFieldContainer[UploadedFile]
+    def __init__(self, name: _Optional[str] = ..., config: _Optional[str] = ..., sha256: _Optional[str] = ..., size: _Optional[int] = ..., load_inplace: bool = ..., files: _Optional[_Iterable[_Union[UploadedFile, _Mapping]]] = ...) -> None: ...
+
+class UploadedFile(_message.Message):
+    __slots__ = ("name", "sha256", "size")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    sha256: str
+    size: int
+    def __init__(self, name: _Optional[str] = ..., sha256: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
 
 class UploadAdapterRequest(_message.Message):
     __slots__ = ("header", "chunk")
