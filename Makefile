@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TRITON_DEFAULT_FP_FUSION ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-kernels test-web screenshot fuzz lint bench face bench-gpu bench-peers tune-gpu soak protos train clean
+.PHONY: help install demo test test-fast test-kernels test-web screenshot fuzz faults lint bench face bench-gpu bench-peers tune-gpu soak protos train clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,6 +24,10 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 demo: $(STAMP) ## Start a real server on the demo model and put eight adapters and the base to work at once
 	$(VENV)/bin/loraplex demo
 
+faults: $(STAMP) ## Clients, connections, disks and steps that fail under a real server, at length
+	$(TEST_ENV) LORAPLEX_FAULTS=long $(PY) -m pytest -q --durations=0 tests/e2e/test_faults.py tests/e2e/test_statuses.py \
+	  tests/e2e/test_restart.py tests/engine/test_failed_steps.py
+
 lint: $(STAMP) ## ruff and mypy (strict)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -36,7 +40,7 @@ test-fast: $(STAMP) ## The inner loop: two minutes
 	$(TEST_ENV) $(PY) -m pytest -q -x -m 'not slow and not kernels_wide and not gpu_bench and not web'
 
 test-kernels: $(STAMP) ## The wide sweep of the Triton kernels, under the interpreter where there is no GPU
-	$(TEST_ENV) $(PY) -m pytest -q -m kernels_wide tests/ops
+	$(TEST_ENV) $(PY) -m pytest -q -m kernels_wide tests/ops tests/engine/test_fusion.py
 
 test-web: $(STAMP) ## The built-in page in headless Chromium, installed by apt or else by Playwright
 	$(PY) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[web-test]'

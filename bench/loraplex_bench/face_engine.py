@@ -11,9 +11,8 @@ import secrets
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from loraplex_server.config import EngineConfig
@@ -44,6 +43,18 @@ STRIDE = 97
 _TIMES = Times(queue_s=0.0, adapter_wait_s=0.0, first_token_s=0.0, total_s=0.0, preemptions=0)
 
 
+class _NoAdapters:
+    """As much of an adapter store as a host asks of one where there are none."""
+
+    tokenizers: Mapping[str, Any] = {}
+
+    def drain_tokenizers(self) -> Mapping[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
 class InstantEngine:
     """Answers each stream's first token when it is asked, and the others when it is told to go.
 
@@ -55,7 +66,7 @@ class InstantEngine:
 
     def __init__(self, folder: Path, info: EngineInfo, emit: Callable[[str, FromEngine], None]) -> None:
         self.info = info
-        self.adapters: Any = SimpleNamespace(close=lambda: None, list=list)
+        self.adapters = _NoAdapters()
         self._folder = folder
         self._emit = emit
         self._text: Sequence[int] = json.loads((folder / TOKENS_FILE).read_text())

@@ -47,6 +47,7 @@ TESTS = (
     "tests/engine/test_parity.py",
     "tests/engine/test_low_precision.py",
     "tests/engine/test_triton_engine.py",
+    "tests/engine/test_fusion.py",
     "tests/engine/test_graphs.py",
     "tests/engine/test_overlap.py",
     "tests/engine/test_memory.py",

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from loraplex.v1 import generation_pb2
+from loraplex.v1 import generation_pb2, generation_pb2_grpc
 from loraplex_server.api.stalls import StallWatch
 from loraplex_server.core.request import Request
 from loraplex_server.engine.messages import TokenLogprobs, TopLogprob
@@ -49,9 +49,13 @@ def test_a_client_that_does_not_read_is_cut_off_and_told(
     async def main() -> None:
         async with serving(talks_on, **limits) as server:
             message = generation_pb2.GenerateRequest(text="hello", logprobs=20)
-            call = server.generation.Generate(message)
+            # As it is opened, a stream lets 64 KiB through unread; it should not grow.
+            small = grpc.aio.insecure_channel(server.grpc_at, options=[("grpc.http2.bdp_probe", 0)])
+            call = generation_pb2_grpc.GenerationServiceStub(small).Generate(message)
             # Nobody reads: the engine is told to stop all the same.
-            await server.engine.until(lambda: bool(server.engine.cancelled))
+            async with asyncio.timeout(60):
+                while not server.engine.cancelled:
+                    await asyncio.sleep(0.01)
             found: list[int] = []
 
             async def read() -> None:
@@ -60,6 +64,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_told(
 
             with pytest.raises(grpc.aio.AioRpcError, match=told) as caught:
                 await read()
+            await small.close()
             assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
             assert reason(caught.value) == "READER_TOO_SLOW"
             assert set(found) == {100}
@@ -78,7 +83,12 @@ def test_only_what_is_written_for_too_long_is_given_up() -> None:
             async def write(self, message: bytes) -> None:
                 await loop.create_future()
 
-        writing = [asyncio.ensure_future(watch.write(Stuck(), b"x")) for _ in range(2)]
+        async def write() -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            await watch.write(task, Stuck(), b"x")
+
+        writing = [asyncio.ensure_future(write()) for _ in range(2)]
         await asyncio.sleep(0)
         began_s = loop.time()
         watch.look(began_s + 9.0)

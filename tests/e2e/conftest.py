@@ -25,11 +25,10 @@ class Faulty:
     device_fails: int
     secret: str
 
-    def launch(self, flags: Sequence[str], faults: Path, **options: Any) -> LaunchedServer:
-        """A server, once it is ready. `faults` is the folder whose files switch it."""
-        command = (sys.executable, "-W", "ignore", str(_SCRIPT))
-        env = {"FAULTS": str(faults)}
-        return LaunchedServer(flags, **{"command": command, "env": env, **options})
+    def launch(self, flags: Sequence[str], faults: Path, around: Sequence[str] = ()) -> LaunchedServer:
+        """A server, once it is ready. `faults` is the folder whose files switch it, `around` runs it."""
+        command = (*around, sys.executable, "-W", "ignore", str(_SCRIPT))
+        return LaunchedServer(flags, command=command, env={"FAULTS": str(faults)})
 
 
 @pytest.fixture(scope="session")

@@ -139,6 +139,34 @@ def test_the_end_and_what_cannot_be_joined_do_not_wait() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("error", [False, True])
+def test_who_waits_for_more_does_not_wait_past_the_end(monkeypatch: pytest.MonkeyPatch, error: bool) -> None:
+    monkeypatch.setattr("loraplex_server.engine.deltas.SPACING_S", 3600.0)
+    clock = [50.0]
+
+    async def main() -> None:
+        queue = DeltaQueue(max_joined=256, max_unread=4096, clock=lambda: clock[0])
+        queue.put(delta(0))
+        clock[0] += 2 * BEHIND_S
+        await queue.take()
+        queue.put(delta(1))
+        taking = asyncio.ensure_future(queue.take())
+        for token_id in range(2, 5):
+            await asyncio.sleep(0)
+            assert not taking.done()
+            queue.put(delta(token_id))
+        if error:
+            queue.fail(UnavailableError("gone"))
+        else:
+            queue.put(delta(5, finish=FinishReason.LENGTH, times=LAST))
+        assert (await taking).token_ids == ((1, 2, 3, 4) if error else (1, 2, 3, 4, 5))
+        if error:
+            with pytest.raises(UnavailableError):
+                await queue.take()
+
+    asyncio.run(main())
+
+
 def test_an_error_comes_after_what_waited_before_it() -> None:
     async def main() -> None:
         queue = DeltaQueue(max_joined=256, max_unread=4096)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +16,12 @@ from loraplex_kernels import dispatch
 from loraplex_server.config import ModelConfig
 from loraplex_server.errors import FailedPreconditionError
 from loraplex_server.model import architecture, effects, fusion, loader, recognise, selfcheck
+from loraplex_server.model.context import StepContext
 from loraplex_server.model.fusion import Fused, fuse
 from loraplex_server.model.loader import EmptyModel
 from loraplex_server.model.weights import WeightFormat
 
+RUNS_HERE = dispatch.triton_installed() and (dispatch.interpreting() or torch.cuda.is_available())
 COMMON = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -205,3 +208,46 @@ def test_what_acts_between_projections_keeps_the_models_own_code() -> None:
     assert not effects.acts_between((own, pairs), ())
     assert effects.acts_between((pairs,), (own,))
     assert effects.acts_between((pairs, bottlenecks), ())
+
+
+@pytest.mark.kernels_wide
+@pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
+def test_under_the_interpreter(under_the_interpreter: Callable[..., None]) -> None:
+    under_the_interpreter(__file__, "slow or not slow", "TestKernels")
+
+
+class TestKernels:
+    __test__ = RUNS_HERE
+
+    @pytest.mark.parametrize(
+        ("name", "options", "dtype"),
+        [
+            ("Gemma2", {"head_dim": 16}, torch.float16),
+            ("Qwen3", {"head_dim": 16}, torch.float32),
+            ("Phi3", {"partial_rotary_factor": 0.5}, torch.float16),
+        ],
+    )
+    def test_a_whole_model_is_what_its_own_code_makes_it(
+        self, name: str, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import transformers
+
+        config = getattr(transformers, f"{name}Config")(**COMMON, **options, bos_token_id=1, eos_token_id=2)
+        prompts = [np.arange(3), np.arange(20, 22)]
+        device = torch.device("cpu" if dispatch.interpreting() else "cuda")
+        with dispatch.using("triton"), torch.inference_mode():
+            empty = EmptyModel.of(config, WeightFormat("none", dtype, device))
+            base = empty.fill(RandomWeights(config, dtype, device), progress=False)
+            dispatch.launches.clear()
+            fused = selfcheck._ragged(base, prompts, {})
+            counted = dict(dispatch.launches)
+            monkeypatch.setattr(selfcheck, "StepContext", functools.partial(StepContext, own_code=True))
+            own = selfcheck._ragged(base, prompts, {})
+        norms = 5 if name == "Qwen3" else 1
+        assert counted == {
+            "norm.rms.triton": norms, "norm.add_rms.triton": 4, "rotary.write.triton": 2,
+            "attention.triton": 2, "gated.triton": 2,
+        }  # fmt: skip
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        assert (fused - own).abs().max() <= tolerance * own.abs().max()
+        assert own.std() > 1e-3

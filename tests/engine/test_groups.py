@@ -88,6 +88,8 @@ def test_groups_come_through_preemption_cancellation_and_scoring(tiny: Any, harn
     """Too little room for a group: members that are put back find what the others still hold."""
     served = make(harness, tiny, prefix_cache=False, max_num_requests=6, kv_cache_bytes=16 * BLOCK * KV_BYTES)
     alone = make(harness, tiny, prefix_cache=False)
+    served.submit("brings it", [7], [("r6", 1.0)], max_tokens=1)
+    served.run()
     options = {"max_tokens": 16, "temperature": 1.0}
     found = members(served, "g", 5, [("r6", 1.0)], **options)
     for _ in range(6):

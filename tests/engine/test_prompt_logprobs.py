@@ -67,8 +67,13 @@ def test_prompts_score_as_with_peft(
             "max_num_requests": 6,
             "max_scored_tokens": MOST,
             "kv_cache_bytes": 24 * BLOCK * KV_BYTES,
+            # Whose turn it is shall not depend on the clock.
+            "fair_aging_s": 1e6,
         },
     )
+    for owner in OWNERS[1:3]:
+        served.submit(f"brings {owner}", [7], uses(owner), max_tokens=1)
+    served.run()
     launched = plans(served)
     prompts = {str(at): tuple(rng.choices(range(3, 211), k=rng.randint(1, 26))) for at in range(16)}
     for name, prompt in prompts.items():

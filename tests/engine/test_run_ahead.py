@@ -152,6 +152,22 @@ def test_who_leaves_with_a_step_in_flight_gets_no_more(ahead: Any) -> None:
     assert again.tokens[0] == gone.tokens[0]
 
 
+def test_a_bad_word_is_seen_coming(ahead: Any, harness: Any, tiny: Any) -> None:
+    """Its beginning has to be known before its end can be banned."""
+    plain = harness(tiny("Llama"))
+    whole = plain.submit("r", PROMPT, max_tokens=6, ignore_eos=True)
+    plain.run()
+    word = tuple(whole.tokens[2:4])
+    served, _ = ahead()
+    for one in (plain, served):
+        one.submit("banned", PROMPT, max_tokens=6, ignore_eos=True, bad_words=(word,))
+        one.run()
+    found = served.answers["banned"].tokens
+    assert found == plain.answers["banned"].tokens
+    assert found[:3] == whole.tokens[:3]
+    assert found[3] != whole.tokens[3]
+
+
 def test_a_stop_token_ends_a_request_whose_next_step_runs(ahead: Any, harness: Any, tiny: Any) -> None:
     plain = harness(tiny("Llama"))
     whole = plain.submit("r", PROMPT, max_tokens=6, ignore_eos=True)

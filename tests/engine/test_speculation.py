@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import zlib
+from array import array
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
-from loraplex_server.core.step import StepOutput, StepPlan
+from loraplex_server.core.request import Request, Structure
+from loraplex_server.core.step import SampledToken, StepOutput, StepPlan
+from loraplex_server.engine.sequence import Sequence
 from loraplex_server.model import sampler
 
 BLOCK = 4
@@ -30,11 +35,8 @@ class Ahead:
     runner: Any
     asynchronous: bool = True
 
-    def launch(self, plan: StepPlan) -> Any:
-        return self.runner.launch(plan)
-
-    def weight_checksum(self) -> Any:
-        return self.runner.weight_checksum()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.runner, name)
 
 
 @pytest.fixture
@@ -68,6 +70,7 @@ def requests(rng: random.Random) -> list[dict[str, Any]]:
                 "stop_token_ids": tuple(rng.sample(range(3, 200), rng.choice([0, 8]))),
                 "min_tokens": rng.choice([0, 0, 1]),
                 "logprobs": rng.choice([None, None, 2]),
+                "prompt_logprobs": (None, None, 1)[len(found) % 3],
                 "frequency_penalty": rng.choice([0.0, 0.0, 0.3]),
                 "repetition_penalty": rng.choice([1.0, 1.0, 0.9]),
                 "logit_bias": rng.choice([(), FEW]),
@@ -95,7 +98,10 @@ def ask(served: Any, wanted: list[dict[str, Any]], **more: Any) -> dict[str, Any
         name: (
             answer.tokens,
             answer.finish,
-            [(entry.token_id, [top.token_id for top in entry.top]) for entry in answer.logprobs],
+            [
+                (entry.token_id, [top.token_id for top in entry.top])
+                for entry in (*answer.prompt_logprobs, *answer.logprobs)
+            ],
         )
         for name, answer in served.answers.items()
     }
@@ -105,7 +111,7 @@ def ask(served: Any, wanted: list[dict[str, Any]], **more: Any) -> dict[str, Any
 def test_answers_are_those_without(ahead: bool, make: Any, guess_from: Any) -> None:
     """Random traffic in too little memory, guesses from the rows themselves and guesses often right."""
     seen = {"preemptions": 0, "drafted": 0, "accepted": 0, "hits": 0}
-    for seed in range(3):
+    for seed in range(2):
         rng = random.Random(seed)
         scheduler = {
             "max_num_requests": 10,
@@ -185,6 +191,14 @@ def test_the_server_may_say_what_a_request_leaves_open(make: Any) -> None:
     assert said.tokens == unsaid.tokens
 
 
+def test_answers_with_a_structure_are_not_guessed(make: Any) -> None:
+    drafter = make().engine._drafter
+    request = Request("r", PROMPT, speculative_tokens=4)
+    held = msgspec.structs.replace(request, structure=Structure("regex", "a+"))
+    assert drafter(Sequence(request, "test", ())) is not None
+    assert drafter(Sequence(held, "test", ())) is None
+
+
 def drafted(served: Any, count: int, **options: Any) -> list[int]:
     """Guessed tokens of each step of `count` requests that repeat themselves."""
     for index in range(count):
@@ -242,6 +256,106 @@ def test_an_end_among_the_right_guesses_is_the_end(make: Any, guess_from: Any) -
         assert [entry.token_id for entry in found.logprobs] == found.tokens
 
 
+class Memory:
+    """A model that is nothing but its memory: the next token depends on all those whose cells it reads."""
+
+    def __init__(self, runner: Any, *, asynchronous: bool) -> None:
+        self._runner = runner
+        self.asynchronous = asynchronous
+        self._cells: dict[int, int] = {}
+        self._last: list[int] = []
+        self.guessed_rows = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    @staticmethod
+    def next_token(tokens: list[int]) -> int:
+        """Mostly what two tokens say, and so a row often has been there before; but not always."""
+        whole = zlib.crc32(array("i", tokens).tobytes())
+        return 50 + (whole // 4 % 3 if whole % 4 == 0 else (2 * tokens[-1] + sum(tokens[-2:-1])) % 3)
+
+    def launch(self, plan: StepPlan) -> Any:
+        tokens = plan.token_ids.copy()
+        for row, place in zip(plan.fed_row.tolist(), plan.fed_from.tolist(), strict=True):
+            tokens[row] = self._last[place]
+        self._cells.update(zip(plan.slot_mapping.tolist(), tokens.tolist(), strict=True))
+        owner = np.searchsorted(plan.query_start, plan.sample_row, "right") - 1
+        self.guessed_rows += len(owner) - len(set(owner.tolist()))
+        self._last = []
+        for row, sequence in zip(plan.sample_row.tolist(), owner.tolist(), strict=True):
+            table = plan.blocks[plan.block_start[sequence] :]
+            places = range(plan.positions[row] + 1)
+            seen = [self._cells[int(table[at // BLOCK]) * BLOCK + at % BLOCK] for at in places]
+            self._last.append(self.next_token(seen))
+        return Known(StepOutput(tuple(map(SampledToken, self._last))))
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["step by step", "a step ahead"])
+def test_nothing_is_read_but_what_is_known(ahead: bool, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random traffic that shares prompts and answers, is cancelled and preempted, over simulated memory."""
+    seen = {"guessed": 0, "right": 0, "preempted": 0, "hits": 0}
+    for seed in range(6):
+        rng = random.Random(seed)
+        served = make(
+            max_num_requests=rng.choice([6, 12]),
+            max_batch_tokens=rng.choice([8, 40]),
+            kv_cache_bytes=rng.choice([14, 14, 100]) * BLOCK * TOKEN_BYTES,
+            max_model_len=50,
+            speculation_max_load=1.0,
+            fair_aging_s=1e6,
+        )
+        memory = Memory(served.engine._runner, asynchronous=ahead)
+        monkeypatch.setattr(served.engine, "_runner", memory)
+        rows: list[list[int]] = []
+        expected: dict[str, list[int]] = {}
+        gone = set()
+        for index in range(40):
+            prompt = [50 + rng.randrange(3) for _ in range(rng.randrange(1, 12))]
+            if rows and rng.random() < 0.6:
+                # The next turn of an earlier request, or of its beginning.
+                before = rng.choice(rows)
+                prompt = [*before[: rng.randrange(1, min(len(before), 36) + 1)], *prompt[:2]]
+            count = min(rng.randrange(1, 30), 49 - len(prompt))
+            row = list(prompt)
+            while len(row) < len(prompt) + count:
+                row.append(Memory.next_token(row))
+            rows.append(row)
+            expected[str(index)] = row[len(prompt) :]
+            options = {"max_tokens": count, "ignore_eos": True, "speculative_tokens": rng.choice([0, 2, 16])}
+            served.submit(str(index), prompt, **options)
+            for _ in range(rng.choice([0, 0, 1, 5])):
+                served.engine.step()
+            if rng.random() < 0.1:
+                gone.add(str(index))
+                served.engine.cancel("test", str(index))
+        served.run()
+        served.assert_clean()
+        for name, answer in served.answers.items():
+            end = len(answer.tokens) if name in gone else None
+            assert answer.tokens == expected[name][:end]
+        stats = served.engine.stats()
+        assert memory.guessed_rows == sum(step.drafted_tokens for step in stats.steps)
+        seen["guessed"] += memory.guessed_rows
+        seen["right"] += sum(step.accepted_tokens for step in stats.steps)
+        seen["preempted"] += sum(step.preemptions for step in stats.steps)
+        seen["hits"] += stats.prefix_hits
+    print(f"\n{seen}")
+    assert seen["guessed"] > seen["right"] > 100, seen
+    assert seen["preempted"] > 10, seen
+    assert seen["hits"] > 100, seen
+
+
+@dataclasses.dataclass
+class Known:
+    """A step that is computed."""
+
+    output: StepOutput
+
+    def result(self) -> StepOutput:
+        return self.output
+
+
 class Chain:
     """A model of one token's memory: the next one's logits are a row of a table. The real sampler draws."""
 
@@ -254,14 +368,7 @@ class Chain:
     def launch(self, plan: StepPlan) -> Any:
         sampling = sampler.launch(self._logits[torch.from_numpy(plan.token_ids[plan.sample_row])], plan)
 
-        @dataclasses.dataclass
-        class Launched:
-            output: StepOutput
-
-            def result(self) -> StepOutput:
-                return self.output
-
-        return Launched(StepOutput(sampling.result()))
+        return Known(StepOutput(sampling.result()))
 
 
 def test_what_is_drawn_follows_the_distribution(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:

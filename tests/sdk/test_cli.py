@@ -96,7 +96,8 @@ def test_forms_of_an_answer(command: Command, server: Any, tmp_path: Path) -> No
 def test_generate_sends_every_option(command: Command, server: Any) -> None:
     line = """generate Hallo --adapter sql --adapter polite=0.5 --max-tokens 9 --min-tokens 2
         --temperature 0.5 --top-p 0.25 --top-k 40 --seed 7 --stop a
-        --stop b --ignore-eos --priority -1 --speculative-tokens 8 --timeout 50 --json"""
+        --stop b --ignore-eos --priority -1 --speculative-tokens 8 --timeout 50 --json
+        -n 1 --echo --logprobs 2 --prompt-logprobs 3"""
     code, out, _ = command(*line.split())
     assert code == 0
     assert json.loads(out)["text"] == "Grüße"
@@ -113,7 +114,25 @@ def test_generate_sends_every_option(command: Command, server: Any) -> None:
         ),
         priority=-1,
         speculative_tokens=8,
+        n=1,
+        echo=True,
+        logprobs=2,
+        prompt_logprobs=3,
     )
+
+
+def test_generate_prints_several_answers_one_below_the_other(command: Command, server: Any) -> None:
+    usage = generation_pb2.Usage(prompt_tokens=3, completion_tokens=1)
+    end = generation_pb2.Finish(reason=generation_pb2.FINISH_REASON_LENGTH, usage=usage)
+    made = generation_pb2.GenerateResponse
+    parts = [made(text="a"), made(index=2, text="c"), made(index=1, text="b", finish=end)]
+    parts += [made(text="A", finish=end), made(index=2, text="C", finish=end)]
+    server.answers["Generate"] = lambda request, context: iter(parts)
+    code, out, _ = command("generate", "Hallo", "-n", "3")
+    assert (code, out) == (0, "aA\nb\ncC\n")
+    code, out, _ = command("generate", "Hallo", "-n", "3", "--json")
+    found = json.loads(out)
+    assert [found["text"], *(other["text"] for other in found["others"])] == ["aA", "b", "cC"]
 
 
 def test_generate_in_a_conversation(command: Command, server: Any) -> None:

@@ -71,6 +71,8 @@ def channel_settings(
     if keepalive is not None:
         chosen["grpc.keepalive_time_ms"] = round(keepalive.interval_s * 1000)
         chosen["grpc.keepalive_timeout_ms"] = round(keepalive.timeout_s * 1000)
+        # Or it is a minute, whatever the other says.
+        chosen["grpc.http2.ping_timeout_ms"] = round(keepalive.timeout_s * 1000)
     if is_local(target):
         # gRPC obeys http_proxy even for loopback addresses.
         chosen["grpc.enable_http_proxy"] = 0

@@ -234,6 +234,15 @@ def _add_generate(commands: Any) -> None:
     )
     command.add_argument("--include-stop", action="store_true", help="print that text, too")
     command.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence")
+    command.add_argument("-n", type=int, metavar="N", help="so many answers, one below the other")
+    command.add_argument("--echo", action="store_true", help="print the prompt before the answer")
+    command.add_argument("--logprobs", type=int, metavar="N", help="with --json: of each token and N others")
+    command.add_argument(
+        "--prompt-logprobs",
+        type=int,
+        metavar="N",
+        help="the same for the prompt; alone with --max-tokens 0",
+    )
     forms = command.add_argument_group("form of the answer, one of").add_mutually_exclusive_group()
     forms.add_argument("--json-schema", metavar="FILE", help="JSON that fits the schema in this file")
     forms.add_argument("--json-object", action="store_true", help="any JSON object")
@@ -411,6 +420,10 @@ def _generate(args: argparse.Namespace) -> int:
         "stop": args.stop,
         "include_stop": args.include_stop,
         "ignore_eos": args.ignore_eos,
+        "n": args.n,
+        "echo": args.echo,
+        "logprobs": args.logprobs,
+        "prompt_logprobs": args.prompt_logprobs,
         "priority": args.priority,
         "structure": _structure(args),
         "speculative_tokens": args.speculative_tokens,
@@ -426,9 +439,16 @@ def _generate(args: argparse.Namespace) -> int:
             print(json.dumps(dataclasses.asdict(stream.collect()), ensure_ascii=False))
             return 0
         chunk: GenerationChunk | None = None
+        texts: dict[int, str] = {}
         for chunk in stream:
-            print(chunk.text, end="", flush=True)
+            # Of several answers the pieces come mixed.
+            if chunk.index:
+                texts[chunk.index] = texts.get(chunk.index, "") + chunk.text
+            else:
+                print(chunk.text, end="", flush=True)
         print()
+        for _, text in sorted(texts.items()):
+            print(text)
     if args.stats and chunk and chunk.usage and chunk.timing:
         guessed = f" ({chunk.usage.accepted_tokens} guessed)" if chunk.usage.accepted_tokens else ""
         print(

@@ -35,6 +35,7 @@ from loraplex_server.errors import (
     Reason,
     ResourceExhaustedError,
     UnavailableError,
+    disk_error,
 )
 
 _log = logging.getLogger(__name__)
@@ -194,8 +195,10 @@ class Composer:
         if process.returncode:
             _log.error("a composition failed with exit code %d: %s", process.returncode, log[-2000:])
             raise InternalError(f"the composition's process ended with exit code {process.returncode}")
-        refused = json.loads(out)["refused"]
-        if refused:
+        told = json.loads(out)
+        if failed := told["errno"]:
+            raise disk_error("--adapter-cache-dir", OSError(failed, os.strerror(failed)))
+        if refused := told["refused"]:
             raise FailedPreconditionError(f"PEFT cannot combine these adapters so: {refused}")
 
     def _check_wanted(self, unwanted: threading.Event) -> None:

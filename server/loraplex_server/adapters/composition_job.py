@@ -6,9 +6,11 @@ model's modules without their weights, which no way of combining looks at.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterable
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from loraplex_server.adapters.sources import CONFIG_FILE, WEIGHTS_FILE
@@ -33,14 +36,17 @@ def main() -> int:
     os.nice(_NICENESS)
     torch.set_num_threads(1)
     spec = json.load(sys.stdin)
-    refused = ""
+    refused, failed = "", 0
     try:
         combine(spec)
+    except OSError as error:
+        traceback.print_exc()
+        failed = error.errno or errno.EIO
     except (ValueError, TypeError, RuntimeError, LookupError, NotImplementedError) as error:
         traceback.print_exc()
         refused = " ".join(str(error).split())[:500] or error.__class__.__name__
     with answer:
-        json.dump({"refused": refused}, answer)
+        json.dump({"refused": refused, "errno": failed}, answer)
     return 0
 
 
@@ -49,6 +55,7 @@ def combine(spec: dict[str, Any]) -> None:
 
     Raises:
         ValueError: it would not be what its members are, or PEFT refuses; so do other errors of PEFT's.
+        OSError: a file cannot be read or written.
     """
     names = [f"member{index}" for index in range(len(spec["members"]))]
     model: PeftModel | None = None
@@ -80,12 +87,23 @@ def combine(spec: dict[str, Any]) -> None:
         if not tensor.isfinite().all():
             raise ValueError(f"tensor {key} of the result holds NaN or infinity")
     folder = Path(spec["output"])
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+    _save({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS_FILE)
     config = model.peft_config[_RESULT]
     settings = {
         key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()
     }
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=1, sort_keys=True))
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Raises: OSError: it cannot be written."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        # The error of the system is there as text alone.
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
 def _read(member: dict[str, Any]) -> tuple[PeftConfig, dict[str, torch.Tensor]]:

@@ -57,6 +57,7 @@ from loraplex_server.errors import (
     NotFoundError,
     PermissionDeniedError,
     Reason,
+    ResourceExhaustedError,
     ServerError,
     UnavailableError,
 )
@@ -222,7 +223,7 @@ class AdapterSources:
                 committed = True
             finally:
                 if not committed:
-                    cache.end(key)
+                    cache.end(key, keep=False)
         return folder
 
     def retain(self, folder: Path) -> None:
@@ -413,7 +414,7 @@ class AdapterSources:
                 )
         total = sum(file.size for file in files)
         partial = self._cache.begin(key, total)
-        committed = False
+        committed = full = False
         try:
             digests = {
                 file.name: self._downloader.download(
@@ -423,9 +424,14 @@ class AdapterSources:
             }
             folder = self._cache.commit(key, {"source": str(uri), "sha256": digests})
             committed = True
+        except ResourceExhaustedError as error:
+            full = error.info.reason == Reason.DISK_FULL
+            raise
         finally:
             if not committed:
-                self._cache.end(key)
+                self._cache.end(key, keep=not full)
+            if full:
+                self._cache.empty()
         _log.info("downloaded %s, %d bytes", uri, total)
         return folder
 

@@ -37,10 +37,10 @@ _REQUEST_ID_KEY = "x-request-id"
 _GUARDED = "/loraplex."
 _OPEN_TO_ALL = "/grpc.health."
 
-_ABORT_S = 5.0
-
 # Names that callers make up are no labels of metrics.
 _NO_METHOD = "/unknown"
+
+_ABORT_S = 2.0
 
 # How gRPC passes a message that cannot be decoded on to a handler of ours.
 _NO_MESSAGE = object()
@@ -115,9 +115,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if not hasattr(responses, "__aiter__"):
                     await responses
                     return
+                task = asyncio.current_task()
+                assert task is not None
                 async with contextlib.aclosing(responses):
                     async for response in responses:
-                        await self._stalls.write(context, response)
+                        await self._stalls.write(task, context, response)
 
         return answer
 

@@ -22,14 +22,12 @@ class StallWatch:
         self._since_s: dict[asyncio.Task[Any], float] = {}
         self._given_up: set[asyncio.Task[Any]] = set()
 
-    async def write(self, context: Any, message: Any) -> None:
-        """Sends one message; waits while the client reads slowly.
+    async def write(self, task: asyncio.Task[Any], context: Any, message: Any) -> None:
+        """Sends one message from `task`, the current one; waits while the client reads slowly.
 
         Raises:
             ResourceExhaustedError: it does not read.
         """
-        task = asyncio.current_task()
-        assert task is not None
         self._since_s[task] = asyncio.get_running_loop().time()
         try:
             await context.write(message)

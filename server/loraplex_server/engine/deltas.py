@@ -60,6 +60,7 @@ class DeltaQueue:
         self._unread = 0
         self._error: ServerError | None = None
         self._taker: asyncio.Future[None] | None = None
+        self._nap: asyncio.Future[None] | None = None
 
     def put(self, delta: TokenDelta) -> bool:
         """Adds a delta; False if that was one too many: the taker will get an error, and the request should
@@ -80,13 +81,16 @@ class DeltaQueue:
         if not self._deltas:
             self._oldest_s = self._clock()
         self._deltas.append(delta)
-        self._wake()
+        _end(self._taker)
+        if delta.finish is not None:
+            _end(self._nap)
         return True
 
     def fail(self, error: ServerError) -> None:
         """Ends the queue: after what waits comes `error`."""
         self._error = self._error or error
-        self._wake()
+        _end(self._taker)
+        _end(self._nap)
 
     async def take(self) -> TokenDelta:
         """What waits, as one delta; waits for it.
@@ -111,7 +115,7 @@ class DeltaQueue:
         if self._unread < self._max_joined and deltas[-1].finish is None:
             pause_s = self._spacing.pause_s(now_s)
             if pause_s > 0:
-                await asyncio.sleep(pause_s)
+                await self._pause(pause_s)
                 now_s = self._clock()
                 if not deltas:
                     return await self.take()
@@ -125,9 +129,21 @@ class DeltaQueue:
         self._oldest_s = now_s
         return delta
 
-    def _wake(self) -> None:
-        if self._taker is not None and not self._taker.done():
-            self._taker.set_result(None)
+    async def _pause(self, seconds: float) -> None:
+        """Waits, but not longer than until the end is there."""
+        loop = asyncio.get_running_loop()
+        self._nap = loop.create_future()
+        timer = loop.call_later(seconds, _end, self._nap)
+        try:
+            await self._nap
+        finally:
+            timer.cancel()
+            self._nap = None
+
+
+def _end(wait: asyncio.Future[None] | None) -> None:
+    if wait is not None and not wait.done():
+        wait.set_result(None)
 
 
 def _size(delta: TokenDelta) -> int:

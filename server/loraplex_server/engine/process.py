@@ -112,9 +112,13 @@ def _main(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     log.configure(config.log)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    from tqdm import tqdm
+
     from loraplex_server.engine.build import build_engine
     from loraplex_server.engine.host import EngineHost
 
+    # Its own is shared by processes: a semaphore, which the exit below would leave behind.
+    tqdm.set_lock(threading.RLock())
     host = EngineHost(socket_path, token)
     try:
         engine = build_engine(config, host.emit, wake=host.wake, progress=progress)

@@ -80,5 +80,6 @@ class _PlainTokens:
 
     def __call__(self, text: str | bytes) -> list[int]:
         text = text if isinstance(text, str) else text.decode(errors="replace")
-        found: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return found
+        # A grammar may force a long text, and of the two ways to encode this one lets other threads run.
+        (found,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        return list(found.ids)

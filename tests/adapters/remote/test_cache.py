@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from loraplex_server.adapters.remote.backend import RemoteFile
 from loraplex_server.adapters.remote.cache import DownloadCache
-from loraplex_server.errors import FailedPreconditionError, ResourceExhaustedError
+from loraplex_server.adapters.remote.download import Downloader
+from loraplex_server.errors import FailedPreconditionError, Reason, ResourceExhaustedError
 
 
 def fill(cache: DownloadCache, key: str, num_bytes: int) -> Path:
@@ -95,3 +99,35 @@ def test_nothing_is_seen_before_it_is_whole(tmp_path: Path) -> None:
     cache.commit("a", {})
     assert cache.lookup("a") == cache.entries_folder / "a"
     cache.close()
+
+
+def test_a_disk_that_is_full_before_the_budget_is(tmp_path: Path) -> None:
+    cache = DownloadCache(tmp_path, 10_000)
+    held = fill(cache, "held", 1000)
+    cache.release(fill(cache, "idle", 1000))
+    for key, keep in (("kept", True), ("dropped", False)):
+        (cache.begin(key, 1000) / "f").write_bytes(b"x" * 10)
+        cache.end(key, keep=keep)
+    assert {path.name for path in (tmp_path / "partial").iterdir()} == {"kept"}
+    under_way = cache.begin("under way", 1000)
+    cache.empty()
+    assert list((tmp_path / "entries").iterdir()) == [held]
+    assert list((tmp_path / "partial").iterdir()) == [under_way]
+    assert cache.lookup("idle") is None
+    cache.close()
+
+
+@pytest.mark.parametrize("num_bytes", [10, 100_000])
+def test_a_download_to_a_full_disk_says_so(tmp_path: Path, num_bytes: int) -> None:
+    class Folder:
+        attempts = 3
+
+        def read(self, file: RemoteFile, offset: int) -> Iterator[bytes]:
+            yield b"x" * num_bytes
+
+    path = tmp_path / "f"
+    path.symlink_to("/dev/full")
+    downloader = Downloader(threading.Event())
+    with pytest.raises(ResourceExhaustedError, match="--adapter-cache-dir is full") as caught:
+        downloader.download(Folder(), RemoteFile("f", num_bytes, "1"), path, "")
+    assert caught.value.info.reason == Reason.DISK_FULL

@@ -186,14 +186,25 @@ class DownloadCache:
             path.mkdir(exist_ok=True)
             return path
 
-    def end(self, key: str) -> None:
-        """Ends a download that was not committed; what it has is kept as far as there is room."""
+    def end(self, key: str, *, keep: bool = True) -> None:
+        """Ends a download that was not committed.
+
+        Args:
+            keep: what it has, as far as there is room.
+        """
         with self._lock:
             item = self._partial[key]
             item.holders -= 1
             item.num_bytes = _folder_bytes(item.path)
-            if not item.num_bytes:
+            if not (item.num_bytes and keep):
                 self._remove(self._partial, key)
+
+    def empty(self) -> None:
+        """Removes all that nobody holds: the disk is full before the budget is."""
+        with self._lock:
+            for items in (self._entries, self._partial):
+                for key in [key for key, item in items.items() if not item.holders]:
+                    self._remove(items, key)
 
     def commit(self, key: str, record: Mapping[str, Any]) -> Path:
         """Makes a download an entry, held until `release`.

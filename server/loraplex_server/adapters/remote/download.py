@@ -7,6 +7,7 @@ import hashlib
 import random
 import threading
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import TypeVar
 
@@ -106,7 +107,8 @@ class Downloader:
     def _append(self, folder: RemoteFolder, file: RemoteFile, path: Path, begin: int) -> None:
         """One try: appends to `path` from `begin` on."""
         received = begin
-        with path.open("ab") as out:
+        # Without a buffer, whose rest would meet a full disk only when it is closed.
+        with path.open("ab", buffering=0) as out:
             if received == file.size:
                 return
             with contextlib.closing(folder.read(file, begin)) as chunks:
@@ -116,7 +118,7 @@ class Downloader:
                     if received > file.size:
                         raise ChangedError(f"{file.name} is longer than the {file.size} bytes announced")
                     try:
-                        out.write(chunk)
+                        _write(out, chunk)
                     except OSError as error:
                         raise disk_error("--adapter-cache-dir", error) from error
         if received < file.size:
@@ -150,6 +152,12 @@ def _verify(file: RemoteFile, path: Path, sha256: str) -> str:
                 f"{file.name} has the git object id {git_sha1}, and {file.git_sha1} was announced"
             )
     return found
+
+
+def _write(out: FileIO, chunk: bytes) -> None:
+    left = memoryview(chunk)
+    while left:
+        left = left[out.write(left) :]
 
 
 def _digest(path: Path, state: hashlib._Hash) -> str:
