@@ -127,6 +127,17 @@ def test_who_is_scored_leaves_its_prompt_in_the_cache_and_takes_none_from_it(
     assert (stats.prefix_queries, stats.prefix_hits) == (22, 20)
 
 
+def test_scores_that_are_no_numbers_end_their_own_request(tiny: Any, harness: Any) -> None:
+    served = harness(tiny("Llama"), scheduler={"max_scored_tokens": 8})
+    prompt = tuple(range(20, 42))
+    broken = served.submit("broken", prompt, [("r6", 1e38)], max_tokens=0, prompt_logprobs=1)
+    beside = served.submit("beside", prompt, [("r6", 1.0)], max_tokens=0, prompt_logprobs=1)
+    served.run()
+    assert broken.error.code == "FAILED_PRECONDITION"
+    assert "cannot be scored" in broken.error.message
+    assert (beside.error, len(beside.prompt_logprobs)) == (None, 21)
+
+
 def test_a_prompt_alone_is_scored_and_nothing_generated(tiny: Any, harness: Any) -> None:
     served = harness(tiny("Llama"))
     whole = served.submit("whole", range(20, 40), max_tokens=0, prompt_logprobs=2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable
@@ -557,6 +558,7 @@ class Engine:
             if sequence.status is Status.FINISHED:
                 continue
             try:
+                _check_scores(scores)
                 tokens, finish = self._extend(sequence, tokens, item.drafts)
             except FailedPreconditionError as error:
                 self._fail(sequence, error)
@@ -673,6 +675,14 @@ class Engine:
         if self._sequences.pop((sequence.client, sequence.request.request_id), None) is not None:
             self.adapters.release(sequence.handles)
         assert sequence.status is Status.FINISHED
+
+
+def _check_scores(scores: tuple[TokenLogprobs, ...]) -> None:
+    """Raises: FailedPreconditionError where they are no numbers."""
+    if any(math.isnan(score.logprob) for score in scores):
+        raise FailedPreconditionError(
+            "the prompt cannot be scored: the logits are not finite; check the adapters' weights"
+        )
 
 
 def _logprobs(token: SampledToken) -> TokenLogprobs:
