@@ -228,7 +228,8 @@ def test_a_storm_of_deadlines(scene: Scene, bystanders: collections.Counter[str]
 
     asyncio.run(storm())
     assert sum(seen.values()) == callers * each
-    assert set(seen) <= {"OK", "DEADLINE_EXCEEDED"}, seen
+    # gRPC resets an expired call; a client whose own clock is not there yet reads that as CANCELLED.
+    assert set(seen) <= {"OK", "DEADLINE_EXCEEDED", "CANCELLED"}, seen
     assert set(bystanders) <= {"OK"}
 
 
@@ -334,7 +335,7 @@ def silent_connections(scene: Scene) -> Iterator[float]:
 @pytest.mark.usefixtures("clean")
 def test_steps_that_fail(scene: Scene, bystanders: collections.Counter[str]) -> None:
     """Whoever is in such a step is told INTERNAL and nothing else; the next step is as good as any."""
-    times = 200 if LONG else 10
+    times = 100 if LONG else 10
     failed = scene.metrics().value("loraplex_failed_steps_total")
     with Client(scene.server.grpc, retry=None) as client:
         for _ in range(times):
@@ -359,7 +360,7 @@ def test_a_disk_that_is_full(scene: Scene, bystanders: collections.Counter[str])
 
     with Client(scene.server.grpc, retry=None) as client, grpc.insecure_channel(scene.server.grpc) as channel:
         stub = adapters_pb2_grpc.AdapterServiceStub(channel)
-        for _ in range(100 if LONG else 3):
+        for _ in range(30 if LONG else 3):
             with pytest.raises(grpc.RpcError) as caught:
                 stub.UploadAdapter(upload(), timeout=120)
             status = rpc_status.from_call(caught.value)
