@@ -146,7 +146,7 @@ def test_the_engine_gets_what_the_caller_asked_for(serving: Any, byte_level_toke
             assert full.priority == -4
             assert (full.cache_prefix, plain.cache_prefix) == (False, True)
             assert (full.speculative_tokens, plain.speculative_tokens) == (16, None)
-            assert before + 40 < full.deadline_s < time.time() + 50
+            assert before + 40 < full.deadline_s < time.time() + 60
             assert full.request_id.startswith("job-1")
 
             assert plain.prompt_token_ids == (7, 8)
