@@ -100,6 +100,16 @@ def test_the_bases_own_costs_nothing(shelf: Shelf, save: Callable[..., Path], tm
     assert shelf.of(same, same, "unknown").tokenizer is shelf.base
 
 
+def test_tokens_that_have_no_weights_do_not_matter(shelf: Shelf, save: Callable[..., Path]) -> None:
+    """As trainers of old left them: a token for padding, and no tokenizer.json."""
+    folder = save("old")
+    (folder / "tokenizer.json").unlink()
+    (folder / "added_tokens.json").write_text('{"[PAD]": 32000}')
+    assert shelf.of(shelf.add(folder)).tokenizer is shelf.base
+    with pytest.raises(FailedPreconditionError, match=r"there is no tokenizer\.json"):
+        shelf.of(shelf.add(folder, added_tokens=1))
+
+
 def test_what_is_alike_is_shared_and_what_differs_stands_apart(
     shelf: Shelf, save: Callable[..., Path]
 ) -> None:
@@ -186,7 +196,7 @@ def test_what_cannot_be_used_is_refused(
 ) -> None:
     folder = save("own")
     change(folder)
-    name = shelf.add(folder)
+    name = shelf.add(folder, added_tokens=1)
     for _ in range(2):
         with pytest.raises(FailedPreconditionError, match=why) as caught:
             shelf.of(name)

@@ -310,6 +310,7 @@ def test_what_is_left_open_is_the_model_s_own() -> None:
     found = sampling(temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1)
     assert (found.temperature, found.top_k, found.top_p, found.min_p) == (0, 0, 1, 0)
     assert found.repetition_penalty == 1
+    assert sampling(repetition_penalty=0.01).repetition_penalty == pytest.approx(0.01)
     found = sampling(presence_penalty=1.5, frequency_penalty=-0.5, logit_bias={3: -1.5})
     assert (found.presence_penalty, found.frequency_penalty) == (1.5, -0.5)
     assert found.logit_bias == ((3, -1.5),)
@@ -321,6 +322,7 @@ def test_what_is_left_open_is_the_model_s_own() -> None:
         ({"min_p": 1.01}, "min_p"),
         ({"min_p": math.nan}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": 3e-43}, "repetition_penalty"),
         ({"repetition_penalty": math.inf}, "repetition_penalty"),
         ({"presence_penalty": -2.1}, "presence_penalty"),
         ({"frequency_penalty": math.nan}, "frequency_penalty"),

@@ -418,7 +418,7 @@ def test_the_description_is_true_and_nothing_breaks(server: Server, mode: str) -
             before = copy.deepcopy(case.body)
             case.body = _tame(case.body)
             response = case.call(timeout=60)
-            assert response.status_code < 500, response.text
+            assert response.status_code < 500, (response.text, case.body)
             # Not all that makes a request wrong can be said in a schema: how long a prompt may be, say.
             unsaid = [checks.positive_data_acceptance]
             if case.body != before:

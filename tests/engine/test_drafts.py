@@ -13,6 +13,12 @@ def drafter(most: int = 16, limit: int = 10_000, **options: int) -> Drafter:
     return made
 
 
+def guess(made: Drafter, row: list[int], most: int) -> tuple[int, ...]:
+    """The next guess, where there is time enough to read."""
+    made.read(row, len(row))
+    return made.propose(row, most)
+
+
 def looked_up(tokens: list[int], count: int, first: int = 0) -> tuple[int, ...]:
     """The plainest way: the widest end of the row that stands earlier, there the latest place."""
     for width in (4, 3, 2):
@@ -27,16 +33,16 @@ def looked_up(tokens: list[int], count: int, first: int = 0) -> tuple[int, ...]:
 
 def test_what_followed_the_latest_earlier_place_is_guessed() -> None:
     row = [1, 2, 3, 50, 51, 9, 1, 2, 3, 60, 61, 62, 1, 2, 3]
-    assert drafter().propose(row, 4) == (60, 61, 62, 1)
+    assert guess(drafter(), row, 4) == (60, 61, 62, 1)
     # A wider match goes before a later one.
-    assert drafter().propose([7, 1, 2, 40, 1, 2, 50, 7, 1, 2], 1) == (40,)
-    assert drafter().propose([1, 2, 3, 4], 4) == ()
-    assert drafter().propose([1], 4) == ()
+    assert guess(drafter(), [7, 1, 2, 40, 1, 2, 50, 7, 1, 2], 1) == (40,)
+    assert guess(drafter(), [1, 2, 3, 4], 4) == ()
+    assert guess(drafter(), [1], 4) == ()
 
 
 def test_a_row_that_repeats_itself_is_guessed_to_go_on() -> None:
-    assert drafter().propose([5, 6, 7, 8, 6, 7, 8, 6, 7], 7) == (8, 6, 7, 8, 6, 7, 8)
-    assert drafter().propose([9, 4, 4, 4], 5) == (4,) * 5
+    assert guess(drafter(), [5, 6, 7, 8, 6, 7, 8, 6, 7], 7) == (8, 6, 7, 8, 6, 7, 8)
+    assert guess(drafter(), [9, 4, 4, 4], 5) == (4,) * 5
 
 
 def test_guesses_are_those_of_the_plainest_way() -> None:
@@ -48,36 +54,38 @@ def test_guesses_are_those_of_the_plainest_way() -> None:
         for _ in range(rng.randint(1, 30)):
             tokens += rng.choices(range(letters), k=rng.randint(1, 5))
             made._resume = 0
-            assert made.propose(tokens, 6) == looked_up(tokens, 6, first)
+            assert guess(made, tokens, 6) == looked_up(tokens, 6, first)
 
 
 def test_a_long_prompt_is_taken_in_piece_by_piece() -> None:
     rng = random.Random(0)
     tokens = [rng.randrange(1000) for _ in range(5000)]
-    tokens += tokens[700:710]
-    made = drafter(limit=6000)
-    assert made.propose(tokens, 4) == tuple(tokens[710:714]), "it is in the first piece"
-    late = drafter(limit=6000)
     tokens += tokens[4000:4010]
-    pieces = 0
-    while not late.propose(tokens, 4):
-        pieces += 1
-        assert late.due(len(tokens)), "it is not done with reading"
-    assert pieces == 3
-    assert late.propose(tokens, 4) == tuple(tokens[4010:4014])
+    made = drafter()
+    assert made.read(tokens, 1024) == 1024
+    assert made.propose(tokens, 4) == ()
+    assert made.due(len(tokens)), "it is not done with reading"
+    assert [made.read(tokens, 1024) for _ in range(5)] == [1024, 1024, 1024, 914, 0]
+    assert made.propose(tokens, 4) == tuple(tokens[4010:4014])
+
+
+def test_of_a_very_long_prompt_the_end_is_looked_at() -> None:
+    tokens = [*range(100, 140), *range(50_000, 82_000), *range(800, 4_000), 81_000, 81_001]
+    assert guess(drafter(limit=100_000), tokens, 3) == (81_002, 81_003, 81_004)
+    assert guess(drafter(limit=100_000), [*tokens, 110, 111], 3) == ()
 
 
 def test_virtual_tokens_are_never_guessed() -> None:
     row = [-1, -2, -3, 4, 5, -1, -2]
-    assert drafter(first=3).propose([*row[:3], 4, 4, 5, 9, 4, 5], 3) == (9, 4, 5)
-    assert drafter(first=3).propose([*row[:3], 8, 9], 3) == ()
+    assert guess(drafter(first=3), [*row[:3], 4, 4, 5, 9, 4, 5], 3) == (9, 4, 5)
+    assert guess(drafter(first=3), [*row[:3], 8, 9], 3) == ()
 
 
 def test_no_guess_reaches_past_the_end() -> None:
     """After a guess of n tokens there is room for one more than them."""
     row = [1, 2] * 10
     for limit, count in ((30, 9), (24, 3), (22, 1), (21, 0), (20, 0)):
-        assert len(drafter(limit=limit).propose(row, 16)) == count
+        assert len(guess(drafter(limit=limit), row, 16)) == count
         assert drafter(limit=limit).due(len(row)) == bool(count)
 
 
@@ -86,11 +94,11 @@ def test_right_guesses_grow_and_wrong_ones_shrink() -> None:
     row = [1, 2] * 50
     lengths = []
     for accepted in (4, 8, 12, 5, 6, 0):
-        guess = made.propose(row, 16)
-        lengths.append(len(guess))
-        made.judge(len(guess), accepted, 0)
+        found = guess(made, row, 16)
+        lengths.append(len(found))
+        made.judge(len(found), accepted, 0)
     assert lengths == [4, 8, 12, 12, 6, 12]
-    assert len(made.propose(row, 16)) == 1
+    assert len(guess(made, row, 16)) == 1
     assert (made.drafted, made.accepted) == (54, 35)
 
 
@@ -99,7 +107,7 @@ def test_a_guess_cut_short_says_nothing_about_longer_ones() -> None:
     row = [1, 2] * 50
     made.judge(4, 4, 0)
     made.judge(2, 2, 0)
-    assert len(made.propose(row, 16)) == 8
+    assert len(guess(made, row, 16)) == 8
 
 
 def test_after_guesses_in_vain_it_waits_ever_longer() -> None:
@@ -109,7 +117,7 @@ def test_after_guesses_in_vain_it_waits_ever_longer() -> None:
     for _ in range(7):
         made.judge(1, 0, length)
         before = length
-        while not made.propose(row[:length], 4):
+        while not guess(made, row[:length], 4):
             length += 1
         waits.append(length - before)
     assert waits == [1, 2, 4, 8, 16, 16, 16]
@@ -121,7 +129,7 @@ def test_after_guesses_in_vain_it_waits_ever_longer() -> None:
 def test_where_nothing_is_found_it_waits_too() -> None:
     made = Drafter(4, 10_000)
     row = list(range(60))
-    due = [length for length in range(10, 60) if made.due(length) and not made.propose(row[:length], 4)]
+    due = [length for length in range(10, 60) if made.due(length) and not guess(made, row[:length], 4)]
     assert due == [10, 11, 13, 17, 25, 41, 57]
 
 
@@ -131,7 +139,7 @@ def test_a_guess_has_to_be_worth_it() -> None:
     row = [1, 2] * 20
     made.judge(4, 1, 30)
     assert not made.due(30)
-    assert len(made.propose(row[:31], 8)) == 2
+    assert len(guess(made, row[:31], 8)) == 2
     made.judge(2, 2, 33)
     assert made.due(33)
-    assert len(made.propose(row[:33], 8)) == 4
+    assert len(guess(made, row[:33], 8)) == 4

@@ -114,6 +114,30 @@ def test_ends_of_generation(tiny: Any, harness: Any) -> None:
     assert (long.finish, len(long.tokens)) == ("length", 3)
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "seed": 3}, {"logprobs": 2}])
+def test_logits_that_are_not_finite_end_their_own_request(
+    settings: dict[str, Any], tiny: Any, harness: Any
+) -> None:
+    served = harness(tiny("Llama"))
+    keeps = {"max_tokens": 6, "ignore_eos": True, **settings}
+    names = [None, "r6", "r8"]
+    uses = {str(name): [] if name is None else [(name, 1.0)] for name in names}
+    alone = {name: served.submit(f"alone {name}", PROMPT, use, **keeps) for name, use in uses.items()}
+    served.run()
+    beside = {name: served.submit(f"beside {name}", PROMPT, use, **keeps) for name, use in uses.items()}
+    broken = served.submit("broken", PROMPT, [("r6", 1e38)], **keeps)
+    # Another way to have no next token.
+    banned = served.submit("banned", PROMPT, bad_words=tuple((token,) for token in range(211)), **keeps)
+    served.run()
+    assert broken.error.code == banned.error.code == "FAILED_PRECONDITION"
+    assert "not finite" in broken.error.message
+    assert {name: answer.tokens for name, answer in beside.items()} == {
+        name: answer.tokens for name, answer in alone.items()
+    }
+    assert all(len(answer.tokens) == 6 for answer in beside.values())
+    served.assert_clean()
+
+
 @pytest.mark.parametrize(
     ("change", "code", "field"),
     [

@@ -173,7 +173,7 @@ class TestAgainstTransformers:
                 "top_p": params.top_p,
                 "min_p": params.min_p or None,
                 "repetition_penalty": params.repetition_penalty,
-                "sequence_bias": [[[token], value] for token, value in params.logit_bias] or None,
+                "sequence_bias": {(token,): value for token, value in params.logit_bias} or None,
                 "bad_words_ids": [list(word) for word in params.bad_words] or None,
             }
             answers.append(self.processed(logits[row : row + 1], [sequence.token_ids], **settings))

@@ -15,6 +15,7 @@ from loraplex._status import ERROR_BY_CODE
 from loraplex.errors import LoraplexError
 from loraplex.v1 import generation_pb2
 
+SAFETY_S = 60.0
 EXPECTED = {
     "CANCELLED": errors.RequestCancelledError,
     "UNKNOWN": errors.InternalError,
@@ -155,3 +156,25 @@ def test_errors_survive_pickling() -> None:
     assert type(copy) is type(error)
     assert vars(copy) == vars(error)
     assert str(copy) == str(error)
+
+
+def test_every_error_of_the_server_arrives_with_its_reason(drive: Any, server: Any, connect: Any) -> None:
+    """As the server itself writes them: class, reason, and how long to wait."""
+    from loraplex_server import errors as ours
+    from loraplex_server.api.status import to_status
+
+    kinds = [kind for kind in ours.ServerError.__subclasses__() if kind.__module__ == ours.__name__]
+    cases = [(kind, reason) for kind in kinds for reason in ("", *ours.Reason)]
+    client, raised = connect(retry=None), []
+    server.answers["GetModel"] = lambda request, context: context.abort_with_status(
+        to_status(raised[-1].info, "r7")
+    )
+    for kind, reason in cases:
+        raised.append(kind("a text", resource=("kind", "name"), retry_after_s=2.5, reason=reason))
+        with pytest.raises(EXPECTED[kind.code]) as caught:
+            drive(lambda: client.model(timeout=SAFETY_S))
+        error = caught.value
+        known = "" if kind.code == "INTERNAL" else reason
+        assert (error.code, error.reason) == (kind.code, known or kind.code)
+        if kind.code in ("UNAVAILABLE", "RESOURCE_EXHAUSTED"):
+            assert error.retry_after_s == 2.5

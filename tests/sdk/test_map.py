@@ -185,6 +185,7 @@ def test_leaving_early_cancels(drive: Any, server: Any, client: Any, how: str) -
         if request.text == "first":
             yield answer("FIRST")
             return
+        context.add_callback(server.cancelled.set)
         arrived.set()
         yield from server.hold(context)
 

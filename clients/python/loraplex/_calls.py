@@ -82,6 +82,7 @@ class Call:
         self._connection = connection
         self._expired: TimeoutPhase | None = None
         self._finished = False
+        self._probed_to_the_end = False
         self._start = time.monotonic()
         for hook in hooks:
             hook.on_request(self.info)
@@ -112,8 +113,8 @@ class Call:
         """Keyword arguments of the probe."""
         assert self.limits.connect is not None
         left = self.remaining()
-        seconds = self.limits.connect if left is None else min(left, self.limits.connect)
-        return {"timeout": seconds, "wait_for_ready": True}
+        self._probed_to_the_end = left is not None and left <= self.limits.connect
+        return {"timeout": left if self._probed_to_the_end else self.limits.connect, "wait_for_ready": True}
 
     def probed(self, code: grpc.StatusCode, server: str) -> None:
         """Takes the outcome of the probe.
@@ -123,7 +124,8 @@ class Call:
         """
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             assert self.limits.connect is not None
-            self.remaining()
+            if self._probed_to_the_end:
+                raise self.late("total")
             text = f"no connection to {server} within {self.limits.connect:g} s"
             raise DeadlineExceededError.in_phase("connect", text, request_id=self.info.request_id)
         self._connection.up = True

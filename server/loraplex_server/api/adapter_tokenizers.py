@@ -106,6 +106,9 @@ class AdapterTokenizers:
             if name not in known:
                 continue
             source = known[name]
+            if not source.added_tokens and not _is_whole(source):
+                # Tokens without weights, such as for padding: they are never meant.
+                continue
             tokenizer = await self._load(name, source)
             if tokenizer is self._base.tokenizer:
                 continue
@@ -173,9 +176,13 @@ class _UnusableError(Exception):
     """Why a tokenizer cannot be used, and what to do about it."""
 
 
+def _is_whole(source: TokenizerSource) -> bool:
+    return any(file.name == _FILE for file in source.files)
+
+
 def _read(source: TokenizerSource) -> dict[str, bytes]:
     """The files as they were when the adapter was checked."""
-    if not any(file.name == _FILE for file in source.files):
+    if not _is_whole(source):
         raise _UnusableError(f"there is no {_FILE}; save it with a fast tokenizer's save_pretrained")
     size = sum(file.size for file in source.files)
     if size > MAX_EXTRA_FILE_BYTES:

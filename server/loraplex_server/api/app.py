@@ -354,6 +354,7 @@ class _Server:
             max_prompt_chars=engine.info.max_model_len * tokenizer.max_chars_per_token,
             max_adapters=config.adapters.max_per_request,
             defaults=engine.info.sampling_defaults,
+            speculative_tokens=config.scheduler.speculative_tokens,
         )
         chat = ChatPrompts(engine, tokenizer, limits.max_prompt_chars)
         self._engine_stack.push_async_callback(chat.close)

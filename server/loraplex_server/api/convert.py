@@ -39,7 +39,7 @@ MAX_STOP_TOKENS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_BIAS = 100.0
 MAX_PENALTY = 2.0
-MAX_REPETITION_PENALTY = 100.0
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_CHARS = 256
 MAX_CHAT_MESSAGES = 1024
@@ -72,6 +72,7 @@ class Limits:
     Attributes:
         max_prompt_chars: a longer text cannot fit and is refused before it is tokenised.
         defaults: for what a caller leaves open.
+        speculative_tokens: guessed in a step for a request that does not say.
     """
 
     vocab_size: int
@@ -79,6 +80,7 @@ class Limits:
     max_prompt_chars: int
     max_adapters: int
     defaults: SamplingDefaults = dataclasses.field(default_factory=SamplingDefaults)
+    speculative_tokens: int = 0
 
 
 class _Violations:
@@ -606,8 +608,10 @@ def _check_sampling(
     if not 0 <= sampling.min_p <= 1:
         found.add("sampling.min_p", "has to be 0 to 1")
     penalty = sampling.repetition_penalty
-    if sampling.HasField("repetition_penalty") and not 0 < penalty <= MAX_REPETITION_PENALTY:
-        found.add("sampling.repetition_penalty", f"has to be above 0 and at most {MAX_REPETITION_PENALTY:g}")
+    # A float32 of 0.01 is a little less.
+    least, most = MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
+    if sampling.HasField("repetition_penalty") and not least * (1 - 1e-6) <= penalty <= most:
+        found.add("sampling.repetition_penalty", f"has to be from {least:g} to {most:g}")
     for name in ("presence_penalty", "frequency_penalty"):
         if not -MAX_PENALTY <= getattr(sampling, name) <= MAX_PENALTY:
             found.add(f"sampling.{name}", f"has to be {-MAX_PENALTY:g} to {MAX_PENALTY:g}")

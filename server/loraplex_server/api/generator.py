@@ -204,8 +204,11 @@ class Generator:
         if remaining_s is None:
             return
         remaining_s -= time.perf_counter() - arrived_s
-        tokens = certain_tokens(request, stops)
-        least_s = self._fastest.least_s(tokens)
+        tokens, guesses = certain_tokens(request, stops), request.speculative_tokens
+        if guesses is None:
+            guesses = self.backend.limits.speculative_tokens
+        # At best every guess is right, which the fastest answer may not have seen.
+        least_s = self._fastest.least_s(tokens) / (1 + guesses)
         if remaining_s < least_s:
             raise DeadlineExceededError(
                 f"{tokens} tokens take {least_s:.2g} s at least, and the deadline is in {remaining_s:.2g} s",

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 _WIDEST, _NARROWEST = 4, 2
 _FIRST_LENGTH = 4
 _LONGEST_WAIT = 16
-# Tokens taken into the index at a time: it must not hold up a step.
-_AT_ONCE = 1024
+# Of a long prompt no more than the end is looked at, which takes some 12 MiB.
+_MOST_READ = 1 << 15
 
 
 class Drafter:
@@ -57,12 +57,11 @@ class Drafter:
         return length >= self._resume and length + 1 < self._limit
 
     def propose(self, token_ids: Sequence[int], most: int) -> tuple[int, ...]:
-        """At most `most` tokens, and often none, that may follow those of the row, which are all known."""
+        """At most `most` tokens, and often none, that may follow those of a row; `read` it before."""
         length = len(token_ids)
         count = min(most, self._length, self._limit - length - 1)
         if count < 1 or not self.due(length):
             return ()
-        self.read(token_ids)
         for width in range(_WIDEST, _NARROWEST - 1, -1):
             place = self._next.get(tuple(token_ids[-width:]))
             if place is not None:
@@ -86,12 +85,17 @@ class Drafter:
         else:
             self._pause(length)
 
-    def read(self, token_ids: Sequence[int]) -> None:
-        """Takes in what is new of the row, all of it known; of a long prompt a piece each time."""
+    def read(self, token_ids: Sequence[int], most: int) -> int:
+        """Takes in what is new of a row, all of it known: at most so many tokens, a microsecond each.
+
+        Returns how many.
+        """
+        if self._indexed == self._first:
+            self._indexed = max(self._first, len(token_ids) - _MOST_READ)
         begin = self._indexed
-        end = min(len(token_ids), begin + _AT_ONCE)
+        end = min(len(token_ids), begin + most)
         if end == begin:
-            return
+            return 0
         tokens = tuple(token_ids[max(self._first, begin - _WIDEST) : end])
         offset = end - len(tokens)
         for place in range(begin, end):
@@ -99,6 +103,7 @@ class Drafter:
             for width in range(_NARROWEST, min(_WIDEST, at) + 1):
                 self._next[tokens[at - width : at]] = place
         self._indexed = end
+        return end - begin
 
     def _pause(self, length: int) -> None:
         self._resume = length + self._wait

@@ -45,6 +45,7 @@ from loraplex_server.engine.scheduler import Scheduled, Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.errors import (
     DeadlineExceededError,
+    FailedPreconditionError,
     InternalError,
     InvalidArgumentError,
     Reason,
@@ -555,7 +556,11 @@ class Engine:
             # Cancelled, or complete one step before: what was computed ahead is dropped.
             if sequence.status is Status.FINISHED:
                 continue
-            tokens, finish = self._extend(sequence, tokens, item.drafts)
+            try:
+                tokens, finish = self._extend(sequence, tokens, item.drafts)
+            except FailedPreconditionError as error:
+                self._fail(sequence, error)
+                continue
             if item.drafts:
                 accepted += self._settle(item, len(tokens) - 1)
             self.scheduler.name_blocks(sequence)
@@ -571,6 +576,9 @@ class Engine:
         """Writes tokens into a sequence up to the first that is not as guessed, or ends it.
 
         Returns those, and why it ends.
+
+        Raises:
+            FailedPreconditionError: there is no such token.
         """
         if sampled and not sequence.request.sampling.max_tokens:
             # There is no step without a token where a prompt ends: it is dropped.
@@ -579,6 +587,11 @@ class Engine:
             sequence.token_ids.pop()
             sequence.awaited = None
         for count, token in enumerate(sampled, 1):
+            if token.token_id < 0:
+                raise FailedPreconditionError(
+                    "there is no next token: the logits are not finite, or every token is banned; check the "
+                    "adapters' weights, penalties, biases and bad words"
+                )
             sequence.token_ids.append(token.token_id)
             finish = self._why_ended(sequence)
             if finish is None and sequence.constraint is not None:

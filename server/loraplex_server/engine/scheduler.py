@@ -30,6 +30,9 @@ A pure function: it moves nothing and keeps nothing. Flows may come to those pas
 iterated; it need not offer their requests any more.
 """
 
+_MOST_READ = 1024
+"""Tokens that are looked at in one step, to guess others from them: about a millisecond."""
+
 _MAX_BLOCKED = 8
 """Requests without room for their adapters in one step, behind which nobody gets an adapter swapped in."""
 
@@ -280,13 +283,12 @@ class Scheduler:
         rows = config.max_batch_tokens - sum(item.num_tokens for item in scheduled)
         # As many rows are sampled as there could be without guesses: so much memory was set aside.
         rows = min(rows, config.max_samples - sum(item.num_samples for item in scheduled))
-        found, open_ = [], self._has_room_for_drafts()
+        found, reading, open_ = [], _MOST_READ, self._has_room_for_drafts()
         for left, item in zip(range(len(scheduled), 0, -1), scheduled, strict=True):
             sequence, drafter = item.sequence, item.sequence.drafter
             if drafter is not None and sequence.awaited is None:
-                if item.num_tokens != 1 or not item.samples:
-                    drafter.read(sequence.token_ids)
-                elif open_ and rows > 0:
+                reading -= drafter.read(sequence.token_ids, reading)
+                if open_ and rows > 0 and item.num_tokens == 1 and item.samples:
                     drafts = drafter.propose(sequence.token_ids, -(-rows // left))
                     if drafts and self._grow(sequence, 1 + len(drafts)):
                         rows -= len(drafts)

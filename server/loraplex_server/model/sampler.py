@@ -26,7 +26,8 @@ def launch(logits: torch.Tensor, plan: StepPlan) -> Sampling:
     Logits are changed in the order of transformers' processors: bias, penalties, bans, masks; then
     temperature, top-k, top-p and min-p say what may be drawn. A drawn token is the first, in descending order
     of probability, at which the cumulative mass of what is left exceeds the row's draw: no random generator,
-    so a row's token depends on its logits, its parameters and its draw alone.
+    so a row's token depends on its logits, its parameters and its draw alone. A row whose logits are not
+    numbers, or all of whose tokens are banned, gets -1; the device goes on with some token that there is.
 
     Args:
         logits: [S, vocabulary], any floating dtype; row i belongs to `plan.sample_row[i]`.
@@ -41,10 +42,12 @@ def launch(logits: torch.Tensor, plan: StepPlan) -> Sampling:
         # Without this, where every row is drawn, all the scores would be copied.
         part = scores if len(drawn) == len(scores) else scores.index_select(0, rows)
         chosen = chosen.index_copy(0, rows, _draw(part, *parameters))
+    # What is no number is the best of its row.
+    found = chosen.masked_fill(~scores.gather(-1, chosen[:, None]).squeeze(-1).isfinite(), -1)
     most = int(plan.num_logprobs.max(initial=-1))
-    if most < 0:
-        return Sampling(chosen, Fetch(chosen), plan.num_logprobs)
-    return Sampling(chosen, Fetch(with_logprobs(logits, chosen, most)), plan.num_logprobs)
+    if most >= 0:
+        found = with_logprobs(logits, chosen, most, found)
+    return Sampling(chosen, Fetch(found), plan.num_logprobs)
 
 
 class Sampling:
@@ -174,18 +177,22 @@ def _draw(
     mass = mass * ((before < top_p[:, None]) & (mass >= min_p[:, None] * mass[:, :1]) & kept)
     reached = mass.cumsum(dim=-1)
     pick = (reached <= uniform[:, None] * reached[:, -1:]).sum(dim=-1, keepdim=True)
-    last = (mass > 0).sum(dim=-1, keepdim=True) - 1
+    # None, where the scores are not numbers: any token will do.
+    last = ((mass > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     return tokens.gather(-1, torch.minimum(pick, last)).squeeze(-1)
 
 
-def with_logprobs(logits: torch.Tensor, tokens: torch.Tensor, most: int) -> torch.Tensor:
+def with_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, most: int, named: torch.Tensor | None = None
+) -> torch.Tensor:
     """int32 [S, 2 + 2 * most]: token, its log-probability's bits, ids of the best, their log-probabilities'
-    bits. `most` is the vocabulary at most.
+    bits. `most` is the vocabulary at most; `named` is written in the place of `tokens`.
     """
     logprobs = logits.float().log_softmax(dim=-1)
     chosen = logprobs.gather(-1, tokens[:, None])
     values, ids = logprobs.topk(min(most, logits.shape[-1]), dim=-1)
-    columns = (tokens[:, None].int(), chosen.view(torch.int32), ids.int(), values.view(torch.int32))
+    named = tokens if named is None else named
+    columns = (named[:, None].int(), chosen.view(torch.int32), ids.int(), values.view(torch.int32))
     return torch.cat(columns, dim=1)
 
 

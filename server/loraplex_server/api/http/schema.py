@@ -94,7 +94,9 @@ class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Count | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=convert.MAX_REPETITION_PENALTY)] | None = None
+    repetition_penalty: (
+        Annotated[float, Meta(ge=convert.MIN_REPETITION_PENALTY, le=convert.MAX_REPETITION_PENALTY)] | None
+    ) = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[TokenKey, Bias], Meta(max_length=convert.MAX_LOGIT_BIAS)] | None = None
