@@ -208,7 +208,7 @@ async def storm(address: str, seed: int, count: int) -> dict[str, collections.Co
     return seen
 
 
-@pytest.mark.parametrize("seed", [time.time_ns() % 1_000_000])
+@pytest.mark.parametrize("seed", [int(os.environ.get("LORAPLEX_FUZZ_SEED", time.time_ns() % 1_000_000))])
 def test_no_message_breaks_the_server(seed: int, tmp_path: Path) -> None:
     flags = [*demo_flags(), "--threads", "1", "--max-adapters-on-device", "4", "--max-num-requests", "16"]
     flags += ["--allow-uploads", "--adapter-cache-dir", str(tmp_path)]
