@@ -119,7 +119,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 assert task is not None
                 async with contextlib.aclosing(responses):
                     async for response in responses:
-                        await self._stalls.write(task, context, response)
+                        try:
+                            await self._stalls.write(task, context, response)
+                        except (grpc.aio.UsageError, grpc.aio.InternalError) as gone:
+                            # The call ended meanwhile: its client left, or its deadline passed.
+                            raise asyncio.CancelledError from gone
 
         return answer
 
