@@ -463,19 +463,25 @@ def test_other_weights_give_the_same_answers(quantization: str) -> None:
 
 @pytest.mark.slow
 def test_a_second_signal_is_not_needed_and_running_requests_drain() -> None:
+    """SIGTERM while everybody answers: each answer is its own and comes to its end."""
     started = Server("--quantization", "nf4")
-    line = make_lines(105, 1)[0]
-    with Client(started.address) as client:
-        stream = client.stream(prompt(line), max_tokens=150, ignore_eos=True)
-        chunks = iter(stream)
-        next(chunks)
+    line = sure_lines()[0]
+    names: list[str | None] = [*TASKS, None] * 2
+    with Client(started.address) as client, ThreadPoolExecutor(len(names)) as pool:
+        streams = [
+            client.stream(prompt(line), adapter=name, max_tokens=150, ignore_eos=True) for name in names
+        ]
+        begun = list(pool.map(next, streams))
         started.process.send_signal(signal.SIGTERM)
         # The signal takes a moment to be heard.
         asked = (client.generate(prompt(line), max_tokens=1, timeout=30) for _ in itertools.count())
         with pytest.raises(errors.UnavailableError):
             list(asked)
-        last = list(chunks)[-1]
-        assert last.finish_reason == "length"
+        rest = list(pool.map(list, streams))
+    assert {chunks[-1].finish_reason for chunks in rest} == {"length"}
+    for name, first, chunks in zip(names, begun, rest, strict=True):
+        assert sum(len(chunk.token_ids) for chunk in (first, *chunks)) == 150
+        assert "".join(chunk.text for chunk in (first, *chunks)).startswith(expected(name, line))
     assert started.stop() == 0
 
 
