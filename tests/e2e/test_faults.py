@@ -116,10 +116,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory, faulty: Any, until: Until) -
     folder = tmp_path_factory.mktemp("faults")
     for name in ("faults", "root", "cache"):
         (folder / name).mkdir()
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0:
-        limit = f"mount -t tmpfs -o size=128k none '{folder}/cache'"
-        shell = ["unshare", "-rm", "sh", "-c", f'{limit} && exec "$0" "$@"']
-    else:
+    limit = f"mount -t tmpfs -o size=128k none '{folder}/cache'"
+    shell = ["unshare", "-rm", "sh", "-c", f'{limit} && exec "$0" "$@"']
+    if shutil.which("unshare") is None or subprocess.run([*shell, "true"], check=False).returncode:
         shell = ["bash", "-c", 'ulimit -f 128 && exec "$0" "$@"']
     flags = [*demo_flags(), "--threads", "1", "--max-adapters-on-device", "4", "--max-num-requests", "32"]
     flags += ["--keepalive", "1", "--keepalive-timeout", "6", "--stall-seconds", "1"]
