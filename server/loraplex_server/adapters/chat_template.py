@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from loraplex_server.adapters.sources import open_file
+from loraplex_server.adapters.sources import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, open_file
 from loraplex_server.adapters.tensor_file import MalformedFileError, parse_object
 
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-TOKENIZER_FILE = "tokenizer_config.json"
 MAX_CHAT_TEMPLATE_BYTES = 256 << 10
 _MAX_TOKENIZER_BYTES = 16 << 20
 
@@ -30,10 +28,10 @@ def read_chat_template(folder: Path, roots: Iterable[Path]) -> str:
             return body.decode()
         except UnicodeDecodeError as error:
             raise MalformedFileError(f"{CHAT_TEMPLATE_FILE} is no UTF-8") from error
-    if not (folder / TOKENIZER_FILE).exists():
+    if not (folder / TOKENIZER_CONFIG_FILE).exists():
         return ""
-    body = _read(folder, TOKENIZER_FILE, roots, _MAX_TOKENIZER_BYTES)
-    template = parse_object(body, TOKENIZER_FILE).get("chat_template")
+    body = _read(folder, TOKENIZER_CONFIG_FILE, roots, _MAX_TOKENIZER_BYTES)
+    template = parse_object(body, TOKENIZER_CONFIG_FILE).get("chat_template")
     if isinstance(template, list):
         # Several, by name; that for plain conversations is called so.
         entries = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
@@ -42,7 +40,8 @@ def read_chat_template(folder: Path, roots: Iterable[Path]) -> str:
         return ""
     if not isinstance(template, str) or len(template) > MAX_CHAT_TEMPLATE_BYTES:
         raise MalformedFileError(
-            f"chat_template in {TOKENIZER_FILE} is no text of at most {MAX_CHAT_TEMPLATE_BYTES} characters"
+            f"chat_template in {TOKENIZER_CONFIG_FILE} is no text of at most {MAX_CHAT_TEMPLATE_BYTES} "
+            "characters"
         )
     return template
 

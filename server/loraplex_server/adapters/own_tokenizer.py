@@ -6,12 +6,16 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from loraplex_server.adapters.sources import open_file
+from loraplex_server.adapters.sources import (
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    open_file,
+)
 from loraplex_server.engine.messages import TokenizerFile, TokenizerSource
 
-TOKENIZER_FILE = "tokenizer.json"
-ADDED_TOKENS_FILE = "added_tokens.json"
-_BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
+_ADDED_TOKENS_FILE = "added_tokens.json"
+_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE)
 
 
 def find_tokenizer(folder: Path, roots: Iterable[Path]) -> TokenizerSource | None:
@@ -22,10 +26,10 @@ def find_tokenizer(folder: Path, roots: Iterable[Path]) -> TokenizerSource | Non
     Raises:
         FailedPreconditionError, PermissionDeniedError, UnavailableError: as `open_file`.
     """
-    if not any((folder / name).exists() for name in (TOKENIZER_FILE, ADDED_TOKENS_FILE)):
+    if not any((folder / name).exists() for name in (TOKENIZER_FILE, _ADDED_TOKENS_FILE)):
         return None
     roots = tuple(roots)
-    found = (name for name in (TOKENIZER_FILE, *_BESIDE) if (folder / name).exists())
+    found = (name for name in _FILES if (folder / name).exists())
     return TokenizerSource(str(folder), tuple(_identity(folder, name, roots) for name in found))
 
 

@@ -31,7 +31,11 @@ BOTTLENECK_FILE = "adapter.safetensors"
 INTERFACE_FILE = "adapter_interface.json"
 HEAD_FILES = ("model_head.safetensors", "pytorch_model_head.bin")
 
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+TEXT_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, CHAT_TEMPLATE_FILE)
 """What an adapter may bring for prompts and answers."""
 
 MAX_EXTRA_FILE_BYTES = 32 << 20

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from loraplex_server.adapters.sources import MAX_EXTRA_FILE_BYTES
+from loraplex_server.adapters.sources import MAX_EXTRA_FILE_BYTES, TOKENIZER_FILE
 from loraplex_server.api.tokenizer import Tokenizer
 from loraplex_server.engine.messages import TokenizerFile, TokenizerSource
 from loraplex_server.errors import FailedPreconditionError, Reason
@@ -27,7 +27,6 @@ _MAX_KEPT_BYTES = 128 << 20
 """By the size of their files; in memory they take several times that."""
 _MAX_REMEMBERED = 16_384
 
-_FILE = "tokenizer.json"
 # What a class may be told about text and special tokens. Left out is what names files or code.
 _SETTINGS = re.compile(
     r"[a-z_]+_tokens?|add_prefix_space|added_tokens_decoder|clean_up_tokenization_spaces|legacy"
@@ -177,13 +176,13 @@ class _UnusableError(Exception):
 
 
 def _is_whole(source: TokenizerSource) -> bool:
-    return any(file.name == _FILE for file in source.files)
+    return any(file.name == TOKENIZER_FILE for file in source.files)
 
 
 def _read(source: TokenizerSource) -> dict[str, bytes]:
     """The files as they were when the adapter was checked."""
     if not _is_whole(source):
-        raise _UnusableError(f"there is no {_FILE}; save it with a fast tokenizer's save_pretrained")
+        raise _UnusableError(f"there is no {TOKENIZER_FILE}; save it with a fast tokenizer's save_pretrained")
     size = sum(file.size for file in source.files)
     if size > MAX_EXTRA_FILE_BYTES:
         raise _UnusableError(f"it has {size} bytes; at most {MAX_EXTRA_FILE_BYTES} are read")
@@ -205,12 +204,10 @@ def _read(source: TokenizerSource) -> dict[str, bytes]:
 
 def _build(files: Mapping[str, bytes], base: Tokenizer) -> Tokenizer:
     """The tokenizer in these files, or the base's where they say nothing else."""
-    if _FILE not in files:
-        raise _UnusableError(f"there is no {_FILE}")
     with tempfile.TemporaryDirectory(prefix="loraplex-tokenizer-") as folder:
         try:
             for name, body in files.items():
-                text = body if name == _FILE else json.dumps(_settings(name, body)).encode()
+                text = body if name == TOKENIZER_FILE else json.dumps(_settings(name, body)).encode()
                 Path(folder, name).write_bytes(text)
             built = base.sibling(folder)
         except _UnusableError:
