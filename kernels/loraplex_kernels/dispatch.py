@@ -29,6 +29,9 @@ import torch
 Kernels = Literal["auto", "torch", "triton"]
 Backend = Literal["torch", "triton"]
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels for activations compute with."""
+
 launches: Counter[str] = Counter()
 
 _kernels: Kernels = "auto"

@@ -19,6 +19,7 @@ from loraplex_kernels.attention.layouts import AttentionBatch, head_cells, kv_ca
 from loraplex_kernels.attention.tiles import MAX_HEAD_DIM, LayerShape, narrow_floats
 
 __all__ = [
+    "CACHE_DTYPES",
     "AttentionBatch",
     "AttentionBuffers",
     "LayerShape",
@@ -28,8 +29,7 @@ __all__ = [
     "write_kv",
 ]
 
-_QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CACHE_DTYPES = (*_QUERY_DTYPES, torch.float8_e4m3fn)
+CACHE_DTYPES = (*dispatch.FLOATS, torch.float8_e4m3fn)
 
 
 def write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch) -> None:
@@ -132,7 +132,7 @@ def _backend(rows: torch.Tensor, kv_cache: torch.Tensor) -> dispatch.Backend:
     chosen = dispatch.backend(rows.device)
     if chosen == "torch":
         return chosen
-    if rows.dtype not in _QUERY_DTYPES or kv_cache.dtype not in _CACHE_DTYPES:
+    if rows.dtype not in dispatch.FLOATS or kv_cache.dtype not in CACHE_DTYPES:
         problem = f"queries in {rows.dtype} over a cache in {kv_cache.dtype}"
     elif rows.shape[-1] > MAX_HEAD_DIM:
         problem = f"heads of {rows.shape[-1]}, more than {MAX_HEAD_DIM}"

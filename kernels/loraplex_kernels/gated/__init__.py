@@ -6,7 +6,6 @@ computed in float32 and rounded to their dtype, then the product is, as two modu
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from loraplex_kernels import dispatch
@@ -14,8 +13,6 @@ from loraplex_kernels.gated import reference
 from loraplex_kernels.gated.reference import ACTIVATIONS, Activation
 
 __all__ = ["ACTIVATIONS", "Activation", "gated"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
@@ -30,7 +27,7 @@ def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
             f"gate {tuple(gate.shape)} in {gate.dtype} and up {tuple(up.shape)} in {up.dtype} "
             "must be of one shape and dtype"
         )
-    if gate.numel() and gate.dtype in _DTYPES and dispatch.backend(gate.device) == "triton":
+    if gate.numel() and gate.dtype in dispatch.FLOATS and dispatch.backend(gate.device) == "triton":
         from loraplex_kernels.gated.kernel import gated as launch
 
         return launch(gate, up, activation)

@@ -17,7 +17,6 @@ sum of squares.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from loraplex_kernels import dispatch
@@ -28,8 +27,6 @@ __all__ = ["FORMS", "Form", "RmsNorm", "add_rms_norm", "rms_norm"]
 
 MAX_WIDTH = 16384
 """Widest row of the kernel, which holds it in registers; wider ones take the reference."""
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def rms_norm(x: Tensor, norm: RmsNorm) -> Tensor:
@@ -68,7 +65,7 @@ def add_rms_norm(
 
 def _backend(x: Tensor) -> dispatch.Backend:
     """The implementation for these rows; torch for what the kernel cannot do, which is as right."""
-    if x.dtype not in _DTYPES or x.shape[-1] > MAX_WIDTH:
+    if x.dtype not in dispatch.FLOATS or x.shape[-1] > MAX_WIDTH:
         return "torch"
     return dispatch.backend(x.device)
 

@@ -11,18 +11,14 @@ the cache, and nowhere else.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from loraplex_kernels import dispatch
-from loraplex_kernels.attention import AttentionBatch, write_kv
+from loraplex_kernels.attention import CACHE_DTYPES, AttentionBatch, write_kv
 from loraplex_kernels.attention.tiles import narrow_floats
 from loraplex_kernels.rotary import reference
 
 __all__ = ["rotate_and_write"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CACHE_DTYPES = (*_DTYPES, torch.float8_e4m3fn)
 
 
 def rotate_and_write(
@@ -64,7 +60,7 @@ def rotate_and_write(
 def _backend(q: Tensor, kv_cache: Tensor) -> dispatch.Backend:
     """The implementation for these tensors; torch for what the kernel cannot do, which is as right."""
     narrow = kv_cache.dtype.itemsize == 1
-    if q.dtype not in _DTYPES or kv_cache.dtype not in _CACHE_DTYPES:
+    if q.dtype not in dispatch.FLOATS or kv_cache.dtype not in CACHE_DTYPES:
         return "torch"
     chosen = dispatch.backend(q.device)
     return "torch" if chosen == "triton" and narrow and not narrow_floats(q.device) else chosen
