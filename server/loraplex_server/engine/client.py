@@ -61,10 +61,10 @@ class EngineClient:
         writer: asyncio.StreamWriter,
         info: EngineInfo,
         tokenizers: Mapping[str, TokenizerSource],
-        note: Callable[[AdapterCommand, AdapterReply], None] | None = None,
+        note: Callable[[AdapterCommand, AdapterReply], None] | None,
         *,
-        max_joined: int = 256,
-        max_unread: int = 4096,
+        max_joined: int,
+        max_unread: int,
     ) -> None:
         self.info = info
         self.tokenizers = dict(tokenizers)
@@ -112,8 +112,15 @@ class EngineClient:
             raise UnavailableError(f"the engine cannot be reached: {error}") from error
         if not isinstance(message, Welcome) or message.version != PROTOCOL_VERSION:
             raise UnavailableError("the engine speaks another protocol version; run one release of both")
-        limits = {"max_joined": max_joined, "max_unread": max_unread}
-        return cls(reader, writer, message.info, message.tokenizers, note, **limits)
+        return cls(
+            reader,
+            writer,
+            message.info,
+            message.tokenizers,
+            note,
+            max_joined=max_joined,
+            max_unread=max_unread,
+        )
 
     @property
     def alive(self) -> bool:
