@@ -17,6 +17,7 @@ from loraplex_bench.environment import environment
 from loraplex_bench.face_client import TEXTS_FILE, Order, Sample
 from loraplex_bench.face_engine import PID_FILE, TOKENS_FILE
 from loraplex_bench.launcher import LaunchedServer, LaunchError, child_environment
+from loraplex_bench.options import add_count, add_output
 from loraplex_bench.report import Distribution, milliseconds, table, write_result
 
 DESCRIPTION = """\
@@ -79,18 +80,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--seconds", 5, "of each measurement, about"),
         ("--repeat", 3, "measurements of each case, of which the median counts"),
     ):
-        parser.add_argument(
-            flag, type=int, default=default, metavar="N", help=f"{help_text} (default: {default})"
-        )
+        add_count(parser, flag, default, help_text)
     parser.add_argument(
         "--case",
         action="append",
         choices=[case.name for case in CASES],
         help="only this one; may be repeated",
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="write the table and the raw numbers there"
-    )
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -27,6 +27,7 @@ from loraplex_bench.derived import Derivation, derive_all, spread
 from loraplex_bench.environment import environment
 from loraplex_bench.launcher import LaunchedServer, LaunchError, demo_flags
 from loraplex_bench.load import LoadResult, LoadRun, Outcome
+from loraplex_bench.options import add_quantization
 from loraplex_bench.progress import live
 from loraplex_bench.report import Distribution, milliseconds, raw_outcome, summarize, table, write_result
 from loraplex_bench.soak import Check, MemorySample, memory_check
@@ -142,12 +143,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--zipf", type=float, default=default.zipf, metavar="S", help="exponent (default: %(default)g)"
     )
-    parser.add_argument(
-        "--quantization",
-        choices=("nf4", "int4", "none"),
-        default=default.quantization,
-        help="default: %(default)s",
-    )
+    add_quantization(parser, default.quantization)
     parser.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
     parser.add_argument(
         "--work",

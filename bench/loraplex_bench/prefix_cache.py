@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import random
 import statistics
 import sys
@@ -20,7 +19,8 @@ from loraplex import Client, LoraplexError
 from loraplex_bench.compare import BenchModel
 from loraplex_bench.environment import environment
 from loraplex_bench.launcher import LaunchedServer, LaunchError
-from loraplex_bench.report import milliseconds, percentile, table, write_json
+from loraplex_bench.options import add_count, add_output, add_quantization
+from loraplex_bench.report import milliseconds, percentile, table, write_result
 
 DESCRIPTION = """\
 Two servers on one random Llama, one with and one without its prefix cache, are asked the same in turns:
@@ -128,27 +128,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `loraplex bench prefix-cache`."""
     config = Config()
 
-    def count(flag: str, default: int, help_text: str) -> None:
-        parser.add_argument(
-            flag, type=int, default=default, metavar="N", help=f"{help_text} (default: {default})"
-        )
-
-    count("--prefix-tokens", config.prefix_tokens, "tokens that all prompts begin with")
-    count("--suffix-tokens", config.suffix_tokens, "tokens of a prompt's own after them")
-    count("--max-tokens", config.max_tokens, "tokens of an answer")
-    count("--num-requests", config.num_requests, "requests after the first, for the base and for the adapter")
-    count("--threads", config.threads, "CPU threads of each server")
-    count("--seed", config.seed, "same seed, same prompts")
-    parser.add_argument(
-        "--quantization",
-        choices=("nf4", "int4", "none"),
-        default=config.quantization,
-        help=f"of the base (default: {config.quantization})",
+    add_count(parser, "--prefix-tokens", config.prefix_tokens, "tokens that all prompts begin with")
+    add_count(parser, "--suffix-tokens", config.suffix_tokens, "tokens of a prompt's own after them")
+    add_count(parser, "--max-tokens", config.max_tokens, "tokens of an answer")
+    add_count(
+        parser,
+        "--num-requests",
+        config.num_requests,
+        "requests after the first, for the base and for the adapter",
     )
+    add_count(parser, "--threads", config.threads, "CPU threads of each server")
+    add_count(parser, "--seed", config.seed, "same seed, same prompts")
+    add_quantization(parser, config.quantization)
     parser.add_argument("--small", action="store_true", help="a tiny model instead, to try the bench out")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="write the table and the raw numbers there"
-    )
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -181,7 +174,6 @@ def run(args: argparse.Namespace) -> int:
     text = render(model.label, config, rows, verdict)
     print(text)
     if args.output is not None:
-        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M")
         document = {
             "kind": "prefix-cache",
             "environment": environment(),
@@ -191,10 +183,7 @@ def run(args: argparse.Namespace) -> int:
             "verdict": verdict,
             "requests": records,
         }
-        path = args.output / f"prefix-cache-{stamp}"
-        write_json(path.with_suffix(".json"), document)
-        path.with_suffix(".txt").write_text(text + "\n")
-        print(f"\nraw numbers: {path.with_suffix('.json')}")
+        print(f"\nraw numbers: {write_result(args.output, 'prefix-cache', text, document)}.json")
     return 0 if verdict.good else 1
 
 

@@ -40,6 +40,7 @@ from loraplex_bench.demo.tasks import (
 from loraplex_bench.environment import environment
 from loraplex_bench.launcher import LaunchedServer, LaunchError, child_environment, demo_flags
 from loraplex_bench.metrics import Metrics, scrape
+from loraplex_bench.options import add_quantization
 from loraplex_bench.progress import live
 from loraplex_bench.report import table, write_json
 from loraplex_bench.workload import zipf_weights
@@ -181,12 +182,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="mean seconds between killed clients (default: %(default)g)",
     )
-    parser.add_argument(
-        "--quantization",
-        choices=("nf4", "int4", "none"),
-        default=default.quantization,
-        help="default: %(default)s",
-    )
+    add_quantization(parser, default.quantization)
     parser.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write counts, checks and memory there")
 

@@ -9,12 +9,12 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from loraplex import Client, LoraplexError
 from loraplex_bench.demo.tasks import TASKS, expected, prompt, sure_lines
 from loraplex_bench.environment import environment
 from loraplex_bench.launcher import LaunchedServer, LaunchError, demo_flags
+from loraplex_bench.options import add_count, add_output, add_quantization
 from loraplex_bench.report import milliseconds, table, write_result
 
 DESCRIPTION = """\
@@ -104,24 +104,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `loraplex bench speculation`."""
     config = Config()
 
-    def count(flag: str, default: int, help_text: str) -> None:
-        parser.add_argument(
-            flag, type=int, default=default, metavar="N", help=f"{help_text} (default: {default})"
-        )
-
-    count("--speculative-tokens", config.speculative_tokens, "most tokens guessed in a step")
-    count("--num-requests", config.num_requests, "lines for each owner")
-    count("--threads", config.threads, "CPU threads of the server")
-    count("--seed", config.seed, "same seed, same lines")
-    parser.add_argument(
-        "--quantization",
-        choices=("nf4", "int4", "none"),
-        default=config.quantization,
-        help=f"of the base (default: {config.quantization})",
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="write the table and the raw numbers there"
-    )
+    add_count(parser, "--speculative-tokens", config.speculative_tokens, "most tokens guessed in a step")
+    add_count(parser, "--num-requests", config.num_requests, "lines for each owner")
+    add_count(parser, "--threads", config.threads, "CPU threads of the server")
+    add_count(parser, "--seed", config.seed, "same seed, same lines")
+    add_quantization(parser, config.quantization)
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -149,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
             "verdict": verdict,
             "requests": records,
         }
-        print(f"\nraw numbers: {write_result(args.output, 'speculation', text, document)}")
+        print(f"\nraw numbers: {write_result(args.output, 'speculation', text, document)}.json")
     return 0 if verdict.good else 1
 
 
