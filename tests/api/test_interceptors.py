@@ -104,7 +104,7 @@ def test_answers_errors_metrics_and_drain(kind: str, caplog: pytest.LogCaptureFi
             error = await code_of(b"word")
             assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "the server is starting")
 
-            lifecycle.serve(Backend(None, None, None, None, None))  # type: ignore[arg-type]
+            lifecycle.serve(Backend(None, None, None, None, None))
             assert (await call(channel, kind, b"word"))[-1] == b"WORD"
             error = await code_of(b"fail")
             assert (error.code(), error.details()) == (grpc.StatusCode.ALREADY_EXISTS, "there is one")

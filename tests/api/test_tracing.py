@@ -35,7 +35,7 @@ SAMPLED, UNSAMPLED = f"00-{TRACE}-{PARENT}-01", f"00-{TRACE}-{PARENT}-00"
 SERVER = trace_pb2.Span.SPAN_KIND_SERVER
 
 
-class Collector(trace_service_pb2_grpc.TraceServiceServicer):  # type: ignore[misc]
+class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     """Keeps what it is sent. All of it is there once the server has ended."""
 
     def __init__(self) -> None:

@@ -191,7 +191,7 @@ def guess_from() -> Callable[[Harness, Callable[[str], Sequence[int]]], None]:
             limit = min(sequence.num_prompt + request.sampling.max_tokens, served.engine.info.max_model_len)
             return _Guesser(answer(request.request_id), sequence.num_prompt, limit, rng)
 
-        served.engine._drafter = make  # type: ignore[method-assign]
+        served.engine._drafter = make
 
     return change
 

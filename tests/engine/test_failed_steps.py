@@ -159,7 +159,7 @@ def host_of(tmp_path_factory: Any) -> Callable[[Any], tuple[Any, list[Any]]]:
     def make(engine: Any) -> tuple[Any, list[Any]]:
         host, sent = EngineHost(f"{folder.name}/engine.sock", "secret"), []
         made.append(host)
-        host.emit = lambda client, message: sent.append(message)  # type: ignore[method-assign]
+        host.emit = lambda client, message: sent.append(message)
         return host, sent
 
     yield make

@@ -200,7 +200,7 @@ def test_on_a_device_the_run_is_by_its_clock_and_the_host_waits_for_the_tokens()
         def seconds(self) -> tuple[float, float]:
             return 0.25, 0.125
 
-    output = Pending(None, Span(), LaunchTimes(1.0, 2.0, 4.0)).result()  # type: ignore[arg-type]
+    output = Pending(None, Span(), LaunchTimes(1.0, 2.0, 4.0)).result()
     assert (output.device_s, output.waited_s) == (0.25, 0.125)
     assert (output.prepare_s, output.run_s) == (7.0, 0.25)
     assert output.sample_s is not None
