@@ -25,11 +25,11 @@ from loraplex_bench.ops_quant_cuda import measure_ceilings
 from loraplex_bench.random_weights import RandomWeights, config_of
 from loraplex_kernels import dispatch, lora
 from loraplex_server.core.step import StepPlan
-from loraplex_server.model import memory
-from loraplex_server.model.loader import BaseModel, EmptyModel
-from loraplex_server.model.runner import ModelRunner
-from loraplex_server.model.selfcheck import check_ragged
-from loraplex_server.model.weights import WeightFormat
+from loraplex_server.model.load.loader import BaseModel, EmptyModel
+from loraplex_server.model.load.selfcheck import check_ragged
+from loraplex_server.model.load.weights import WeightFormat
+from loraplex_server.model.plan import memory
+from loraplex_server.model.run.runner import ModelRunner
 
 _BLOCK = 16
 _PROFILED_STEPS = 5

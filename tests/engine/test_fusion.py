@@ -14,12 +14,13 @@ from torch import nn
 from loraplex_bench.random_weights import RandomWeights, config_of
 from loraplex_kernels import dispatch
 from loraplex_server.config import ModelConfig
-from loraplex_server.errors import FailedPreconditionError
-from loraplex_server.model import architecture, effects, fusion, loader, recognise, selfcheck
-from loraplex_server.model.context import StepContext
-from loraplex_server.model.fusion import Fused, fuse
-from loraplex_server.model.loader import EmptyModel
-from loraplex_server.model.weights import WeightFormat
+from loraplex_server.core.errors import FailedPreconditionError
+from loraplex_server.model.load import architecture, loader, recognise, selfcheck
+from loraplex_server.model.load.loader import EmptyModel
+from loraplex_server.model.load.weights import WeightFormat
+from loraplex_server.model.run import effects, fusion
+from loraplex_server.model.run.context import StepContext
+from loraplex_server.model.run.fusion import Fused, fuse
 
 RUNS_HERE = dispatch.triton_installed() and (dispatch.interpreting() or torch.cuda.is_available())
 COMMON = {

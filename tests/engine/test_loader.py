@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraplex_server.config import ModelConfig
-from loraplex_server.errors import FailedPreconditionError, NotFoundError, ServerError
-from loraplex_server.model import architecture, loader
-from loraplex_server.model.selfcheck import check_ragged
+from loraplex_server.core.errors import FailedPreconditionError, NotFoundError, ServerError
+from loraplex_server.model.load import architecture, loader
+from loraplex_server.model.load.selfcheck import check_ragged
 
 
 def load(folder: Path, **options: Any) -> loader.BaseModel:
@@ -49,7 +49,7 @@ _MEASURE = """
 import json, sys, threading, time
 import torch
 from loraplex_server.config import ModelConfig
-from loraplex_server.model import loader
+from loraplex_server.model.load import loader
 import transformers.models.llama.modeling_llama  # its import must not be counted
 
 def anonymous():

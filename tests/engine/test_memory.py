@@ -19,14 +19,16 @@ from loraplex_kernels import dispatch
 from loraplex_kernels.attention import LayerShape
 from loraplex_kernels.lora import LoraPool
 from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig, SchedulerConfig
+from loraplex_server.core.errors import FailedPreconditionError, InvalidArgumentError
 from loraplex_server.core.step import StepPlan
 from loraplex_server.engine.build import build_engine
-from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError
-from loraplex_server.model import loader, memory, scoring, workspace
-from loraplex_server.model.graphs import DecodeGraphs, GraphLimits
-from loraplex_server.model.live_bytes import LiveBytes
-from loraplex_server.model.sampler import sample
-from loraplex_server.model.weights import WeightFormat
+from loraplex_server.model.load import loader
+from loraplex_server.model.load.weights import WeightFormat
+from loraplex_server.model.plan import memory, workspace
+from loraplex_server.model.plan.live_bytes import LiveBytes
+from loraplex_server.model.run import scoring
+from loraplex_server.model.run.graphs import DecodeGraphs, GraphLimits
+from loraplex_server.model.run.sampler import sample
 
 FORMATS: dict[str, dict[str, Any]] = {
     "none": {"quantization": "none"},

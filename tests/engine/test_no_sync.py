@@ -22,14 +22,15 @@ from loraplex_kernels import dispatch, fourbit, nf4
 from loraplex_kernels.attention import LayerShape
 from loraplex_kernels.lora import LoraPool
 from loraplex_server.core.step import StepPlan
-from loraplex_server.model import graphs, sampler, scoring, workspace
-from loraplex_server.model.fusion import fuse
-from loraplex_server.model.live_bytes import LiveBytes
-from loraplex_server.model.loader import BaseModel, EmptyModel, attach_ends, install
-from loraplex_server.model.memory import allocate_kv
-from loraplex_server.model.norm import attach
-from loraplex_server.model.runner import ModelRunner
-from loraplex_server.model.weights import Blocked, Dense, FrozenWeight, WeightFormat
+from loraplex_server.model.load.loader import BaseModel, EmptyModel, attach_ends, install
+from loraplex_server.model.load.weights import Blocked, Dense, FrozenWeight, WeightFormat
+from loraplex_server.model.plan import workspace
+from loraplex_server.model.plan.live_bytes import LiveBytes
+from loraplex_server.model.plan.memory import allocate_kv
+from loraplex_server.model.run import graphs, sampler, scoring
+from loraplex_server.model.run.fusion import fuse
+from loraplex_server.model.run.norm import attach
+from loraplex_server.model.run.runner import ModelRunner
 
 META = torch.device("meta")
 BLOCK = 4

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from loraplex_kernels import lora
-from loraplex_server.adapters.peft_config import LoraSettings
-from loraplex_server.model import memory
+from loraplex_server.adapters.spec.peft_config import LoraSettings
+from loraplex_server.model.plan import memory
 
 ARCHITECTURES = [
     "Llama",

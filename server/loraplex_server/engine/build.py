@@ -14,22 +14,23 @@ from typing import cast
 import torch
 
 from loraplex_kernels import dispatch, parallel
-from loraplex_server.adapters.sites import SiteRegistry
-from loraplex_server.adapters.store import AdapterStore
+from loraplex_server.adapters.residency.store import AdapterStore
+from loraplex_server.adapters.spec.sites import SiteRegistry
 from loraplex_server.config import EngineConfig
+from loraplex_server.core.errors import FailedPreconditionError
 from loraplex_server.engine.audit import finish
 from loraplex_server.engine.engine import Emit, Engine
 from loraplex_server.engine.grammars import Grammars
-from loraplex_server.engine.messages import EngineInfo
 from loraplex_server.engine.token_trie import load_token_trie
-from loraplex_server.errors import FailedPreconditionError
-from loraplex_server.model import architecture, loader, memory
-from loraplex_server.model.frozen import FrozenProjections
-from loraplex_server.model.generation_config import sampling_defaults
-from loraplex_server.model.graphs import ladder
-from loraplex_server.model.loader import BaseModel, EmptyModel
-from loraplex_server.model.runner import ModelRunner
-from loraplex_server.model.selfcheck import check_ragged
+from loraplex_server.model.load import architecture, loader
+from loraplex_server.model.load.frozen import FrozenProjections
+from loraplex_server.model.load.generation_config import sampling_defaults
+from loraplex_server.model.load.loader import BaseModel, EmptyModel
+from loraplex_server.model.load.selfcheck import check_ragged
+from loraplex_server.model.plan import memory
+from loraplex_server.model.run.graphs import ladder
+from loraplex_server.model.run.runner import ModelRunner
+from loraplex_server.wire.messages import EngineInfo
 
 _log = logging.getLogger(__name__)
 
