@@ -29,7 +29,6 @@ from loraplex_server.adapters.files.tensor_file import (
 )
 from loraplex_server.adapters.files.token_tables import blocks, check_unchanged
 from loraplex_server.adapters.origins.sources import open_file
-from loraplex_server.adapters.spec.base import Array, FrozenBase, FrozenProjection
 from loraplex_server.adapters.spec.effects import (
     BiasAdd,
     Bottleneck,
@@ -47,6 +46,7 @@ from loraplex_server.adapters.spec.effects import (
 from loraplex_server.adapters.spec.manifest import AdapterManifest, refusal
 from loraplex_server.adapters.spec.sites import Entry, SiteKind
 from loraplex_server.core.errors import InternalError
+from loraplex_server.core.frozen_base import Array, FrozenBase, FrozenProjection
 from loraplex_server.core.text import quoted
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

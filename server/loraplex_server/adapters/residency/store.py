@@ -63,7 +63,6 @@ from loraplex_server.adapters.residency.registration import (
     unloaded,
 )
 from loraplex_server.adapters.residency.workers import Outcome, WorkerPool
-from loraplex_server.adapters.spec.base import FrozenBase
 from loraplex_server.adapters.spec.manifest import AdapterManifest, Kind, read_manifest, refusal
 from loraplex_server.adapters.spec.sites import SiteRegistry
 from loraplex_server.config import AdapterConfig
@@ -82,6 +81,7 @@ from loraplex_server.core.errors import (
     ServerError,
     UnavailableError,
 )
+from loraplex_server.core.frozen_base import FrozenBase
 from loraplex_server.core.names import check_name
 from loraplex_server.core.source_uri import redact
 from loraplex_server.core.tokenizer_source import TokenizerSource

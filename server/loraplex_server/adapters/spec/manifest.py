@@ -33,7 +33,6 @@ from loraplex_server.adapters.files.tensor_file import (
 )
 from loraplex_server.adapters.files.token_tables import changed_tokens
 from loraplex_server.adapters.origins.sources import open_file, pickle_refusal
-from loraplex_server.adapters.spec.base import FrozenBase
 from loraplex_server.adapters.spec.bottleneck_config import is_bottleneck
 from loraplex_server.adapters.spec.effects import (
     LINEAR,
@@ -66,6 +65,7 @@ from loraplex_server.adapters.spec.sites import Entry, Part, SiteKind, SiteRegis
 from loraplex_server.adapters.spec.vocabulary import Parts, added_tokens, token_rows
 from loraplex_server.core.adapter_files import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE
 from loraplex_server.core.errors import FailedPreconditionError, Reason, ServerError
+from loraplex_server.core.frozen_base import FrozenBase
 from loraplex_server.core.text import quoted
 from loraplex_server.core.tokenizer_source import TokenizerSource
 
