@@ -845,7 +845,7 @@ class AdapterStore:
         if old is None:
             return
         wanted = old.slot is not None
-        new.heat = max(new.heat, old.heat)
+        new.popularity = max(new.popularity, old.popularity)
         new.on_pinned, old.on_pinned = old.on_pinned, []
         old.draining = True
         self._pins.pass_on(old, new)
