@@ -64,7 +64,7 @@ class DeltaQueue:
         self._nap: asyncio.Future[None] | None = None
 
     def put(self, delta: TokenDelta) -> bool:
-        """Adds a delta. False if too many tokens wait: the reader gets an error, and the request should end."""
+        """Adds a delta. False if too many tokens wait: the reader gets an error; the request should end."""
         if self._error is not None:
             return True
         self._unread += len(delta.token_ids)
