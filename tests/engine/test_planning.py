@@ -9,7 +9,7 @@ from loraplex_server.adapters.residency.record import AdapterHandle
 from loraplex_server.core.random import uniform
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams
 from loraplex_server.engine.planning import build_plan
-from loraplex_server.engine.scheduler import Scheduled
+from loraplex_server.engine.schedule import Scheduled
 from loraplex_server.engine.sequence import Composition, Sequence
 
 

@@ -39,7 +39,8 @@ from loraplex_server.engine.drafts import Drafter
 from loraplex_server.engine.grammars import Grammars, no_tokens
 from loraplex_server.engine.kv_blocks import KvBlockPool
 from loraplex_server.engine.planning import build_plan
-from loraplex_server.engine.scheduler import Scheduled, Scheduler
+from loraplex_server.engine.schedule import Scheduled
+from loraplex_server.engine.scheduler import Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.wire.commands import IntegrityReport
 from loraplex_server.wire.messages import (

@@ -10,7 +10,7 @@ import numpy as np
 from loraplex_server.adapters.residency.record import AdapterHandle
 from loraplex_server.core.random import uniform
 from loraplex_server.core.step import Ints, StepPlan
-from loraplex_server.engine.scheduler import Scheduled
+from loraplex_server.engine.schedule import Scheduled
 from loraplex_server.engine.sequence import Sequence
 
 SlotOf = Callable[[AdapterHandle], int]

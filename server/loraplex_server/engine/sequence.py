@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 from loraplex_server.adapters.residency.record import AdapterHandle
 from loraplex_server.core.request import Request
+from loraplex_server.engine.accounts import Account
 from loraplex_server.engine.constraint import Constraint
 from loraplex_server.engine.drafts import Drafter
-from loraplex_server.engine.fairness import Account
 from loraplex_server.engine.kv_blocks import block_key
 from loraplex_server.engine.token_counts import TokenCounts
 
