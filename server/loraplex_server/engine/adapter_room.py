@@ -27,7 +27,7 @@ needs much room must not have it taken away piece by piece. With the default pat
 
 _DOUBLE_AFTER_PATIENCES = 4
 """After each wait of this many times its patience, twice as many adapters are closed for a request. With the
-default patience, 20 s: longer than most answers run, so that what was closed had time to fall idle."""
+default patience, 20 s, in which those that were closed before had time to fall idle."""
 
 _MAX_DOUBLINGS = 16
 """2 ** 16 adapters are more than a device has slots."""
