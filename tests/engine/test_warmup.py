@@ -16,7 +16,7 @@ from loraplex_kernels.fourbit import tiles as fourbit_tiles
 from loraplex_kernels.lora import Run
 from loraplex_kernels.lora import tiles as lora_tiles
 from loraplex_server.core.step import StepPlan
-from loraplex_server.model import warmup
+from loraplex_server.model.run import warmup
 
 CPU = torch.device("cpu")
 # Of an 8B Llama: output columns and blocks of 64 inputs; slices and inputs.
