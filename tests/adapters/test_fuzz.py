@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from loraplex_kernels.lora.layouts import MAX_RANK
+from loraplex_kernels.pool import MAX_RANK
 from loraplex_server.adapters.base import Array
 from loraplex_server.adapters.manifest import read_manifest
 from loraplex_server.adapters.sites import SiteKind, SiteRegistry

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from loraplex_kernels.lora.layouts import MAX_RANK
+from loraplex_kernels.pool import MAX_RANK
 from loraplex_server.adapters.manifest import read_manifest
 from loraplex_server.adapters.sites import SiteRegistry
 from loraplex_server.adapters.tensor_file import MAX_HEADER_BYTES, MalformedFileError, read_header

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 
-from loraplex_kernels.lora.layouts import ALIGNMENT, MAX_RANK, RANK_ALIGN, LoraPool, extent_alignment
+from loraplex_kernels.pool import ALIGNMENT, MAX_RANK, RANK_ALIGN, LoraPool, extent_alignment
 from loraplex_server.adapters.arena import Arena, Move
 from loraplex_server.adapters.record import Record
 from loraplex_server.adapters.sites import SiteKind, SiteRegistry

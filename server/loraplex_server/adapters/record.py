@@ -14,7 +14,7 @@ from loraplex_server.errors import ServerError
 if TYPE_CHECKING:
     # The scheduler knows handles, and must not need torch for it.
 
-    from loraplex_kernels.lora.layouts import AdapterLayout
+    from loraplex_kernels.pool import AdapterLayout
     from loraplex_server.adapters.manifest import AdapterManifest
     from loraplex_server.adapters.weights import HostBlob
 

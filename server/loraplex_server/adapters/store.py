@@ -33,7 +33,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from loraplex_kernels.lora.layouts import MAX_RANK, AdapterLayout, LoraPool
+from loraplex_kernels.pool import MAX_RANK, AdapterLayout, LoraPool
 from loraplex_server.adapters.base import FrozenBase
 from loraplex_server.adapters.composition import Composer, Member, check_member
 from loraplex_server.adapters.device_tier import DeviceTier

@@ -23,7 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from loraplex_kernels import dispatch
-from loraplex_kernels.lora import LoraSite
+from loraplex_kernels.pool import LoraSite
 from loraplex_server.config import ModelConfig
 from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError
 from loraplex_server.model import architecture

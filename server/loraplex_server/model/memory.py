@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from loraplex_kernels.attention import kv_cache_shape
-from loraplex_kernels.lora import LoraBatchBuffers
+from loraplex_kernels.pool import LoraBatchBuffers
 from loraplex_server.adapters.device_tier import DeviceTier
 from loraplex_server.adapters.sites import SiteRegistry
 from loraplex_server.config import EngineConfig, SchedulerConfig
