@@ -10,7 +10,7 @@ from loraplex_bench.compare import MAX_BATCH_TOKENS, Answered, BenchModel, Job
 from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig, SchedulerConfig
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams
 from loraplex_server.engine.build import build_engine
-from loraplex_server.engine.messages import Failed, FromEngine, Tokens
+from loraplex_server.wire.messages import Failed, FromEngine, Tokens
 
 _CLIENT = "bench"
 

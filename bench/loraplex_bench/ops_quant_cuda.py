@@ -202,7 +202,7 @@ def tune(
                         if time.monotonic() > end_s:
                             return
                         try:
-                            product = functools.partial(_fourbit, plan=plan)
+                            product = functools.partial(_blocked, plan=plan)
                             error = _error(product(weights[0], x), x, truth)
                             us = time_us(_calls(product, weights, x), device, repeats=8)
                         except Exception as problem:  # a shape that does not fit the device
@@ -255,7 +255,7 @@ def _measure_site(
     for name in products:
         weights = _copies(_quantised(name, dense))
         truth = quant.dequantize(weights[0], torch.float32)
-        yield from run(name, _fourbit, weights, weights[0].nbytes, truth)
+        yield from run(name, _blocked, weights, weights[0].nbytes, truth)
         del weights
     if peers:
         affine = int4.quantize(dense, group=_GROUP)
@@ -395,7 +395,7 @@ def _dense(weight: Tensor, x: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight)
 
 
-def _fourbit(weight: BlockedWeight, x: Tensor, plan: Plan | None = None) -> Tensor:
+def _blocked(weight: BlockedWeight, x: Tensor, plan: Plan | None = None) -> Tensor:
     return quant.matmul(x, weight, plan=plan)
 
 

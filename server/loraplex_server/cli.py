@@ -31,8 +31,8 @@ from loraplex_server.config import (
     TlsFiles,
     parse_size,
 )
+from loraplex_server.core.errors import InvalidArgumentError, ServerError
 from loraplex_server.core.request import MAX_SPECULATIVE_TOKENS
-from loraplex_server.errors import InvalidArgumentError, ServerError
 
 EXIT_USAGE = 2
 

@@ -8,9 +8,9 @@ import math
 import re
 from pathlib import Path
 
-from loraplex_server.adapters.remote.uri import AllowedSources
+from loraplex_server.core.errors import InvalidArgumentError
 from loraplex_server.core.request import MAX_SPECULATIVE_TOKENS
-from loraplex_server.errors import InvalidArgumentError
+from loraplex_server.core.source_uri import AllowedSources
 
 QUANTIZATIONS = ("nf4", "int4", "none")
 DEVICES = ("auto", "cpu", "cuda")

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loraplex_server.errors import InvalidArgumentError
+from loraplex_server.core.errors import InvalidArgumentError
 
 ENVIRONMENT_PREFIX = "LORAPLEX_SERVE_"
 _MAX_FILE_BYTES = 1 << 20

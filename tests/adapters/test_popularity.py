@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from loraplex_server.adapters.popularity import COLD, ColdestFirst, Popularity
-from loraplex_server.adapters.record import Record
+from loraplex_server.adapters.residency.popularity import COLD, ColdestFirst, Popularity
+from loraplex_server.adapters.residency.record import Record
 
 SLOTS = 32
 ADAPTERS = 5_000

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from loraplex_server.adapters.effects import LowRankAdd, OwnWeight, TokenRows
-from loraplex_server.adapters.manifest import AdapterManifest, read_manifest
-from loraplex_server.adapters.sites import SiteRegistry
-from loraplex_server.adapters.weights import lay_out, read_weights
-from loraplex_server.errors import FailedPreconditionError
-from loraplex_server.model.frozen import FrozenProjections
+from loraplex_server.adapters.files.weights import lay_out, read_weights
+from loraplex_server.adapters.spec.effects import LowRankAdd, OwnWeight, TokenRows
+from loraplex_server.adapters.spec.manifest import AdapterManifest, read_manifest
+from loraplex_server.adapters.spec.sites import SiteRegistry
+from loraplex_server.core.errors import FailedPreconditionError
+from loraplex_server.model.load.frozen import FrozenProjections
 
 VOCABULARY, HIDDEN = 40, 32
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"

@@ -27,10 +27,12 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex.v1 import adapters_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
 from loraplex_server.api.app import serve
-from loraplex_server.api.tokenizer import Tokenizer
+from loraplex_server.api.text.tokenizer import Tokenizer
 from loraplex_server.config import ApiConfig, EngineConfig, ModelConfig, ServerConfig
+from loraplex_server.core.errors import InternalError, ServerError
 from loraplex_server.core.request import Request
-from loraplex_server.engine.messages import (
+from loraplex_server.wire.frames import decode_to_engine, encode
+from loraplex_server.wire.messages import (
     PROTOCOL_VERSION,
     AdapterCommand,
     AdapterReply,
@@ -44,10 +46,7 @@ from loraplex_server.engine.messages import (
     TokenDelta,
     Tokens,
     Welcome,
-    decode_to_engine,
-    encode,
 )
-from loraplex_server.errors import InternalError, ServerError
 
 _CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",

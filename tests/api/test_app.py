@@ -16,18 +16,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from loraplex.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, model_pb2, model_pb2_grpc
 from loraplex_server.config import EngineConfig
+from loraplex_server.core.adapter_status import AdapterStatus, SwapRecord
+from loraplex_server.core.errors import ErrorInfo, FailedPreconditionError
 from loraplex_server.core.request import FinishReason, Request
-from loraplex_server.engine.messages import (
-    AdapterChanges,
-    AdapterCommand,
-    AdapterReply,
-    AdapterStatus,
-    Stats,
-    StepRecord,
-    SwapRecord,
-    Times,
-)
-from loraplex_server.errors import ErrorInfo, FailedPreconditionError
+from loraplex_server.wire.messages import AdapterChanges, AdapterCommand, AdapterReply, Times
+from loraplex_server.wire.stats import Stats, StepRecord
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

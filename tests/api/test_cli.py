@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_server.api.tokenizer import Tokenizer
+from loraplex_server.api.text.tokenizer import Tokenizer
 from loraplex_server.cli import build_parser, main, to_config
 from loraplex_server.config import EngineConfig, ModelConfig, ServerConfig
 
@@ -118,7 +118,7 @@ def test_the_api_process_does_without_torch(checkpoint: Path) -> None:
     program = (
         "import sys; from loraplex_server.cli import hide_torch; hide_torch();"
         "import loraplex_server.api.app, loraplex_server.engine.process;"
-        "from loraplex_server.api.tokenizer import Tokenizer;"
+        "from loraplex_server.api.text.tokenizer import Tokenizer;"
         "text = Tokenizer.load(sys.argv[1]).decode([40, 41]);"
         "assert sys.modules['torch'] is None; print(repr(text))"
     )

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from loraplex.v1 import adapters_pb2, generation_pb2
-from loraplex_server.api import convert
+from loraplex_server.api.requests import convert
 from loraplex_server.core.composition import COMBINATION_TYPES, Composition, prunes
+from loraplex_server.core.errors import InvalidArgumentError
 from loraplex_server.core.request import AdapterUse, SamplingDefaults, SamplingParams, Structure
-from loraplex_server.errors import InvalidArgumentError
 
 LIMITS = convert.Limits(vocab_size=100, max_model_len=32, max_prompt_chars=64, max_adapters=3)
 OK: dict[str, Any] = {"text": "hello"}

@@ -9,8 +9,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from loraplex_server.api.telemetry.metrics import Metrics
 from loraplex_server.cli import build_parser
-from loraplex_server.metrics import Metrics
 
 DEPLOY = Path(__file__).parents[2] / "server/deploy"
 FLAG = re.compile(r"--[a-z][a-z-]+")

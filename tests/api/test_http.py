@@ -19,10 +19,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from loraplex.v1 import generation_pb2
+from loraplex_server.core.adapter_status import AdapterStatus
+from loraplex_server.core.errors import ErrorInfo
 from loraplex_server.core.request import AdapterUse, FinishReason, Request
-from loraplex_server.engine.messages import (
+from loraplex_server.wire.messages import (
     AdapterReply,
-    AdapterStatus,
     Failed,
     Times,
     TokenDelta,
@@ -30,7 +31,6 @@ from loraplex_server.engine.messages import (
     Tokens,
     TopLogprob,
 )
-from loraplex_server.errors import ErrorInfo
 
 pytest.importorskip("uvicorn", reason="needs the server extra: uvicorn")
 openai = pytest.importorskip("openai", reason="needs the dev extra: openai")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loraplex_server.config import LogConfig
-from loraplex_server.errors import InvalidArgumentError
+from loraplex_server.core.errors import InvalidArgumentError
 
 SCRIPT = """
 import logging, sys

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from loraplex_server import errors
-from loraplex_server.api.status import to_status
-from loraplex_server.errors import ErrorInfo, Reason, ServerError
+from loraplex_server.api.rpc.status import to_status
+from loraplex_server.core import errors
+from loraplex_server.core.errors import ErrorInfo, Reason, ServerError
 
 _ROW = re.compile(r"^\| ([A-Z_]+) \|([A-Z_, ]*)\|([^|]*)\|[^|]*\|$", re.MULTILINE)
 

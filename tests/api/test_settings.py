@@ -12,7 +12,7 @@ import pytest
 from loraplex_server import settings
 from loraplex_server.cli import build_parser, config_main, to_config
 from loraplex_server.config import ServerConfig
-from loraplex_server.errors import InvalidArgumentError
+from loraplex_server.core.errors import InvalidArgumentError
 from loraplex_server.settings import Origin
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loraplex_server.core.step import StepOutput, StepPlan
-from loraplex_server.engine.messages import Failed, Submit
+from loraplex_server.wire.messages import Failed, Submit
 
 POISON = 7
 """A token id that no step survives."""
@@ -170,7 +170,7 @@ def host_of(tmp_path_factory: Any) -> Callable[[Any], tuple[Any, list[Any]]]:
 
 def test_a_message_that_fails_is_answered(served: Any, host_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from loraplex_server.core.request import AdapterUse, Request, SamplingParams
-    from loraplex_server.engine.messages import AdapterCommand, AdapterReply
+    from loraplex_server.wire.messages import AdapterCommand, AdapterReply
 
     host, sent = host_of(served.engine)
     with monkeypatch.context() as broken:

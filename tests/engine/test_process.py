@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 
 from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig
+from loraplex_server.core.errors import FailedPreconditionError, NotFoundError, UnavailableError
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams
-from loraplex_server.engine.client import EngineClient
-from loraplex_server.engine.messages import PROTOCOL_VERSION, Hello, encode
 from loraplex_server.engine.process import EngineProcess, launch_engine
-from loraplex_server.errors import FailedPreconditionError, NotFoundError, UnavailableError
+from loraplex_server.wire.client import EngineClient
+from loraplex_server.wire.frames import encode
+from loraplex_server.wire.messages import PROTOCOL_VERSION, Hello
 
 PROMPT = (5, 17, 60, 121, 9)
 

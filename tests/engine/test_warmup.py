@@ -16,7 +16,7 @@ from loraplex_kernels.lora import tiles as lora_tiles
 from loraplex_kernels.pool import Run, tile_rows
 from loraplex_kernels.quant import tiles as quant_tiles
 from loraplex_server.core.step import StepPlan
-from loraplex_server.model import warmup
+from loraplex_server.model.run import warmup
 
 CPU = torch.device("cpu")
 # Of an 8B Llama: output columns and blocks of 64 inputs; slices and inputs.

@@ -87,7 +87,7 @@ def test_only_the_container_folders_have_their_names() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["loraplex_server.engine.scheduler", "loraplex_server.engine.planning", "loraplex_server.engine.client"],
+    ["loraplex_server.engine.scheduler", "loraplex_server.engine.planning", "loraplex_server.wire.client"],
 )
 def test_scheduling_and_the_api_side_need_no_torch(module: str) -> None:
     script = (

@@ -25,27 +25,27 @@ from loraplex.v1 import (
     model_pb2,
     model_pb2_grpc,
 )
-from loraplex_server.api import tls
-from loraplex_server.api.adapter_service import AdapterService
-from loraplex_server.api.adapter_tokenizers import AdapterTokenizers
-from loraplex_server.api.authentication import Authenticator
-from loraplex_server.api.chat.prompts import ChatPrompts
-from loraplex_server.api.convert import Limits
-from loraplex_server.api.dashboard.port import MetricsPort
-from loraplex_server.api.generation_service import GenerationService
-from loraplex_server.api.generator import Generator
-from loraplex_server.api.interceptors import CallInterceptor
+from loraplex_server.api.answers.generator import Generator
+from loraplex_server.api.answers.stalls import StallWatch
 from loraplex_server.api.lifecycle import Backend, Lifecycle
-from loraplex_server.api.model_service import ModelService
+from loraplex_server.api.requests.convert import Limits
+from loraplex_server.api.requests.uploads import UploadDesk
 from loraplex_server.api.restarts import AdapterJournal, RestartBudget
-from loraplex_server.api.stalls import StallWatch
-from loraplex_server.api.tokenizer import Tokenizer
-from loraplex_server.api.tracing.spans import NoTracing, Tracing
-from loraplex_server.api.uploads import UploadDesk
+from loraplex_server.api.rpc.adapter_service import AdapterService
+from loraplex_server.api.rpc.generation_service import GenerationService
+from loraplex_server.api.rpc.interceptors import CallInterceptor
+from loraplex_server.api.rpc.model_service import ModelService
+from loraplex_server.api.security import tls
+from loraplex_server.api.security.authentication import Authenticator
+from loraplex_server.api.telemetry.dashboard.port import MetricsPort
+from loraplex_server.api.telemetry.metrics import Metrics
+from loraplex_server.api.telemetry.tracing.spans import NoTracing, Tracing
+from loraplex_server.api.text.adapter_tokenizers import AdapterTokenizers
+from loraplex_server.api.text.chat.prompts import ChatPrompts
+from loraplex_server.api.text.tokenizer import Tokenizer
 from loraplex_server.config import ApiConfig, EngineConfig, ServerConfig, is_loopback
-from loraplex_server.engine.client import EngineClient
-from loraplex_server.errors import FailedPreconditionError, ServerError
-from loraplex_server.metrics import Metrics
+from loraplex_server.core.errors import FailedPreconditionError, ServerError
+from loraplex_server.wire.client import EngineClient
 
 _log = logging.getLogger(__name__)
 
@@ -402,7 +402,7 @@ def _tracing(endpoint: str, model: str, version: str) -> Tracing:
     if not endpoint:
         return NoTracing()
     try:
-        from loraplex_server.api.tracing.otlp import OtlpTracing
+        from loraplex_server.api.telemetry.tracing.otlp import OtlpTracing
     except ImportError as error:
         raise FailedPreconditionError(
             f"--otlp-endpoint needs {error.name}, which is not installed; pip install 'loraplex[tracing]'"

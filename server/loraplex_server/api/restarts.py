@@ -6,9 +6,9 @@ import collections
 import logging
 import time
 
-from loraplex_server.engine.client import EngineClient
-from loraplex_server.engine.messages import AdapterCommand, AdapterReply
-from loraplex_server.errors import ServerError
+from loraplex_server.core.errors import ServerError
+from loraplex_server.wire.client import EngineClient
+from loraplex_server.wire.messages import AdapterCommand, AdapterReply
 
 _log = logging.getLogger(__name__)
 

@@ -21,13 +21,15 @@ from typing import BinaryIO
 
 import msgspec
 
+from loraplex_server.core.adapter_status import AdapterStatus
+from loraplex_server.core.errors import InternalError, ServerError
 from loraplex_server.engine.engine import Engine
-from loraplex_server.engine.messages import (
+from loraplex_server.wire.frames import decode_to_engine, encode
+from loraplex_server.wire.messages import (
     PROTOCOL_VERSION,
     AdapterChanges,
     AdapterCommand,
     AdapterReply,
-    AdapterStatus,
     Cancel,
     CheckIntegrity,
     Failed,
@@ -38,10 +40,7 @@ from loraplex_server.engine.messages import (
     ToEngine,
     TokenizersChanged,
     Welcome,
-    decode_to_engine,
-    encode,
 )
-from loraplex_server.errors import InternalError, ServerError
 
 _log = logging.getLogger(__name__)
 

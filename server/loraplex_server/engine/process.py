@@ -18,7 +18,7 @@ from pathlib import Path
 
 from loraplex_server import log
 from loraplex_server.config import EngineConfig
-from loraplex_server.errors import ErrorInfo, InternalError, ServerError, from_info
+from loraplex_server.core.errors import ErrorInfo, InternalError, ServerError, from_info
 
 _log = logging.getLogger(__name__)
 

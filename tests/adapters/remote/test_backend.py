@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_server.adapters.remote import backend
-from loraplex_server.adapters.remote.backend import RemoteFile, RemoteFolder, make_backend, register_backend
-from loraplex_server.adapters.remote.uri import AllowedSources, SourceUri
-from loraplex_server.adapters.resolver import AdapterSources
-from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from loraplex_server.adapters.origins.remote import backend
+from loraplex_server.adapters.origins.remote.backend import (
+    RemoteFile,
+    RemoteFolder,
+    make_backend,
+    register_backend,
+)
+from loraplex_server.adapters.origins.resolver import AdapterSources
+from loraplex_server.core.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from loraplex_server.core.source_uri import AllowedSources, SourceUri
 
 MakeSources = Callable[..., AdapterSources]
 

@@ -14,8 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from loraplex_server import log
-from loraplex_server.api.authentication import Authenticator
-from loraplex_server.api.generator import Generator
+from loraplex_server.api.answers.generator import Generator
 from loraplex_server.api.http.errors import to_body
 from loraplex_server.api.http.generation import Chat, Completions, GenerationEndpoint, HttpSettings, Kind
 from loraplex_server.api.http.middleware import CallMiddleware
@@ -23,9 +22,10 @@ from loraplex_server.api.http.models import Models
 from loraplex_server.api.http.openapi import document
 from loraplex_server.api.http.schema import Health
 from loraplex_server.api.lifecycle import Lifecycle
-from loraplex_server.api.tracing.spans import Tracing
-from loraplex_server.errors import ErrorInfo
-from loraplex_server.metrics import Metrics
+from loraplex_server.api.security.authentication import Authenticator
+from loraplex_server.api.telemetry.metrics import Metrics
+from loraplex_server.api.telemetry.tracing.spans import Tracing
+from loraplex_server.core.errors import ErrorInfo
 
 _CODES = {404: "NOT_FOUND", 405: "INVALID_ARGUMENT"}
 

@@ -22,7 +22,7 @@ import re
 import msgspec
 
 from loraplex_server.api.http.schema import ErrorBody, ErrorDetail
-from loraplex_server.errors import ErrorInfo, FieldViolation, InvalidArgumentError, ServerError
+from loraplex_server.core.errors import ErrorInfo, FieldViolation, InvalidArgumentError, ServerError
 
 _STATUS = {
     "INVALID_ARGUMENT": (400, "invalid_request_error"),

@@ -10,8 +10,7 @@ from typing import Protocol
 
 import msgspec
 
-from loraplex_server.api.answer import End, Piece, Prompt
-from loraplex_server.api.detokenizer import token_offsets
+from loraplex_server.api.answers.answer import End, Piece, Prompt
 from loraplex_server.api.http.schema import (
     AnswerMessage,
     ChatChoice,
@@ -29,8 +28,9 @@ from loraplex_server.api.http.schema import (
     TokenEntry,
     Usage,
 )
-from loraplex_server.api.tokenizer import Tokenizer
-from loraplex_server.engine.messages import TokenLogprobs
+from loraplex_server.api.text.detokenizer import token_offsets
+from loraplex_server.api.text.tokenizer import Tokenizer
+from loraplex_server.wire.messages import TokenLogprobs
 
 TokenText = Callable[[int], str]
 

@@ -13,8 +13,9 @@ from starlette.responses import Response
 
 from loraplex.v1 import generation_pb2
 from loraplex_server import log
-from loraplex_server.api.answer import End, Piece
-from loraplex_server.api.generator import Generator
+from loraplex_server.api.answers.answer import End, Piece
+from loraplex_server.api.answers.generator import Generator
+from loraplex_server.api.answers.merging import merged
 from loraplex_server.api.http import unserved
 from loraplex_server.api.http.body import read_body
 from loraplex_server.api.http.errors import to_body, under
@@ -36,10 +37,9 @@ from loraplex_server.api.http.formats import (
 from loraplex_server.api.http.schema import ChatBody, CompletionBody, GenerationBody
 from loraplex_server.api.http.translate import chat_message, completion_messages
 from loraplex_server.api.lifecycle import Backend
-from loraplex_server.api.merging import merged
-from loraplex_server.api.tokenizer import Tokenizer
-from loraplex_server.errors import ErrorInfo, InternalError, InvalidArgumentError, ServerError
-from loraplex_server.metrics import Metrics
+from loraplex_server.api.telemetry.metrics import Metrics
+from loraplex_server.api.text.tokenizer import Tokenizer
+from loraplex_server.core.errors import ErrorInfo, InternalError, InvalidArgumentError, ServerError
 
 _log = logging.getLogger(__name__)
 

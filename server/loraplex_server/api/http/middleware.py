@@ -15,17 +15,17 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from loraplex_server import log
-from loraplex_server.api import authentication
-from loraplex_server.api.authentication import Authenticator
-from loraplex_server.api.convert import valid_request_id
 from loraplex_server.api.http.errors import headers_of, status_of, to_body
 from loraplex_server.api.http.events import ClientGoneError, Receive, Send
 from loraplex_server.api.http.generation import MODEL_KEY
 from loraplex_server.api.http.listener import CERTIFICATE_KEY
 from loraplex_server.api.lifecycle import Lifecycle
-from loraplex_server.api.tracing.spans import NO_SPAN, Tracing
-from loraplex_server.errors import InternalError, ServerError
-from loraplex_server.metrics import Metrics
+from loraplex_server.api.requests.convert import valid_request_id
+from loraplex_server.api.security import authentication
+from loraplex_server.api.security.authentication import Authenticator
+from loraplex_server.api.telemetry.metrics import Metrics
+from loraplex_server.api.telemetry.tracing.spans import NO_SPAN, Tracing
+from loraplex_server.core.errors import InternalError, ServerError
 
 _log = logging.getLogger(__name__)
 

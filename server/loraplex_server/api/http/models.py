@@ -12,7 +12,7 @@ from loraplex_server.api.http.generation import MODEL_KEY, HttpSettings
 from loraplex_server.api.http.schema import Model, ModelList
 from loraplex_server.api.http.translate import adapter_of
 from loraplex_server.api.lifecycle import Lifecycle
-from loraplex_server.engine.messages import AdapterStatus
+from loraplex_server.core.adapter_status import AdapterStatus
 
 _OWNER = "loraplex"
 

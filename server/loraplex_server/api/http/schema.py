@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from loraplex_server.api import convert
+from loraplex_server.api.requests import convert
 from loraplex_server.core.request import MAX_SPECULATIVE_TOKENS
 
 _MAX_COUNT = (1 << 31) - 1

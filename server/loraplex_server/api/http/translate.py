@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import msgspec
 
 from loraplex.v1 import generation_pb2
-from loraplex_server.api import convert
 from loraplex_server.api.http.schema import (
     ChatBody,
     CompletionBody,
@@ -16,8 +15,9 @@ from loraplex_server.api.http.schema import (
     JsonSchemaFormat,
     Message,
 )
+from loraplex_server.api.requests import convert
+from loraplex_server.core.errors import InvalidArgumentError, NotFoundError
 from loraplex_server.core.request import SamplingDefaults
-from loraplex_server.errors import InvalidArgumentError, NotFoundError
 
 MAX_CHOICES = convert.MAX_CHOICES
 """Most answers that one HTTP request may ask for, over all its prompts."""

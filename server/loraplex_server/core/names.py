@@ -1,0 +1,18 @@
+"""The one rule for the name of an adapter."""
+
+from __future__ import annotations
+
+import re
+
+from loraplex_server.core.errors import InvalidArgumentError
+from loraplex_server.core.text import quoted
+
+_NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,128}")
+
+
+def check_name(name: str) -> None:
+    """Raises InvalidArgumentError unless `name` may name an adapter."""
+    if _NAME.fullmatch(name) is None:
+        raise InvalidArgumentError.field(
+            "name", f"{quoted(name)} is no adapter name; use 1 to 128 of letters, digits, '.', '_', '-'"
+        )
