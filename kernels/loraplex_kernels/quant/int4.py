@@ -13,24 +13,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex_kernels._nibbles import decode, encode, scratch
-from loraplex_kernels.dense import Tile, assemble, linear_by_tiles
+from loraplex_kernels.dense import Tile
+from loraplex_kernels.quant import reference
+from loraplex_kernels.quant.nibbles import decode, encode, scratch
+from loraplex_kernels.quant.reference import QuantWeight, check_matrix, dequantize, matmul
+
+__all__ = ["GROUPS", "STEPS", "Int4Weight", "choose_group", "dequantize", "matmul", "quantize"]
 
 GROUPS = (128, 64, 32)
 """Group sizes, the preferred one first."""
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 STEPS: tuple[float, ...] = tuple(float(code - 8) for code in range(16))
 """What the codes 0..15 stand for, in units of the scale above the zero."""
-# Elements quantised at once: bounds the temporaries to a few MiB.
-_CHUNK = 1 << 18
-# fp32 elements of a dequantised tile: on a CPU it must stay in the cache between the look-up and the product.
-_CPU_TILE = 1 << 20
-_GPU_TILE = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
-class Int4Weight:
+class Int4Weight(QuantWeight):
     """A linear layer's weight in affine int4.
 
     Attributes:
@@ -63,16 +61,6 @@ class Int4Weight:
                     f"{self.group}, got {list(tensor.shape)}"
                 )
 
-    @property
-    def device(self) -> torch.device:
-        """Where the codes live."""
-        return self.packed.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors of this weight."""
-        return sum(tensor.nbytes for tensor in self.tensors().values())
-
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, for checksums and memory accounts."""
         return {"packed": self.packed, "scale": self.scale, "zero": self.zero}
@@ -82,6 +70,19 @@ class Int4Weight:
         return Int4Weight(
             self.packed.to(device), self.scale.to(device), self.zero.to(device), self.shape, self.group
         )
+
+    def tiles(self) -> Iterator[Tile]:
+        """Dense tiles, fp32 [rows, K]."""
+        n, k = self.shape
+        step = self.rows_per_tile()
+        buffer = scratch("tile", step * k, torch.float32, self.device)
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            values = decode(self.packed[start:stop].reshape(-1), STEPS, buffer[: (stop - start) * k])
+            # Product and sum are rounded apart: a fused multiply-add would give other bits on other devices.
+            groups = values.view(stop - start, -1, self.group)
+            groups.mul_(self.scale[start:stop, :, None]).add_(self.zero[start:stop, :, None])
+            yield Tile(start, stop, values.view(-1, k))
 
 
 def choose_group(width: int) -> int:
@@ -114,10 +115,7 @@ def quantize(weight: Tensor, *, group: int | None = None) -> Int4Weight:
         ValueError: for a weight that is no floating-point matrix, is empty, whose width no group divides, or
             that holds inf or NaN.
     """
-    if weight.ndim != 2 or weight.numel() == 0:
-        raise ValueError(f"weight: expected a non-empty matrix [N, K], got shape {list(weight.shape)}")
-    if weight.dtype not in _FLOATS:
-        raise ValueError(f"weight: expected float32, float16 or bfloat16, got {weight.dtype}; cast it first")
+    check_matrix(weight)
     weight = weight.detach()
     n, k = weight.shape
     if group is None:
@@ -127,7 +125,7 @@ def quantize(weight: Tensor, *, group: int | None = None) -> Int4Weight:
     packed = torch.empty(n, k // 2, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(n, k // group, dtype=torch.float32, device=weight.device)
     zero = torch.empty_like(scale)
-    step = max(_CHUNK // k, 1)
+    step = max(reference.CHUNK // k, 1)
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         codes, scale[rows], zero[rows] = _quantize_groups(weight[rows].float().view(-1, k // group, group))
@@ -135,29 +133,6 @@ def quantize(weight: Tensor, *, group: int | None = None) -> Int4Weight:
     if not bool((scale.isfinite() & zero.isfinite()).all()):
         raise ValueError("weight: holds inf, NaN or values beyond bf16's range; check the checkpoint")
     return Int4Weight(packed, scale, zero, (n, k), group)
-
-
-def dequantize(w: Int4Weight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The dense weight, [N, K] in ``dtype`` (values are computed in fp32 and rounded once)."""
-    return assemble(w.shape, _tiles(w), dtype, w.device)
-
-
-def matmul(x: Tensor, w: Int4Weight, bias: Tensor | None = None) -> Tensor:
-    """``x @ dequantize(w).T + bias`` with one cache-sized tile of the weight dense at a time. Inference only.
-
-    Args:
-        x: [..., K], fp32, fp16 or bf16, on the weight's device. On a CPU products and sums are fp32 whatever
-            the dtype; elsewhere tiles are cast to x's dtype and accumulated in fp32 by the matrix unit.
-        w: weight of shape (N, K).
-        bias: [N] or None.
-
-    Returns:
-        [..., N] in x's dtype.
-
-    Raises:
-        ValueError: if x's last dimension is not K.
-    """
-    return linear_by_tiles(x, w.shape, _tiles(w), bias)
 
 
 def _quantize_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,17 +149,3 @@ def _round_up_to_bf16(values: Tensor) -> Tensor:
     """The smallest bf16 number that is no less, as fp32; values are not negative."""
     bits = values.view(torch.int32)
     return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)
-
-
-def _tiles(w: Int4Weight) -> Iterator[Tile]:
-    """Dense tiles (first row, one past the last, fp32 [rows, K]) in order; each overwrites the one before."""
-    n, k = w.shape
-    step = min(max((_CPU_TILE if w.device.type == "cpu" else _GPU_TILE) // k, 1), n)
-    buffer = scratch("tile", step * k, torch.float32, w.device)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        values = decode(w.packed[start:stop].reshape(-1), STEPS, buffer[: (stop - start) * k])
-        # Product and sum are rounded apart: a fused multiply-add would give other bits on other devices.
-        groups = values.view(stop - start, -1, w.group)
-        groups.mul_(w.scale[start:stop, :, None]).add_(w.zero[start:stop, :, None])
-        yield start, stop, values.view(-1, k)

@@ -21,7 +21,7 @@ import functools
 
 import torch
 
-from loraplex_kernels.nf4.reference import NF4_LEVELS
+from loraplex_kernels.quant.nf4 import NF4_LEVELS
 
 ORDER = (0, 3, 1, 2, 8, 11, 9, 10, 4, 6, 5, 7, 12, 15, 13, 14)
 """NF4's code of each label: codes are stored relabelled."""

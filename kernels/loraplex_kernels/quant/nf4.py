@@ -16,8 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex_kernels._nibbles import decode, encode, scratch
-from loraplex_kernels.dense import Tile, assemble, linear_by_tiles
+from loraplex_kernels.dense import Tile
+from loraplex_kernels.quant import reference
+from loraplex_kernels.quant.nibbles import decode, encode, scratch
+from loraplex_kernels.quant.reference import QuantWeight, check_matrix, dequantize, matmul
+
+__all__ = ["NF4_LEVELS", "NestedAbsmax", "Nf4Weight", "dequantize", "matmul", "quantize"]
 
 # Quantiles of the standard normal, scaled to [-1, 1] (QLoRA, Dettmers et al. 2023, appendix E).
 _LEVELS = (
@@ -44,14 +48,8 @@ NF4_LEVELS: Tensor = torch.tensor(_LEVELS, dtype=torch.float32)
 # Midpoints between neighbouring levels.
 _BOUNDS: tuple[float, ...] = tuple(((NF4_LEVELS[:-1] + NF4_LEVELS[1:]) / 2).tolist())
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _NESTED_BLOCK = 256
 _GRID = 32767.5
-# Elements quantised at once: bounds the temporaries to a few MiB.
-_CHUNK = 1 << 18
-# fp32 elements of a dequantised tile: on a CPU it must stay in the cache between the look-up and the product.
-_CPU_TILE = 1 << 20
-_GPU_TILE = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +84,7 @@ class NestedAbsmax:
 
 
 @dataclass(frozen=True, eq=False)
-class Nf4Weight:
+class Nf4Weight(QuantWeight):
     """A linear layer's weight in NF4.
 
     Attributes:
@@ -121,16 +119,6 @@ class Nf4Weight:
         """Number of blocks that share a scale; the last may be partial."""
         return -(-self.shape[0] * self.shape[1] // self.block_size)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the codes live."""
-        return self.packed.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors of this weight."""
-        return sum(tensor.nbytes for tensor in self.tensors().values())
-
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, for checksums and memory accounts."""
         if isinstance(self.absmax, NestedAbsmax):
@@ -154,6 +142,23 @@ class Nf4Weight:
         """The same weight on another device."""
         return Nf4Weight(self.packed.to(device), self.absmax.to(device), self.shape, self.block_size)
 
+    def tiles(self) -> Iterator[Tile]:
+        """Dense tiles, fp32 [rows, K]; each begins where a block of the flattened matrix does."""
+        n, k = self.shape
+        block = self.block_size
+        step = self.rows_per_tile(align=block // math.gcd(k, block))
+        buffer = scratch("tile", -(-step * k // block) * block, torch.float32, self.device)
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            first, last = start * k // block, -(-stop * k // block)
+            packed = self.packed[first * block // 2 : last * block // 2]
+            missing = (last - first) * block // 2 - packed.numel()
+            if missing:
+                packed = torch.nn.functional.pad(packed, (0, missing))
+            values = decode(packed, _LEVELS, buffer[: (last - first) * block])
+            values.view(-1, block).mul_(self.block_absmax(first, last)[:, None])
+            yield Tile(start, stop, values[: (stop - start) * k].view(-1, k))
+
 
 def quantize(weight: Tensor, *, block_size: int = 64, double_quant: bool = False) -> Nf4Weight:
     """Quantise a weight to NF4.
@@ -168,18 +173,15 @@ def quantize(weight: Tensor, *, block_size: int = 64, double_quant: bool = False
     Raises:
         ValueError: for a weight that is no floating-point matrix, is empty, or holds inf or NaN.
     """
-    if weight.ndim != 2 or weight.numel() == 0:
-        raise ValueError(f"weight: expected a non-empty matrix [N, K], got shape {list(weight.shape)}")
-    if weight.dtype not in _FLOATS:
-        raise ValueError(f"weight: expected float32, float16 or bfloat16, got {weight.dtype}; cast it first")
+    check_matrix(weight)
     if block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
         raise ValueError(f"block_size: expected a power of two from 32 to 4096, got {block_size}")
     flat = weight.detach().reshape(-1)
     numel = flat.numel()
     packed = torch.empty(-(-numel // 2), dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=flat.device)
-    for start in range(0, numel, _CHUNK):
-        stop = min(start + _CHUNK, numel)
+    for start in range(0, numel, reference.CHUNK):
+        stop = min(start + reference.CHUNK, numel)
         codes, scales = _quantize_blocks(flat[start:stop].float(), block_size)
         packed[start // 2 : -(-stop // 2)] = encode(codes)
         absmax[start // block_size : -(-stop // block_size)] = scales
@@ -187,29 +189,6 @@ def quantize(weight: Tensor, *, block_size: int = 64, double_quant: bool = False
         raise ValueError("weight: holds inf or NaN, which NF4 cannot represent; check the checkpoint")
     scales_or_nested: Tensor | NestedAbsmax = _nest(absmax) if double_quant else absmax
     return Nf4Weight(packed, scales_or_nested, (weight.shape[0], weight.shape[1]), block_size)
-
-
-def dequantize(w: Nf4Weight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The dense weight, [N, K] in ``dtype`` (values are computed in fp32 and rounded once)."""
-    return assemble(w.shape, _tiles(w), dtype, w.device)
-
-
-def matmul(x: Tensor, w: Nf4Weight, bias: Tensor | None = None) -> Tensor:
-    """``x @ dequantize(w).T + bias`` with one cache-sized tile of the weight dense at a time. Inference only.
-
-    Args:
-        x: [..., K], fp32, fp16 or bf16, on the weight's device. On a CPU products and sums are fp32 whatever
-            the dtype; elsewhere tiles are cast to x's dtype and accumulated in fp32 by the matrix unit.
-        w: weight of shape (N, K).
-        bias: [N] or None.
-
-    Returns:
-        [..., N] in x's dtype.
-
-    Raises:
-        ValueError: if x's last dimension is not K.
-    """
-    return linear_by_tiles(x, w.shape, _tiles(w), bias)
 
 
 def _quantize_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -231,29 +210,6 @@ def _quantize_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     for bound in _BOUNDS:  # three times as fast as a binary search for each element
         codes += scaled > bound
     return codes, absmax
-
-
-def _tiles(w: Nf4Weight) -> Iterator[Tile]:
-    """Dense tiles (first row, one past the last, fp32 [rows, K]) in order; each overwrites the one before.
-
-    A tile has near the target size and begins where a block begins.
-    """
-    n, k = w.shape
-    block = w.block_size
-    align = block // math.gcd(k, block)
-    target = (_CPU_TILE if w.device.type == "cpu" else _GPU_TILE) // k
-    step = min(max(target // align, 1) * align, n)
-    buffer = scratch("tile", -(-step * k // block) * block, torch.float32, w.device)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        first, last = start * k // block, -(-stop * k // block)
-        packed = w.packed[first * block // 2 : last * block // 2]
-        missing = (last - first) * block // 2 - packed.numel()
-        if missing:
-            packed = torch.nn.functional.pad(packed, (0, missing))
-        values = decode(packed, _LEVELS, buffer[: (last - first) * block])
-        values.view(-1, block).mul_(w.block_absmax(first, last)[:, None])
-        yield start, stop, values[: (stop - start) * k].view(-1, k)
 
 
 # --- double quantisation

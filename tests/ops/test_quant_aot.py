@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from loraplex_kernels import dispatch
-from loraplex_kernels.fourbit import Plan, tiles
+from loraplex_kernels.quant import Plan, tiles
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 triton = pytest.importorskip("triton")
@@ -111,7 +111,7 @@ def weight_constants(format_: str) -> dict[str, Any]:
 def product(
     capability: int, format_: str, dtype: torch.dtype, plan: Plan, folder: Path, lookup: str | None = None
 ) -> Compiled:
-    from loraplex_kernels.fourbit.kernel import split_kernel, tile_kernel
+    from loraplex_kernels.quant.kernel import split_kernel, tile_kernel
 
     if lookup is None:
         exact = dtype == torch.bfloat16 or (dtype == torch.float16 and format_.startswith("nf4"))
@@ -218,7 +218,7 @@ def test_ampere_and_ada(capability: int, format_: str, plan: Plan, tmp_path: Pat
 
 @pytest.mark.parametrize("format_", ["nf4-double", "int4-32"])
 def test_dequantize_on_hopper(format_: str, tmp_path: Path) -> None:
-    from loraplex_kernels.fourbit.kernel import dequantize_kernel
+    from loraplex_kernels.quant.kernel import dequantize_kernel
 
     constants = {**weight_constants(format_), "COLUMNS": 64}
     types = pointer_types(format_, torch.bfloat16, "bf16")
@@ -228,7 +228,7 @@ def test_dequantize_on_hopper(format_: str, tmp_path: Path) -> None:
 
 
 def test_sum_of_planes_on_hopper(tmp_path: Path) -> None:
-    from loraplex_kernels.fourbit.kernel import sum_planes_kernel
+    from loraplex_kernels.quant.kernel import sum_planes_kernel
 
     constants = {"HAS_BIAS": True, "PLANES": tiles.MAX_PLANES, "COUNT": 1024}
     types = {"planes_ptr": "fp32", "bias_ptr": "bf16", "y_ptr": "bf16"}

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex_kernels._nibbles import decode, scratch
 from loraplex_kernels.dense import linear
-from loraplex_kernels.int4.reference import GROUPS, STEPS, Int4Weight
+from loraplex_kernels.quant.int4 import GROUPS, STEPS, Int4Weight
+from loraplex_kernels.quant.nibbles import decode, scratch
 
 # Output rows in one block of the kernel's layout, with AVX-512 and with AVX2.
 _BLOCKS = (64, 32)
@@ -58,7 +58,7 @@ class PackedInt4Weight:
         if w.device.type != "cpu" or not supported(w.shape, w.group):
             raise ValueError(
                 f"shape: the packed CPU kernel takes output widths that are multiples of 16, got {w.shape} "
-                f"in groups of {w.group} on {w.device}; use loraplex_kernels.int4.matmul"
+                f"in groups of {w.group} on {w.device}; use loraplex_kernels.quant.int4.matmul"
             )
         n, k = w.shape
         packed = torch.empty(n, k // 2, dtype=torch.uint8)

@@ -36,33 +36,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_kernels.lora import tiles
-
-Run = tuple[int, int, tuple[tuple[int, float], ...]]
-"""``(token_start, token_end, ((slot, weight), ...))``"""
+from loraplex_kernels.pool import segments
+from loraplex_kernels.pool.segments import HostSegments, Run
 
 _FIELDS = ("pair_token", "pair_weight", "shrink_tile", "group_token", "expand_tile", "member")
+# Numbers of one row of the tables that have several, as the module's docstring draws them.
 _SHRINK_TILE, _EXPAND_TILE, _MEMBER = 3, 4, 2
-
-
-@dataclass(frozen=True, eq=False)
-class HostSegments:
-    """The same metadata as numpy arrays, for the CPU path.
-
-    - `pair_token`, `pair_slot`, `pair_member` int64 ``[num_pairs]``: `pair_member` counts the members of all
-      groups, so it orders the pairs of one token; `pair_weight` float32 ``[num_pairs]``
-    - `segment` int64 ``[num_segments, 3]``: slot, first pair, end pair
-    - `group_token` int64 ``[num_rows]``
-    - `group` per group: ``(first row, end row, ((slot, pair shift), ...))``
-    """
-
-    pair_token: np.ndarray
-    pair_slot: np.ndarray
-    pair_member: np.ndarray
-    pair_weight: np.ndarray
-    segment: np.ndarray
-    group_token: np.ndarray
-    group: tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +100,8 @@ class LoraBatchBuffers:
         self.max_pairs = max_pairs
         self.max_segments = min(max_pairs, max_segments or max_pairs)
         self.fixed_grid = fixed_grid
-        self._fixed_rows = tiles.tile_rows(max_pairs, self.max_segments) if fixed_grid else None
-        rows = self._fixed_rows or tiles.DECODE_ROWS
+        self._fixed_rows = segments.tile_rows(max_pairs, self.max_segments) if fixed_grid else None
+        rows = self._fixed_rows or segments.DECODE_ROWS
         self._shrink_capacity = min(max_pairs, max_pairs // rows + self.max_segments)
         self._expand_capacity = max_tokens
         sizes = {
@@ -169,14 +148,14 @@ class LoraBatchBuffers:
         if self._last is not None and self._last[0] == runs:
             return self._last[1]
         self._last = None
-        host, members, num_tokens = _sort(runs)
+        host = segments.sort_runs(runs)
         self._check_capacity(host)
         num_pairs = len(host.pair_token)
-        rows = self._fixed_rows or tiles.tile_rows(num_pairs, len(host.segment))
-        shrink_tile = _cut(host.segment[:, 1], host.segment[:, 2], rows)
-        group_rows = np.array([(start, end) for start, end, _ in host.group], np.int64).reshape(-1, 2)
-        expand_tile = _cut(group_rows[:, 0], group_rows[:, 1], rows)
-        member_end = np.cumsum([len(group_members) for _, _, group_members in host.group], dtype=np.int64)
+        rows = self._fixed_rows or segments.tile_rows(num_pairs, len(host.segment))
+        shrink_tile = segments.cut(host.segment[:, 1], host.segment[:, 2], rows)
+        group_rows = np.array([group[:2] for group in host.group], np.int64).reshape(-1, 2)
+        expand_tile = segments.cut(group_rows[:, 0], group_rows[:, 1], rows)
+        member_end = np.cumsum([len(group.members) for group in host.group], dtype=np.int64)
 
         if self._copied is not None:
             self._copied.synchronize()
@@ -184,7 +163,7 @@ class LoraBatchBuffers:
         array["pair_token"][:num_pairs] = host.pair_token
         array["pair_weight"][:num_pairs] = host.pair_weight
         array["group_token"][: len(host.group_token)] = host.group_token
-        array["member"][: len(members)] = members
+        array["member"][: len(host.member)] = host.member
         array["shrink_tile"][:] = (-1, 0, 0)
         array["shrink_tile"][: len(shrink_tile), 0] = host.segment[shrink_tile[:, 0], 0]
         array["shrink_tile"][: len(shrink_tile), 1:] = shrink_tile[:, 1:]
@@ -199,7 +178,7 @@ class LoraBatchBuffers:
                 self._copied.record()
 
         batch = LoraBatch(
-            num_tokens=num_tokens,
+            num_tokens=host.num_tokens,
             num_pairs=num_pairs,
             tile_rows=rows,
             shrink_tiles=self._shrink_capacity if self.fixed_grid else len(shrink_tile),
@@ -224,89 +203,3 @@ class LoraBatchBuffers:
         ):
             if needed > capacity:
                 raise ValueError(f"the batch needs {name} of at least {needed}, the buffers have {capacity}")
-
-
-def _sort(runs: list[Run]) -> tuple[HostSegments, np.ndarray, int]:
-    """Runs → pairs by slot and rows by group, the member table, and one past the last token."""
-    groups: dict[tuple[int, ...], list[tuple[int, int, tuple[float, ...]]]] = {}
-    end = 0
-    for start, stop, adapters in runs:
-        if start < end or stop <= start:
-            raise ValueError(
-                f"runs must be ascending, disjoint and not empty, got ({start}, {stop}) after {end}"
-            )
-        end = stop
-        slots = tuple(slot for slot, _ in adapters)
-        if len(set(slots)) != len(slots):
-            raise ValueError(f"a slot may be named once in a run, got {slots} for tokens {start} to {stop}")
-        if slots and min(slots) < 0:
-            raise ValueError(f"slots must not be negative, got {slots} for tokens {start} to {stop}")
-        if slots:
-            groups.setdefault(slots, []).append((start, stop, tuple(weight for _, weight in adapters)))
-
-    # One piece per (run, member): its pairs are consecutive. A stable sort by slot keeps groups together.
-    pieces: list[tuple[int, int, int, int, float]] = []
-    piece_of_member: list[int] = []
-    row_range: list[tuple[int, int]] = []
-    run_start: list[int] = []
-    run_length: list[int] = []
-    row = 0
-    for slots, group_runs in groups.items():
-        first_row = row
-        for position, slot in enumerate(slots):
-            piece_of_member.append(len(pieces))
-            for start, stop, weights in group_runs:
-                pieces.append((slot, len(piece_of_member) - 1, start, stop - start, weights[position]))
-        for start, stop, _ in group_runs:
-            run_start.append(start)
-            run_length.append(stop - start)
-            row += stop - start
-        row_range.append((first_row, row))
-
-    slot_of_piece = np.array([piece[0] for piece in pieces], np.int64)
-    member_of_piece = np.array([piece[1] for piece in pieces], np.int64)
-    token_of_piece = np.array([piece[2] for piece in pieces], np.int64)
-    length_of_piece = np.array([piece[3] for piece in pieces], np.int64)
-    weight_of_piece = np.array([piece[4] for piece in pieces], np.float32)
-    order = np.argsort(slot_of_piece, kind="stable")
-    sorted_length = length_of_piece[order]
-    pair_start = np.empty_like(length_of_piece)
-    pair_start[order] = np.cumsum(sorted_length) - sorted_length
-    pair_slot = np.repeat(slot_of_piece[order], sorted_length)
-    starts = np.flatnonzero(np.diff(pair_slot, prepend=-1))
-    ends = np.append(starts, len(pair_slot))[1:]
-    segment = np.stack([pair_slot[starts], starts, ends], axis=1)
-
-    members: list[tuple[int, int]] = []
-    group: list[tuple[int, int, tuple[tuple[int, int], ...]]] = []
-    for slots, (first_row, end_row) in zip(groups, row_range, strict=True):
-        first = len(members)
-        for slot in slots:
-            members.append((slot, int(pair_start[piece_of_member[len(members)]]) - first_row))
-        group.append((first_row, end_row, tuple(members[first:])))
-
-    host = HostSegments(
-        pair_token=ranges(token_of_piece[order], sorted_length),
-        pair_slot=pair_slot,
-        pair_member=np.repeat(member_of_piece[order], sorted_length),
-        pair_weight=np.repeat(weight_of_piece[order], sorted_length),
-        segment=segment,
-        group_token=ranges(np.array(run_start, np.int64), np.array(run_length, np.int64)),
-        group=tuple(group),
-    )
-    return host, np.array(members, np.int32).reshape(-1, _MEMBER), end if groups else 0
-
-
-def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The ranges ``starts[i] .. starts[i] + lengths[i]`` one after the other."""
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
-
-
-def _cut(starts: np.ndarray, ends: np.ndarray, rows: int) -> np.ndarray:
-    """Cut each range into tiles of at most `rows`: ``[num_tiles, 3]`` of index of the range, start, end."""
-    counts = -(-(ends - starts) // rows)
-    owner = np.repeat(np.arange(len(starts)), counts)
-    first = np.repeat(starts, counts) + ranges(np.zeros_like(counts), counts) * rows
-    return np.stack([owner, first, np.minimum(first + rows, ends[owner])], axis=1)

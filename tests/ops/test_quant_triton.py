@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from loraplex_kernels import dispatch, fourbit, int4, nf4
-from loraplex_kernels.fourbit import Plan, tiles
+from loraplex_kernels import dispatch, quant
+from loraplex_kernels.quant import Plan, int4, nf4, tiles
 
 pytest.importorskip("triton")
 
@@ -49,20 +49,20 @@ def among_nan(tensor: torch.Tensor) -> torch.Tensor:
     return on_device[32 : 32 + tensor.numel()].view(tensor.shape)
 
 
-def make_weight(format_: str, n: int, k: int, seed: int = 0) -> tuple[fourbit.BlockedWeight, torch.Tensor]:
+def make_weight(format_: str, n: int, k: int, seed: int = 0) -> tuple[quant.BlockedWeight, torch.Tensor]:
     """A weight on the device, among poison, and its values in float64 by the plain reference."""
     values = normal(n, k, seed=seed) * (torch.rand(n, 1, generator=torch.Generator().manual_seed(seed)) + 0.1)
     if format_.startswith("nf4"):
         w = nf4.quantize(values, double_quant=format_ == "nf4-double")
-        blocked, dense = fourbit.arrange_nf4([w]), nf4.dequantize(w)
+        blocked, dense = quant.arrange_nf4([w]), nf4.dequantize(w)
     else:
         affine = int4.quantize(values + 0.2, group=group_of(format_))
         if format_.endswith("fp32"):  # scales that bf16 does not hold
             affine = dataclasses.replace(affine, scale=affine.scale * 1.001)
-        blocked, dense = fourbit.arrange_int4(affine), int4.dequantize(affine)
+        blocked, dense = quant.arrange_int4(affine), int4.dequantize(affine)
     nested = blocked.nested
     if nested is not None:
-        nested = fourbit.NestedScale(
+        nested = quant.NestedScale(
             among_nan(nested.absmax), among_nan(nested.levels), among_nan(nested.offset)
         )
     blocked = dataclasses.replace(
@@ -91,7 +91,7 @@ class TestKernels:
     @pytest.fixture(autouse=True)
     def poisoned_results(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         """Results and planes begin as NaN, and nothing is written beside them."""
-        from loraplex_kernels.fourbit import kernel
+        from loraplex_kernels.quant import launch
 
         buffers: list[tuple[torch.Tensor, int]] = []
 
@@ -101,7 +101,7 @@ class TestKernels:
             buffers.append((buffer, size))
             return buffer[32 : 32 + size].view(shape)
 
-        monkeypatch.setattr(kernel, "_empty", empty)
+        monkeypatch.setattr(launch, "_empty", empty)
         yield
         assert buffers
         for buffer, size in buffers:
@@ -126,7 +126,7 @@ class TestKernels:
         x[:, k:] = float("nan")
         x = among_nan(x)[:, :k]
         b = normal(n, seed=seed + 2).to(dtype) if bias else None
-        y = fourbit.matmul(x, w, None if b is None else among_nan(b), plan=plan).cpu()
+        y = quant.matmul(x, w, None if b is None else among_nan(b), plan=plan).cpu()
         assert y.dtype == dtype
         assert y.shape == (rows, n)
         exact_x = x.cpu().double()
@@ -174,7 +174,7 @@ class TestKernels:
     def test_planes(self, planes: int, unroll: int, bias: bool) -> None:
         plan = Plan("tile", rows=16, columns=64, planes=planes, unroll=unroll)
         self.check("nf4", 11, 70, 640, torch.bfloat16, plan=plan, bias=bias)
-        assert dispatch.launches["fourbit.sum_planes.triton"] == 1
+        assert dispatch.launches["quant.sum_planes.triton"] == 1
 
     @pytest.mark.parametrize("family", ["split", "tile"])
     @pytest.mark.parametrize("lookup", ["gather", "load"])
@@ -182,8 +182,8 @@ class TestKernels:
         w, _ = make_weight("nf4", 48, 256)
         x = normal(5, 256).bfloat16().to(DEVICE)
         plan = Plan(family, rows=8 if family == "split" else 16, columns=32, lookup="permute")
-        default = fourbit.matmul(x, w, plan=plan)
-        assert torch.equal(fourbit.matmul(x, w, plan=dataclasses.replace(plan, lookup=lookup)), default)
+        default = quant.matmul(x, w, plan=plan)
+        assert torch.equal(quant.matmul(x, w, plan=dataclasses.replace(plan, lookup=lookup)), default)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("format_", FORMATS)
@@ -195,7 +195,7 @@ class TestKernels:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("format_", FORMATS)
     def test_dequantised_parts_equal_the_reference(self, format_: str, dtype: torch.dtype) -> None:
-        from loraplex_kernels.fourbit.kernel import dequantize
+        from loraplex_kernels.quant.launch import dequantize
 
         w, dense = make_weight(format_, 90, 128)
         for first, last in ((0, 90), (7, 80), (64, 65)):
@@ -213,24 +213,24 @@ class TestKernels:
         x = normal(rows, 2048).bfloat16()
         exact = x.double() @ dense.T
         common = (x.double() @ dense.bfloat16().double().T).bfloat16().double() - exact
-        error = fourbit.matmul(x.to(DEVICE), w).cpu().double() - exact
+        error = quant.matmul(x.to(DEVICE), w).cpu().double() - exact
         assert error.norm() <= 1.1 * common.norm()
 
     def test_same_input_same_bits(self) -> None:
         w, _ = make_weight("nf4", 64, 640)
         x = normal(12, 640).bfloat16().to(DEVICE)
         plan = Plan("tile", rows=16, columns=64, planes=4)
-        first = fourbit.matmul(x, w, plan=plan)
-        assert torch.equal(fourbit.matmul(x, w, plan=plan), first)
+        first = quant.matmul(x, w, plan=plan)
+        assert torch.equal(quant.matmul(x, w, plan=plan), first)
 
     @pytest.mark.parametrize("double_quant", [False, True])
     def test_siblings_in_one_launch(self, double_quant: bool) -> None:
         parts = [
             nf4.quantize(normal(rows, 256, seed=rows), double_quant=double_quant) for rows in (128, 64, 40)
         ]
-        joined = fourbit.arrange_nf4(parts).to(DEVICE)
+        joined = quant.arrange_nf4(parts).to(DEVICE)
         x = normal(9, 256)
-        y = fourbit.matmul(x.to(DEVICE), joined).cpu()
+        y = quant.matmul(x.to(DEVICE), joined).cpu()
         assert dispatch.launches == {"nf4.matmul.triton": 1}
         exact = torch.cat([x.double() @ nf4.dequantize(part).double().T for part in parts], dim=1)
         torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)
@@ -238,10 +238,10 @@ class TestKernels:
     def test_leading_dimensions_and_strides(self) -> None:
         w, dense = make_weight("nf4", 24, 128)
         x = normal(128, 6).t().view(2, 3, 128).to(DEVICE)  # columns contiguous
-        y = fourbit.matmul(x, w)
+        y = quant.matmul(x, w)
         assert y.shape == (2, 3, 24)
         torch.testing.assert_close(y.cpu().double(), x.cpu().double() @ dense.T, rtol=1e-5, atol=1e-4)
-        assert fourbit.matmul(x[:, :0], w).shape == (2, 0, 24)
+        assert quant.matmul(x[:, :0], w).shape == (2, 0, 24)
 
     @pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
     @pytest.mark.parametrize("format_", FORMATS)
@@ -249,11 +249,11 @@ class TestKernels:
     def test_replayed_from_a_graph(self, format_: str, rows: int) -> None:
         w, _ = make_weight(format_, 512, 1024)
         x = normal(rows, 1024).bfloat16().to(DEVICE)
-        eager = fourbit.matmul(x, w)
+        eager = quant.matmul(x, w)
         graph = torch.cuda.CUDAGraph()
         static = torch.zeros_like(x)
         with torch.cuda.graph(graph):
-            y = fourbit.matmul(static, w)
+            y = quant.matmul(static, w)
         static.copy_(x)
         graph.replay()
         assert torch.equal(y, eager)

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from loraplex_kernels.fourbit.lookup import LOOKUPS
+from loraplex_kernels.quant.lookup import LOOKUPS
 
 # From this many rows on, writing the weight out dense costs less than the matrix unit loses to decoding.
 LIBRARY_FROM_ROWS = {torch.bfloat16: 512, torch.float16: 512, torch.float32: 65}

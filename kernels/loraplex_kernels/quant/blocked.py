@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loraplex_kernels.fourbit import lookup
-from loraplex_kernels.int4.reference import Int4Weight
-from loraplex_kernels.nf4.reference import NestedAbsmax, Nf4Weight
+from loraplex_kernels.quant import lookup
+from loraplex_kernels.quant.int4 import Int4Weight
+from loraplex_kernels.quant.nf4 import NestedAbsmax, Nf4Weight
 
 BLOCK = 64
 """Input columns of a block of codes."""

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from loraplex_kernels import dispatch
 from loraplex_kernels.attention import CACHE_DTYPES, AttentionBatch, write_kv
+from loraplex_kernels.attention.rotary import reference
 from loraplex_kernels.attention.tiles import narrow_floats
-from loraplex_kernels.rotary import reference
 
 __all__ = ["rotate_and_write"]
 
@@ -48,7 +48,7 @@ def rotate_and_write(
             "they must be of one dtype"
         )
     if batch.num_tokens and _backend(q, kv_cache) == "triton":
-        from loraplex_kernels.rotary.kernel import rotate_and_write as launch
+        from loraplex_kernels.attention.rotary.kernel import rotate_and_write as launch
 
         launch(q, k, v, cos, sin, kv_cache, batch.slots)
         return

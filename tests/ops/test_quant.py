@@ -9,8 +9,8 @@ import re
 import pytest
 import torch
 
-from loraplex_kernels import fourbit, int4, nf4
-from loraplex_kernels.fourbit import lookup, tiles
+from loraplex_kernels import quant
+from loraplex_kernels.quant import int4, lookup, nf4, tiles
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -162,10 +162,10 @@ def test_labels_and_order_are_inverse_permutations() -> None:
 @pytest.mark.parametrize("shape", [(1, 64), (70, 192), (1030, 128), (8, 4096)])
 def test_nf4_keeps_its_values(shape: tuple[int, int], double_quant: bool) -> None:
     w = nf4.quantize(random_weight(shape), double_quant=double_quant)
-    blocked = fourbit.arrange_nf4([w])
+    blocked = quant.arrange_nf4([w])
     assert blocked.shape == shape
-    assert torch.equal(fourbit.dequantize(blocked), nf4.dequantize(w))
-    assert torch.equal(fourbit.dequantize(blocked, torch.bfloat16), nf4.dequantize(w, torch.bfloat16))
+    assert torch.equal(quant.dequantize(blocked), nf4.dequantize(w))
+    assert torch.equal(quant.dequantize(blocked, torch.bfloat16), nf4.dequantize(w, torch.bfloat16))
     if not double_quant:
         assert blocked.nbytes == w.nbytes
     elif shape[1] % 256 == 0:
@@ -182,8 +182,8 @@ def test_nf4_values_are_those_of_bitsandbytes(double_quant: bool) -> None:
     absmax = state.absmax
     if double_quant:
         absmax = nf4.NestedAbsmax(state.absmax, state.state2.absmax, state.state2.code, state.offset)
-    blocked = fourbit.arrange_nf4([nf4.Nf4Weight(packed.flatten(), absmax, shape)])
-    assert torch.equal(fourbit.dequantize(blocked), functional.dequantize_4bit(packed, state))
+    blocked = quant.arrange_nf4([nf4.Nf4Weight(packed.flatten(), absmax, shape)])
+    assert torch.equal(quant.dequantize(blocked), functional.dequantize_4bit(packed, state))
 
 
 @pytest.mark.parametrize(
@@ -191,8 +191,8 @@ def test_nf4_values_are_those_of_bitsandbytes(double_quant: bool) -> None:
 )
 def test_int4_keeps_its_values(shape: tuple[int, int], group: int) -> None:
     w = int4.quantize(random_weight(shape) + 0.1, group=group)
-    blocked = fourbit.arrange_int4(w)
-    assert torch.equal(fourbit.dequantize(blocked), int4.dequantize(w))
+    blocked = quant.arrange_int4(w)
+    assert torch.equal(quant.dequantize(blocked), int4.dequantize(w))
     assert blocked.zero is None, "quantize chooses scales and zeros that bf16 holds"
     if shape[1] % 64 == 0:
         assert blocked.nbytes == w.nbytes - w.zero.nbytes
@@ -201,9 +201,9 @@ def test_int4_keeps_its_values(shape: tuple[int, int], group: int) -> None:
 def test_int4_scales_that_bf16_cannot_hold_stay_exact() -> None:
     w = int4.quantize(random_weight((20, 128)))
     finer = int4.Int4Weight(w.packed, w.scale * 1.001, w.zero, w.shape, w.group)
-    blocked = fourbit.arrange_int4(finer)
+    blocked = quant.arrange_int4(finer)
     assert blocked.zero is not None
-    assert torch.equal(fourbit.dequantize(blocked), int4.dequantize(finer))
+    assert torch.equal(quant.dequantize(blocked), int4.dequantize(finer))
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -212,9 +212,9 @@ def test_siblings_become_one_weight(double_quant: bool) -> None:
         nf4.quantize(random_weight((rows, 128), seed=rows), double_quant=double_quant)
         for rows in (256, 128, 70)
     ]
-    joined = fourbit.arrange_nf4(parts)
+    joined = quant.arrange_nf4(parts)
     assert joined.shape == (454, 128)
-    assert torch.equal(fourbit.dequantize(joined), torch.cat([nf4.dequantize(part) for part in parts]))
+    assert torch.equal(quant.dequantize(joined), torch.cat([nf4.dequantize(part) for part in parts]))
 
 
 def test_what_cannot_be_joined_is_refused() -> None:
@@ -223,48 +223,48 @@ def test_what_cannot_be_joined_is_refused() -> None:
     coarse = nf4.quantize(torch.ones(4, 128), block_size=128)
     nested = nf4.quantize(torch.ones(4, 64), double_quant=True)
     for weights in ([narrow, wide], [odd], [coarse], [nested, nested], [narrow, nested]):
-        assert not fourbit.joinable_nf4(weights)
+        assert not quant.joinable_nf4(weights)
         with pytest.raises(ValueError, match="cannot be arranged as one"):
-            fourbit.arrange_nf4(weights)
+            quant.arrange_nf4(weights)
 
 
 def test_bytes_and_tensors_are_told() -> None:
-    blocked = fourbit.arrange_nf4([nf4.quantize(random_weight((70, 192)), double_quant=True)])
+    blocked = quant.arrange_nf4([nf4.quantize(random_weight((70, 192)), double_quant=True)])
     assert sorted(blocked.tensors()) == ["codes", "nested.absmax", "nested.levels", "nested.offset", "scale"]
     assert blocked.nbytes == sum(tensor.nbytes for tensor in blocked.tensors().values())
     moved = blocked.to("cpu")
     for name, tensor in blocked.tensors().items():
         assert torch.equal(moved.tensors()[name], tensor)
     affine = int4.quantize(torch.randn(3, 64))
-    assert sorted(fourbit.arrange_int4(affine).tensors()) == ["codes", "scale"]
+    assert sorted(quant.arrange_int4(affine).tensors()) == ["codes", "scale"]
     finer = int4.Int4Weight(affine.packed, affine.scale * 1.001, affine.zero, affine.shape, affine.group)
-    assert sorted(fourbit.arrange_int4(finer).tensors()) == ["codes", "scale", "zero"]
+    assert sorted(quant.arrange_int4(finer).tensors()) == ["codes", "scale", "zero"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_without_triton_the_product_is_the_dense_one(dtype: torch.dtype) -> None:
-    blocked = fourbit.arrange_nf4([nf4.quantize(random_weight((70, 128)))])
+    blocked = quant.arrange_nf4([nf4.quantize(random_weight((70, 128)))])
     x, bias = random_weight((6, 128), seed=1).to(dtype).view(2, 3, 128), random_weight((1, 70))[0]
-    exact = x.double() @ fourbit.dequantize(blocked).double().T + bias.double()
-    y = fourbit.matmul(x, blocked, bias)
+    exact = x.double() @ quant.dequantize(blocked).double().T + bias.double()
+    y = quant.matmul(x, blocked, bias)
     assert y.dtype == dtype
     assert y.shape == (2, 3, 70)
     torch.testing.assert_close(y.double(), exact, rtol=0.02, atol=0.02 * float(exact.abs().max()))
-    assert fourbit.matmul(x[:, :0], blocked).shape == (2, 0, 70)
+    assert quant.matmul(x[:, :0], blocked).shape == (2, 0, 70)
 
 
 def test_bad_arguments_are_named() -> None:
-    blocked = fourbit.arrange_nf4([nf4.quantize(torch.ones(3, 64))])
+    blocked = quant.arrange_nf4([nf4.quantize(torch.ones(3, 64))])
     with pytest.raises(ValueError, match="x: last dimension is 65"):
-        fourbit.matmul(torch.ones(1, 65), blocked)
+        quant.matmul(torch.ones(1, 65), blocked)
     with pytest.raises(ValueError, match="x: expected float32"):
-        fourbit.matmul(torch.ones(1, 64, dtype=torch.float64), blocked)
+        quant.matmul(torch.ones(1, 64, dtype=torch.float64), blocked)
     with pytest.raises(ValueError, match=r"bias: expected \[3\]"):
-        fourbit.matmul(torch.ones(1, 64), blocked, torch.ones(4))
+        quant.matmul(torch.ones(1, 64), blocked, torch.ones(4))
     with pytest.raises(ValueError, match="x is on meta"):
-        fourbit.matmul(torch.ones(1, 64, device="meta"), blocked)
+        quant.matmul(torch.ones(1, 64, device="meta"), blocked)
     with pytest.raises(ValueError, match="lookup: expected one of permute, gather, load"):
-        fourbit.Plan("tile", lookup="guess")
+        quant.Plan("tile", lookup="guess")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
