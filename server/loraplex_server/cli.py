@@ -7,8 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from loraplex_server import log
 from loraplex_server.config.cli import build_parser, resolve
+from loraplex_server.core import log
 from loraplex_server.core.errors import ServerError
 
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = resolve(sys.argv[1:] if argv is None else argv, os.environ, parser).to_config()
     except ServerError as error:
         parser.error(str(error))
-    log.configure(config.engine.log)
+    log.configure(config.engine.log.level, config.engine.log.format)
     hide_torch()
     # Here, not above: `--help` should not wait for gRPC and a tokenizer library.
     from loraplex_server.api.app import serve

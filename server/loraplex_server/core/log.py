@@ -8,8 +8,6 @@ import json
 import logging
 import sys
 
-from loraplex_server.config import LogConfig
-
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 trace_id: contextvars.ContextVar[str] = contextvars.ContextVar("trace_id", default="")
 
@@ -40,13 +38,17 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False)
 
 
-def configure(config: LogConfig) -> None:
-    """Sends this package's log to stderr from `config.level` on, other packages' warnings too.
+def configure(level: str, form: str) -> None:
+    """Sends this package's log to stderr from `level` on, other packages' warnings too.
+
+    Args:
+        level: a name of `logging`, in any case.
+        form: "text" or "json".
 
     stdout stays for the one line that scripts wait for.
     """
     handler = logging.StreamHandler(sys.stderr)
-    if config.format == "json":
+    if form == "json":
         handler.setFormatter(_JsonFormatter())
     else:
         handler.addFilter(_RequestIdFilter())
@@ -54,4 +56,4 @@ def configure(config: LogConfig) -> None:
             logging.Formatter("%(asctime)s %(levelname).1s %(name)s [%(request_id)s] %(message)s", "%H:%M:%S")
         )
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("loraplex_server").setLevel(config.level.upper())
+    logging.getLogger("loraplex_server").setLevel(level.upper())
