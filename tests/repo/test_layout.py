@@ -101,6 +101,18 @@ def test_stubs_are_what_the_protos_say(tmp_path: Path) -> None:
         assert (ROOT / "clients/python" / relative).read_text() == text, f"{relative}: run `make protos`"
 
 
+def test_the_blocking_client_is_what_the_asyncio_one_says(tmp_path: Path) -> None:
+    """`make sync` changes nothing."""
+    command = [sys.executable, ROOT / "clients/python/make_sync.py", tmp_path]
+    subprocess.run(command, check=True, timeout=60)
+    made = sorted(tmp_path.iterdir())
+    assert {"client.py", "streams.py"} <= {path.name for path in made}
+    for path in made:
+        kept = PACKAGES["loraplex"] / "_sync" / path.name
+        assert kept.read_text() == path.read_text(), f"{path.name}: run `make sync`"
+        assert path.read_text().startswith("# Made from ")
+
+
 def test_python_files_declare_their_annotations_lazily() -> None:
     for package in PACKAGES:
         for path in _files(package):
