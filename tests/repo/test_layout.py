@@ -24,7 +24,7 @@ ALLOWED = {
     "loraplex_bench": {"loraplex", "loraplex_kernels", "loraplex_server"},
 }
 # The SDK's command hands over to the others by name, once it knows that they are installed.
-HANDS_OVER = {Path("cli.py"), Path("_extras.py")}
+HANDS_OVER = {Path("_extras.py")}
 
 
 def _files(package: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What the two clients share: their settings, and the time that a server has to start."""
+"""The base of both clients: their settings, and the wait for a server that is starting."""
 
 from __future__ import annotations
 

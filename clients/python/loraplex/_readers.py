@@ -35,7 +35,7 @@ _ADAPTER_STATES: dict[int, AdapterState] = {
 
 
 class AnswerReader:
-    """Reads the messages of one streamed answer, and knows whether it came to its end."""
+    """Reads the messages of one streamed answer, and knows whether it is complete."""
 
     def __init__(self, request: generation_pb2.GenerateRequest) -> None:
         self.request_id = request.request_id
@@ -47,7 +47,7 @@ class AnswerReader:
 
     @property
     def complete(self) -> bool:
-        """Whether every answer has come to its end."""
+        """True once every answer has ended."""
         return self._unfinished <= 0
 
     def read(self, response: generation_pb2.GenerateResponse) -> GenerationChunk:
@@ -73,7 +73,11 @@ class AnswerReader:
         )
 
     def check_complete(self) -> None:
-        """Called at the end of the stream: an answer cut short must not pass for a whole one."""
+        """Called at the end of the stream: an answer cut short must not pass for a whole one.
+
+        Raises:
+            InternalError: an answer has not ended.
+        """
         if not self.complete:
             raise InternalError(
                 "the stream ended without saying how the generation finished", request_id=self.request_id
@@ -89,11 +93,15 @@ class ChangesReader:
         return adapter_changes(response)
 
     def check_complete(self) -> None:
-        """Called when the server has ended it."""
+        """Called when the server has ended the watch; nothing can be missing."""
 
 
 def joined(chunks: Iterable[GenerationChunk]) -> Generation:
-    """The chunks of a complete answer as one; of several answers as the first, which has the others."""
+    """The chunks of a complete answer joined; of several answers the first, which holds the others.
+
+    Raises:
+        RuntimeError: the answer is not complete: it had been read before.
+    """
     found: dict[int, list[GenerationChunk]] = {}
     for piece in chunks:
         found.setdefault(piece.index, []).append(piece)

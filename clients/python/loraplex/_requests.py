@@ -96,7 +96,7 @@ def _assign_stopping(request: generation_pb2.GenerateRequest, options: GenerateO
     for name in _STOPPING_FIELDS:
         assign(request.stopping, name, options.get(name))
     for name in _STOPPING_SWITCHES:
-        # Off is left out: it is what the server does anyway.
+        # False is the server's default, and is not sent.
         assign(request.stopping, name, options.get(name) or None)
     stop = options.get("stop")
     if stop is not None:
@@ -121,7 +121,7 @@ def _assign_bias(sampling: generation_pb2.SamplingParams, logit_bias: Mapping[in
 def tokenize_request(
     kind: type[TokenizeT], prompt: str | Iterable[ChatMessage], adapters: str | Sequence[str]
 ) -> TokenizeT:
-    """A question about a prompt's tokens.
+    """A request about a prompt's tokens.
 
     Raises:
         InvalidRequestError: an argument is of the wrong type.
@@ -269,7 +269,11 @@ def named(kind: type[MessageT], name: str) -> MessageT:
 
 
 def assign(message: Message, field: str, value: Any, *, argument: str | None = None) -> None:
-    """Sets a field, unless the value is None; a value that it cannot hold is the caller's error."""
+    """Sets a field, unless the value is None.
+
+    Raises:
+        InvalidRequestError: the field cannot hold the value; the text names `argument`, else the field.
+    """
     if value is None:
         return
     try:
@@ -279,7 +283,11 @@ def assign(message: Message, field: str, value: Any, *, argument: str | None = N
 
 
 def extend(message: Message, field: str, values: Iterable[Any], *, argument: str | None = None) -> None:
-    """Like `assign`, for a repeated field."""
+    """Like `assign`, for a repeated field.
+
+    Raises:
+        InvalidRequestError: the field cannot hold a value.
+    """
     try:
         getattr(message, field).extend(values)
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What every call of a client shares, whichever way it waits: stubs, limits, metadata, hooks."""
+"""The base of both transports: stubs, and the limits, metadata and hooks of every call."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def stubs_on(channel: Any) -> Stubs:
 
 @dataclass(frozen=True, slots=True)
 class CallSettings:
-    """What a client was told for all of its calls."""
+    """A client's settings for all of its calls."""
 
     channel: ChannelSettings
     limits: Timeouts
@@ -83,7 +83,8 @@ class BaseTransport:
         return Call(method, limits, settings.metadata, settings.hooks, self._connection, request_id)
 
     def check_open(self) -> None:
-        """
+        """Does nothing on an open client.
+
         Raises:
             RuntimeError: the client is closed.
         """

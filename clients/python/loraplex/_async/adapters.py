@@ -64,16 +64,16 @@ class AsyncAdapters:
         load_inplace: bool = False,
         timeout: Timeout | None = None,
     ) -> AdapterInfo:
-        """Registers what PEFT's `add_weighted_adapter` makes of several adapters as an adapter of its own.
+        """Registers a composition: an adapter made from several by PEFT's `add_weighted_adapter`.
 
         Args:
             combination_type: "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties",
                 "dare_linear_svd", "dare_ties_svd", "magnitude_prune" or "magnitude_prune_svd".
             members: `[("sql", 1.0), ("polite", 0.5)]`, or a mapping of names to weights.
-            density: part of the values to keep, for ties, dare and magnitude_prune.
+            density: share of the values to keep, for ties, dare and magnitude_prune.
             majority_sign: "total" or "frequency", for ties.
             svd_rank: rank of the result, for svd; None is the largest of the members'.
-            seed: of what dare drops.
+            seed: seed of the values that dare drops.
         """
         request = requests.composition_request(
             name,
@@ -99,7 +99,7 @@ class AsyncAdapters:
     ) -> AdapterInfo:
         """Sends the adapter that PEFT saved in `folder`, on this machine, and registers it.
 
-        A tokenizer and a chat template that were saved beside it go along.
+        A tokenizer and a chat template that were saved beside it are sent too.
 
         Args:
             progress: called with the bytes sent so far, and all there are; perhaps on another thread.
@@ -111,7 +111,7 @@ class AsyncAdapters:
     async def unload(
         self, name: str, *, grace_seconds: float | None = None, timeout: Timeout | None = None
     ) -> list[AdapterInfo]:
-        """Waits for the adapter's running requests, frees it, and returns what is registered then.
+        """Waits for the adapter's running requests, frees it, and returns the adapters that remain.
 
         Requests that still run after `grace_seconds` are cancelled; None lets them run to their end.
         """
@@ -122,9 +122,9 @@ class AsyncAdapters:
     async def prefetch(
         self, names: Sequence[str], *, host_only: bool = False, timeout: Timeout | None = None
     ) -> list[AdapterInfo]:
-        """Hints that adapters will be wanted; they are brought in as far as there is room that nobody needs.
+        """Hints that adapters will be needed: the server loads them as far as there is free room.
 
-        Returns at once, with where they are now.
+        Returns at once, with their present states.
         """
         response = await self._call(
             "AdapterService/Prefetch", requests.prefetch_request(names, host_only), timeout
@@ -132,7 +132,7 @@ class AsyncAdapters:
         return [adapter_info(adapter) for adapter in response.adapters]
 
     def watch(self, names: Sequence[str] = (), *, timeout: Timeout | None = None) -> AsyncAdapterWatch:
-        """All adapters, or those of these names, and then what changes with them, as an iterator."""
+        """An iterator of changes: first all adapters, or those of `names`, then each that changes."""
         request = requests.watch_request(names)
         call = self._transport.begin("AdapterService/Watch", timeout)
         return AsyncAdapterWatch(AsyncMessages(self._transport, call, request), ChangesReader())
@@ -151,6 +151,6 @@ class AsyncAdapters:
         return adapter_info(response.adapter)
 
     async def pin(self, name: str, pinned: bool = True, *, timeout: Timeout | None = None) -> AdapterInfo:
-        """Brings the adapter to the device and keeps it there; `pinned=False` lets it be evicted again."""
+        """Loads the adapter to the device and keeps it there; `pinned=False` allows eviction again."""
         response = await self._call("AdapterService/PinAdapter", requests.pin_request(name, pinned), timeout)
         return adapter_info(response.adapter)
