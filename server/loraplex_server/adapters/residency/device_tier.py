@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 
-from loraplex_kernels.lora.layouts import ALIGNMENT, MAX_RANK, RANK_ALIGN, LoraPool, extent_alignment
+from loraplex_kernels.pool import ALIGNMENT, MAX_RANK, RANK_ALIGN, LoraPool, extent_alignment
 from loraplex_server.adapters.residency.arena import Arena, Move
 from loraplex_server.adapters.residency.record import Record
 from loraplex_server.adapters.spec.sites import SiteKind, SiteRegistry
@@ -90,7 +90,7 @@ class DeviceTier:
     @property
     def records(self) -> Collection[Record]:
         """Every record with a slot, the least asked for first."""
-        return sorted(self._placed, key=lambda record: record.heat)
+        return sorted(self._placed, key=lambda record: record.popularity)
 
     def padded(self, num_elements: int) -> int:
         """The units that an adapter of `num_elements` takes."""
@@ -215,7 +215,7 @@ class DeviceTier:
 
 def _worth(record: Record) -> tuple[bool, bool, float]:
     """Evicted first is what has the least: what nothing could bring back, or somebody waits for, stays."""
-    return record.irreplaceable and record.blob is None, record.references > 0, record.heat
+    return record.irreplaceable and record.blob is None, record.references > 0, record.popularity
 
 
 def _carry_out(move: Move, arena: torch.Tensor) -> None:
