@@ -25,11 +25,12 @@ from loraplex_bench.ops_quant_cuda import measure_ceilings
 from loraplex_bench.random_weights import RandomWeights, config_of
 from loraplex_kernels import dispatch, lora
 from loraplex_server.core.step import StepPlan
-from loraplex_server.model.load.loader import BaseModel, EmptyModel
-from loraplex_server.model.load.selfcheck import check_ragged
-from loraplex_server.model.load.weights import WeightFormat
-from loraplex_server.model.plan import memory
+from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.layers.weights import WeightFormat
+from loraplex_server.model.load.empty_model import EmptyModel
+from loraplex_server.model.run.kv_cache import allocate_kv, block_bytes
 from loraplex_server.model.run.runner import ModelRunner
+from loraplex_server.model.run.selfcheck import check_ragged
 
 _BLOCK = 16
 _PROFILED_STEPS = 5
@@ -145,12 +146,12 @@ class StepBench:
         layers = check_ragged(self.base)
         self._blocks = -(-(wanted.context + 1) // _BLOCK)
         kv_dtype = torch.float8_e4m3fn if wanted.kv_cache_dtype == "fp8" else wanted.dtype
-        caches = memory.allocate_kv(
+        caches = allocate_kv(
             self.base.kv_shapes, max(wanted.batches) * self._blocks, _BLOCK, kv_dtype, device
         )
         for cache in caches:
             _fill(cache)
-        self._token_bytes = memory.block_bytes(self.base.kv_shapes, 1, kv_dtype)
+        self._token_bytes = block_bytes(self.base.kv_shapes, 1, kv_dtype)
         self.pool, self._adapter_bytes = _adapters(
             self.base, max(wanted.adapters), wanted.rank, wanted.dtype, device
         )

@@ -23,10 +23,10 @@ from safetensors.torch import load, save
 
 from loraplex_kernels.lora.layouts import MAX_RANK
 from loraplex_server.adapters.files.weights import lay_out, read_weights
-from loraplex_server.adapters.spec.base import Array
 from loraplex_server.adapters.spec.manifest import read_manifest
 from loraplex_server.adapters.spec.sites import SiteKind, SiteRegistry
 from loraplex_server.core.errors import ServerError
+from loraplex_server.core.frozen_base import Array
 
 FAILED_ONCE: tuple[int, ...] = (1795278554547034, 1795278821072657)
 INPUTS = int(os.environ.get("LORAPLEX_FUZZ_INPUTS", "2000"))

@@ -22,14 +22,16 @@ from loraplex_kernels import dispatch, fourbit, nf4
 from loraplex_kernels.attention import LayerShape
 from loraplex_kernels.lora import LoraPool
 from loraplex_server.core.step import StepPlan
-from loraplex_server.model.load.loader import BaseModel, EmptyModel, attach_ends, install
-from loraplex_server.model.load.weights import Blocked, Dense, FrozenWeight, WeightFormat
+from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.layers.fusion import fuse
+from loraplex_server.model.layers.norm import attach
+from loraplex_server.model.layers.weights import Blocked, Dense, FrozenWeight, WeightFormat
+from loraplex_server.model.load.empty_model import EmptyModel, attach_embedding_and_head
+from loraplex_server.model.load.filler import install
 from loraplex_server.model.plan import workspace
 from loraplex_server.model.plan.live_bytes import LiveBytes
-from loraplex_server.model.plan.memory import allocate_kv
 from loraplex_server.model.run import graphs, sampler, scoring
-from loraplex_server.model.run.fusion import fuse
-from loraplex_server.model.run.norm import attach
+from loraplex_server.model.run.kv_cache import allocate_kv
 from loraplex_server.model.run.runner import ModelRunner
 
 META = torch.device("meta")
@@ -171,7 +173,7 @@ def build(config: Any, *, quantized: bool = True, fused: bool = True) -> ModelRu
         groups=tuple(groups),
         projections=tuple(projection for group in empty.grouped for projection in group),
         norms=norms,
-        vocabulary=attach_ends(model, empty.ends, first + len(norms)),
+        vocabulary=attach_embedding_and_head(model, empty.embedding_and_head, first + len(norms)),
         kv_shapes=empty.kv_shapes,
         eos_token_ids=(),
         parameters=empty.parameters,

@@ -308,7 +308,7 @@ class TestResidentWeights:
     def test_siblings_share_a_launch_where_they_can(
         self, quantization: str, width: int, double_quant: bool
     ) -> None:
-        from loraplex_server.model.load.weights import WeightFormat
+        from loraplex_server.model.layers.weights import WeightFormat
 
         siblings = [normal(rows, width, seed=rows).to(DEVICE) for rows in (128, 64, 30)]
         form = WeightFormat(quantization, torch.float32, torch.device(DEVICE), double_quant)

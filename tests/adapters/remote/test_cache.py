@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_server.adapters.origins.remote.backend import RemoteFile
 from loraplex_server.adapters.origins.remote.cache import DownloadCache
 from loraplex_server.adapters.origins.remote.download import Downloader
+from loraplex_server.adapters.origins.remote.protocol import RemoteFile
 from loraplex_server.core.errors import FailedPreconditionError, Reason, ResourceExhaustedError
 
 

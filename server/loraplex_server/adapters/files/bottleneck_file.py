@@ -22,7 +22,7 @@ from loraplex_server.adapters.files.tensor_file import (
 )
 from loraplex_server.adapters.origins.sources import head_refusal, open_file, pickle_refusal
 from loraplex_server.adapters.spec.bottleneck_config import BottleneckSettings, SubBlock, parse_bottleneck
-from loraplex_server.adapters.spec.effects import Bottleneck, SiteEffects
+from loraplex_server.adapters.spec.declared import BottleneckSpec, SiteSpec
 from loraplex_server.adapters.spec.peft_config import UnsupportedError
 from loraplex_server.adapters.spec.sites import Entry, SiteRegistry
 from loraplex_server.core.adapter_files import (
@@ -53,7 +53,7 @@ class BottleneckFile:
     config: str
     weights_file: str
     header: TensorFileHeader
-    sites: tuple[SiteEffects, ...]
+    sites: tuple[SiteSpec, ...]
     form: BottleneckForm
 
 
@@ -111,7 +111,7 @@ Place = tuple[str, int]
 
 def _sites(
     settings: BottleneckSettings, header: TensorFileHeader, registry: SiteRegistry
-) -> tuple[SiteEffects, ...]:
+) -> tuple[SiteSpec, ...]:
     found: dict[Place, dict[str, TensorInfo]] = {}
     # Saved from a model without a head, paths begin at the list of layers.
     lists = {entry.path.partition(f".{entry.address.layer}.")[0] for entry in registry}
@@ -135,7 +135,7 @@ def _sites(
     for sub_block in settings.sub_blocks:
         for entry in _entries(sub_block, settings, registry):
             parts = found.pop((sub_block.tensors, entry.address.layer), {})
-            sites.append(SiteEffects(entry, (_network(settings, entry, parts),)))
+            sites.append(SiteSpec(entry, (_network(settings, entry, parts),)))
     for parts in found.values():
         tensor = next(iter(parts.values()))
         raise UnsupportedError(
@@ -176,7 +176,7 @@ def _in_layer(path: str, layer: int) -> str:
     return path.partition(f".{layer}.")[2]
 
 
-def _network(settings: BottleneckSettings, entry: Entry, parts: Mapping[str, TensorInfo]) -> Bottleneck:
+def _network(settings: BottleneckSettings, entry: Entry, parts: Mapping[str, TensorInfo]) -> BottleneckSpec:
     needed = {*_PARTS, *((_SCALING,) if isinstance(settings.scaling, str) else ())}
     for part in sorted(needed - parts.keys()):
         raise UnsupportedError(f"the file has no {part} for {quoted(entry.path)}; it was saved in part")
@@ -194,4 +194,4 @@ def _network(settings: BottleneckSettings, entry: Entry, parts: Mapping[str, Ten
                 f"the base model and reduction_factor need {list(shape)}"
             )
     scale = parts[_SCALING] if isinstance(settings.scaling, str) else settings.scaling
-    return Bottleneck(down, down_bias, up, up_bias, scale)
+    return BottleneckSpec(down, down_bias, up, up_bias, scale)

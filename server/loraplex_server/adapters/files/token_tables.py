@@ -10,9 +10,9 @@ import numpy as np
 
 from loraplex_server.adapters.files.tensor_file import ITEM_BYTES, MalformedFileError, TensorInfo, decode
 from loraplex_server.adapters.origins.sources import open_file
-from loraplex_server.adapters.spec.base import Array, FrozenBase
 from loraplex_server.adapters.spec.sites import Entry
 from loraplex_server.core.adapter_files import WEIGHTS_FILE
+from loraplex_server.core.frozen_base import Array, FrozenBase
 
 BLOCK_BYTES = 8 << 20
 """Of a table, about so much is decoded at once."""

@@ -29,24 +29,24 @@ from loraplex_server.adapters.files.tensor_file import (
 )
 from loraplex_server.adapters.files.token_tables import blocks, check_unchanged
 from loraplex_server.adapters.origins.sources import open_file
-from loraplex_server.adapters.spec.base import Array, FrozenBase, FrozenProjection
-from loraplex_server.adapters.spec.effects import (
-    BiasAdd,
-    Bottleneck,
-    Effect,
-    InputScale,
-    LowRankAdd,
-    Magnitude,
-    OutputScale,
-    OwnWeight,
-    Prefix,
-    SiteEffects,
-    SoftPrompt,
-    TokenRows,
+from loraplex_server.adapters.spec.declared import (
+    BiasSpec,
+    BottleneckSpec,
+    EffectSpec,
+    InputScaleSpec,
+    LoraSpec,
+    MagnitudeSpec,
+    OutputScaleSpec,
+    OwnWeightSpec,
+    PrefixSpec,
+    SiteSpec,
+    SoftPromptSpec,
+    TokenRowsSpec,
 )
 from loraplex_server.adapters.spec.manifest import AdapterManifest, refusal
 from loraplex_server.adapters.spec.sites import Entry, SiteKind
 from loraplex_server.core.errors import InternalError
+from loraplex_server.core.frozen_base import Array, FrozenBase, FrozenProjection
 from loraplex_server.core.text import quoted
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -108,7 +108,7 @@ def read_weights(
     for entry, table in manifest.base_tables:
         takers.setdefault(table.name, []).append(_BaseTable(entry, base))
     match manifest.prompt:
-        case SoftPrompt(tensor) | Prefix(tensor):
+        case SoftPromptSpec(tensor) | PrefixSpec(tensor):
             takers[tensor.name] = [_Prompt(elements, layout)]
     content = hashlib.sha256(manifest.config.encode() + b"\0")
     file, size = open_file(manifest.folder, manifest.weights_file, roots)
@@ -144,16 +144,16 @@ class _Taker(Protocol):
 
 
 def _takers(
-    target: np.ndarray[Any, Any], layout: AdapterLayout, site: SiteEffects, base: FrozenBase | None
+    target: np.ndarray[Any, Any], layout: AdapterLayout, site: SiteSpec, base: FrozenBase | None
 ) -> Iterator[tuple[_Taker, Iterable[str]]]:
     """Who takes the tensors of one entry, and their names."""
-    rows = next((effect for effect in site.effects if isinstance(effect, TokenRows)), None)
+    rows = next((effect for effect in site.effects if isinstance(effect, TokenRowsSpec)), None)
     others = tuple(effect for effect in site.effects if effect is not rows)
     if others:
         taken = [name for effect in others for name in _named(effect)]
-        yield _Site(target, layout, SiteEffects(site.entry, others), base), taken
+        yield _Site(target, layout, SiteSpec(site.entry, others), base), taken
     if rows is not None:
-        pair = next((effect for effect in others if isinstance(effect, LowRankAdd)), None)
+        pair = next((effect for effect in others if isinstance(effect, LoraSpec)), None)
         yield (
             _Rows(target, layout, site.entry, rows, pair, base),
             [
@@ -173,8 +173,8 @@ class _Rows:
         target: np.ndarray[Any, Any],
         layout: AdapterLayout,
         entry: Entry,
-        rows: TokenRows,
-        pair: LowRankAdd | None,
+        rows: TokenRowsSpec,
+        pair: LoraSpec | None,
         base: FrozenBase | None,
     ) -> None:
         self._entry = entry
@@ -286,7 +286,7 @@ class _Site:
         self,
         target: np.ndarray[Any, Any],
         layout: AdapterLayout,
-        site: SiteEffects,
+        site: SiteSpec,
         base: FrozenBase | None,
     ) -> None:
         self._entry = site.entry
@@ -316,12 +316,12 @@ class _Site:
 
     def _take(self, tensor: TensorInfo, values: Array) -> None:
         match self._effects:
-            case (Magnitude(magnitude), LowRankAdd(_, scale, a, b)):
+            case (MagnitudeSpec(magnitude), LoraSpec(_, scale, a, b)):
                 self._waiting[tensor.name] = values
                 if len(self._waiting) == 3:
                     self._put_dora(magnitude, np.float32(scale), a, b)
                     self._waiting.clear()
-            case (Bottleneck() as network,):
+            case (BottleneckSpec() as network,):
                 self._waiting[tensor.name] = values
                 if len(self._waiting) == len(_named(network)):
                     self._put_network(network)
@@ -330,22 +330,22 @@ class _Site:
                 effect = next(effect for effect in effects if tensor.name in _named(effect))
                 self._put(effect, tensor, values)
 
-    def _put(self, effect: Effect, tensor: TensorInfo, values: Array) -> None:
+    def _put(self, effect: EffectSpec, tensor: TensorInfo, values: Array) -> None:
         match effect:
-            case InputScale():
+            case InputScaleSpec():
                 self._put_vector(VectorKind.INPUT_SCALE, tensor, values - 1)
-            case OutputScale():
+            case OutputScaleSpec():
                 self._put_vector(VectorKind.OUTPUT_SCALE, tensor, values - 1)
-            case BiasAdd(scale):
+            case BiasSpec(scale):
                 self._put_vector(VectorKind.BIAS, tensor, values * np.float32(scale))
-            case OwnWeight(weight) if tensor.name == weight.name:
+            case OwnWeightSpec(weight) if tensor.name == weight.name:
                 self._put_vector(VectorKind.WEIGHT, tensor, values)
-            case OwnWeight():
+            case OwnWeightSpec():
                 self._put_vector(VectorKind.WEIGHT_BIAS, tensor, values)
             # Added tokens, beyond the entry's widths, are not the pair's.
-            case LowRankAdd(_, scale, a) if tensor.name == a.name:
+            case LoraSpec(_, scale, a) if tensor.name == a.name:
                 self._put_rows(self._a, tensor, values[:, : self._entry.in_features])
-            case LowRankAdd(_, scale):
+            case LoraSpec(_, scale):
                 self._put_rows(self._b, tensor, (values[: self._entry.out_features] * np.float32(scale)).T)
 
     def _put_dora(self, magnitude: TensorInfo, scale: np.float32, a: TensorInfo, b: TensorInfo) -> None:
@@ -363,7 +363,7 @@ class _Site:
         if VectorKind.BIAS in self._vector and bias is not None:
             self._put_vector(VectorKind.BIAS, magnitude, bias * (1 - ratio))
 
-    def _put_network(self, network: Bottleneck) -> None:
+    def _put_network(self, network: BottleneckSpec) -> None:
         """The scale goes into the second half."""
         down, bias, up, up_bias = network.down, network.down_bias, network.up, network.up_bias
         scale = network.scale
@@ -409,25 +409,25 @@ def _finite(tensor: TensorInfo, raw: bytes) -> Array:
     return values.reshape(tensor.shape)
 
 
-def _named(effect: Effect) -> tuple[str, ...]:
+def _named(effect: EffectSpec) -> tuple[str, ...]:
     """Names of the tensors that an effect is made of."""
     match effect:
-        case InputScale(scale) | OutputScale(scale):
+        case InputScaleSpec(scale) | OutputScaleSpec(scale):
             return (scale.name,)
-        case Magnitude(magnitude):
+        case MagnitudeSpec(magnitude):
             return (magnitude.name,)
-        case LowRankAdd(_, _, a, b):
+        case LoraSpec(_, _, a, b):
             return (a.name, b.name)
-        case BiasAdd(_, bias):
+        case BiasSpec(_, bias):
             return (bias.name,)
-        case OwnWeight(weight, None):
+        case OwnWeightSpec(weight, None):
             return (weight.name,)
-        case OwnWeight(weight, bias):
+        case OwnWeightSpec(weight, bias):
             assert bias is not None
             return (weight.name, bias.name)
-        case TokenRows(_, table, trained):
+        case TokenRowsSpec(_, table, trained):
             return tuple(tensor.name for tensor in (table, trained) if tensor is not None)
-        case Bottleneck(down, down_bias, up, up_bias, scale):
+        case BottleneckSpec(down, down_bias, up, up_bias, scale):
             named = (down, down_bias, up, up_bias, *((scale,) if isinstance(scale, TensorInfo) else ()))
             return tuple(tensor.name for tensor in named)
 

@@ -24,7 +24,7 @@ from typing import Any
 from loraplex_server.adapters.origins.remote.cache import entry_key
 from loraplex_server.adapters.origins.resolver import Resolver
 from loraplex_server.adapters.origins.sources import open_file
-from loraplex_server.adapters.spec.effects import LowRankAdd
+from loraplex_server.adapters.spec.declared import LoraSpec
 from loraplex_server.adapters.spec.manifest import AdapterManifest, refusal
 from loraplex_server.adapters.spec.sites import SiteKind, SiteRegistry
 from loraplex_server.core.adapter_files import CONFIG_FILE, WEIGHTS_FILE
@@ -57,7 +57,7 @@ class Member:
 
 def check_member(manifest: AdapterManifest) -> None:
     """Raises FailedPreconditionError for an adapter whose combination PEFT does not define."""
-    plain = all(type(effect) is LowRankAdd for site in manifest.sites for effect in site.effects)
+    plain = all(type(effect) is LoraSpec for site in manifest.sites for effect in site.effects)
     if manifest.peft_type != "LORA" or not plain or manifest.invocation_tokens:
         raise refusal(
             manifest.name,

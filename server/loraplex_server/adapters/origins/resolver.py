@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from loraplex_server.adapters.origins.remote.backend import (
+from loraplex_server.adapters.origins.remote.cache import DownloadCache, entry_key
+from loraplex_server.adapters.origins.remote.download import Downloader, sha256_of
+from loraplex_server.adapters.origins.remote.protocol import (
     Backend,
     ChangedError,
     RemoteFile,
     RemoteFolder,
-    make_backend,
 )
-from loraplex_server.adapters.origins.remote.cache import DownloadCache, entry_key
-from loraplex_server.adapters.origins.remote.download import Downloader, sha256_of
+from loraplex_server.adapters.origins.remote.registry import make_backend
 from loraplex_server.adapters.origins.sources import head_refusal, pickle_refusal, resolve_folder
 from loraplex_server.config import AdapterConfig
 from loraplex_server.core.adapter_cache import default_cache_dir

@@ -10,6 +10,7 @@ from loraplex_kernels.lora.layouts import ALIGNMENT, MAX_RANK, RANK_ALIGN, LoraP
 from loraplex_server.adapters.residency.arena import Arena, Move
 from loraplex_server.adapters.residency.record import Record
 from loraplex_server.adapters.spec.sites import SiteKind, SiteRegistry
+from loraplex_server.config import AdapterConfig
 from loraplex_server.core.errors import InvalidArgumentError
 
 MAX_SLOTS = 256
@@ -89,7 +90,7 @@ class DeviceTier:
     @property
     def records(self) -> Collection[Record]:
         """Every record with a slot, the least asked for first."""
-        return sorted(self._placed, key=lambda record: record.heat)
+        return sorted(self._placed, key=lambda record: record.popularity)
 
     def padded(self, num_elements: int) -> int:
         """The units that an adapter of `num_elements` takes."""
@@ -214,7 +215,7 @@ class DeviceTier:
 
 def _worth(record: Record) -> tuple[bool, bool, float]:
     """Evicted first is what has the least: what nothing could bring back, or somebody waits for, stays."""
-    return record.irreplaceable and record.blob is None, record.references > 0, record.heat
+    return record.irreplaceable and record.blob is None, record.references > 0, record.popularity
 
 
 def _carry_out(move: Move, arena: torch.Tensor) -> None:
@@ -225,3 +226,16 @@ def _carry_out(move: Move, arena: torch.Tensor) -> None:
         size = min(step, move.size - offset)
         source = arena[move.source + offset : move.source + offset + size]
         arena[move.target + offset : move.target + offset + size].copy_(source if apart else source.clone())
+
+
+def planned_pool(registry: SiteRegistry, config: AdapterConfig, dtype: torch.dtype) -> LoraPool:
+    """The pool that a store of this configuration will allocate, on the meta device: it takes no memory."""
+    return DeviceTier(
+        registry,
+        capacity_bytes=config.device_bytes,
+        max_adapters=config.max_on_device,
+        device=torch.device("meta"),
+        dtype=dtype,
+        scaled=config.device_dtype == "int8",
+        evicted=lambda _: None,
+    ).pool

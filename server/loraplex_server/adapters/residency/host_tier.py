@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from loraplex_server.adapters.files.weights import HostBlob
-from loraplex_server.adapters.residency.popularity import ColdestFirst
+from loraplex_server.adapters.residency.popularity import LeastPopularFirst
 from loraplex_server.adapters.residency.record import Record
 
 _MAX_SPARED = 64
@@ -24,7 +24,7 @@ class HostTier:
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
         self._evicted = evicted
-        self._copies = ColdestFirst()
+        self._copies = LeastPopularFirst()
 
     @property
     def records(self) -> Iterator[Record]:

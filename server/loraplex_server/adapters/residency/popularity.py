@@ -1,10 +1,11 @@
 """How much each adapter is asked for: what the tiers evict by.
 
-Every use adds 1 to an adapter's heat, and all heat halves within a number of uses of whatever adapters. So
-recent uses count most and frequent ones add up: with a short half-life this is least recently used, with an
-endless one least frequently used (LRFU, Lee et al. 2001). An adapter keeps its heat while it is evicted.
+Every use adds 1 to an adapter's popularity, and every popularity halves within a number of uses of whatever
+adapters. So recent uses count most and frequent ones add up: with a short half-life this is least recently
+used, with an endless one least frequently used (LRFU, Lee et al. 2001). An adapter keeps its popularity while
+it is evicted.
 
-Heat is kept as the base-2 logarithm of what it would be worth at the first use: it then never has to be
+Popularity is kept as the base-2 logarithm of what it would be worth at the first use. So it never has to be
 recomputed as time goes by, and two adapters compare the same at any time.
 """
 
@@ -17,8 +18,8 @@ from collections.abc import Iterator
 
 from loraplex_server.adapters.residency.record import Record
 
-COLD = -math.inf
-"""Heat of an adapter that nobody ever asked for."""
+NEVER_USED = -math.inf
+"""Popularity of an adapter that nobody ever asked for."""
 
 
 class Popularity:
@@ -36,15 +37,15 @@ class Popularity:
         """`record` was asked for."""
         self._uses += 1
         now = self._uses / self._half_life
-        high, low = max(record.heat, now), min(record.heat, now)
-        record.heat = high + math.log2(1 + 2 ** (low - high))
+        high, low = max(record.popularity, now), min(record.popularity, now)
+        record.popularity = high + math.log2(1 + 2 ** (low - high))
 
 
-class ColdestFirst:
-    """A set of records that gives the coldest ones first; heat may grow meanwhile.
+class LeastPopularFirst:
+    """A set of records that gives the least popular ones first; popularity may grow meanwhile.
 
-    A heap in which a record stands where it was when it was last seen: heat never falls, so a record whose
-    place is out of date only has to be put back further down.
+    A heap in which a record stands where it was when it was last seen: popularity never falls, so a record
+    whose place is out of date only has to be put back further down.
     """
 
     def __init__(self) -> None:
@@ -65,7 +66,7 @@ class ColdestFirst:
     def add(self, record: Record) -> None:
         """Puts a record in."""
         ticket = self._tickets[record] = next(self._counter)
-        heapq.heappush(self._heap, (record.heat, ticket, record))
+        heapq.heappush(self._heap, (record.popularity, ticket, record))
 
     def discard(self, record: Record) -> None:
         """Takes a record out."""
@@ -75,14 +76,14 @@ class ColdestFirst:
             heapq.heapify(self._heap)
 
     def pop(self) -> Record | None:
-        """Takes the coldest record out; of equally cold ones the one that came first."""
+        """Takes the least popular record out; of equally popular ones the one that came first."""
         heap = self._heap
         while heap:
-            heat, ticket, record = heap[0]
+            popularity, ticket, record = heap[0]
             if self._tickets.get(record) != ticket:
                 heapq.heappop(heap)
-            elif record.heat > heat:
-                heapq.heapreplace(heap, (record.heat, ticket, record))
+            elif record.popularity > popularity:
+                heapq.heapreplace(heap, (record.popularity, ticket, record))
             else:
                 heapq.heappop(heap)
                 del self._tickets[record]

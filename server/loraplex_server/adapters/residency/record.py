@@ -62,7 +62,7 @@ class Record:
         retired: no longer registered; freed when nobody holds it.
         hint: number of the prefetch hint that named it last, 0 once a request has used it.
         error: why this version will never be served.
-        heat: how much it is asked for; see `popularity`.
+        popularity: how much it is asked for; see `popularity`.
         references: of requests, from admission to their end.
         device_references: of requests that run, or wait with room set aside.
     """
@@ -85,7 +85,7 @@ class Record:
     retired: bool = False
     hint: int = 0
     error: ServerError | None = None
-    heat: float = -math.inf
+    popularity: float = -math.inf
     references: int = 0
     device_references: int = 0
     hits: int = 0

@@ -63,12 +63,11 @@ from loraplex_server.adapters.residency.registration import (
     unloaded,
 )
 from loraplex_server.adapters.residency.workers import Outcome, WorkerPool
-from loraplex_server.adapters.spec.base import FrozenBase
 from loraplex_server.adapters.spec.manifest import AdapterManifest, Kind, read_manifest, refusal
 from loraplex_server.adapters.spec.sites import SiteRegistry
 from loraplex_server.config import AdapterConfig
 from loraplex_server.core.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from loraplex_server.core.adapter_status import AdapterStatus, SwapRecord
+from loraplex_server.core.adapter_status import AdapterChanges, AdapterStatus, SwapRecord
 from loraplex_server.core.composition import Composition
 from loraplex_server.core.errors import (
     AlreadyExistsError,
@@ -82,10 +81,10 @@ from loraplex_server.core.errors import (
     ServerError,
     UnavailableError,
 )
+from loraplex_server.core.frozen_base import FrozenBase
 from loraplex_server.core.names import check_name
 from loraplex_server.core.source_uri import redact
 from loraplex_server.core.tokenizer_source import TokenizerSource
-from loraplex_server.wire.messages import AdapterChanges
 
 __all__ = ["AdapterHandle", "AdapterState", "AdapterStore", "Readiness", "StatusCallback"]
 
@@ -846,7 +845,7 @@ class AdapterStore:
         if old is None:
             return
         wanted = old.slot is not None
-        new.heat = max(new.heat, old.heat)
+        new.popularity = max(new.popularity, old.popularity)
         new.on_pinned, old.on_pinned = old.on_pinned, []
         old.draining = True
         self._pins.pass_on(old, new)

@@ -33,22 +33,21 @@ from loraplex_server.adapters.files.tensor_file import (
 )
 from loraplex_server.adapters.files.token_tables import changed_tokens
 from loraplex_server.adapters.origins.sources import open_file, pickle_refusal
-from loraplex_server.adapters.spec.base import FrozenBase
 from loraplex_server.adapters.spec.bottleneck_config import is_bottleneck
-from loraplex_server.adapters.spec.effects import (
+from loraplex_server.adapters.spec.declared import (
     LINEAR,
-    BiasAdd,
-    Bottleneck,
-    Effect,
-    InputScale,
-    LowRankAdd,
-    Magnitude,
-    OutputScale,
-    OwnWeight,
-    Prefix,
-    SiteEffects,
-    SoftPrompt,
-    TokenRows,
+    BiasSpec,
+    BottleneckSpec,
+    EffectSpec,
+    InputScaleSpec,
+    LoraSpec,
+    MagnitudeSpec,
+    OutputScaleSpec,
+    OwnWeightSpec,
+    PrefixSpec,
+    SiteSpec,
+    SoftPromptSpec,
+    TokenRowsSpec,
 )
 from loraplex_server.adapters.spec.peft_config import (
     AdapterSettings,
@@ -65,6 +64,7 @@ from loraplex_server.adapters.spec.sites import Entry, Part, SiteKind, SiteRegis
 from loraplex_server.adapters.spec.vocabulary import Parts, added_tokens, token_rows
 from loraplex_server.core.adapter_files import CONFIG_FILE, MAX_CONFIG_BYTES, PICKLE_FILES, WEIGHTS_FILE
 from loraplex_server.core.errors import FailedPreconditionError, Reason, ServerError
+from loraplex_server.core.frozen_base import FrozenBase
 from loraplex_server.core.text import quoted
 from loraplex_server.core.tokenizer_source import TokenizerSource
 
@@ -96,8 +96,8 @@ class AdapterManifest:
     peft_type: str
     config: str
     header: TensorFileHeader
-    sites: tuple[SiteEffects, ...]
-    prompt: SoftPrompt | Prefix | None = None
+    sites: tuple[SiteSpec, ...]
+    prompt: SoftPromptSpec | PrefixSpec | None = None
     invocation_tokens: tuple[int, ...] = ()
     added_tokens: int = 0
     base_tables: tuple[tuple[Entry, TensorInfo], ...] = ()
@@ -110,23 +110,23 @@ class AdapterManifest:
     @property
     def num_virtual_tokens(self) -> int:
         match self.prompt:
-            case SoftPrompt(tensor) | Prefix(tensor):
+            case SoftPromptSpec(tensor) | PrefixSpec(tensor):
                 return tensor.shape[0]
         return 0
 
     @property
     def num_prefix_tokens(self) -> int:
         """Virtual tokens whose keys and values it brings itself."""
-        return self.num_virtual_tokens if isinstance(self.prompt, Prefix) else 0
+        return self.num_virtual_tokens if isinstance(self.prompt, PrefixSpec) else 0
 
     @property
-    def pairs(self) -> tuple[tuple[Entry, LowRankAdd], ...]:
+    def pairs(self) -> tuple[tuple[Entry, LoraSpec], ...]:
         """Every low-rank pair with its entry."""
         return tuple(
             (site.entry, effect)
             for site in self.sites
             for effect in site.effects
-            if isinstance(effect, LowRankAdd)
+            if isinstance(effect, LoraSpec)
         )
 
     @cached_property
@@ -163,9 +163,9 @@ class AdapterManifest:
     def vectors(self) -> tuple[VectorShape, ...]:
         """Its vectors as the pool lays them out."""
         match self.prompt:
-            case SoftPrompt(tensor):
+            case SoftPromptSpec(tensor):
                 return (VectorShape(0, VectorKind.SOFT_PROMPT, tensor.shape[1], tensor.shape[0]),)
-            case Prefix(tensor, length):
+            case PrefixSpec(tensor, length):
                 rows = tensor.shape[0] * (tensor.shape[1] // length)
                 return (VectorShape(0, VectorKind.PREFIX, length, rows),)
         return tuple(
@@ -176,27 +176,27 @@ class AdapterManifest:
         )
 
 
-def _vectors(entry: Entry, effect: Effect) -> tuple[VectorShape, ...]:
+def _vectors(entry: Entry, effect: EffectSpec) -> tuple[VectorShape, ...]:
     index, out_features = entry.index, entry.out_features
     match effect:
-        case InputScale():
+        case InputScaleSpec():
             return (VectorShape(index, VectorKind.INPUT_SCALE, entry.in_features),)
-        case OutputScale():
+        case OutputScaleSpec():
             return (VectorShape(index, VectorKind.OUTPUT_SCALE, out_features),)
-        case Magnitude():
+        case MagnitudeSpec():
             scale = VectorShape(index, VectorKind.OUTPUT_SCALE, out_features)
             # The base's bias is not scaled: what the scale takes from it, a bias gives back.
             return (scale, VectorShape(index, VectorKind.BIAS, out_features)) if entry.has_bias else (scale,)
-        case BiasAdd():
+        case BiasSpec():
             return (VectorShape(index, VectorKind.BIAS, out_features),)
-        case OwnWeight(weight, bias):
+        case OwnWeightSpec(weight, bias):
             rows = 1 if entry.kind is SiteKind.NORM else weight.shape[0]
             own = VectorShape(index, VectorKind.WEIGHT, weight.shape[-1], rows)
             return (own,) if bias is None else (own, VectorShape(index, VectorKind.WEIGHT_BIAS, out_features))
-        case TokenRows(tokens):
+        case TokenRowsSpec(tokens):
             hidden = entry.out_features if entry.kind is SiteKind.EMBEDDING else entry.in_features
             return (VectorShape(index, VectorKind.TOKEN_ROWS, hidden, len(tokens), tokens),)
-        case Bottleneck(down):
+        case BottleneckSpec(down):
             width, hidden = down.shape
             return (
                 VectorShape(index, VectorKind.DOWN, hidden, width),
@@ -204,7 +204,7 @@ def _vectors(entry: Entry, effect: Effect) -> tuple[VectorShape, ...]:
                 VectorShape(index, VectorKind.UP, hidden, width),
                 VectorShape(index, VectorKind.UP_BIAS, hidden),
             )
-        case LowRankAdd():
+        case LoraSpec():
             return ()
 
 
@@ -277,9 +277,9 @@ def read_manifest(
         settings = parse_config(config)
         header = parse_header(header_bytes, file_bytes)
         method = settings.method
-        prompt: SoftPrompt | Prefix | None = None
-        sites: tuple[SiteEffects, ...] = ()
-        rows: dict[Entry, TokenRows] = {}
+        prompt: SoftPromptSpec | PrefixSpec | None = None
+        sites: tuple[SiteSpec, ...] = ()
+        rows: dict[Entry, TokenRowsSpec] = {}
         compared: list[TensorInfo] = []
         if isinstance(method, PromptSettings):
             prompt = _soft_prompt(method, header, registry)
@@ -349,13 +349,15 @@ def _read_weights_header(folder: Path, roots: tuple[Path, ...]) -> tuple[bytes, 
 _SOFT_PROMPT = "prompt_embeddings"
 
 
-def _soft_prompt(settings: PromptSettings, header: TensorFileHeader, registry: SiteRegistry) -> SoftPrompt:
+def _soft_prompt(
+    settings: PromptSettings, header: TensorFileHeader, registry: SiteRegistry
+) -> SoftPromptSpec:
     embeddings = _prompt_tensor(header)
     _check_shape(embeddings, (settings.num_virtual_tokens, registry.hidden_size))
-    return SoftPrompt(embeddings)
+    return SoftPromptSpec(embeddings)
 
 
-def _prefix(settings: PrefixSettings, header: TensorFileHeader, registry: SiteRegistry) -> Prefix:
+def _prefix(settings: PrefixSettings, header: TensorFileHeader, registry: SiteRegistry) -> PrefixSpec:
     """PEFT saves the keys and values themselves, whatever made them in training."""
     keys_values = _prompt_tensor(header)
     if len(set(registry.kv_shapes)) != 1:
@@ -370,7 +372,7 @@ def _prefix(settings: PrefixSettings, header: TensorFileHeader, registry: SiteRe
         if given not in (None, expected):
             raise UnsupportedError(f"{key} is {given}, the base model's keys and values need {expected}")
     _check_shape(keys_values, (settings.num_virtual_tokens, num_layers * 2 * row_length))
-    return Prefix(keys_values, row_length)
+    return PrefixSpec(keys_values, row_length)
 
 
 def _prompt_tensor(header: TensorFileHeader) -> TensorInfo:
@@ -406,14 +408,14 @@ def _located(header: TensorFileHeader, registry: SiteRegistry) -> dict[Entry, di
 def _sites(
     settings: AdapterSettings,
     found: Mapping[Entry, Parts],
-    rows: Mapping[Entry, TokenRows],
+    rows: Mapping[Entry, TokenRowsSpec],
     registry: SiteRegistry,
     max_rank: int,
-) -> tuple[SiteEffects, ...]:
+) -> tuple[SiteSpec, ...]:
     sites = []
     for entry in sorted({*found, *rows}, key=lambda entry: entry.index):
         parts, own = found.get(entry, {}), rows.get(entry)
-        effects: tuple[Effect, ...] = (own,) if own is not None and own.tokens else ()
+        effects: tuple[EffectSpec, ...] = (own,) if own is not None and own.tokens else ()
         if entry.kind in (SiteKind.EMBEDDING, SiteKind.HEAD):
             parts = {part: tensor for part, tensor in parts.items() if part not in _TABLES}
         if Part.WEIGHT in parts or Part.WEIGHT_BIAS in parts:
@@ -421,7 +423,7 @@ def _sites(
         elif parts:
             effects += _on_the_base(settings, _widened(entry, own, registry), parts, registry, max_rank)
         if effects:
-            sites.append(SiteEffects(entry, effects))
+            sites.append(SiteSpec(entry, effects))
     _check_whole(settings, found, registry)
     return tuple(sites)
 
@@ -429,7 +431,7 @@ def _sites(
 _TABLES = (Part.WEIGHT, Part.BASE, Part.TOKENS)
 
 
-def _widened(entry: Entry, rows: TokenRows | None, registry: SiteRegistry) -> Entry:
+def _widened(entry: Entry, rows: TokenRowsSpec | None, registry: SiteRegistry) -> Entry:
     """The entry with the tokens that the adapter adds, as its pair has them."""
     added = added_tokens(rows, registry.vocabulary)
     if entry.kind is SiteKind.EMBEDDING:
@@ -471,7 +473,7 @@ def _check_whole(settings: AdapterSettings, found: Mapping[Entry, Parts], regist
             )
 
 
-def _own_weight(settings: AdapterSettings, entry: Entry, parts: Parts) -> OwnWeight:
+def _own_weight(settings: AdapterSettings, entry: Entry, parts: Parts) -> OwnWeightSpec:
     other = next(iter(parts.values()))
     if isinstance(settings.method, NormSettings) and entry.kind is SiteKind.NORM:
         wanted = settings.targets.includes(entry.path)
@@ -488,12 +490,12 @@ def _own_weight(settings: AdapterSettings, entry: Entry, parts: Parts) -> OwnWei
     _check_shape(weight, (entry.out_features,) if is_norm else (entry.out_features, entry.in_features))
     if bias is not None:
         _check_shape(bias, (entry.out_features,))
-    return OwnWeight(weight, bias)
+    return OwnWeightSpec(weight, bias)
 
 
 def _on_the_base(
     settings: AdapterSettings, entry: Entry, parts: Parts, registry: SiteRegistry, max_rank: int
-) -> tuple[Effect, ...]:
+) -> tuple[EffectSpec, ...]:
     """What the method of the configuration does at an entry."""
     method, tensor = settings.method, next(iter(parts.values()))
     if not _includes(settings, entry, registry):
@@ -517,7 +519,7 @@ def _on_the_base(
     return _lora(method, entry, parts, max_rank)
 
 
-def _lora(settings: LoraSettings, entry: Entry, parts: Parts, max_rank: int) -> tuple[Effect, ...]:
+def _lora(settings: LoraSettings, entry: Entry, parts: Parts, max_rank: int) -> tuple[EffectSpec, ...]:
     needed = {Part.A, Part.B}
     needed |= {Part.MAGNITUDE} if settings.use_dora else set()
     needed |= {Part.BIAS} if settings.lora_bias else set()
@@ -533,29 +535,29 @@ def _lora(settings: LoraSettings, entry: Entry, parts: Parts, max_rank: int) -> 
     _check_shape(a, (rank, entry.in_features))
     _check_shape(b, (entry.out_features, rank))
     scale = settings.scale_of(entry.path)
-    effects: list[Effect] = [LowRankAdd(rank, scale, a, b)]
+    effects: list[EffectSpec] = [LoraSpec(rank, scale, a, b)]
     if settings.use_dora:
         _check_shape(parts[Part.MAGNITUDE], (entry.out_features,))
-        effects.insert(0, Magnitude(parts[Part.MAGNITUDE]))
+        effects.insert(0, MagnitudeSpec(parts[Part.MAGNITUDE]))
     if settings.lora_bias:
         _check_shape(parts[Part.BIAS], (entry.out_features,))
-        effects.append(BiasAdd(scale, parts[Part.BIAS]))
+        effects.append(BiasSpec(scale, parts[Part.BIAS]))
     return tuple(effects)
 
 
-def _ia3(settings: Ia3Settings, entry: Entry, parts: Parts) -> tuple[Effect, ...]:
+def _ia3(settings: Ia3Settings, entry: Entry, parts: Parts) -> tuple[EffectSpec, ...]:
     _check_parts(parts, {Part.IA3}, "peft_type")
     scale = parts[Part.IA3]
     if not settings.is_feedforward(entry.path):
         _check_shape(scale, (entry.out_features, 1))
-        return (OutputScale(scale),)
+        return (OutputScaleSpec(scale),)
     _check_shape(scale, (1, entry.in_features))
     if entry.shares_input:
         raise UnsupportedError(
             f"tensor {quoted(scale.name)} scales an input that other projections share, which is not served; "
             "in feedforward_modules name a projection with an input of its own, such as down_proj"
         )
-    return (InputScale(scale),)
+    return (InputScaleSpec(scale),)
 
 
 def _check_parts(parts: Parts, needed: set[Part], settings: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from loraplex_server.adapters.files.tensor_file import TensorInfo
-from loraplex_server.adapters.spec.effects import TokenRows
+from loraplex_server.adapters.spec.declared import TokenRowsSpec
 from loraplex_server.adapters.spec.peft_config import AdapterSettings, TokenSettings, UnsupportedError
 from loraplex_server.adapters.spec.sites import Entry, Part, SiteKind, SiteRegistry
 from loraplex_server.core.text import quoted
@@ -44,7 +44,7 @@ def token_rows(
     found: Mapping[Entry, Parts],
     registry: SiteRegistry,
     changed_tokens: ChangedTokens,
-) -> dict[Entry, TokenRows]:
+) -> dict[Entry, TokenRowsSpec]:
     """The rows that each entry of the vocabulary gets; no tokens where the file's table is the base's.
 
     Raises:
@@ -79,7 +79,7 @@ def token_rows(
     return rows
 
 
-def added_tokens(rows: TokenRows | None, vocabulary: int) -> int:
+def added_tokens(rows: TokenRowsSpec | None, vocabulary: int) -> int:
     """How many tokens beyond a vocabulary there are rows for."""
     return max(0, rows.tokens[-1] + 1 - vocabulary) if rows is not None and rows.tokens else 0
 
@@ -153,7 +153,7 @@ def _rows(
     trained: _Trained | None,
     registry: SiteRegistry,
     changed_tokens: ChangedTokens,
-) -> TokenRows | None:
+) -> TokenRowsSpec | None:
     hidden, vocabulary = registry.hidden_size, registry.vocabulary
     tokens: Sequence[int] = ()
     if table is not None:
@@ -183,7 +183,7 @@ def _rows(
         if not isinstance(tokens, range):
             tokens = tuple(sorted({*tokens, *trained.tokens}))
     if not tokens:
-        return None if table is None else TokenRows((), table.tensor)
+        return None if table is None else TokenRowsSpec((), table.tensor)
     if entry.has_bias:
         raise UnsupportedError(f"rows of its own for {quoted(entry.path)}, which has a bias, are not served")
     added = tokens[-1] + 1 - vocabulary
@@ -191,7 +191,7 @@ def _rows(
         raise UnsupportedError(
             f"it has a row of {quoted(entry.path)} for token {tokens[-1]}, but not all from {vocabulary} on"
         )
-    return TokenRows(
+    return TokenRowsSpec(
         tokens=tokens,
         table=None if table is None else table.tensor,
         trained=None if trained is None else trained.tensor,
@@ -199,7 +199,7 @@ def _rows(
     )
 
 
-def _check_alone(entry: Entry, parts: Parts, rows: TokenRows) -> None:
+def _check_alone(entry: Entry, parts: Parts, rows: TokenRowsSpec) -> None:
     """Refuses what PEFT does not put together, and a norm over rows that are not the base's."""
     pair = next((parts[part] for part in _PAIR if part in parts), None)
     if pair is None or not rows.tokens:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,42 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from loraplex_server.core.errors import FailedPreconditionError
-from loraplex_server.model.run import attention
+from loraplex_server.model.layers import attention
+from loraplex_server.model.parts import EmbeddingAndHead, Norm, Projection
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Projection:
-    """One `nn.Linear` of the decoder, as the checkpoint names it."""
-
-    path: str
-    in_features: int
-    out_features: int
-    has_bias: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Norm:
-    """One norm over the hidden size."""
-
-    path: str
-    width: int
-    has_bias: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Ends:
-    """Where token ids go in and come out. `tied`: both are one table."""
-
-    embedding_path: str
-    head_path: str
-    tokens: int
-    hidden_size: int
-    head_has_bias: bool
-    tied: bool
 
 
 def check(config: PreTrainedConfig) -> None:
@@ -177,7 +146,7 @@ def find_norms(model: PreTrainedModel) -> list[Norm]:
     return found
 
 
-def find_ends(model: PreTrainedModel) -> Ends:
+def find_embedding_and_head(model: PreTrainedModel) -> EmbeddingAndHead:
     """The embedding and the head.
 
     Raises:
@@ -191,7 +160,7 @@ def find_ends(model: PreTrainedModel) -> Ends:
             f"its head is no nn.Linear of {hidden} inputs and {tokens} outputs, as its embedding has",
         )
     paths = {module: path for path, module in model.named_modules()}
-    return Ends(
+    return EmbeddingAndHead(
         embedding_path=paths[embedding],
         head_path=paths[head],
         tokens=tokens,

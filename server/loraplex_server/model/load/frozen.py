@@ -1,4 +1,4 @@
-"""The base model's weights as the loading of adapters asks for them (`adapters.base`).
+"""The base model's weights as the loading of adapters asks for them (`core.frozen_base`).
 
 A group of projections is dequantised to fp32 for the moment of the question: exact in every format. The
 tables of the vocabulary are as they are, and gone through in blocks.
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from loraplex_kernels import dense
-from loraplex_server.adapters.spec.base import Array, FrozenProjection
-from loraplex_server.model.run.linear import SiteGroup
+from loraplex_server.core.frozen_base import Array, FrozenProjection
+from loraplex_server.model.layers.linear import SiteGroup
 
 _BLOCK_ROWS = 4096
 """Rows of a table that are at once in fp32."""

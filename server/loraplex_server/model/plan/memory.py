@@ -15,23 +15,18 @@ On a CPU the device's memory is what is available, and the KV cache takes what i
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
-from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from loraplex_kernels.attention import kv_cache_shape
-from loraplex_kernels.lora import LoraBatchBuffers
-from loraplex_server.adapters.residency.device_tier import DeviceTier
-from loraplex_server.adapters.spec.sites import SiteRegistry
+from loraplex_kernels.lora import LoraBatchBuffers, LoraPool
 from loraplex_server.config import EngineConfig, SchedulerConfig
 from loraplex_server.core.errors import FailedPreconditionError, InvalidArgumentError
-from loraplex_server.model.load.loader import EmptyModel
+from loraplex_server.model.load.empty_model import EmptyModel
 from loraplex_server.model.plan import workspace
+from loraplex_server.model.plan.available import available_bytes
 from loraplex_server.model.plan.workspace import StepSize
 from loraplex_server.model.run.graphs import GraphLimits
+from loraplex_server.model.run.kv_cache import block_bytes, kv_dtype
 
 # Tokens per request that the CPU default provides for: room to serve, without taking the machine.
 _DEFAULT_TOKENS_PER_REQUEST = 512
@@ -80,19 +75,9 @@ class MemoryPlan:
         )
 
 
-def kv_dtype(config: SchedulerConfig, dtype: torch.dtype) -> torch.dtype:
-    """The cache's type for activations of `dtype`."""
-    return torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
-
-
-def block_bytes(kv_shapes: Sequence[tuple[int, int]], block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one KV block over all layers."""
-    return sum(2 * block_size * heads * width for heads, width in kv_shapes) * dtype.itemsize
-
-
 def make_plan(
     empty: EmptyModel,
-    registry: SiteRegistry,
+    pool: LoraPool,
     config: EngineConfig,
     max_model_len: int,
     *,
@@ -102,7 +87,8 @@ def make_plan(
     """The plan for a model that is not loaded yet. Nothing is allocated on the device.
 
     Args:
-        max_model_len: longest request.
+        pool: the adapters' pool as it will be, on the meta device.
+        max_model_len: longest request, in tokens.
         triton: whether Triton's kernels will run.
         graph_sizes: numbers of sequences for which decode steps will be recorded.
 
@@ -112,34 +98,12 @@ def make_plan(
             for adapters holds none.
     """
     device, dtype, scheduler = empty.format.device, empty.format.dtype, config.scheduler
-    narrow = scheduler.kv_cache_dtype == "fp8"
-    if narrow and triton and device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if scheduler.kv_cache_dtype == "fp8" and triton and on_gpu:
         _check_narrow_floats(device)
-    adapters = _adapter_bytes(registry, config, dtype)
-    samples = max_samples(config)
-    step = StepSize(
-        scheduler.max_batch_tokens,
-        samples,
-        _max_pairs(config),
-        adapters.max_rank,
-        max_logit_rows(config) - samples,
-    )
-    fixed = [
-        Part(
-            f"base weights ({empty.format.quantization})",
-            empty.weight_bytes,
-            ("--quantization", "--double-quant"),
-        ),
-        Part("adapters", adapters.arena, ("--adapter-device-bytes",)),
-        Part("adapter tables", adapters.tables, ("--max-adapters-on-device",)),
-        Part("adapter segments", adapters.segments, ("--max-batch-tokens", "--max-adapters-per-request")),
-        Part(
-            WORKSPACE,
-            workspace.step_bytes(empty, step),
-            ("--max-batch-tokens", "--max-num-requests", "--max-scored-tokens"),
-        ),
-    ]
-    per_block = block_bytes(empty.kv_shapes, scheduler.kv_block_size, kv_dtype(scheduler, dtype))
+    cache_dtype = kv_dtype(scheduler, dtype)
+    per_block = block_bytes(empty.kv_shapes, scheduler.kv_block_size, cache_dtype)
+    fixed = _fixed_parts(empty, pool, config)
     if graph_sizes:
         limits = GraphLimits(
             sizes=graph_sizes,
@@ -149,78 +113,55 @@ def make_plan(
             max_blocks_per_sequence=-(-max_model_len // scheduler.kv_block_size),
             max_pairs_per_token=config.adapters.max_per_request,
         )
-        fixed.append(
-            Part(
-                "CUDA graphs",
-                workspace.graph_bytes(empty, limits, adapters.max_rank, adapters.num_slots),
-                ("--cuda-graphs", "--cuda-graph-sizes"),
-            )
-        )
-    if device.type == "cuda":
+        graphs = workspace.graph_bytes(empty, limits, pool.max_rank, pool.num_slots)
+        fixed.append(Part("CUDA graphs", graphs, ("--cuda-graphs", "--cuda-graph-sizes")))
+    if on_gpu:
         # What this process has let go of is its allocator's, and not in use.
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
-        fixed = [
-            Part("in use already", total - free),
-            *fixed,
-            Part("reserve", _CUDA_RESERVE),
-        ]
+        fixed = [Part("in use already", total - free), *fixed, Part("reserve", _CUDA_RESERVE)]
         budget = int(total * scheduler.gpu_memory_utilization)
         share = f"{scheduler.gpu_memory_utilization:.0%} of {total / 2**30:.1f} GiB on {device}"
     else:
         budget = available_bytes()
         share = f"what is available on {device}"
-    blocks = _num_blocks(
-        scheduler, per_block, max_model_len, budget - sum(part.num_bytes for part in fixed), device
-    )
-    kv = Part(
-        f"KV cache ({'fp8' if narrow else str(dtype).removeprefix('torch.')})",
-        blocks * per_block,
-        ("--kv-cache-bytes", "--kv-cache-dtype", "--kv-block-size"),
-    )
+    remaining = budget - sum(part.num_bytes for part in fixed)
+    blocks = _num_blocks(scheduler, per_block, max_model_len, remaining, device)
+    shown = "fp8" if scheduler.kv_cache_dtype == "fp8" else str(dtype).removeprefix("torch.")
+    flags = ("--kv-cache-bytes", "--kv-cache-dtype", "--kv-block-size")
+    kv = Part(f"KV cache ({shown})", blocks * per_block, flags)
     found = MemoryPlan(share, budget, (*fixed, kv), blocks)
-    _check(found, per_block, scheduler, cuda=device.type == "cuda")
+    _check(found, per_block, scheduler, cuda=on_gpu)
     return found
 
 
-def available_bytes() -> int:
-    """Memory that this machine, or this container, can still give."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        text = ""
-    match = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    if match is not None:
-        available = int(match[1]) << 10
-    else:
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        stat = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
-    except OSError:
-        return available
-    if limit.isdigit() and used.isdigit():
-        # Pages of files that nobody uses count as used, and are given up at need.
-        available = min(available, int(limit) - int(used) + (int(stat[1]) if stat else 0))
-    return available
-
-
-def allocate_kv(
-    kv_shapes: Sequence[tuple[int, int]],
-    num_blocks: int,
-    block_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[torch.Tensor, ...]:
-    """One cache a layer, of the attention op's `kv_cache_shape`; written, so that its memory is really there.
-
-    Else a system that gives memory when it is first written might be found to have too little in mid-service.
-    """
-    return tuple(
-        torch.empty(kv_cache_shape(num_blocks, block_size, heads, width), dtype=dtype, device=device).zero_()
-        for heads, width in kv_shapes
+def _fixed_parts(empty: EmptyModel, pool: LoraPool, config: EngineConfig) -> list[Part]:
+    """What is taken whatever the device is and whether steps are recorded or not."""
+    samples = max_samples(config)
+    step = StepSize(
+        config.scheduler.max_batch_tokens,
+        samples,
+        _max_pairs(config),
+        pool.max_rank,
+        max_logit_rows(config) - samples,
     )
+    return [
+        Part(
+            f"base weights ({empty.format.quantization})",
+            empty.weight_bytes,
+            ("--quantization", "--double-quant"),
+        ),
+        Part("adapters", pool.arena.nbytes, ("--adapter-device-bytes",)),
+        Part("adapter tables", pool.nbytes - pool.arena.nbytes, ("--max-adapters-on-device",)),
+        Part(
+            "adapter segments", _segment_bytes(config), ("--max-batch-tokens", "--max-adapters-per-request")
+        ),
+        Part(
+            WORKSPACE,
+            workspace.step_bytes(empty, step),
+            ("--max-batch-tokens", "--max-num-requests", "--max-scored-tokens"),
+        ),
+    ]
 
 
 def reserve_workspace(plan: MemoryPlan, device: torch.device) -> None:
@@ -235,28 +176,10 @@ def reserve_workspace(plan: MemoryPlan, device: torch.device) -> None:
         del taken
 
 
-@dataclasses.dataclass(frozen=True)
-class _AdapterBytes:
-    arena: int
-    tables: int
-    segments: int
-    max_rank: int
-    num_slots: int
-
-
-def _adapter_bytes(registry: SiteRegistry, config: EngineConfig, dtype: torch.dtype) -> _AdapterBytes:
-    """Bytes of what the adapter store and the runner will allocate: the same, made on the meta device."""
+def _segment_bytes(config: EngineConfig) -> int:
+    """Bytes of a step's segments, for all tokens and for those whose logits are wanted."""
     meta = torch.device("meta")
-    pool = DeviceTier(
-        registry,
-        capacity_bytes=config.adapters.device_bytes,
-        max_adapters=config.adapters.max_on_device,
-        device=meta,
-        dtype=dtype,
-        scaled=config.adapters.device_dtype == "int8",
-        evicted=lambda _: None,
-    ).pool
-    segments = LoraBatchBuffers(
+    tokens = LoraBatchBuffers(
         max_tokens=config.scheduler.max_batch_tokens, max_pairs=_max_pairs(config), device=meta
     )
     sampled = LoraBatchBuffers(
@@ -264,13 +187,7 @@ def _adapter_bytes(registry: SiteRegistry, config: EngineConfig, dtype: torch.dt
         max_pairs=max_logit_rows(config) * config.adapters.max_per_request,
         device=meta,
     )
-    return _AdapterBytes(
-        arena=pool.arena.nbytes,
-        tables=pool.nbytes - pool.arena.nbytes,
-        segments=segments.nbytes + sampled.nbytes,
-        max_rank=pool.max_rank,
-        num_slots=pool.num_slots,
-    )
+    return tokens.nbytes + sampled.nbytes
 
 
 def max_samples(config: EngineConfig) -> int:

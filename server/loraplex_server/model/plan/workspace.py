@@ -23,13 +23,14 @@ from loraplex_kernels.fourbit import BLOCK
 from loraplex_kernels.fourbit import tiles as fourbit_tiles
 from loraplex_kernels.lora import LoraBatchBuffers, LoraSite
 from loraplex_kernels.lora import tiles as lora_tiles
-from loraplex_server.model.load.loader import EmptyModel, install
-from loraplex_server.model.load.weights import WeightFormat
+from loraplex_server.model.layers import context
+from loraplex_server.model.layers.context import StepContext
+from loraplex_server.model.layers.linear import FrozenHead
+from loraplex_server.model.layers.weights import WeightFormat
+from loraplex_server.model.load.empty_model import EmptyModel
+from loraplex_server.model.load.filler import install
 from loraplex_server.model.plan.live_bytes import LiveBytes
-from loraplex_server.model.run import context
-from loraplex_server.model.run.context import StepContext
 from loraplex_server.model.run.graphs import GraphLimits
-from loraplex_server.model.run.linear import FrozenHead
 from loraplex_server.model.run.scoring import PIECE_ROWS, SCORING_BYTES
 
 _log = logging.getLogger(__name__)
@@ -114,8 +115,10 @@ def _forward_bytes(empty: EmptyModel, size: StepSize) -> int:
         install(model, group, first, [_Sized(shape, empty.format)], None)
         first += len(group)
     head = model.get_output_embeddings()
-    hidden = empty.ends.hidden_size
-    model.set_output_embeddings(FrozenHead(head, LoraSite(first, hidden, ((0, empty.ends.tokens),))))
+    hidden = empty.embedding_and_head.hidden_size
+    model.set_output_embeddings(
+        FrozenHead(head, LoraSite(first, hidden, ((0, empty.embedding_and_head.tokens),)))
+    )
     # The attention's stand-in needs no tables.
     step = StepContext(cast(AttentionBatch, None), (), effects=(_Adapters(empty.format, size),))
     bytes_ = LiveBytes()

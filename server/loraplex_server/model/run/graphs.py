@@ -26,8 +26,8 @@ import torch
 from loraplex_kernels.attention import AttentionBuffers, LayerShape
 from loraplex_kernels.lora import LoraBatchBuffers, LoraPool
 from loraplex_server.core.step import Ints, StepPlan
-from loraplex_server.model.run.context import StepContext
-from loraplex_server.model.run.effects import Effect, Kinds, acts_outside, effects_of, kinds
+from loraplex_server.model.layers.context import StepContext
+from loraplex_server.model.layers.effects import Effect, Kinds, acts_outside, effects_of, kinds
 from loraplex_server.model.run.recording import Work, recorder
 from loraplex_server.model.run.transfer import pins, send
 

@@ -15,12 +15,10 @@ from loraplex_kernels import vocabulary as ends
 from loraplex_kernels.attention import AttentionBatch, LayerShape
 from loraplex_kernels.lora import LoraBatch, LoraBatchBuffers, LoraPool
 from loraplex_server.core.step import Ints, StepOutput, StepPlan
-from loraplex_server.model.load.loader import BaseModel
-from loraplex_server.model.run import context, sampler, warmup
-from loraplex_server.model.run import scoring as scoring_of
-from loraplex_server.model.run.clock import DeviceClock, Span
-from loraplex_server.model.run.context import StepContext
-from loraplex_server.model.run.effects import (
+from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.layers import context
+from loraplex_server.model.layers.context import StepContext
+from loraplex_server.model.layers.effects import (
     acts_between,
     acts_outside,
     effects_of,
@@ -28,6 +26,9 @@ from loraplex_server.model.run.effects import (
     head_effects,
     norm_effects,
 )
+from loraplex_server.model.run import sampler, warmup
+from loraplex_server.model.run import scoring as scoring_of
+from loraplex_server.model.run.clock import DeviceClock, Span
 from loraplex_server.model.run.graphs import DecodeGraphs, GraphLimits
 from loraplex_server.model.run.prefix import place_prefixes
 from loraplex_server.model.run.sampler import Sampling
@@ -251,7 +252,7 @@ class ModelRunner:
             norms=norms,
             head=() if sampled is None else head_effects(self._pool, sampled, vocabulary),
             added_tokens=int(added.max(initial=0)),
-            own_code=acts_between(effects, norms),
+            unfused=acts_between(effects, norms),
         )
 
         def forward() -> torch.Tensor:

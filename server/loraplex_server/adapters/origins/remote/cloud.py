@@ -12,7 +12,7 @@ import threading
 from collections.abc import Generator
 from typing import Any
 
-from loraplex_server.adapters.origins.remote.backend import (
+from loraplex_server.adapters.origins.remote.protocol import (
     CHUNK_BYTES,
     ChangedError,
     RemoteFile,

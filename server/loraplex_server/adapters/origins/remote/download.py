@@ -11,7 +11,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TypeVar
 
-from loraplex_server.adapters.origins.remote.backend import ChangedError, RemoteFile, RemoteFolder
+from loraplex_server.adapters.origins.remote.protocol import ChangedError, RemoteFile, RemoteFolder
 from loraplex_server.core.errors import (
     FailedPreconditionError,
     UnavailableError,

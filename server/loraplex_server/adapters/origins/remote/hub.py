@@ -14,7 +14,7 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import build_hf_headers, get_session
 
-from loraplex_server.adapters.origins.remote.backend import (
+from loraplex_server.adapters.origins.remote.protocol import (
     CHUNK_BYTES,
     TIMEOUT_S,
     ChangedError,

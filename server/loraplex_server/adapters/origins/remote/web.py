@@ -15,7 +15,7 @@ from concurrent.futures import CancelledError, Future
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
 
-from loraplex_server.adapters.origins.remote.backend import (
+from loraplex_server.adapters.origins.remote.protocol import (
     CHUNK_BYTES,
     TIMEOUT_S,
     ChangedError,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from loraplex_kernels.attention import AttentionBatch, LayerShape
-from loraplex_server.model.run.effects import Effect, NormEffect
+from loraplex_server.model.layers.effects import Effect, NormEffect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class StepContext:
         head: what they do at the head, of whose input only the sampled rows are there.
         added_tokens: most that one of them adds to the vocabulary.
         seen: where given, each layer notes here what it asks of the attention.
-        own_code: nothing between the projections may be fused (`fusion`): an adapter acts there.
+        unfused: nothing between the projections may be fused (`fusion`): an adapter acts there.
         rotations: what the attention that is called next has to do first; at most one.
     """
 
@@ -49,7 +49,7 @@ class StepContext:
     head: tuple[Effect, ...] = ()
     added_tokens: int = 0
     seen: dict[int, LayerShape] | None = None
-    own_code: bool = False
+    unfused: bool = False
     rotations: list[Rotation] = dataclasses.field(default_factory=list)
 
 

@@ -1,10 +1,10 @@
-"""What an adapter's file says it does at a site: an ordered list of effects.
+"""What an adapter's files declare for a site: an ordered list of effects.
 
-A kind of adapter is a way to read a file into effects (`manifest`): LoRA yields a `LowRankAdd` for each site,
-with lora_bias a `BiasAdd` after it, DoRA a `Magnitude` before it; IA3 an `InputScale` or an `OutputScale`;
-modules_to_save an `OwnWeight`; whatever changes rows of the vocabulary, added tokens included, `TokenRows`;
-AdapterHub's bottleneck adapters a `Bottleneck`.
-The runner knows what became of them (`model.effects`) and no kinds.
+A kind of adapter is a way to turn a file into these: LoRA declares a `LoraSpec` for each site, lora_bias a
+`BiasSpec` after it, DoRA a `MagnitudeSpec` before it; IA3 an `InputScaleSpec` or an `OutputScaleSpec`;
+modules_to_save an `OwnWeightSpec`; whatever changes rows of the vocabulary, added tokens included, a
+`TokenRowsSpec`; AdapterHub's bottleneck adapters a `BottleneckSpec`. What a step applies in the end is the
+model's side (`model.layers.effects`), which knows no kinds.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from loraplex_server.adapters.spec.sites import Entry
 
 
 @dataclass(frozen=True)
-class InputScale:
+class InputScaleSpec:
     """x becomes x · s, with s `[in_features]` (IA3 on a feed-forward's input)."""
 
     scale: TensorInfo
 
 
 @dataclass(frozen=True)
-class LowRankAdd:
+class LoraSpec:
     """y becomes y + scale · B A x, with A `[rank, in_features]` and B `[out_features, rank]`."""
 
     rank: int
@@ -34,21 +34,21 @@ class LowRankAdd:
 
 
 @dataclass(frozen=True)
-class OutputScale:
+class OutputScaleSpec:
     """y becomes y · s, with s `[out_features]` (IA3 on keys and values)."""
 
     scale: TensorInfo
 
 
 @dataclass(frozen=True)
-class Magnitude:
-    """Rows of W + scale · B A (the `LowRankAdd` that follows) get these lengths, `[out_features]` (DoRA)."""
+class MagnitudeSpec:
+    """Rows of W + scale · B A (the `LoraSpec` that follows) get these lengths, `[out_features]` (DoRA)."""
 
     magnitude: TensorInfo
 
 
 @dataclass(frozen=True)
-class BiasAdd:
+class BiasSpec:
     """y becomes y + scale · b, with b `[out_features]` (lora_bias)."""
 
     scale: float
@@ -56,7 +56,7 @@ class BiasAdd:
 
 
 @dataclass(frozen=True)
-class OwnWeight:
+class OwnWeightSpec:
     """y becomes x W^T + b, or what a norm makes of x, with weights that take the place of the base's."""
 
     weight: TensorInfo
@@ -64,7 +64,7 @@ class OwnWeight:
 
 
 @dataclass(frozen=True)
-class TokenRows:
+class TokenRowsSpec:
     """Rows `[tokens, hidden]` that take the place of the base's in the embedding or the head.
 
     Attributes:
@@ -81,7 +81,7 @@ class TokenRows:
 
 
 @dataclass(frozen=True)
-class Bottleneck:
+class BottleneckSpec:
     """y becomes y + scale · (U f(D v + d) + u), with D `[width, hidden]` and U `[hidden, width]`; the
     adapter's form says what f and v are. A scale that is a tensor is `[1]` or `[hidden]`.
     """
@@ -94,14 +94,14 @@ class Bottleneck:
 
 
 @dataclass(frozen=True)
-class SoftPrompt:
+class SoftPromptSpec:
     """Embeddings of virtual tokens before every prompt, `[tokens, hidden]`: no effect at a site."""
 
     embeddings: TensorInfo
 
 
 @dataclass(frozen=True)
-class Prefix:
+class PrefixSpec:
     """Keys and values of virtual tokens before every prompt, in every layer: no effect at a site.
 
     Attributes:
@@ -113,15 +113,24 @@ class Prefix:
     row_length: int
 
 
-Effect = InputScale | OutputScale | Magnitude | LowRankAdd | BiasAdd | Bottleneck | OwnWeight | TokenRows
+EffectSpec = (
+    InputScaleSpec
+    | OutputScaleSpec
+    | MagnitudeSpec
+    | LoraSpec
+    | BiasSpec
+    | BottleneckSpec
+    | OwnWeightSpec
+    | TokenRowsSpec
+)
 
-LINEAR: tuple[type[Effect], ...] = (LowRankAdd, BiasAdd)
+LINEAR: tuple[type[EffectSpec], ...] = (LoraSpec, BiasSpec)
 """Effects that add something: they can be weighted, and added to those of other adapters."""
 
 
 @dataclass(frozen=True)
-class SiteEffects:
+class SiteSpec:
     """The effects at one entry, first to last."""
 
     entry: Entry
-    effects: tuple[Effect, ...]
+    effects: tuple[EffectSpec, ...]

@@ -10,11 +10,11 @@ import torch
 
 from loraplex_kernels import bottleneck, lora, replacement, vectors, vocabulary
 from loraplex_kernels.lora import LoraBatch, LoraPool, LoraSite
-from loraplex_server.model.run.residual import ResidualStream
+from loraplex_server.model.layers.residual import ResidualStream
 
 if TYPE_CHECKING:
-    from loraplex_server.model.run.norm import NormSite
-    from loraplex_server.model.run.vocabulary import Vocabulary
+    from loraplex_server.model.layers.vocabulary import Vocabulary
+    from loraplex_server.model.parts import NormSite
 
 
 class Effect(Protocol):

@@ -3,33 +3,12 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from typing import Any
 
 import torch
 
-from loraplex_server.model.load.architecture import Norm
-from loraplex_server.model.run import context
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class NormSite:
-    """One norm over the hidden size.
-
-    Attributes:
-        entry: its row in the adapter tables.
-        plain: the norm itself, untouched; its parameters are shared with the model's.
-    """
-
-    entry: int
-    width: int
-    plain: torch.nn.Module
-
-    def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The norm of rows x [n, width] with other parameters."""
-        parameters = {"weight": weight, **({} if bias is None else {"bias": bias})}
-        found: torch.Tensor = torch.func.functional_call(self.plain, parameters, (x,))
-        return found
+from loraplex_server.model.layers import context
+from loraplex_server.model.parts import Norm, NormSite
 
 
 def attach(norm: torch.nn.Module, described: Norm, entry: int) -> NormSite:

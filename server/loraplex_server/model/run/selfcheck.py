@@ -13,10 +13,10 @@ import torch
 
 from loraplex_kernels.attention import AttentionBatch, LayerShape
 from loraplex_server.core.errors import FailedPreconditionError
-from loraplex_server.model.load.loader import BaseModel
-from loraplex_server.model.plan.memory import allocate_kv
-from loraplex_server.model.run import attention, context
-from loraplex_server.model.run.context import StepContext
+from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.layers import attention, context
+from loraplex_server.model.layers.context import StepContext
+from loraplex_server.model.run.kv_cache import allocate_kv
 
 _LENGTHS = (7, 4)
 _BLOCK = 4
@@ -82,7 +82,7 @@ def _alone(base: BaseModel, prompt: np.ndarray) -> torch.Tensor:
     batch = AttentionBatch.build(
         [0, length], [length], [0, 1], [0], np.arange(length), block_size=length, device=base.format.device
     )
-    return _logits(base, prompt, np.arange(length), StepContext(batch, (), own_code=True))
+    return _logits(base, prompt, np.arange(length), StepContext(batch, (), unfused=True))
 
 
 def _logits(base: BaseModel, tokens: np.ndarray, positions: np.ndarray, step: StepContext) -> torch.Tensor:

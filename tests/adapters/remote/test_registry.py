@@ -8,13 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_server.adapters.origins.remote import backend
-from loraplex_server.adapters.origins.remote.backend import (
-    RemoteFile,
-    RemoteFolder,
-    make_backend,
-    register_backend,
-)
+from loraplex_server.adapters.origins.remote import registry
+from loraplex_server.adapters.origins.remote.protocol import RemoteFile, RemoteFolder
+from loraplex_server.adapters.origins.remote.registry import make_backend, register_backend
 from loraplex_server.adapters.origins.resolver import AdapterSources
 from loraplex_server.core.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from loraplex_server.core.source_uri import AllowedSources, SourceUri
@@ -58,7 +54,7 @@ def registered(adapter: Path) -> Iterator[None]:
     Shelf.root = adapter.parents[1]
     register_backend("shelf", Shelf)
     yield
-    del backend._factories["shelf"]
+    del registry._factories["shelf"]
 
 
 @pytest.mark.usefixtures("registered")

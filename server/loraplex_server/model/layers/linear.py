@@ -13,8 +13,8 @@ import torch
 
 from loraplex_kernels import dense, parallel
 from loraplex_kernels.lora import LoraSite
-from loraplex_server.model.load.weights import FrozenWeight
-from loraplex_server.model.run import context
+from loraplex_server.model.layers import context
+from loraplex_server.model.layers.weights import FrozenWeight
 
 # Multiply-adds per microsecond of one core. Reading the weight takes as long as this many rows' products.
 _PRODUCTS_PER_US = 40_000

@@ -2,7 +2,7 @@
 
 RMS norms, the additions to the residual stream before them, rotations of queries and keys with the write of
 the KV cache, and the gates of feed-forward networks are one launch each. A step in which an adapter acts in
-between, on norms or on the residual stream, takes the model's own code instead (`StepContext.own_code`).
+between, on norms or on the residual stream, takes the model's own code instead (`StepContext.unfused`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from transformers import PreTrainedModel
 
 from loraplex_kernels.gated import gated
 from loraplex_kernels.norm import RmsNorm, add_rms_norm, rms_norm
-from loraplex_server.model.load import recognise
-from loraplex_server.model.load.recognise import Block
-from loraplex_server.model.run import context
-from loraplex_server.model.run.context import Rotation
+from loraplex_server.model.layers import context, recognise
+from loraplex_server.model.layers.context import Rotation
+from loraplex_server.model.layers.recognise import Block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +79,7 @@ def _fuse_norm(module: nn.Module, norm: RmsNorm, carried: _Carried) -> None:
     own = module.forward
 
     def forward(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        if args or options or context.current().own_code:
+        if args or options or context.current().unfused:
             y: torch.Tensor = own(x, *args, **options)
             return y
         found = carried.take(module, x)
@@ -96,7 +95,7 @@ def _fuse_mlp(module: nn.Module) -> bool:
     projections, activation = found.projections, found.activation
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        if context.current().own_code:
+        if context.current().unfused:
             y: torch.Tensor = own(x)
             return y
         parts = [module.get_submodule(name)(x) for name in projections]
@@ -129,7 +128,7 @@ def _fuse_rotation(module: nn.Module) -> bool:
     rotated = found.rebound(rotate_later)
 
     def forward(*args: Any, **options: Any) -> Any:
-        if context.current().own_code:
+        if context.current().unfused:
             return own(*args, **options)
         return rotated(module, *args, **options)
 
@@ -164,7 +163,7 @@ def _fuse_layer(
     before_mlp, before_next = norms[second], norms[following]
 
     def forward(hidden_states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        if args or context.current().own_code:
+        if args or context.current().unfused:
             y: torch.Tensor = own(hidden_states, *args, **options)
             return y
         # Nothing is held by name here that need not live on.
