@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from loraplex_server import log, settings
+from loraplex_server import settings
 from loraplex_server.config import (
     ADAPTER_DEVICE_DTYPES,
     CUDA_GRAPHS,
@@ -31,6 +31,7 @@ from loraplex_server.config import (
     TlsFiles,
     parse_size,
 )
+from loraplex_server.core import log
 from loraplex_server.core.errors import InvalidArgumentError, ServerError
 from loraplex_server.core.request import MAX_SPECULATIVE_TOKENS
 
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = to_config(arguments)
     except ServerError as error:
         parser.error(str(error))
-    log.configure(config.engine.log)
+    log.configure(config.engine.log.level, config.engine.log.format)
     hide_torch()
     # Here, not above: `--help` should not wait for gRPC and a tokenizer library.
     from loraplex_server.api.app import serve

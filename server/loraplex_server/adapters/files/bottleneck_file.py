@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraplex_kernels.lora.layouts import Bottleneck as BottleneckForm
-from loraplex_kernels.lora.layouts import BottleneckReads
+from loraplex_kernels.pool import Bottleneck as BottleneckForm
+from loraplex_kernels.pool import BottleneckReads
 from loraplex_server.adapters.files.tensor_file import (
     MalformedFileError,
     TensorFileHeader,

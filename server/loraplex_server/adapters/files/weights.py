@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 import torch
 
-from loraplex_kernels.lora.layouts import SCALE_BYTES, AdapterLayout, VectorKind, adapter_layout
+from loraplex_kernels.pool import SCALE_BYTES, AdapterLayout, VectorKind, adapter_layout
 from loraplex_server.adapters.files.tensor_file import (
     ITEM_BYTES,
     MalformedFileError,

@@ -33,7 +33,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from loraplex_kernels.lora.layouts import MAX_RANK, AdapterLayout, LoraPool
+from loraplex_kernels.pool import MAX_RANK, AdapterLayout, LoraPool
 from loraplex_server.adapters.files.weights import HostBlob, lay_out, read_weights
 from loraplex_server.adapters.origins.composition import Composer, Member, check_member
 from loraplex_server.adapters.origins.remote.cache import entry_key

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from loraplex_kernels.lora.layouts import Bottleneck as BottleneckForm
-from loraplex_kernels.lora.layouts import EntryShape, VectorKind, VectorShape
+from loraplex_kernels.pool import Bottleneck as BottleneckForm
+from loraplex_kernels.pool import EntryShape, VectorKind, VectorShape
 from loraplex_server.adapters.files.bottleneck_file import read_bottleneck
 from loraplex_server.adapters.files.chat_template import read_chat_template
 from loraplex_server.adapters.files.own_tokenizer import find_tokenizer

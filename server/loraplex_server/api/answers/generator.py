@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import msgspec
 
-from loraplex_server import log
 from loraplex_server.api.answers import timings
 from loraplex_server.api.answers.answer import Answer, End, Finish, Piece
 from loraplex_server.api.answers.merging import merged
@@ -19,6 +18,7 @@ from loraplex_server.api.requests.deadlines import FastestAnswer
 from loraplex_server.api.requests.intake import Accepted
 from loraplex_server.api.telemetry.metrics import Metrics
 from loraplex_server.api.telemetry.tracing.spans import Generated, Tracing
+from loraplex_server.core import log
 from loraplex_server.core.errors import InternalError, ServerError
 from loraplex_server.core.request import Request
 from loraplex_server.wire.messages import Times, TokenDelta

@@ -13,7 +13,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from loraplex_server import log
 from loraplex_server.api.http.errors import to_body
 from loraplex_server.api.http.generation import CHAT, COMPLETIONS, GenerationEndpoint, HttpSettings
 from loraplex_server.api.http.middleware import CallMiddleware
@@ -21,6 +20,7 @@ from loraplex_server.api.http.models import Models
 from loraplex_server.api.http.openapi import document
 from loraplex_server.api.http.schema import Health
 from loraplex_server.api.services import Services
+from loraplex_server.core import log
 from loraplex_server.core.errors import ErrorInfo
 
 _CODES = {404: "NOT_FOUND", 405: "INVALID_ARGUMENT"}

@@ -12,7 +12,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loraplex.v1 import generation_pb2
-from loraplex_server import log
 from loraplex_server.api.http import unserved
 from loraplex_server.api.http.body import BodyT, read_body
 from loraplex_server.api.http.errors import to_body, under
@@ -37,6 +36,7 @@ from loraplex_server.api.requests.intake import Accepted
 from loraplex_server.api.requests.limits import Limits
 from loraplex_server.api.services import Services
 from loraplex_server.api.text.tokenizer import Tokenizer
+from loraplex_server.core import log
 from loraplex_server.core.errors import ErrorInfo, InternalError, InvalidArgumentError, ServerError
 
 _log = logging.getLogger(__name__)

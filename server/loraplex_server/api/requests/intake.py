@@ -9,7 +9,6 @@ import time
 import msgspec
 
 from loraplex.v1 import generation_pb2
-from loraplex_server import log
 from loraplex_server.api.lifecycle import Lifecycle
 from loraplex_server.api.requests.check import check_generate, check_prompt_alone, check_prompt_tokens
 from loraplex_server.api.requests.deadlines import FastestAnswer
@@ -18,6 +17,7 @@ from loraplex_server.api.requests.request_id import is_request_id
 from loraplex_server.api.requests.to_core import Circumstances, to_request
 from loraplex_server.api.security import authentication
 from loraplex_server.api.text.tokenizer import Tokenizer
+from loraplex_server.core import log
 from loraplex_server.core.errors import DeadlineExceededError
 from loraplex_server.core.request import Request
 

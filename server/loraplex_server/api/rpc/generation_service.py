@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
-from loraplex_server import log
 from loraplex_server.api.answers.generator import Generator, WhyLeft
 from loraplex_server.api.answers.merging import as_finished
 from loraplex_server.api.answers.to_proto import to_generate_response, to_unary_response
@@ -17,6 +16,7 @@ from loraplex_server.api.requests.check import check_batch
 from loraplex_server.api.requests.intake import Intake
 from loraplex_server.api.rpc.status import code_of_cancellation, to_message
 from loraplex_server.api.telemetry.metrics import Metrics
+from loraplex_server.core import log
 from loraplex_server.core.errors import ErrorInfo, InternalError, ServerError
 
 _log = logging.getLogger(__name__)
