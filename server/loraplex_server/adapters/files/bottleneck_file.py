@@ -23,12 +23,13 @@ from loraplex_server.adapters.files.tensor_file import (
 from loraplex_server.adapters.origins.sources import head_refusal, open_file, pickle_refusal
 from loraplex_server.adapters.spec.bottleneck_config import BottleneckSettings, SubBlock, parse_bottleneck
 from loraplex_server.adapters.spec.declared import BottleneckSpec, SiteSpec
-from loraplex_server.adapters.spec.peft_config import MAX_CONFIG_BYTES, UnsupportedError
+from loraplex_server.adapters.spec.peft_config import UnsupportedError
 from loraplex_server.adapters.spec.sites import Entry, SiteRegistry
 from loraplex_server.core.adapter_files import (
     BOTTLENECK_FILE,
     HEAD_FILES,
     INTERFACE_FILE,
+    MAX_CONFIG_BYTES,
     PICKLE_FILES,
     WEIGHTS_FILE,
 )

@@ -50,7 +50,6 @@ from loraplex_server.adapters.spec.declared import (
     TokenRowsSpec,
 )
 from loraplex_server.adapters.spec.peft_config import (
-    MAX_CONFIG_BYTES,
     AdapterSettings,
     Ia3Settings,
     LoraSettings,
@@ -63,7 +62,7 @@ from loraplex_server.adapters.spec.peft_config import (
 )
 from loraplex_server.adapters.spec.sites import Entry, Part, SiteKind, SiteRegistry
 from loraplex_server.adapters.spec.vocabulary import Parts, added_tokens, token_rows
-from loraplex_server.core.adapter_files import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE
+from loraplex_server.core.adapter_files import CONFIG_FILE, MAX_CONFIG_BYTES, PICKLE_FILES, WEIGHTS_FILE
 from loraplex_server.core.errors import FailedPreconditionError, Reason, ServerError
 from loraplex_server.core.frozen_base import FrozenBase
 from loraplex_server.core.text import quoted

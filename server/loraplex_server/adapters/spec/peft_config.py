@@ -28,7 +28,6 @@ import regex
 from loraplex_server.adapters.files.tensor_file import MalformedFileError, parse_object
 from loraplex_server.core.text import quoted
 
-MAX_CONFIG_BYTES = 1 << 20
 MAX_PATTERN_CHARS = 4096
 MATCH_SECONDS = 1.0
 """Time that all patterns of one adapter may take."""
