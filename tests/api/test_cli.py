@@ -74,6 +74,11 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
     assert (config.api.max_message_bytes, config.api.drain_s) == (4 << 20, 2.5)
 
 
+def test_a_setting_without_a_range_may_be_infinite() -> None:
+    config = parse("--model", "m", "--drain-seconds", "inf", "--max-adapter-wait", "inf")
+    assert config.api.drain_s == config.engine.scheduler.max_adapter_wait_s == float("inf")
+
+
 @pytest.mark.parametrize(
     ("argv", "complaint"),
     [

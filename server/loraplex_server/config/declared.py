@@ -90,9 +90,11 @@ def check(config: object, *, by_name: bool = False) -> None:
         label = found.name if by_name else found.attribute
         if isinstance(value, str) and kind.choices and value not in kind.choices:
             raise InvalidArgumentError.field(label, f"{value!r} is none of {', '.join(kind.choices)}")
+        if (allowed := found.setting.range) is None:
+            continue
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float) and number not in found.setting.range:
-                raise InvalidArgumentError.field(label, found.setting.range.problem(number))
+            if number not in allowed:
+                raise InvalidArgumentError.field(label, allowed.problem(number))
 
 
 def _is_given(part: _Part, values: Mapping[str, Any]) -> bool:

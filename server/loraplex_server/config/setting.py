@@ -52,7 +52,7 @@ class Setting:
         name: what it is called outside, "" where that is the field's own name: `max_queue` is
             `--max-queue`, `LORAPLEX_SERVE_MAX_QUEUE`, and `max_queue` in the file.
         default: what the help says in place of the default value.
-        range: of the number, or of each of several.
+        range: of the number, or of each of several; None is any.
         unit: what a number counts, where its kind does not say.
         metavar: stands for the value in the help, where that of its kind says too little.
         detail: more than fits into the help.
@@ -62,7 +62,7 @@ class Setting:
     help: str
     name: str = ""
     default: str = ""
-    range: Range = Range()
+    range: Range | None = None
     unit: str = ""
     metavar: str = ""
     detail: str = ""
