@@ -171,7 +171,8 @@ class AdapterConfig:
         for name in self.extra_files:
             if _EXTRA_FILE.fullmatch(name) is None or name.startswith("adapter_"):
                 raise InvalidArgumentError.field(
-                    "extra_files", f"{name!r} is no name of a .json, .jinja or .txt file beside the adapter's"
+                    "adapter_extra_file",
+                    f"{name!r} is not the name of a .json, .jinja or .txt file, or begins with adapter_",
                 )
 
     @property

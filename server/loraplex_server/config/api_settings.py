@@ -15,12 +15,7 @@ from loraplex_server.core.errors import InvalidArgumentError
 
 _ENDPOINT = re.compile(r"https?://[^\s/@]+/?")
 # gRPC counts milliseconds in 32 bits.
-_MAX_KEEPALIVE_S = 2_000_000
-_KEEPALIVE = Range(
-    above=0,
-    below=_MAX_KEEPALIVE_S,
-    complaint=f"is no number of seconds above 0 and below {_MAX_KEEPALIVE_S}",
-)
+_KEEPALIVE = Range(above=0, below=2_000_000)
 
 _serving = partial(Setting, group=Group.SERVING)
 _access = partial(Setting, group=Group.ACCESS)
@@ -180,14 +175,14 @@ class ApiConfig:
     ] = False
 
     def __post_init__(self) -> None:
-        check(self, by_name=True)
+        check(self)
         if self.otlp_endpoint and _ENDPOINT.fullmatch(self.otlp_endpoint) is None:
             raise InvalidArgumentError.field(
-                "otlp_endpoint", f"{self.otlp_endpoint!r} is no URL such as http://127.0.0.1:4317"
+                "otlp_endpoint", f"{self.otlp_endpoint!r} is not a URL such as http://127.0.0.1:4317"
             )
         if self.tls is None and not self.allow_insecure and not is_loopback(self.host):
             raise InvalidArgumentError.field(
                 "host",
-                f"{self.host} is no loopback address, and calls would not be encrypted; give "
-                "--tls-certificate and --tls-key, or --allow-insecure where the network itself is trusted",
+                f"{self.host} is not a loopback address, and calls would not be encrypted; give "
+                "--tls-certificate and --tls-key, or --allow-insecure if you trust the network",
             )

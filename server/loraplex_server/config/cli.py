@@ -79,7 +79,7 @@ def resolve(
     """Every setting's value and where it came from.
 
     Raises:
-        InvalidArgumentError: file or environment name something that is no setting, or give it a bad value.
+        InvalidArgumentError: file or environment have an unknown name or a bad value.
         SystemExit: help is asked for, or `argv` is wrong; argparse has written which.
     """
     parser = parser or build_parser()
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if own.action == "show":
         print(settings.to_toml(all_values=not own.changed))
     else:
-        print("the configuration is right")
+        print("the configuration is valid")
     return 0
 
 

@@ -27,4 +27,4 @@ class LogConfig:
     ] = "text"
 
     def __post_init__(self) -> None:
-        check(self, by_name=True)
+        check(self)

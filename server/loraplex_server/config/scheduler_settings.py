@@ -65,7 +65,7 @@ class SchedulerConfig:
         _batching(
             help="share of the GPU's memory for weights, steps, adapters and the KV cache, and for whatever "
             "else is on it",
-            range=Range(above=0, most=1, complaint="is no share above 0 and up to 1"),
+            range=Range(above=0, most=1),
         ),
     ] = 0.9
     kv_cache_bytes: Annotated[
@@ -95,9 +95,7 @@ class SchedulerConfig:
         _batching(
             help="tokens guessed in a step from a request's own text, where it does not say; 0 to "
             f"{MAX_SPECULATIVE_TOKENS}. Answers are the same",
-            range=Range(
-                least=0, most=MAX_SPECULATIVE_TOKENS, complaint=f"is none of 0 to {MAX_SPECULATIVE_TOKENS}"
-            ),
+            range=Range(least=0, most=MAX_SPECULATIVE_TOKENS),
             unit="tokens",
         ),
     ] = 0
@@ -105,7 +103,7 @@ class SchedulerConfig:
         Share,
         _batching(
             help="share of --max-num-requests beyond which running requests get no guesses; 0 is never any",
-            range=Range(least=0, most=1, complaint="is no share from 0 to 1"),
+            range=Range(least=0, most=1),
         ),
     ] = 0.5
     max_adapter_wait_s: Annotated[
@@ -132,7 +130,7 @@ class SchedulerConfig:
             name="fair_aging",
             help="waiting time that counts as much as a quantum not given: more is fairer, less nearer to "
             "first come first served",
-            range=Range(above=0, below=math.inf, complaint="is no positive number"),
+            range=Range(above=0, below=math.inf),
         ),
     ] = 5.0
 

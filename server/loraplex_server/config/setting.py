@@ -28,19 +28,28 @@ class Range:
     most: float = math.inf
     above: float = -math.inf
     below: float = math.inf
-    complaint: str = ""
 
     def __contains__(self, value: float) -> bool:
         return self.least <= value <= self.most and self.above < value < self.below
 
     def problem(self, value: float) -> str:
-        """What is wrong with `value`, which is not in it."""
-        return f"{value} {self.complaint or f'is less than {self.least}'}"
+        """What is wrong with `value`, which is not in the range."""
+        if not math.isfinite(value):
+            return f"{value} is not a finite number"
+        if value < self.least:
+            return f"{value} is less than {self.least}"
+        if value <= self.above:
+            return f"{value} is not more than {self.above}"
+        return (
+            f"{value} is more than {self.most}"
+            if value > self.most
+            else f"{value} is not less than {self.below}"
+        )
 
 
 NOT_NEGATIVE = Range(least=0)
 POSITIVE = Range(least=1)
-SECONDS = Range(least=0, below=math.inf, complaint="is no number of seconds")
+SECONDS = Range(least=0, below=math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
