@@ -74,7 +74,10 @@ def test_every_kind_of_value(write: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('model = "m"\nmax_queues = 1', "max_queues: is not a setting; did you mean max_queue"),
+        (
+            'model = "m"\nmax_batch_token = 1',
+            "max_batch_token: is not a setting; did you mean max_batch_tokens",
+        ),
         ('model = "m"\n[scheduler]\nmax_queue = 1', "scheduler: is not a setting"),
         ('model = "m"\nmax_queue = "many"', "max_queue: 'many' is wrong"),
         ('model = "m"\nmax_queue = 0', "max_queue: 0 is less than 1"),

@@ -13,11 +13,11 @@ class Group(enum.StrEnum):
     MODEL = "base model"
     BATCHING = "batching"
     ADAPTERS = "adapters"
-    REMOTE = "adapters from elsewhere"
-    UPLOADS = "adapters that clients send"
+    REMOTE = "downloaded adapters"
+    UPLOADS = "uploaded adapters"
     SERVING = "serving"
     LOG = "log"
-    ACCESS = "who may call"
+    ACCESS = "access"
 
 
 @dataclass(frozen=True, kw_only=True)
