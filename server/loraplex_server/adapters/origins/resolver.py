@@ -28,14 +28,15 @@ from loraplex_server.adapters.origins.remote.protocol import (
     RemoteFolder,
 )
 from loraplex_server.adapters.origins.remote.registry import make_backend
-from loraplex_server.adapters.origins.sources import head_refusal, pickle_refusal, resolve_folder
-from loraplex_server.adapters.spec.peft_config import MAX_CONFIG_BYTES
+from loraplex_server.adapters.origins.sources import resolve_folder
+from loraplex_server.adapters.spec.refusals import head_refusal, pickle_refusal
 from loraplex_server.config import AdapterConfig
 from loraplex_server.core.adapter_files import (
     BOTTLENECK_FILE,
     CONFIG_FILE,
     HEAD_FILES,
     INTERFACE_FILE,
+    MAX_CONFIG_BYTES,
     MAX_EXTRA_FILE_BYTES,
     PICKLE_FILES,
     WEIGHTS_FILE,

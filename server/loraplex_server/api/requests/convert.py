@@ -16,9 +16,8 @@ from typing import Any
 import msgspec
 
 from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
-from loraplex_server.adapters.spec.peft_config import MAX_CONFIG_BYTES
 from loraplex_server.api.answers.answer import End, Piece
-from loraplex_server.core.adapter_files import MAX_EXTRA_FILE_BYTES, TEXT_FILES
+from loraplex_server.core.adapter_files import MAX_CONFIG_BYTES, MAX_EXTRA_FILE_BYTES, TEXT_FILES
 from loraplex_server.core.adapter_status import AdapterStatus
 from loraplex_server.core.composition import COMBINATION_TYPES, MAJORITY_SIGNS, Composition, prunes
 from loraplex_server.core.errors import FieldViolation, InvalidArgumentError
