@@ -1,4 +1,4 @@
-"""The README's table of errors is the code's: statuses, reasons, and the details that come with them."""
+"""The table in docs/reference/errors.md is the code's: statuses, reasons, details that come with them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _ROW = re.compile(r"^\| ([A-Z_]+) \|([A-Z_, ]*)\|([^|]*)\|[^|]*\|$", re.MULTILIN
 @pytest.fixture(scope="module")
 def table(pytestconfig: pytest.Config) -> dict[str, tuple[set[str], set[str]]]:
     """(reasons, details) by status."""
-    section = (Path(pytestconfig.rootpath) / "README.md").read_text().split("### Errors and faults\n")[1]
-    rows = _ROW.findall(section.split("\n### ")[0])
+    page = (Path(pytestconfig.rootpath) / "docs/reference/errors.md").read_text()
+    rows = _ROW.findall(page.split("\n## ")[0])
     return {
         code: (set(re.findall(r"[A-Z_]+", reasons)), set(re.findall(r"[A-Z][a-z]+[A-Z][A-Za-z]+", details)))
         for code, reasons, details in rows

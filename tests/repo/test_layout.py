@@ -58,6 +58,21 @@ def test_kernels_need_torch_and_triton_only() -> None:
         assert not foreign, f"{path.relative_to(ROOT)} imports {sorted(foreign)}"
 
 
+def test_ops_of_the_kernels_import_no_other_op() -> None:
+    """An op is a folder; the files at the top, and the pool of adapters, are there for all of them."""
+    root = PACKAGES["loraplex_kernels"]
+    ops = {path.parent.name for path in root.glob("*/__init__.py")} - {"pool"}
+    for path in _files("loraplex_kernels"):
+        room = path.relative_to(root).parts[0]
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if not isinstance(node, ast.ImportFrom) or not node.module:
+                continue
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            named = {name.split(".")[1] for name in names if name.startswith("loraplex_kernels.")}
+            foreign = (named & ops) - {room}
+            assert not foreign, f"{path.relative_to(ROOT)} imports {sorted(foreign)}"
+
+
 def test_only_the_container_folders_have_their_names() -> None:
     """A folder or file of these names elsewhere hides Hugging Face's `kernels` or triton when run by path."""
     for path in [*ROOT.rglob("*.py"), *(path.parent for path in ROOT.rglob("*.py"))]:

@@ -114,9 +114,9 @@ def test_options_are_the_arguments_of_the_request() -> None:
     assert all(f"{name}," in documented or f"{name};" in documented for name in arguments)
 
 
-def test_the_readme_names_every_option(pytestconfig: pytest.Config) -> None:
-    readme = (pytestconfig.rootpath / "README.md").read_text()
-    section = readme.split("### Options of a generation\n")[1].split("\n### ")[0]
+def test_the_documentation_names_every_option(pytestconfig: pytest.Config) -> None:
+    page = (pytestconfig.rootpath / "docs/how-to/generate.md").read_text()
+    section = page.split("## Options\n")[1].split("\n## ")[0]
     cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     named = set(re.findall(r"`(\w+)", " ".join(cells)))
     assert named == get_type_hints(GenerateOptions).keys()

@@ -34,15 +34,14 @@ class ExtraCommand:
     """A command that another package of this distribution carries out."""
 
     module: str
-    """Its `function(argv)` gets the arguments untouched, `--help` included."""
+    """Its `main(argv)` gets the arguments untouched, `--help` included."""
     extras: tuple[str, ...]
     """Needed before it can start."""
-    function: str = "main"
 
 
 COMMANDS = {
     "serve": ExtraCommand("loraplex_server.cli", ("server",)),
-    "config": ExtraCommand("loraplex_server.cli", ("server",), "config_main"),
+    "config": ExtraCommand("loraplex_server.config.cli", ("server",)),
     "top": ExtraCommand("loraplex_bench.top", ("bench",)),
     "bench": ExtraCommand("loraplex_bench.cli", ("bench",)),
     "demo": ExtraCommand("loraplex_bench.demo.run", ("server", "bench")),
@@ -56,7 +55,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     if missing:
         return advise(command, wanted.extras, missing)
     try:
-        return int(getattr(import_module(wanted.module), wanted.function)(list(argv)) or 0)
+        return int(import_module(wanted.module).main(list(argv)) or 0)
     except ModuleNotFoundError as error:
         # Some commands under `bench` need more than others, and import it only then.
         name = (error.name or "").partition(".")[0]

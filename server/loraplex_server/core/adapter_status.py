@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 
-class AdapterStatus(msgspec.Struct, frozen=True):
+class AdapterStatus(msgspec.Struct, frozen=True, tag=True):
     """State of one adapter; fields as in `loraplex.v1.Adapter`, `state` in lower case."""
 
     name: str
@@ -22,6 +22,19 @@ class AdapterStatus(msgspec.Struct, frozen=True):
     hits: int
     misses: int
     evictions: int
+
+
+class AdapterChanges(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Adapters that are not as they were.
+
+    Attributes:
+        removed: names under which there is nothing any more.
+        all: `adapters` are all there are, as when somebody begins to watch.
+    """
+
+    adapters: tuple[AdapterStatus, ...]
+    removed: tuple[str, ...] = ()
+    all: bool = False
 
 
 class SwapRecord(msgspec.Struct, frozen=True, array_like=True):

@@ -41,10 +41,10 @@ from loraplex_server.engine.kv_blocks import KvBlockPool
 from loraplex_server.engine.planning import build_plan
 from loraplex_server.engine.scheduler import Scheduled, Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
+from loraplex_server.wire.commands import IntegrityReport
 from loraplex_server.wire.messages import (
     EngineInfo,
     Failed,
-    IntegrityReply,
     Times,
     TokenDelta,
     TokenLogprobs,
@@ -370,14 +370,13 @@ class Engine:
             prefix_hits=prefix_hits,
         )
 
-    def check_integrity(self, call_id: int = 0) -> IntegrityReply:
+    def check_integrity(self) -> IntegrityReport:
         """Compares every pool with its holders, and the weights with their checksum."""
         problems = self._problems()
         checksum = finish(self._runner.weight_checksum())
         if checksum != self.info.weight_checksum:
             problems.append("the base weights have changed since they were loaded")
-        return IntegrityReply(
-            call_id=call_id,
+        return IntegrityReport(
             problems=tuple(problems),
             running=len(self.scheduler.running),
             waiting=self._num_waiting,

@@ -1,44 +1,41 @@
-"""The API's end of the engine: submit, stream, cancel, and adapter operations, over a unix socket."""
+"""The API's end of the connection to an engine: requests, commands and watches."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any, cast
 
 import msgspec
 
-from loraplex_server.core.adapter_status import AdapterStatus
-from loraplex_server.core.composition import Composition
+from loraplex_server.core.adapter_status import AdapterChanges
 from loraplex_server.core.errors import InternalError, Reason, ServerError, UnavailableError, from_info
 from loraplex_server.core.request import Request
 from loraplex_server.core.tokenizer_source import TokenizerSource
+from loraplex_server.wire.commands import AnswerT, AnyCommand, Call, Command, Reply
 from loraplex_server.wire.deltas import DeltaQueue
 from loraplex_server.wire.frames import FrameBuffer, decode_from_engine, encode
 from loraplex_server.wire.messages import (
     PROTOCOL_VERSION,
-    AdapterChanges,
-    AdapterCommand,
-    AdapterReply,
     Cancel,
-    CheckIntegrity,
     EngineInfo,
     Failed,
     FromEngine,
     Hello,
-    IntegrityReply,
     Shutdown,
     Submit,
     ToEngine,
     TokenDelta,
     TokenizersChanged,
     Tokens,
+    UnwatchAdapters,
+    WatchAdapters,
     Welcome,
 )
 from loraplex_server.wire.stats import Stats
+from loraplex_server.wire.watcher import AdapterWatcher
 
 _READ_BYTES = 1 << 18
 
@@ -59,7 +56,7 @@ class EngineClient:
         writer: asyncio.StreamWriter,
         info: EngineInfo,
         tokenizers: Mapping[str, TokenizerSource],
-        note: Callable[[AdapterCommand, AdapterReply], None] | None,
+        note: Callable[[Command[Any]], None] | None,
         *,
         max_joined: int,
         max_unread: int,
@@ -72,9 +69,9 @@ class EngineClient:
         self._reader = reader
         self._writer = writer
         self._streams: dict[str, DeltaQueue] = {}
-        self._calls: dict[int, asyncio.Future[AdapterReply | IntegrityReply]] = {}
+        self._calls: dict[int, asyncio.Future[Reply]] = {}
         self._call_ids = itertools.count(1)
-        self._watchers: set[_Watcher] = set()
+        self._watchers: set[AdapterWatcher] = set()
         self._stats_listeners: list[Callable[[Stats], None]] = []
         self._lost: ServerError | None = None
         self._closing = False
@@ -86,7 +83,7 @@ class EngineClient:
         cls,
         socket_path: str,
         token: str,
-        note: Callable[[AdapterCommand, AdapterReply], None] | None = None,
+        note: Callable[[Command[Any]], None] | None = None,
         *,
         max_joined: int = 256,
         max_unread: int = 4096,
@@ -94,7 +91,7 @@ class EngineClient:
         """Connects to the engine listening at `socket_path`.
 
         Args:
-            note: called with each adapter command that succeeded.
+            note: called with each command that succeeded.
             max_joined: tokens that `stream` may join in one delta for a caller who is behind.
             max_unread: where more tokens of a request wait for its caller, it ends.
 
@@ -161,44 +158,27 @@ class EngineClient:
             if not finished and self.alive:
                 self._send(Cancel(request.request_id))
 
-    async def load_adapter(self, name: str, source: str, *, inplace: bool = False) -> AdapterStatus:
-        """Registers a PEFT folder under a name and brings it to host memory."""
-        return (await self._adapters("load", name=name, source=source, inplace=inplace))[0]
+    async def command(self, command: Command[AnswerT]) -> AnswerT:
+        """Has the engine do something; its answer.
 
-    async def compose_adapter(
-        self, name: str, composition: Composition, *, inplace: bool = False
-    ) -> AdapterStatus:
-        """Registers what PEFT makes of several adapters under a name of its own."""
-        return (await self._adapters("compose", name=name, composition=composition, inplace=inplace))[0]
-
-    async def adopt_adapter(
-        self, name: str, staged: Path, sha256: dict[str, str], *, inplace: bool = False
-    ) -> AdapterStatus:
-        """Registers an adapter whose files were received into a folder of the cache's staging folder."""
-        found = await self._adapters("adopt", name=name, source=str(staged), sha256=sha256, inplace=inplace)
-        return found[0]
-
-    async def unload_adapter(self, name: str, grace_s: float | None = None) -> tuple[AdapterStatus, ...]:
-        """Drains and forgets an adapter; answers with those that remain.
-
-        Requests that still hold it after `grace_s` seconds are ended; without it they run to their end.
+        Raises:
+            ServerError: any of its kinds, as the engine gave it.
         """
-        return await self._adapters("unload", name=name, grace_s=grace_s)
-
-    async def prefetch_adapters(
-        self, names: Sequence[str], *, to_device: bool = True
-    ) -> tuple[AdapterStatus, ...]:
-        """Hints that these will be wanted; answers with what they are now."""
-        return await self._adapters("prefetch", names=tuple(names), to_device=to_device)
-
-    async def list_adapters(self) -> tuple[AdapterStatus, ...]:
-        return await self._adapters("list")
-
-    async def get_adapter(self, name: str) -> AdapterStatus:
-        return (await self._adapters("get", name=name))[0]
-
-    async def pin_adapter(self, name: str, pinned: bool) -> AdapterStatus:
-        return (await self._adapters("pin", name=name, pinned=pinned))[0]
+        call_id = next(self._call_ids)
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = future
+        try:
+            # All commands there are: the union is for the decoder.
+            self._send(Call(call_id, cast("AnyCommand", command)))
+            reply = await future
+        finally:
+            self._calls.pop(call_id, None)
+        if reply.error is not None:
+            raise from_info(reply.error)
+        if self._note is not None:
+            self._note(command)
+        # Both ends have the same protocol version, so the answer is of the command's type.
+        return cast("AnswerT", reply.answer)
 
     async def watch_adapters(self) -> AsyncGenerator[AdapterChanges]:
         """All adapters, then what changes with them, for as long as it is iterated over.
@@ -208,22 +188,16 @@ class EngineClient:
         Raises:
             ServerError: the engine is gone.
         """
-        watcher = _Watcher()
+        watcher = AdapterWatcher()
         self._watchers.add(watcher)
         try:
-            self._send(AdapterCommand(0, "watch"))
+            self._send(WatchAdapters())
             while True:
                 yield await watcher.next()
         finally:
             self._watchers.discard(watcher)
             if not self._watchers and self.alive:
-                self._send(AdapterCommand(0, "unwatch"))
-
-    async def check_integrity(self) -> IntegrityReply:
-        """The pools' state now; `problems` is empty when every invariant holds."""
-        reply = await self._call(lambda call_id: CheckIntegrity(call_id))
-        assert isinstance(reply, IntegrityReply)
-        return reply
+                self._send(UnwatchAdapters())
 
     async def shutdown(self) -> None:
         """Tells the engine to end, and closes the connection."""
@@ -238,39 +212,6 @@ class EngineClient:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._lose(UnavailableError("the server is shutting down", reason=Reason.SERVER_DRAINING))
-
-    async def chat_template(self, name: str) -> str:
-        """The chat template that an adapter brings; "" where it brings none."""
-        return (await self._adapter_command("chat_template", name=name)).chat_template
-
-    async def _adapters(self, op: str, **fields: Any) -> tuple[AdapterStatus, ...]:
-        return (await self._adapter_command(op, **fields)).adapters
-
-    async def _adapter_command(self, op: str, **fields: Any) -> AdapterReply:
-        return await self._command(AdapterCommand(0, op, **fields))
-
-    async def repeat(self, command: AdapterCommand, *, inplace: bool = False) -> None:
-        """Runs a command again, as it was sent to another engine."""
-        await self._command(msgspec.structs.replace(command, inplace=inplace))
-
-    async def _command(self, command: AdapterCommand) -> AdapterReply:
-        reply = await self._call(lambda call_id: msgspec.structs.replace(command, call_id=call_id))
-        assert isinstance(reply, AdapterReply)
-        if reply.error is not None:
-            raise from_info(reply.error)
-        if self._note is not None:
-            self._note(command, reply)
-        return reply
-
-    async def _call(self, make: Callable[[int], ToEngine]) -> AdapterReply | IntegrityReply:
-        call_id = next(self._call_ids)
-        future: asyncio.Future[AdapterReply | IntegrityReply] = asyncio.get_running_loop().create_future()
-        self._calls[call_id] = future
-        try:
-            self._send(make(call_id))
-            return await future
-        finally:
-            self._calls.pop(call_id, None)
 
     def _send(self, message: ToEngine) -> None:
         if self._lost is not None:
@@ -306,7 +247,7 @@ class EngineClient:
             case Failed():
                 if (stream := self._streams.get(message.request_id)) is not None:
                     stream.fail(from_info(message.error))
-            case AdapterReply() | IntegrityReply():
+            case Reply():
                 future = self._calls.get(message.call_id)
                 if future is not None and not future.done():
                     future.set_result(message)
@@ -335,44 +276,6 @@ class EngineClient:
             if not future.done():
                 future.set_exception(self._lost)
         self._closed.set()
-
-
-class _Watcher:
-    """What one watcher has not been told yet, by name; None for a name that is gone."""
-
-    def __init__(self) -> None:
-        self._pending: dict[str, AdapterStatus | None] = {}
-        self._whole = False
-        self._lost: ServerError | None = None
-        self._news = asyncio.Event()
-
-    def put(self, changes: AdapterChanges) -> None:
-        # What came before the first complete list was another watcher's.
-        self._whole = self._whole or changes.all
-        if self._whole:
-            current: dict[str, AdapterStatus] = {}
-            for status in changes.adapters:
-                # What drains comes after its successor, for which the name stands.
-                current.setdefault(status.name, status)
-            self._pending |= dict.fromkeys(changes.removed)
-            self._pending |= current
-            self._news.set()
-
-    def fail(self, error: ServerError) -> None:
-        self._lost = error
-        self._news.set()
-
-    async def next(self) -> AdapterChanges:
-        """All that is pending, once there is something."""
-        await self._news.wait()
-        if self._lost is not None:
-            raise self._lost
-        self._news.clear()
-        pending, self._pending = self._pending, {}
-        return AdapterChanges(
-            tuple(status for status in pending.values() if status is not None),
-            tuple(name for name, status in pending.items() if status is None),
-        )
 
 
 async def _read(reader: asyncio.StreamReader) -> FromEngine:

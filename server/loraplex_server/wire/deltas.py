@@ -1,4 +1,4 @@
-"""One request's deltas on their way to a caller who may be slower than the engine."""
+"""One request's deltas, on their way to a reader who may be slower than the engine."""
 
 from __future__ import annotations
 
@@ -13,41 +13,42 @@ from loraplex_server.core.errors import Reason, ResourceExhaustedError, ServerEr
 from loraplex_server.wire.messages import TokenDelta
 
 BEHIND_S = 0.005
-"""A taker who comes for a delta that has waited so long already is behind."""
+"""A reader is behind if the delta it takes has waited longer than this."""
 
 SPACING_S = 0.020
-"""From one message to the next, at least, of a stream that is behind."""
+"""Least time between two messages of a stream that is behind. A message costs as much as ten tokens in it, so
+that fewer and longer messages let a busy process catch up."""
 
 SPACED_S = 0.5
-"""For so long it then is; a message costs what ten tokens do, and so a process catches up."""
+"""Time for which a stream counts as behind, from the last time that it was."""
 
 
 class Spacing:
-    """When the next message of one stream may go. Times are seconds of any one clock."""
+    """Keeps the messages of one stream apart while it is behind. Times are seconds of any one clock."""
 
     def __init__(self) -> None:
         self._until_s = -math.inf
         self._last_s = -math.inf
 
     def behind(self, now_s: float) -> None:
-        """Messages shall come apart for a while."""
+        """The stream is behind at `now_s`."""
         self._until_s = now_s + SPACED_S
 
     def pause_s(self, now_s: float) -> float:
-        """Seconds from now; 0 where the stream is not behind."""
+        """Seconds to wait before the next message; 0 if the stream is not behind."""
         return max(0.0, self._last_s + SPACING_S - now_s) if now_s < self._until_s else 0.0
 
     def sent(self, now_s: float) -> None:
-        """A message goes."""
+        """A message is sent at `now_s`."""
         self._last_s = now_s
 
 
 class DeltaQueue:
-    """Deltas in the order they came. Belongs to one event loop, and to one taker.
+    """Deltas in the order they came. Belongs to one event loop, and has one reader.
 
-    A taker who is up to date gets every delta by itself, at once. For one who is behind, what waits is
-    joined: up to `max_joined` tokens at once. Where more than `max_unread` tokens wait, they are dropped for
-    an error.
+    A reader that keeps up gets every delta by itself, at once. For one that is behind, the deltas that wait
+    are joined, up to `max_joined` tokens at a time. If more than `max_unread` tokens wait, they are dropped
+    and the reader gets an error.
     """
 
     def __init__(self, max_joined: int, max_unread: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -63,8 +64,7 @@ class DeltaQueue:
         self._nap: asyncio.Future[None] | None = None
 
     def put(self, delta: TokenDelta) -> bool:
-        """Adds a delta; False if that was one too many: the taker will get an error, and the request should
-        end."""
+        """Adds a delta. False if too many tokens wait: the reader gets an error; the request should end."""
         if self._error is not None:
             return True
         self._unread += len(delta.token_ids)
@@ -87,16 +87,16 @@ class DeltaQueue:
         return True
 
     def fail(self, error: ServerError) -> None:
-        """Ends the queue: after what waits comes `error`."""
+        """Ends the queue with `error`, which is raised after the deltas that wait."""
         self._error = self._error or error
         _end(self._taker)
         _end(self._nap)
 
     async def take(self) -> TokenDelta:
-        """What waits, as one delta; waits for it.
+        """Waits for a delta; gives those that wait, joined to one.
 
         Raises:
-            ServerError: that of `fail`, once there is nothing before it.
+            ServerError: that of `fail`, after all deltas before it.
         """
         deltas = self._deltas
         now_s = self._clock()
@@ -111,7 +111,7 @@ class DeltaQueue:
             finally:
                 self._taker = None
             now_s = self._clock()
-        # Not where it would hold back more than can be joined, or the end.
+        # No pause if more waits than can be joined, nor before the end of the answer.
         if self._unread < self._max_joined and deltas[-1].finish is None:
             pause_s = self._spacing.pause_s(now_s)
             if pause_s > 0:
@@ -130,7 +130,7 @@ class DeltaQueue:
         return delta
 
     async def _pause(self, seconds: float) -> None:
-        """Waits, but not longer than until the end is there."""
+        """Waits for `seconds`, or until the last delta is there."""
         loop = asyncio.get_running_loop()
         self._nap = loop.create_future()
         timer = loop.call_later(seconds, _end, self._nap)
@@ -147,12 +147,12 @@ def _end(wait: asyncio.Future[None] | None) -> None:
 
 
 def _size(delta: TokenDelta) -> int:
-    """Tokens that a message would carry something of."""
+    """Tokens that a delta says something of: generated ones, and scored ones of the prompt."""
     return len(delta.token_ids) + len(delta.prompt_logprobs)
 
 
 def _join(deltas: Sequence[TokenDelta]) -> TokenDelta:
-    """One delta for several of a request, the last of which may be its end."""
+    """One delta for several consecutive ones of a request; the last may end it."""
     last = deltas[-1]
     return TokenDelta(
         request_id=last.request_id,

@@ -1,24 +1,24 @@
-"""What the API and the engine say to each other: versioned plain data in msgpack.
+"""The messages between the API and the engine: versioned plain data in msgpack.
 
-A connection opens with
-`Hello` and is answered with `Welcome`; from then on the API sends `ToEngine` messages and the engine
-sends `FromEngine` messages. Several API processes may be connected at once: every request belongs to
-the connection that submitted it and dies with it.
+A connection opens with `Hello`, answered with `Welcome`. From then on the API sends `ToEngine` messages and
+the engine sends `FromEngine` messages. Several API processes may be connected at once: a request belongs to
+the connection that submitted it and ends with it.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from loraplex_server.core.adapter_status import AdapterStatus
-from loraplex_server.core.composition import Composition
+from loraplex_server.core.adapter_status import AdapterChanges
 from loraplex_server.core.errors import ErrorInfo
 from loraplex_server.core.request import FinishReason, Request, SamplingDefaults
 from loraplex_server.core.tokenizer_source import TokenizerSource
+from loraplex_server.wire.commands import Call, Reply
 from loraplex_server.wire.message import Message
 from loraplex_server.wire.stats import Stats
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+"""Raised whenever a message changes; both ends must have the same."""
 
 
 class Hello(Message, frozen=True):
@@ -83,46 +83,19 @@ class Cancel(Message, frozen=True):
     request_id: str
 
 
-class AdapterCommand(Message, frozen=True):
-    """An adapter operation, answered by an `AdapterReply` with the same `call_id`.
-
-    Attributes:
-        op: "load", "compose", "adopt", "unload", "list", "get", "pin", "prefetch", "chat_template",
-            "watch" (answered by an `AdapterChanges` with all of them, and others later) or "unwatch".
-        source: for "load"; for "adopt", the folder with the files that a client sent.
-        pinned: for "pin", whether to pin or to unpin.
-        inplace: for "load", "compose" and "adopt", whether to replace what is registered under the name.
-        composition: for "compose".
-        sha256: for "adopt", of each file by name.
-        grace_s: for "unload", seconds after which requests that still hold the adapter are ended.
-        names: for "prefetch".
-        to_device: for "prefetch", whether host memory is not enough.
-    """
-
-    call_id: int
-    op: str
-    name: str = ""
-    source: str = ""
-    pinned: bool = True
-    inplace: bool = False
-    grace_s: float | None = None
-    names: tuple[str, ...] = ()
-    to_device: bool = True
-    composition: Composition | None = None
-    sha256: dict[str, str] = msgspec.field(default_factory=dict)
+class WatchAdapters(Message, frozen=True):
+    """Asks for an `AdapterChanges` with all adapters now, and for one whenever some have changed."""
 
 
-class CheckIntegrity(Message, frozen=True):
-    """Asks for the pools' state, answered by an `IntegrityReply`."""
-
-    call_id: int
+class UnwatchAdapters(Message, frozen=True):
+    """Ends what `WatchAdapters` began."""
 
 
 class Shutdown(Message, frozen=True):
     """Ends the engine. The API has drained its requests before."""
 
 
-ToEngine = Hello | Submit | Cancel | AdapterCommand | CheckIntegrity | Shutdown
+ToEngine = Hello | Submit | Cancel | Call | WatchAdapters | UnwatchAdapters | Shutdown
 
 
 # engine -> API
@@ -144,8 +117,8 @@ class Times(msgspec.Struct, frozen=True):
 
     Attributes:
         cached_prompt_tokens: not computed, since their keys and values were in the prefix cache.
-        drafted_tokens: guessed.
-        accepted_tokens: how many of them were right.
+        drafted_tokens: draft tokens that were verified.
+        accepted_tokens: how many of them were accepted.
     """
 
     queue_s: float
@@ -192,55 +165,10 @@ class Failed(Message, frozen=True):
     error: ErrorInfo
 
 
-class AdapterReply(Message, frozen=True):
-    """Answer to an `AdapterCommand`: the adapter concerned, or all of them, or an error.
-
-    Attributes:
-        chat_template: for "chat_template", the adapter's own; "" where it has none.
-    """
-
-    call_id: int
-    adapters: tuple[AdapterStatus, ...] = ()
-    error: ErrorInfo | None = None
-    chat_template: str = ""
-
-
-class AdapterChanges(Message, frozen=True):
-    """Adapters that are not as they were, sent to clients that watch.
-
-    Attributes:
-        removed: names under which there is nothing any more.
-        all: `adapters` are all there are; the first such message of a client is this.
-    """
-
-    adapters: tuple[AdapterStatus, ...]
-    removed: tuple[str, ...] = ()
-    all: bool = False
-
-
 class TokenizersChanged(Message, frozen=True):
     """Adapters that from now on bring these tokenizers, or None; sent before the reply to what changed it."""
 
     changed: dict[str, TokenizerSource | None]
 
 
-class IntegrityReply(Message, frozen=True):
-    """Pools as they are now.
-
-    Attributes:
-        problems: one line for each broken invariant; empty when all is well.
-        weight_checksum: SHA-256 over the resident base weights, computed now.
-    """
-
-    call_id: int
-    problems: tuple[str, ...]
-    running: int
-    waiting: int
-    kv_blocks_used: int
-    adapter_references: int
-    weight_checksum: str
-
-
-FromEngine = (
-    Welcome | Tokens | Failed | AdapterReply | AdapterChanges | TokenizersChanged | IntegrityReply | Stats
-)
+FromEngine = Welcome | Tokens | Failed | Reply | AdapterChanges | TokenizersChanged | Stats

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from loraplex_kernels.lora.layouts import SCALE_BYTES
+from loraplex_kernels.pool import SCALE_BYTES
 from loraplex_server.adapters.files.tensor_file import decode
 from loraplex_server.adapters.spec.refusals import MalformedFileError
 from loraplex_server.adapters.spec.tensors import TensorInfo

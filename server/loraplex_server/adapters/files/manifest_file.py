@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loraplex_kernels.lora.layouts import Bottleneck as BottleneckForm
+from loraplex_kernels.pool import Bottleneck as BottleneckForm
 from loraplex_server.adapters.files.chat_template import read_chat_template
 from loraplex_server.adapters.files.folder import open_file, read_file
 from loraplex_server.adapters.files.own_tokenizer import find_tokenizer

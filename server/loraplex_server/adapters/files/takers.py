@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from loraplex_kernels.lora.layouts import SCALE_BYTES, AdapterLayout, VectorKind
+from loraplex_kernels.pool import SCALE_BYTES, AdapterLayout, VectorKind
 from loraplex_server.adapters.files.encoding import encode, finite, overflowed, quantize, too_large, write
 from loraplex_server.adapters.files.tensor_file import ITEM_BYTES, decode
 from loraplex_server.adapters.files.token_tables import blocks, check_unchanged

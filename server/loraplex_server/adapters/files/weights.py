@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from loraplex_kernels.lora.layouts import AdapterLayout, adapter_layout
+from loraplex_kernels.pool import AdapterLayout, adapter_layout
 from loraplex_server.adapters.files.folder import open_file
 from loraplex_server.adapters.files.takers import Unused, find_takers
 from loraplex_server.adapters.files.tensor_file import header_digest, read_header_bytes

@@ -33,7 +33,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from loraplex_kernels.lora.layouts import MAX_RANK, AdapterLayout, LoraPool
+from loraplex_kernels.pool import MAX_RANK, AdapterLayout, LoraPool
 from loraplex_server.adapters.files.folder import stamp
 from loraplex_server.adapters.files.manifest_file import read_manifest
 from loraplex_server.adapters.files.weights import HostBlob, lay_out, read_weights
@@ -69,7 +69,7 @@ from loraplex_server.adapters.spec.refusals import refusal
 from loraplex_server.adapters.spec.sites import SiteRegistry
 from loraplex_server.config import AdapterConfig
 from loraplex_server.core.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from loraplex_server.core.adapter_status import AdapterStatus, SwapRecord
+from loraplex_server.core.adapter_status import AdapterChanges, AdapterStatus, SwapRecord
 from loraplex_server.core.composition import Composition
 from loraplex_server.core.errors import (
     AlreadyExistsError,
@@ -87,7 +87,6 @@ from loraplex_server.core.frozen_base import FrozenBase
 from loraplex_server.core.names import check_name
 from loraplex_server.core.source_uri import redact
 from loraplex_server.core.tokenizer_source import TokenizerSource
-from loraplex_server.wire.messages import AdapterChanges
 
 __all__ = ["AdapterHandle", "AdapterState", "AdapterStore", "Readiness", "StatusCallback"]
 

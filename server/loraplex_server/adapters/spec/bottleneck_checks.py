@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from loraplex_kernels.lora.layouts import BottleneckReads
+from loraplex_kernels.pool import BottleneckReads
 from loraplex_server.adapters.spec.bottleneck_config import BottleneckSettings, SubBlock
 from loraplex_server.adapters.spec.declared import BottleneckSpec, SiteSpec
 from loraplex_server.adapters.spec.refusals import UnsupportedError

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraplex_kernels.bottleneck import NON_LINEARITIES
-from loraplex_kernels.lora.layouts import BottleneckReads
+from loraplex_kernels.pool import BottleneckReads
 from loraplex_server.adapters.spec.refusals import MalformedFileError, UnsupportedError
 from loraplex_server.core.text import quoted
 

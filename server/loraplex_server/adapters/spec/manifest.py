@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from loraplex_kernels.lora.layouts import Bottleneck as BottleneckForm
-from loraplex_kernels.lora.layouts import EntryShape, VectorKind, VectorShape
+from loraplex_kernels.pool import Bottleneck as BottleneckForm
+from loraplex_kernels.pool import EntryShape, VectorKind, VectorShape
 from loraplex_server.adapters.spec.declared import (
     LINEAR,
     BiasSpec,

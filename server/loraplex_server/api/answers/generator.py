@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 import msgspec
 
 from loraplex.v1 import generation_pb2
-from loraplex_server import log
 from loraplex_server.api.answers.answer import Answer, End, Piece, Prompt
 from loraplex_server.api.lifecycle import Backend, Lifecycle
 from loraplex_server.api.requests import convert
@@ -20,6 +19,7 @@ from loraplex_server.api.security import authentication
 from loraplex_server.api.telemetry.metrics import Metrics
 from loraplex_server.api.telemetry.tracing.spans import Generated, Tracing
 from loraplex_server.api.text.tokenizer import Tokenizer
+from loraplex_server.core import log
 from loraplex_server.core.errors import DeadlineExceededError, InternalError, Reason, ServerError
 from loraplex_server.core.request import Request
 from loraplex_server.wire.messages import Times

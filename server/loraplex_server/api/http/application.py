@@ -13,7 +13,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from loraplex_server import log
 from loraplex_server.api.answers.generator import Generator
 from loraplex_server.api.http.errors import to_body
 from loraplex_server.api.http.generation import Chat, Completions, GenerationEndpoint, HttpSettings, Kind
@@ -25,6 +24,7 @@ from loraplex_server.api.lifecycle import Lifecycle
 from loraplex_server.api.security.authentication import Authenticator
 from loraplex_server.api.telemetry.metrics import Metrics
 from loraplex_server.api.telemetry.tracing.spans import Tracing
+from loraplex_server.core import log
 from loraplex_server.core.errors import ErrorInfo
 
 _CODES = {404: "NOT_FOUND", 405: "INVALID_ARGUMENT"}

@@ -12,7 +12,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loraplex.v1 import generation_pb2
-from loraplex_server import log
 from loraplex_server.api.answers.answer import End, Piece
 from loraplex_server.api.answers.generator import Generator
 from loraplex_server.api.answers.merging import merged
@@ -39,6 +38,7 @@ from loraplex_server.api.http.translate import chat_message, completion_messages
 from loraplex_server.api.lifecycle import Backend
 from loraplex_server.api.telemetry.metrics import Metrics
 from loraplex_server.api.text.tokenizer import Tokenizer
+from loraplex_server.core import log
 from loraplex_server.core.errors import ErrorInfo, InternalError, InvalidArgumentError, ServerError
 
 _log = logging.getLogger(__name__)

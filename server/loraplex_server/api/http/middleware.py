@@ -14,7 +14,6 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from loraplex_server import log
 from loraplex_server.api.http.errors import headers_of, status_of, to_body
 from loraplex_server.api.http.events import ClientGoneError, Receive, Send
 from loraplex_server.api.http.generation import MODEL_KEY
@@ -25,6 +24,7 @@ from loraplex_server.api.security import authentication
 from loraplex_server.api.security.authentication import Authenticator
 from loraplex_server.api.telemetry.metrics import Metrics
 from loraplex_server.api.telemetry.tracing.spans import NO_SPAN, Tracing
+from loraplex_server.core import log
 from loraplex_server.core.errors import InternalError, ServerError
 
 _log = logging.getLogger(__name__)

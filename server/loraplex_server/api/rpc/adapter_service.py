@@ -11,6 +11,16 @@ from loraplex_server.api.lifecycle import Lifecycle
 from loraplex_server.api.requests import convert
 from loraplex_server.api.requests.uploads import UploadDesk
 from loraplex_server.core.errors import AlreadyExistsError, Reason, ServerError
+from loraplex_server.wire.commands import (
+    AdoptAdapter,
+    ComposeAdapter,
+    GetAdapter,
+    ListAdapters,
+    LoadAdapter,
+    PinAdapter,
+    PrefetchAdapters,
+    UnloadAdapter,
+)
 
 
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
@@ -24,18 +34,15 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.LoadAdapterRequest, context: Any
     ) -> adapters_pb2.LoadAdapterResponse:
         convert.check_load_adapter(request)
-        status = await self._lifecycle.backend.engine.load_adapter(
-            request.name, request.source, inplace=request.load_inplace
-        )
+        command = LoadAdapter(request.name, request.source, request.load_inplace)
+        status = await self._lifecycle.backend.engine.command(command)
         return adapters_pb2.LoadAdapterResponse(adapter=convert.to_adapter(status))
 
     async def RegisterComposition(  # noqa: N802
         self, request: adapters_pb2.RegisterCompositionRequest, context: Any
     ) -> adapters_pb2.RegisterCompositionResponse:
-        composition = convert.to_composition(request)
-        status = await self._lifecycle.backend.engine.compose_adapter(
-            request.name, composition, inplace=request.load_inplace
-        )
+        command = ComposeAdapter(request.name, convert.to_composition(request), request.load_inplace)
+        status = await self._lifecycle.backend.engine.command(command)
         return adapters_pb2.RegisterCompositionResponse(adapter=convert.to_adapter(status))
 
     async def UploadAdapter(  # noqa: N802
@@ -48,15 +55,15 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         if not header.load_inplace:
             await self._check_free(header.name)
         async with self._uploads.receive(header, requests) as upload:
-            status = await engine.adopt_adapter(
-                header.name, upload.folder, upload.sha256, inplace=header.load_inplace
+            status = await engine.command(
+                AdoptAdapter(header.name, str(upload.folder), upload.sha256, header.load_inplace)
             )
         return adapters_pb2.UploadAdapterResponse(adapter=convert.to_adapter(status))
 
     async def _check_free(self, name: str) -> None:
         """Raises AlreadyExistsError for a name that is taken, before all the bytes of an upload have come."""
         try:
-            known = await self._lifecycle.backend.engine.get_adapter(name)
+            known = await self._lifecycle.backend.engine.command(GetAdapter(name))
         except ServerError:
             # There is none, or one that cannot be served and may be replaced.
             return
@@ -70,38 +77,37 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def UnloadAdapter(  # noqa: N802
         self, request: adapters_pb2.UnloadAdapterRequest, context: Any
     ) -> adapters_pb2.UnloadAdapterResponse:
-        grace_s = convert.unload_grace_s(request)
-        remaining = await self._lifecycle.backend.engine.unload_adapter(request.name, grace_s)
+        command = UnloadAdapter(request.name, convert.unload_grace_s(request))
+        remaining = await self._lifecycle.backend.engine.command(command)
         return adapters_pb2.UnloadAdapterResponse(remaining=map(convert.to_adapter, remaining))
 
     async def ListAdapters(  # noqa: N802
         self, request: adapters_pb2.ListAdaptersRequest, context: Any
     ) -> adapters_pb2.ListAdaptersResponse:
-        adapters = await self._lifecycle.backend.engine.list_adapters()
+        adapters = await self._lifecycle.backend.engine.command(ListAdapters())
         return adapters_pb2.ListAdaptersResponse(adapters=map(convert.to_adapter, adapters))
 
     async def GetAdapter(  # noqa: N802
         self, request: adapters_pb2.GetAdapterRequest, context: Any
     ) -> adapters_pb2.GetAdapterResponse:
         convert.check_adapter_name(request.name)
-        status = await self._lifecycle.backend.engine.get_adapter(request.name)
+        status = await self._lifecycle.backend.engine.command(GetAdapter(request.name))
         return adapters_pb2.GetAdapterResponse(adapter=convert.to_adapter(status))
 
     async def PinAdapter(  # noqa: N802
         self, request: adapters_pb2.PinAdapterRequest, context: Any
     ) -> adapters_pb2.PinAdapterResponse:
         convert.check_adapter_name(request.name)
-        pinned = request.pinned if request.HasField("pinned") else True
-        status = await self._lifecycle.backend.engine.pin_adapter(request.name, pinned)
+        command = PinAdapter(request.name, request.pinned if request.HasField("pinned") else True)
+        status = await self._lifecycle.backend.engine.command(command)
         return adapters_pb2.PinAdapterResponse(adapter=convert.to_adapter(status))
 
     async def Prefetch(  # noqa: N802
         self, request: adapters_pb2.PrefetchRequest, context: Any
     ) -> adapters_pb2.PrefetchResponse:
         convert.check_prefetch(request)
-        adapters = await self._lifecycle.backend.engine.prefetch_adapters(
-            list(request.names), to_device=not request.host_only
-        )
+        command = PrefetchAdapters(tuple(request.names), to_device=not request.host_only)
+        adapters = await self._lifecycle.backend.engine.command(command)
         return adapters_pb2.PrefetchResponse(adapters=map(convert.to_adapter, adapters))
 
     async def Watch(  # noqa: N802

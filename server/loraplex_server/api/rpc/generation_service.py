@@ -8,13 +8,13 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
-from loraplex_server import log
 from loraplex_server.api.answers import timings
 from loraplex_server.api.answers.generator import Generator
 from loraplex_server.api.answers.merging import as_finished, merged
 from loraplex_server.api.requests import convert
 from loraplex_server.api.rpc.status import code_of_cancellation, to_message
 from loraplex_server.api.telemetry.metrics import Metrics
+from loraplex_server.core import log
 from loraplex_server.core.errors import ErrorInfo, InternalError, ServerError
 
 _log = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from loraplex_server import log
 from loraplex_server.api.answers import timings
 from loraplex_server.api.answers.stalls import StallWatch
 from loraplex_server.api.lifecycle import Lifecycle
@@ -23,6 +22,7 @@ from loraplex_server.api.security import authentication
 from loraplex_server.api.security.authentication import Authenticator
 from loraplex_server.api.telemetry.metrics import Metrics
 from loraplex_server.api.telemetry.tracing.spans import NO_SPAN, Tracing
+from loraplex_server.core import log
 from loraplex_server.core.errors import (
     ErrorInfo,
     InternalError,

@@ -13,6 +13,7 @@ from loraplex_server.api.text.chat.renderer import Render
 from loraplex_server.api.text.tokenizer import Tokenizer
 from loraplex_server.core.errors import FailedPreconditionError, InvalidArgumentError, Reason
 from loraplex_server.wire.client import EngineClient
+from loraplex_server.wire.commands import GetChatTemplate
 
 _MAX_KNOWN_BAD = 256
 
@@ -78,7 +79,7 @@ class ChatPrompts:
 
     async def _template(self, adapters: list[str]) -> tuple[str, str]:
         """Whose template it is, and its source."""
-        found = await asyncio.gather(*(self._engine.chat_template(name) for name in adapters))
+        found = await asyncio.gather(*(self._engine.command(GetChatTemplate(name)) for name in adapters))
         own = {source: name for name, source in zip(adapters, found, strict=True) if source}
         if len(own) > 1:
             names = " and ".join(sorted(own.values()))
