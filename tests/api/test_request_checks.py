@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 
 from loraplex.v1 import adapters_pb2, generation_pb2
-from loraplex_server.api.requests import convert
+from loraplex_server.api.requests.check import check_generate, check_prompt_tokens
+from loraplex_server.api.requests.check_adapters import check_composition, check_load
+from loraplex_server.api.requests.limits import Limits
+from loraplex_server.api.requests.to_core import Circumstances, to_composition
+from loraplex_server.api.requests.to_core import to_request as convert_request
 from loraplex_server.core.composition import COMBINATION_TYPES, Composition, prunes
 from loraplex_server.core.errors import InvalidArgumentError
 from loraplex_server.core.request import AdapterUse, SamplingDefaults, SamplingParams, Structure
 
-LIMITS = convert.Limits(vocab_size=100, max_model_len=32, max_prompt_chars=64, max_adapters=3)
+LIMITS = Limits(vocab_size=100, max_model_len=32, max_prompt_chars=64, max_adapters=3)
 OK: dict[str, Any] = {"text": "hello"}
 
 
@@ -94,7 +98,7 @@ BAD = [
 )
 def test_a_bad_field_is_named(fields: dict[str, Any], path: str) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
-        convert.check_generate(generation_pb2.GenerateRequest(**fields), LIMITS)
+        check_generate(generation_pb2.GenerateRequest(**fields), LIMITS)
     assert [violation.field for violation in caught.value.info.violations] == [path]
     assert path in str(caught.value)
 
@@ -114,7 +118,7 @@ def test_a_bad_field_is_named(fields: dict[str, Any], path: str) -> None:
     ],
 )
 def test_the_edges_of_what_is_allowed(fields: dict[str, Any]) -> None:
-    convert.check_generate(generation_pb2.GenerateRequest(**fields), LIMITS)
+    check_generate(generation_pb2.GenerateRequest(**fields), LIMITS)
 
 
 def test_all_violations_are_found_at_once() -> None:
@@ -125,17 +129,17 @@ def test_all_violations_are_found_at_once() -> None:
         stopping=generation_pb2.StoppingCriteria(stop=[""]),
     )
     with pytest.raises(InvalidArgumentError) as caught:
-        convert.check_generate(message, LIMITS)
+        check_generate(message, LIMITS)
     fields = [violation.field for violation in caught.value.info.violations]
     assert fields == ["text", "sampling.top_p", "stopping.stop[0]", "logprobs"]
 
 
 def to_request(num_prompt_tokens: int = 4, **fields: Any) -> Any:
     message = generation_pb2.GenerateRequest(**(OK | fields))
-    convert.check_generate(message, LIMITS)
-    return convert.to_request(
-        message, range(num_prompt_tokens), LIMITS, request_id="r", tenant="acme", deadline_s=12.5
-    )
+    check_generate(message, LIMITS)
+    check_prompt_tokens(message, num_prompt_tokens, LIMITS)
+    around = Circumstances(range(num_prompt_tokens), request_id="r", tenant="acme", deadline_s=12.5)
+    return convert_request(message, LIMITS, around)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +211,7 @@ def test_top_k_of_the_whole_vocabulary_is_none() -> None:
 )
 def test_loading_wants_a_name_and_a_source(name: str, source: str, fields: list[str]) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
-        convert.check_load_adapter(adapters_pb2.LoadAdapterRequest(name=name, source=source))
+        check_load(adapters_pb2.LoadAdapterRequest(name=name, source=source))
     assert [violation.field for violation in caught.value.info.violations] == fields
 
 
@@ -225,7 +229,7 @@ def composition_request(**changed: Any) -> adapters_pb2.RegisterCompositionReque
 
 
 def test_a_composition_comes_across() -> None:
-    assert convert.to_composition(composition_request()) == Composition(
+    assert to_composition(composition_request()) == Composition(
         "dare_ties", (AdapterUse("a", 1.0), AdapterUse("b", -0.3)), density=0.5
     )
     whole = composition_request(
@@ -234,7 +238,7 @@ def test_a_composition_comes_across() -> None:
         svd_rank=3,
         seed=9,
     )
-    assert convert.to_composition(whole) == Composition(
+    assert to_composition(whole) == Composition(
         "dare_ties_svd",
         (AdapterUse("a", 1.0), AdapterUse("b", -0.3)),
         density=0.5,
@@ -243,7 +247,7 @@ def test_a_composition_comes_across() -> None:
         seed=9,
     )
     kinds = {
-        convert.to_composition(
+        to_composition(
             adapters_pb2.RegisterCompositionRequest(
                 name="x",
                 combination_type=number,
@@ -287,7 +291,7 @@ def test_a_composition_comes_across() -> None:
 )
 def test_every_fault_of_a_composition_is_named(changed: dict[str, Any], fields: list[str]) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
-        convert.to_composition(composition_request(**changed))
+        check_composition(composition_request(**changed))
     assert [violation.field for violation in caught.value.info.violations] == fields
 
 
@@ -299,10 +303,8 @@ def test_what_is_left_open_is_the_model_s_own() -> None:
         message = generation_pb2.GenerateRequest(
             **(OK | {"sampling": generation_pb2.SamplingParams(**fields)})
         )
-        convert.check_generate(message, limits)
-        return convert.to_request(
-            message, range(4), limits, request_id="r", tenant="t", deadline_s=None
-        ).sampling
+        check_generate(message, limits)
+        return convert_request(message, limits, Circumstances(range(4), request_id="r", tenant="t")).sampling
 
     found = sampling()
     assert (found.temperature, found.top_k, found.top_p, found.min_p) == (0.6, 50, 0.9, 0.1)
@@ -336,5 +338,5 @@ def test_what_is_left_open_is_the_model_s_own() -> None:
 def test_bad_sampling_is_named(fields: dict[str, Any], name: str) -> None:
     message = generation_pb2.GenerateRequest(**(OK | {"sampling": generation_pb2.SamplingParams(**fields)}))
     with pytest.raises(InvalidArgumentError) as caught:
-        convert.check_generate(message, LIMITS)
+        check_generate(message, LIMITS)
     assert [violation.field for violation in caught.value.info.violations] == [f"sampling.{name}"]
