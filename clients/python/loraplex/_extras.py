@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 
-# What each extra brings, by import name. Left out is what a server can do without: without triton the torch
-# path serves, without starlette and uvicorn gRPC alone, without llguidance free text.
+# The packages of each extra, by import name. Those that a server can run without are left out: without triton
+# it uses torch, without starlette and uvicorn it serves gRPC alone, without llguidance free text alone.
 MODULES = {
     "server": (
         "torch",
@@ -31,10 +31,10 @@ MODULES = {
 
 @dataclass(frozen=True, slots=True)
 class ExtraCommand:
-    """A command that another package of this distribution carries out."""
+    """A command that a package of the server runs."""
 
     module: str
-    """Its `main(argv)` gets the arguments untouched, `--help` included."""
+    """Its `main(argv)` gets the arguments unchanged, `--help` included."""
     extras: tuple[str, ...]
     """Needed before it can start."""
 

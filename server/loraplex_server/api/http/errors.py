@@ -32,8 +32,8 @@ STATUSES = {
     "UNAVAILABLE": HttpStatus(503, "server_error"),
     "INTERNAL": HttpStatus(500, "server_error"),
 }
-"""By code. RESOURCE_EXHAUSTED and UNAVAILABLE come with Retry-After; INTERNAL comes without its text, which may
-name files."""
+"""By code. RESOURCE_EXHAUSTED and UNAVAILABLE come with Retry-After; INTERNAL comes without its text, which
+may name files."""
 
 _DEFAULT_RETRY_S = 1.0
 _MAX_MESSAGE_CHARS = 1000

@@ -1,36 +1,41 @@
-"""The client that blocks."""
+# Made from ../_async/client.py by `make sync`: change that file.
+"""The client: generations, tokens, the model. `adapters` has the rest."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
-import grpc
-
-from loraplex import _convert as convert
-from loraplex._adapters import Adapters
-from loraplex._base import BaseClient, Wait, stubs_on
+from loraplex._base import BaseClient, Wait
 from loraplex._batch import BatchReader, batch_request
-from loraplex._calls import PROBE, Call
 from loraplex._config import Timeout
-from loraplex._convert import ChatMessage, Conversation, GenerateOptions, Prompt
-from loraplex._map import GenerationMap, MapItem, MapProgress, MapSource, PendingAnswer
-from loraplex._streams import GenerationBatch, GenerationStream, Parts
+from loraplex._map import MapItem, MapProgress, MapSource
+from loraplex._options import ChatMessage, Conversation, GenerateOptions, Prompt
+from loraplex._readers import AnswerReader, generation, model_info
+from loraplex._requests import generate_request, tokenize_request
+from loraplex._sync.adapters import Adapters
+from loraplex._sync.maps import GenerationMap, PendingGeneration
+from loraplex._sync.streams import GenerationBatch, GenerationStream, Messages
+from loraplex._sync.transport import Transport
+from loraplex._sync.waiting import PendingAnswer, sleep
+from loraplex._transport import CallSettings
 from loraplex._types import Generation, ModelInfo
 from loraplex.errors import DeadlineExceededError, LoraplexError, UnavailableError
 from loraplex.v1 import generation_pb2, model_pb2
 
 
 class Client(BaseClient):
-    r"""A loraplex server, called from threads; one client serves any number of them.
+    r"""A loraplex server.
+
+    Client is called from threads; one serves any number of them. AsyncClient is called from the coroutines
+    of one event loop.
 
     >>> with Client("127.0.0.1:50051") as client:
     ...     answer = client.generate("hello world 42\n", adapter="upper", max_tokens=64)
     ...     print(answer.text, answer.finish_reason, answer.usage.completion_tokens)
-    ...     for chunk in client.stream("hello world 42\n", adapters=[("redact", 1.0)], temperature=0):
+    ...     for chunk in client.stream("hello world 42\n", adapters=[("redact", 1.0)]):
     ...         print(chunk.text, end="", flush=True)
     HELLO WORLD 42 stop 15
     hello world ##
@@ -45,17 +50,9 @@ class Client(BaseClient):
     Good Morning 7
     """
 
-    def _open(self) -> None:
-        settings = self._settings
-        self._channel: grpc.Channel = (
-            grpc.insecure_channel(settings.target, settings.options)
-            if settings.credentials is None
-            else grpc.secure_channel(settings.target, settings.credentials, settings.options)
-        )
-        if self._interceptors:
-            self._channel = grpc.intercept_channel(self._channel, *self._interceptors)
-        self._stubs = stubs_on(self._channel)
-        self.adapters = Adapters(self)
+    def _open(self, settings: CallSettings) -> None:
+        self._transport = Transport(settings)
+        self.adapters = Adapters(self._transport)
 
     def generate(
         self, prompt: Prompt, *, timeout: Timeout | None = None, **options: Unpack[GenerateOptions]
@@ -73,7 +70,7 @@ class Client(BaseClient):
         Raises:
             LoraplexError: see loraplex.errors.
         """
-        return self._generate(convert.generate_request(prompt, **options), timeout)
+        return self._generate(generate_request(prompt, options), timeout)
 
     def stream(
         self, prompt: Prompt, *, timeout: Timeout | None = None, **options: Unpack[GenerateOptions]
@@ -83,7 +80,7 @@ class Client(BaseClient):
         Raises:
             LoraplexError: see loraplex.errors; the server's errors come while iterating.
         """
-        return self._stream(convert.generate_request(prompt, **options), timeout)
+        return self._stream(generate_request(prompt, options), timeout)
 
     def chat(
         self,
@@ -102,7 +99,7 @@ class Client(BaseClient):
         Raises:
             LoraplexError: see loraplex.errors; FailedPreconditionError where there is no template.
         """
-        return self._generate(convert.generate_request(Conversation(messages), **options), timeout)
+        return self._generate(generate_request(Conversation(messages), options), timeout)
 
     def stream_chat(
         self,
@@ -111,12 +108,12 @@ class Client(BaseClient):
         timeout: Timeout | None = None,
         **options: Unpack[GenerateOptions],
     ) -> GenerationStream:
-        """The same as an iterator of chunks. Arguments as `chat` takes.
+        """As `chat`, but returns an iterator of chunks. Arguments as `chat` takes.
 
         Raises:
             LoraplexError: see loraplex.errors; the server's errors come while iterating.
         """
-        return self._stream(convert.generate_request(Conversation(messages), **options), timeout)
+        return self._stream(generate_request(Conversation(messages), options), timeout)
 
     @overload
     def map(
@@ -168,14 +165,14 @@ class Client(BaseClient):
         Raises:
             LoraplexError: see loraplex.errors; those of the answers come while iterating.
         """
-        self._check_open()
+        self._transport.check_open()
 
-        def start(request: generation_pb2.GenerateRequest) -> PendingAnswer:
-            if self._limits_of(timeout).of_parts:
+        def begin(request: generation_pb2.GenerateRequest) -> PendingAnswer:
+            if self._transport.limits_of(timeout).of_parts:
                 return self._stream(request, timeout)
-            return _Unary(self, request, timeout)
+            return PendingGeneration(self._transport, request, timeout)
 
-        return GenerationMap(MapSource(prompts, options, concurrency, progress), start, return_errors)
+        return GenerationMap(MapSource(prompts, options, concurrency, progress), begin, return_errors)
 
     def stream_batch(
         self,
@@ -184,7 +181,7 @@ class Client(BaseClient):
         timeout: Timeout | None = None,
         **options: Unpack[GenerateOptions],
     ) -> GenerationBatch:
-        """Sends many prompts in one call; an iterator of what they come to, each when it has finished.
+        """Sends many prompts in one call and returns an iterator of results, each as it finishes.
 
         Args:
             prompts: at most 1024 prompts, or pairs of a prompt and options of its own.
@@ -194,10 +191,12 @@ class Client(BaseClient):
         Raises:
             LoraplexError: see loraplex.errors; that of the whole call comes while iterating.
         """
-        limits = dataclasses.replace(self._limits_of(timeout), first_token=None, between_tokens=None)
+        limits = dataclasses.replace(
+            self._transport.limits_of(timeout), first_token=None, between_tokens=None
+        )
         batch = batch_request(prompts, options)
-        call = self._begin("GenerationService/GenerateBatch", limits)
-        return GenerationBatch(Parts(self, call, batch), BatchReader(batch))
+        call = self._transport.begin("GenerationService/GenerateBatch", limits)
+        return GenerationBatch(Messages(self._transport, call, batch), BatchReader(batch))
 
     def tokenize(
         self,
@@ -214,8 +213,8 @@ class Client(BaseClient):
         Raises:
             LoraplexError: see loraplex.errors.
         """
-        request = convert.tokenize_request(generation_pb2.TokenizeRequest, prompt, adapters)
-        response = self._call("GenerationService/Tokenize", request, timeout)
+        request = tokenize_request(generation_pb2.TokenizeRequest, prompt, adapters)
+        response = self._transport.call("GenerationService/Tokenize", request, timeout)
         return list(response.token_ids)
 
     def count_tokens(
@@ -225,15 +224,15 @@ class Client(BaseClient):
         adapters: str | Sequence[str] = (),
         timeout: Timeout | None = None,
     ) -> int:
-        """How many tokens `tokenize` would return."""
-        request = convert.tokenize_request(generation_pb2.CountTokensRequest, prompt, adapters)
-        response = self._call("GenerationService/CountTokens", request, timeout)
+        """The number of tokens that `tokenize` would return."""
+        request = tokenize_request(generation_pb2.CountTokensRequest, prompt, adapters)
+        response = self._transport.call("GenerationService/CountTokens", request, timeout)
         return int(response.count)
 
     def model(self, *, timeout: Timeout | None = None) -> ModelInfo:
         """The base model and the server's limits."""
-        response = self._call("ModelService/GetModel", model_pb2.GetModelRequest(), timeout)
-        return convert.model_info(response.model)
+        response = self._transport.call("ModelService/GetModel", model_pb2.GetModelRequest(), timeout)
+        return model_info(response.model)
 
     def wait_until_ready(self, timeout: float = 60.0) -> ModelInfo:
         """Waits for a server that is still starting, and returns its model.
@@ -244,22 +243,21 @@ class Client(BaseClient):
         wait = Wait(self.server, timeout)
         while True:
             try:
-                response = self._call(
+                response = self._transport.call(
                     "ModelService/GetModel",
                     model_pb2.GetModelRequest(),
                     wait.remaining(),
                     wait_for_ready=True,
                 )
-                return convert.model_info(response.model)
+                return model_info(response.model)
             except UnavailableError:
-                time.sleep(min(wait.POLL_S, wait.remaining()))
+                sleep(min(wait.POLL_S, wait.remaining()))
             except DeadlineExceededError as error:
                 raise wait.expired() from error
 
     def close(self) -> None:
         """Cancels what is running and closes the connection."""
-        self._closed = True
-        self._channel.close()
+        self._transport.close()
 
     def __enter__(self) -> Self:
         return self
@@ -270,65 +268,14 @@ class Client(BaseClient):
         self.close()
 
     def _generate(self, request: generation_pb2.GenerateRequest, timeout: Timeout | None) -> Generation:
-        if self._limits_of(timeout).of_parts:
+        if self._transport.limits_of(timeout).of_parts:
             return self._stream(request, timeout).collect()
         envelope = generation_pb2.GenerateUnaryRequest(request=request)
-        response = self._call(
+        response = self._transport.call(
             "GenerationService/GenerateUnary", envelope, timeout, request_id=request.request_id
         )
-        return convert.generation(request, response)
+        return generation(request, response)
 
     def _stream(self, request: generation_pb2.GenerateRequest, timeout: Timeout | None) -> GenerationStream:
-        call = self._begin("GenerationService/Generate", timeout, request.request_id)
-        return GenerationStream(Parts(self, call, request), convert.AnswerReader(request))
-
-    def _call(
-        self, method: str, request: Any, timeout: Timeout | None, *, request_id: str = "", **how: Any
-    ) -> Any:
-        call = self._begin(method, timeout, request_id)
-        with call:
-            self._connect(call)
-            response = self._stubs.method(method)(request, **call.options(), **how)
-        call.finish()
-        return response
-
-    def _connect(self, call: Call) -> None:
-        """Waits for a server to be there, if the call has a limit for that."""
-        if call.must_connect:
-            code = grpc.StatusCode.OK
-            try:
-                probe: Any = self._channel.unary_unary(PROBE)
-                probe(b"", **call.probe_options())
-            except grpc.RpcError as error:
-                code = error.code()
-            call.probed(code, self.server)
-
-
-class _Unary:
-    """A generation that one thread waits for and another may cancel."""
-
-    def __init__(
-        self, client: Client, request: generation_pb2.GenerateRequest, timeout: Timeout | None
-    ) -> None:
-        self._client = client
-        self._request = request
-        self._call = client._begin("GenerationService/GenerateUnary", timeout, request.request_id)
-        self._future: grpc.Future[Any] | None = None
-        self._closed = False
-
-    def collect(self) -> Generation:
-        envelope = generation_pb2.GenerateUnaryRequest(request=self._request)
-        with self._call:
-            self._client._connect(self._call)
-            method = self._client._stubs.generation.GenerateUnary
-            self._future = future = method.future(envelope, **self._call.options())
-            if self._closed:
-                future.cancel()
-            response = future.result()
-        self._call.finish()
-        return convert.generation(self._request, response)
-
-    def close(self) -> None:
-        self._closed = True
-        if self._future is not None:
-            self._future.cancel()
+        call = self._transport.begin("GenerationService/Generate", timeout, request.request_id)
+        return GenerationStream(Messages(self._transport, call, request), AnswerReader(request))

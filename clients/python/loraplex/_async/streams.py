@@ -1,47 +1,42 @@
-"""Answers, batches and changes as they come in: what an asyncio client reads, and what leaving early does."""
+"""Streams of one call: answers, batches, adapter changes. Leaving one early cancels its call."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
-import grpc.aio
-
-from loraplex import _convert as convert
+from loraplex._async.transport import AsyncTransport
+from loraplex._async.waiting import Finaliser, next_message
 from loraplex._batch import BatchResult, in_order
 from loraplex._calls import Call, Reader
+from loraplex._readers import joined
 from loraplex._types import AdapterChanges, Generation, GenerationChunk
 from loraplex.errors import LoraplexError
-
-if TYPE_CHECKING:
-    from loraplex._async import AsyncClient
 
 ItemT = TypeVar("ItemT")
 
 
-class AsyncParts:
-    """The messages of one streamed answer, each waited for as long as the call's limits allow.
+class AsyncMessages:
+    """The messages of one stream, each waited for as long as the call's limits allow.
 
     The call is made at once, or, where it may have to wait for a connection, with the first read.
     """
 
-    def __init__(self, client: AsyncClient, call: Call, request: Any) -> None:
+    def __init__(self, transport: AsyncTransport, call: Call, request: Any) -> None:
         self.call = call
-        self._client = client
+        self._transport = transport
         self._request = request
         self._grpc: Any = None
         self._closed = False
         self._first = True
-        self._loop = asyncio.get_running_loop()
+        self._finaliser = Finaliser()
         if not call.must_connect:
             with call:
                 self._open()
 
     def _open(self) -> None:
-        method = self._client._stubs.method(self.call.method)
-        self._grpc = method(self._request, **self.call.options())
+        stub = self._transport.stub(self.call.method)
+        self._grpc = stub(self._request, **self.call.options())
         if self._closed:
             self._grpc.cancel()
 
@@ -49,17 +44,11 @@ class AsyncParts:
         """The next message; None at the end."""
         with self.call:
             if self._grpc is None:
-                await self._client._connect(self.call)
+                await self._transport.connect(self.call)
                 self._open()
             phase, seconds = self.call.wait_phase(self._first)
             self._first = False
-            try:
-                async with asyncio.timeout(seconds):
-                    response = await self._grpc.read()
-            except TimeoutError:
-                self._grpc.cancel()
-                raise self.call.late(phase) from None
-        return None if response is grpc.aio.EOF else response
+            return await next_message(self._grpc, self.call, phase, seconds)
 
     def close(self) -> None:
         """Cancels the call, unless it has ended."""
@@ -69,38 +58,37 @@ class AsyncParts:
         self.call.leave()
 
     def let_go(self) -> None:
-        """`close` for the collector, which may run on another thread, or after the loop."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self.close)
+        """`close` for the garbage collector."""
+        self._finaliser.run(self.close)
 
 
 class AsyncStream(Generic[ItemT]):
-    """What comes in during one call, item by item.
+    """The items that arrive during one call.
 
     Leaving it early cancels the call: by `async with`, by `close()`, or by letting go of the last reference.
     """
 
-    def __init__(self, parts: AsyncParts, reader: Reader[ItemT]) -> None:
-        self._parts = parts
+    def __init__(self, messages: AsyncMessages, reader: Reader[ItemT]) -> None:
+        self._messages = messages
         self._reader = reader
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> ItemT:
-        message = await self._parts.read()
-        with self._parts.call:
+        message = await self._messages.read()
+        with self._messages.call:
             if message is not None:
                 item = self._reader.read(message)
-                self._parts.call.info.request_id = self._reader.request_id
+                self._messages.call.info.request_id = self._reader.request_id
                 return item
             self._reader.check_complete()
-        self._parts.call.finish()
+        self._messages.call.finish()
         raise StopAsyncIteration
 
     async def close(self) -> None:
         """Cancels what has not finished."""
-        self._parts.close()
+        self._messages.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -112,8 +100,8 @@ class AsyncStream(Generic[ItemT]):
 
     def __del__(self) -> None:
         # The constructor may have failed.
-        if (parts := getattr(self, "_parts", None)) is not None:
-            parts.let_go()
+        if (messages := getattr(self, "_messages", None)) is not None:
+            messages.let_go()
 
 
 class AsyncGenerationStream(AsyncStream[GenerationChunk]):
@@ -126,15 +114,15 @@ class AsyncGenerationStream(AsyncStream[GenerationChunk]):
     @property
     def request_id(self) -> str:
         """As the server's logs name it; empty before the first chunk, unless the caller chose it."""
-        return self._parts.call.info.request_id
+        return self._messages.call.info.request_id
 
     async def collect(self) -> Generation:
         """Reads what is left of the answer and returns that as one Generation."""
-        return convert.joined([chunk async for chunk in self])
+        return joined([chunk async for chunk in self])
 
 
 class AsyncGenerationBatch(AsyncStream[BatchResult]):
-    """What the prompts of a batch come to, each as it finishes: iterate over it.
+    """The results of a batch, each as it finishes: iterate over it.
 
     Leaving it early cancels those that are not finished: by `async with`, by `close()`, or by letting go
     of the last reference.
@@ -146,4 +134,4 @@ class AsyncGenerationBatch(AsyncStream[BatchResult]):
 
 
 class AsyncAdapterWatch(AsyncStream[AdapterChanges]):
-    """What changes with the adapters: iterate over it. It ends by `async with`, or by `close()`."""
+    """Changes of the adapters: iterate over it. It ends by `async with`, or by `close()`."""

@@ -1,43 +1,43 @@
-"""Answers, batches and changes as they come in: what a blocking client reads, and what leaving early does."""
+# Made from ../_async/streams.py by `make sync`: change that file.
+"""Streams of one call: answers, batches, adapter changes. Leaving one early cancels its call."""
 
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
-from loraplex import _convert as convert
 from loraplex._batch import BatchResult, in_order
 from loraplex._calls import Call, Reader
+from loraplex._readers import joined
+from loraplex._sync.transport import Transport
+from loraplex._sync.waiting import Finaliser, next_message
 from loraplex._types import AdapterChanges, Generation, GenerationChunk
-from loraplex._watchdog import WATCHDOG
 from loraplex.errors import LoraplexError
-
-if TYPE_CHECKING:
-    from loraplex._sync import Client
 
 ItemT = TypeVar("ItemT")
 
 
-class Parts:
-    """The messages of one streamed answer, each waited for as long as the call's limits allow.
+class Messages:
+    """The messages of one stream, each waited for as long as the call's limits allow.
 
     The call is made at once, or, where it may have to wait for a connection, with the first read.
     """
 
-    def __init__(self, client: Client, call: Call, request: Any) -> None:
+    def __init__(self, transport: Transport, call: Call, request: Any) -> None:
         self.call = call
-        self._client = client
+        self._transport = transport
         self._request = request
         self._grpc: Any = None
         self._closed = False
         self._first = True
+        self._finaliser = Finaliser()
         if not call.must_connect:
             with call:
                 self._open()
 
     def _open(self) -> None:
-        method = self._client._stubs.method(self.call.method)
-        self._grpc = method(self._request, **self.call.options())
+        stub = self._transport.stub(self.call.method)
+        self._grpc = stub(self._request, **self.call.options())
         if self._closed:
             self._grpc.cancel()
 
@@ -45,22 +45,11 @@ class Parts:
         """The next message; None at the end."""
         with self.call:
             if self._grpc is None:
-                self._client._connect(self.call)
+                self._transport.connect(self.call)
                 self._open()
             phase, seconds = self.call.wait_phase(self._first)
             self._first = False
-            if seconds is None:
-                return next(self._grpc, None)
-
-            def late() -> None:
-                self.call.expire(phase)
-                self._grpc.cancel()
-
-            wait = WATCHDOG.watch(seconds, late)
-            try:
-                return next(self._grpc, None)
-            finally:
-                WATCHDOG.forget(wait)
+            return next_message(self._grpc, self.call, phase, seconds)
 
     def close(self) -> None:
         """Cancels the call, unless it has ended."""
@@ -69,34 +58,38 @@ class Parts:
             self._grpc.cancel()
         self.call.leave()
 
+    def let_go(self) -> None:
+        """`close` for the garbage collector."""
+        self._finaliser.run(self.close)
+
 
 class Stream(Generic[ItemT]):
-    """What comes in during one call, item by item.
+    """The items that arrive during one call.
 
     Leaving it early cancels the call: by `with`, by `close()`, or by letting go of the last reference.
     """
 
-    def __init__(self, parts: Parts, reader: Reader[ItemT]) -> None:
-        self._parts = parts
+    def __init__(self, messages: Messages, reader: Reader[ItemT]) -> None:
+        self._messages = messages
         self._reader = reader
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> ItemT:
-        message = self._parts.read()
-        with self._parts.call:
+        message = self._messages.read()
+        with self._messages.call:
             if message is not None:
                 item = self._reader.read(message)
-                self._parts.call.info.request_id = self._reader.request_id
+                self._messages.call.info.request_id = self._reader.request_id
                 return item
             self._reader.check_complete()
-        self._parts.call.finish()
+        self._messages.call.finish()
         raise StopIteration
 
     def close(self) -> None:
         """Cancels what has not finished."""
-        self._parts.close()
+        self._messages.close()
 
     def __enter__(self) -> Self:
         return self
@@ -108,29 +101,29 @@ class Stream(Generic[ItemT]):
 
     def __del__(self) -> None:
         # The constructor may have failed.
-        if (parts := getattr(self, "_parts", None)) is not None:
-            parts.close()
+        if (messages := getattr(self, "_messages", None)) is not None:
+            messages.let_go()
 
 
 class GenerationStream(Stream[GenerationChunk]):
     """An answer as it is generated: iterate over it for chunks.
 
-    Leaving it early cancels the generation on the server: by `with`, by `close()`, or by letting go
-    of the last reference.
+    Leaving it early cancels the generation on the server: by `with`, by `close()`, or by
+    letting go of the last reference.
     """
 
     @property
     def request_id(self) -> str:
         """As the server's logs name it; empty before the first chunk, unless the caller chose it."""
-        return self._parts.call.info.request_id
+        return self._messages.call.info.request_id
 
     def collect(self) -> Generation:
         """Reads what is left of the answer and returns that as one Generation."""
-        return convert.joined(self)
+        return joined(list(self))
 
 
 class GenerationBatch(Stream[BatchResult]):
-    """What the prompts of a batch come to, each as it finishes: iterate over it.
+    """The results of a batch, each as it finishes: iterate over it.
 
     Leaving it early cancels those that are not finished: by `with`, by `close()`, or by letting go
     of the last reference.
@@ -138,8 +131,8 @@ class GenerationBatch(Stream[BatchResult]):
 
     def collect(self) -> list[Generation | LoraplexError]:
         """Reads what is left, and returns that in the order of the prompts."""
-        return in_order(self)
+        return in_order(list(self))
 
 
 class AdapterWatch(Stream[AdapterChanges]):
-    """What changes with the adapters: iterate over it. It ends by `with`, or by `close()`."""
+    """Changes of the adapters: iterate over it. It ends by `with`, or by `close()`."""

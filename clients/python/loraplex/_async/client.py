@@ -1,71 +1,61 @@
-"""The client for asyncio: the same as the one that blocks, awaited."""
+"""The client: generations, tokens, the model. `adapters` has the rest."""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
-import grpc
-import grpc.aio
-
-from loraplex import _convert as convert
-from loraplex._async_adapters import AsyncAdapters
-from loraplex._async_streams import AsyncGenerationBatch, AsyncGenerationStream, AsyncParts
-from loraplex._base import BaseClient, Stubs, Wait, stubs_on
+from loraplex._async.adapters import AsyncAdapters
+from loraplex._async.maps import AsyncGenerationMap, AsyncPendingGeneration
+from loraplex._async.streams import AsyncGenerationBatch, AsyncGenerationStream, AsyncMessages
+from loraplex._async.transport import AsyncTransport
+from loraplex._async.waiting import PendingAnswer, sleep
+from loraplex._base import BaseClient, Wait
 from loraplex._batch import BatchReader, batch_request
-from loraplex._calls import PROBE, Call
 from loraplex._config import Timeout
-from loraplex._convert import ChatMessage, Conversation, GenerateOptions, Prompt
-from loraplex._map import AsyncGenerationMap, MapItem, MapProgress, MapSource
+from loraplex._map import MapItem, MapProgress, MapSource
+from loraplex._options import ChatMessage, Conversation, GenerateOptions, Prompt
+from loraplex._readers import AnswerReader, generation, model_info
+from loraplex._requests import generate_request, tokenize_request
+from loraplex._transport import CallSettings
 from loraplex._types import Generation, ModelInfo
 from loraplex.errors import DeadlineExceededError, LoraplexError, UnavailableError
 from loraplex.v1 import generation_pb2, model_pb2
 
 
 class AsyncClient(BaseClient):
-    r"""A loraplex server, called from coroutines of one event loop.
+    r"""A loraplex server.
+
+    Client is called from threads; one serves any number of them. AsyncClient is called from the coroutines
+    of one event loop.
 
     >>> async def ask():
     ...     async with AsyncClient("127.0.0.1:50051") as client:
     ...         answer = await client.generate("hello world 42\n", adapter="upper", max_tokens=64)
-    ...         print(answer.text, answer.finish_reason)
-    ...         async for chunk in client.stream("hello world 42\n", adapter="redact"):
+    ...         print(answer.text, answer.finish_reason, answer.usage.completion_tokens)
+    ...         async for chunk in client.stream("hello world 42\n", adapters=[("redact", 1.0)]):
     ...             print(chunk.text, end="", flush=True)
-    ...         print()
-    ...         async for answer in client.map(["hello world 42\n", "good morning 7\n"], adapter="title"):
-    ...             print(answer.text)
     >>> asyncio.run(ask())
-    HELLO WORLD 42 stop
+    HELLO WORLD 42 stop 15
     hello world ##
-    Hello World 42
+
+    Many prompts, so many at a time, their answers in order:
+
+    >>> prompts = ["hello world 42\n", ("good morning 7\n", {"adapter": "title"})]
+    >>> async def ask_all():
+    ...     async with AsyncClient("127.0.0.1:50051") as client:
+    ...         async for answer in client.map(prompts, adapter="upper", concurrency=8):
+    ...             print(answer.text)
+    >>> asyncio.run(ask_all())
+    HELLO WORLD 42
     Good Morning 7
     """
 
-    def _open(self) -> None:
-        # grpc.aio binds a channel to the loop that runs when it is made: there may be none yet.
-        self._channel: grpc.aio.Channel | None = None
-        self._loop_stubs: Stubs | None = None
-        self.adapters = AsyncAdapters(self)
-
-    @property
-    def _stubs(self) -> Stubs:
-        self._check_open()
-        if self._loop_stubs is None:
-            asyncio.get_running_loop()
-            settings = self._settings
-            interceptors = list(self._interceptors)
-            self._channel = (
-                grpc.aio.insecure_channel(settings.target, settings.options, interceptors=interceptors)
-                if settings.credentials is None
-                else grpc.aio.secure_channel(
-                    settings.target, settings.credentials, settings.options, interceptors=interceptors
-                )
-            )
-            self._loop_stubs = stubs_on(self._channel)
-        return self._loop_stubs
+    def _open(self, settings: CallSettings) -> None:
+        self._transport = AsyncTransport(settings)
+        self.adapters = AsyncAdapters(self._transport)
 
     async def generate(
         self, prompt: Prompt, *, timeout: Timeout | None = None, **options: Unpack[GenerateOptions]
@@ -83,7 +73,7 @@ class AsyncClient(BaseClient):
         Raises:
             LoraplexError: see loraplex.errors.
         """
-        return await self._generate(convert.generate_request(prompt, **options), timeout)
+        return await self._generate(generate_request(prompt, options), timeout)
 
     def stream(
         self, prompt: Prompt, *, timeout: Timeout | None = None, **options: Unpack[GenerateOptions]
@@ -93,7 +83,7 @@ class AsyncClient(BaseClient):
         Raises:
             LoraplexError: see loraplex.errors; the server's errors come while iterating.
         """
-        return self._stream(convert.generate_request(prompt, **options), timeout)
+        return self._stream(generate_request(prompt, options), timeout)
 
     async def chat(
         self,
@@ -112,7 +102,7 @@ class AsyncClient(BaseClient):
         Raises:
             LoraplexError: see loraplex.errors; FailedPreconditionError where there is no template.
         """
-        return await self._generate(convert.generate_request(Conversation(messages), **options), timeout)
+        return await self._generate(generate_request(Conversation(messages), options), timeout)
 
     def stream_chat(
         self,
@@ -121,12 +111,12 @@ class AsyncClient(BaseClient):
         timeout: Timeout | None = None,
         **options: Unpack[GenerateOptions],
     ) -> AsyncGenerationStream:
-        """The same as an iterator of chunks. Arguments as `chat` takes.
+        """As `chat`, but returns an iterator of chunks. Arguments as `chat` takes.
 
         Raises:
             LoraplexError: see loraplex.errors; the server's errors come while iterating.
         """
-        return self._stream(convert.generate_request(Conversation(messages), **options), timeout)
+        return self._stream(generate_request(Conversation(messages), options), timeout)
 
     @overload
     def map(
@@ -178,9 +168,14 @@ class AsyncClient(BaseClient):
         Raises:
             LoraplexError: see loraplex.errors; those of the answers come while iterating.
         """
-        self._check_open()
-        source = MapSource(prompts, options, concurrency, progress)
-        return AsyncGenerationMap(source, lambda request: self._generate(request, timeout), return_errors)
+        self._transport.check_open()
+
+        def begin(request: generation_pb2.GenerateRequest) -> PendingAnswer:
+            if self._transport.limits_of(timeout).of_parts:
+                return self._stream(request, timeout)
+            return AsyncPendingGeneration(self._transport, request, timeout)
+
+        return AsyncGenerationMap(MapSource(prompts, options, concurrency, progress), begin, return_errors)
 
     def stream_batch(
         self,
@@ -189,7 +184,7 @@ class AsyncClient(BaseClient):
         timeout: Timeout | None = None,
         **options: Unpack[GenerateOptions],
     ) -> AsyncGenerationBatch:
-        """Sends many prompts in one call; an iterator of what they come to, each when it has finished.
+        """Sends many prompts in one call and returns an iterator of results, each as it finishes.
 
         Args:
             prompts: at most 1024 prompts, or pairs of a prompt and options of its own.
@@ -199,10 +194,12 @@ class AsyncClient(BaseClient):
         Raises:
             LoraplexError: see loraplex.errors; that of the whole call comes while iterating.
         """
-        limits = dataclasses.replace(self._limits_of(timeout), first_token=None, between_tokens=None)
+        limits = dataclasses.replace(
+            self._transport.limits_of(timeout), first_token=None, between_tokens=None
+        )
         batch = batch_request(prompts, options)
-        call = self._begin("GenerationService/GenerateBatch", limits)
-        return AsyncGenerationBatch(AsyncParts(self, call, batch), BatchReader(batch))
+        call = self._transport.begin("GenerationService/GenerateBatch", limits)
+        return AsyncGenerationBatch(AsyncMessages(self._transport, call, batch), BatchReader(batch))
 
     async def tokenize(
         self,
@@ -219,8 +216,8 @@ class AsyncClient(BaseClient):
         Raises:
             LoraplexError: see loraplex.errors.
         """
-        request = convert.tokenize_request(generation_pb2.TokenizeRequest, prompt, adapters)
-        response = await self._call("GenerationService/Tokenize", request, timeout)
+        request = tokenize_request(generation_pb2.TokenizeRequest, prompt, adapters)
+        response = await self._transport.call("GenerationService/Tokenize", request, timeout)
         return list(response.token_ids)
 
     async def count_tokens(
@@ -230,15 +227,15 @@ class AsyncClient(BaseClient):
         adapters: str | Sequence[str] = (),
         timeout: Timeout | None = None,
     ) -> int:
-        """How many tokens `tokenize` would return."""
-        request = convert.tokenize_request(generation_pb2.CountTokensRequest, prompt, adapters)
-        response = await self._call("GenerationService/CountTokens", request, timeout)
+        """The number of tokens that `tokenize` would return."""
+        request = tokenize_request(generation_pb2.CountTokensRequest, prompt, adapters)
+        response = await self._transport.call("GenerationService/CountTokens", request, timeout)
         return int(response.count)
 
     async def model(self, *, timeout: Timeout | None = None) -> ModelInfo:
         """The base model and the server's limits."""
-        response = await self._call("ModelService/GetModel", model_pb2.GetModelRequest(), timeout)
-        return convert.model_info(response.model)
+        response = await self._transport.call("ModelService/GetModel", model_pb2.GetModelRequest(), timeout)
+        return model_info(response.model)
 
     async def wait_until_ready(self, timeout: float = 60.0) -> ModelInfo:
         """Waits for a server that is still starting, and returns its model.
@@ -249,23 +246,21 @@ class AsyncClient(BaseClient):
         wait = Wait(self.server, timeout)
         while True:
             try:
-                response = await self._call(
+                response = await self._transport.call(
                     "ModelService/GetModel",
                     model_pb2.GetModelRequest(),
                     wait.remaining(),
                     wait_for_ready=True,
                 )
-                return convert.model_info(response.model)
+                return model_info(response.model)
             except UnavailableError:
-                await asyncio.sleep(min(wait.POLL_S, wait.remaining()))
+                await sleep(min(wait.POLL_S, wait.remaining()))
             except DeadlineExceededError as error:
                 raise wait.expired() from error
 
     async def close(self) -> None:
         """Cancels what is running and closes the connection."""
-        self._closed = True
-        if self._channel is not None:
-            await self._channel.close(grace=None)
+        await self._transport.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -276,39 +271,16 @@ class AsyncClient(BaseClient):
         await self.close()
 
     async def _generate(self, request: generation_pb2.GenerateRequest, timeout: Timeout | None) -> Generation:
-        if self._limits_of(timeout).of_parts:
+        if self._transport.limits_of(timeout).of_parts:
             return await self._stream(request, timeout).collect()
         envelope = generation_pb2.GenerateUnaryRequest(request=request)
-        response = await self._call(
+        response = await self._transport.call(
             "GenerationService/GenerateUnary", envelope, timeout, request_id=request.request_id
         )
-        return convert.generation(request, response)
+        return generation(request, response)
 
     def _stream(
         self, request: generation_pb2.GenerateRequest, timeout: Timeout | None
     ) -> AsyncGenerationStream:
-        call = self._begin("GenerationService/Generate", timeout, request.request_id)
-        return AsyncGenerationStream(AsyncParts(self, call, request), convert.AnswerReader(request))
-
-    async def _call(
-        self, method: str, request: Any, timeout: Timeout | None, *, request_id: str = "", **how: Any
-    ) -> Any:
-        call = self._begin(method, timeout, request_id)
-        with call:
-            await self._connect(call)
-            response = await self._stubs.method(method)(request, **call.options(), **how)
-        call.finish()
-        return response
-
-    async def _connect(self, call: Call) -> None:
-        """Waits for a server to be there, if the call has a limit for that."""
-        if call.must_connect:
-            _ = self._stubs  # which opens the channel
-            assert self._channel is not None
-            code = grpc.StatusCode.OK
-            try:
-                probe: Any = self._channel.unary_unary(PROBE)
-                await probe(b"", **call.probe_options())
-            except grpc.aio.AioRpcError as error:
-                code = error.code()
-            call.probed(code, self.server)
+        call = self._transport.begin("GenerationService/Generate", timeout, request.request_id)
+        return AsyncGenerationStream(AsyncMessages(self._transport, call, request), AnswerReader(request))

@@ -1,4 +1,4 @@
-"""Ends the waits of blocking calls that take too long: gRPC's own deadlines are for whole calls."""
+"""Ends waits of blocking calls that take too long: gRPC's own deadlines are for whole calls."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 
 _IDLE_S = 5.0
+"""The thread ends after so long without waits: long beside the pause between two tokens."""
 
 
 class Watchdog:
-    """One thread for any number of waits; it is there while it is needed."""
+    """One thread for any number of waits; it runs while it is needed."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
@@ -22,7 +23,7 @@ class Watchdog:
         self._wakes = math.inf
 
     def watch(self, seconds: float, act: Callable[[], None]) -> int:
-        """Has `act` called in so many seconds, on another thread, unless `forget` comes first."""
+        """Calls `act` after `seconds` on another thread, unless `forget` gets the returned key before."""
         end = time.monotonic() + seconds
         with self._condition:
             key = next(self._keys)
@@ -36,7 +37,7 @@ class Watchdog:
         return key
 
     def forget(self, key: int) -> None:
-        """Takes a wait back; it may have ended just now."""
+        """Removes a wait; it may have ended just now."""
         with self._condition:
             self._waits.pop(key, None)
 
@@ -57,4 +58,4 @@ class Watchdog:
 
 
 WATCHDOG = Watchdog()
-"""The one of this process."""
+"""The watchdog of this process."""
