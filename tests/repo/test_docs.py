@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from loraplex_server.config import reference as flags
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
@@ -29,6 +31,10 @@ def test_the_readme_can_be_read_in_one_go() -> None:
 def test_the_grpc_page_is_what_the_protos_say() -> None:
     made = _tool("grpc_reference").page()
     assert (ROOT / "docs/reference/grpc.md").read_text() == made, "run `make reference`"
+
+
+def test_the_page_of_flags_is_what_the_settings_say() -> None:
+    assert (ROOT / "docs/reference/flags.md").read_text() == flags.page(), "run `make reference`"
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: str(page.relative_to(ROOT)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Any, get_type_hints
+from typing import Any, Unpack, get_type_hints
 
 import pytest
 
@@ -20,11 +20,10 @@ from loraplex import (
     GenerationMap,
     GenerationStream,
 )
-from loraplex._adapters import Adapters
-from loraplex._async_adapters import AsyncAdapters
-from loraplex._async_streams import AsyncAdapterWatch
-from loraplex._convert import generate_request
-from loraplex._streams import AdapterWatch
+from loraplex._async.adapters import AsyncAdapters
+from loraplex._async.streams import AsyncAdapterWatch
+from loraplex._sync.adapters import Adapters
+from loraplex._sync.streams import AdapterWatch
 
 
 def test_the_public_names() -> None:
@@ -107,9 +106,9 @@ def test_both_clients_have_one_shape(blocking: type, awaited: type) -> None:
 
 
 def test_options_are_the_arguments_of_the_request() -> None:
-    arguments = get_type_hints(generate_request)
-    del arguments["prompt"], arguments["return"]
-    assert get_type_hints(GenerateOptions) == arguments
+    for method in (Client.generate, Client.stream, Client.chat, Client.map, Client.stream_batch):
+        assert get_type_hints(method)["options"] == Unpack[GenerateOptions]
+    arguments = get_type_hints(GenerateOptions)
     documented = inspect.getdoc(Client.generate) or ""
     assert all(f"{name}," in documented or f"{name};" in documented for name in arguments)
 
