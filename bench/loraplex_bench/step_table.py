@@ -23,7 +23,8 @@ import torch
 
 from loraplex_bench.ops_quant_cuda import measure_ceilings
 from loraplex_bench.random_weights import RandomWeights, config_of
-from loraplex_kernels import dispatch, lora
+from loraplex_kernels import dispatch
+from loraplex_kernels.pool import EntryShape, LoraPool, adapter_layout, extent_alignment
 from loraplex_server.core.step import StepPlan
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.layers.weights import WeightFormat
@@ -310,17 +311,17 @@ def _fill(cache: torch.Tensor) -> None:
 
 def _adapters(
     base: BaseModel, count: int, rank: int, dtype: torch.dtype, device: torch.device
-) -> tuple[lora.LoraPool, int]:
+) -> tuple[LoraPool, int]:
     """A pool of random adapters on every projection, and the bytes of one of them at its true rank."""
     entries = [
-        lora.EntryShape(index, projection.in_features, projection.out_features, rank)
+        EntryShape(index, projection.in_features, projection.out_features, rank)
         for index, projection in enumerate(base.projections)
     ]
     lengths = {length for shape in entries for length in (shape.in_features, shape.width)}
-    alignment = lora.extent_alignment(lengths)
-    layout = lora.adapter_layout(entries, alignment)
+    alignment = extent_alignment(lengths)
+    layout = adapter_layout(entries, alignment)
     pitch = -(-layout.num_elements // alignment) * alignment
-    pool = lora.LoraPool.allocate(
+    pool = LoraPool.allocate(
         num_elements=pitch * max(count, 1),
         num_slots=max(count, 1),
         num_entries=len(entries),

@@ -17,7 +17,7 @@ import torch
 from loraplex_bench.demo.tasks import data_dir
 from loraplex_kernels import dispatch
 from loraplex_kernels.attention import LayerShape
-from loraplex_kernels.lora import LoraPool
+from loraplex_kernels.pool import LoraPool
 from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig, SchedulerConfig
 from loraplex_server.core.errors import FailedPreconditionError, InvalidArgumentError
 from loraplex_server.core.step import StepPlan

@@ -18,9 +18,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from loraplex_kernels import dispatch, fourbit, nf4
+from loraplex_kernels import dispatch, quant
 from loraplex_kernels.attention import LayerShape
-from loraplex_kernels.lora import LoraPool
+from loraplex_kernels.pool import LoraPool
+from loraplex_kernels.quant import nf4
 from loraplex_server.core.step import StepPlan
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.layers.fusion import fuse
@@ -105,15 +106,15 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """The meta device takes Triton's kernels; each launch is counted under the kernel's name."""
     pytest.importorskip("triton")
     from loraplex_kernels.attention import kernel as attention_kernels
-    from loraplex_kernels.fourbit import kernel as fourbit_kernels
+    from loraplex_kernels.attention.rotary import kernel as rotary_kernels
     from loraplex_kernels.gated import kernel as gated_kernels
-    from loraplex_kernels.lora import kernel as lora_kernels
+    from loraplex_kernels.lora import launch as lora_kernels
     from loraplex_kernels.norm import kernel as norm_kernels
-    from loraplex_kernels.rotary import kernel as rotary_kernels
+    from loraplex_kernels.quant import launch as quant_kernels
 
     counts: Counter[str] = Counter()
     for module in (
-        attention_kernels, fourbit_kernels, gated_kernels, lora_kernels, norm_kernels, rotary_kernels
+        attention_kernels, quant_kernels, gated_kernels, lora_kernels, norm_kernels, rotary_kernels
     ):  # fmt: skip
         names = [name for name in vars(module) if name.endswith("_kernel")]
         assert names
@@ -160,7 +161,7 @@ def build(config: Any, *, quantized: bool = True, fused: bool = True) -> ModelRu
         )
         if quantized and group[0].in_features % 64 == 0:
             parts = [nf4.quantize(torch.randn(p.out_features, p.in_features)) for p in group]
-            weight = Blocked(on_meta(fourbit.arrange_nf4(parts)))
+            weight = Blocked(on_meta(quant.arrange_nf4(parts)))
         groups.append(install(model, group, first, [weight], None))
         first += len(group)
     norms = tuple(

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import AsyncGenerator, Iterator
 from typing import TypeVar
 
-from loraplex_server.api.requests.convert import Limits
+from loraplex_server.api.requests.limits import Limits
 from loraplex_server.api.text.adapter_tokenizers import AdapterTokenizers
 from loraplex_server.api.text.chat.prompts import ChatPrompts
 from loraplex_server.api.text.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 
-from loraplex_kernels.lora.layouts import ALIGNMENT, MAX_RANK, RANK_ALIGN, LoraPool, extent_alignment
+from loraplex_kernels.pool import ALIGNMENT, MAX_RANK, RANK_ALIGN, LoraPool, extent_alignment
 from loraplex_server.adapters.residency.arena import Arena, Move
 from loraplex_server.adapters.residency.record import Record
 from loraplex_server.adapters.spec.sites import SiteKind, SiteRegistry

@@ -14,7 +14,7 @@ from loraplex_server.core.errors import ServerError
 if TYPE_CHECKING:
     # The scheduler knows handles, and must not need torch for it.
 
-    from loraplex_kernels.lora.layouts import AdapterLayout
+    from loraplex_kernels.pool import AdapterLayout
     from loraplex_server.adapters.files.weights import HostBlob
     from loraplex_server.adapters.spec.manifest import AdapterManifest
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from loraplex_server.api.requests.prompts import Prompt
 from loraplex_server.api.text.detokenizer import Detokenizer, StopMatcher, TokenDecoder
 from loraplex_server.core.request import FinishReason
 from loraplex_server.wire.messages import Times, TokenDelta, TokenLogprobs
@@ -24,14 +25,6 @@ class Finish:
     reason: FinishReason
     stop_match: str
     times: Times | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """What an answer continues."""
-
-    text: str
-    token_ids: tuple[int, ...]
 
 
 class Piece(msgspec.Struct, frozen=True):

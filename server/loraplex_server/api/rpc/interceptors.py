@@ -6,23 +6,22 @@ import asyncio
 import contextlib
 import logging
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from loraplex_server import log
 from loraplex_server.api.answers import timings
 from loraplex_server.api.answers.stalls import StallWatch
 from loraplex_server.api.lifecycle import Lifecycle
-from loraplex_server.api.requests.convert import valid_request_id
+from loraplex_server.api.requests.request_id import request_id_or_new
 from loraplex_server.api.rpc.status import code_of_cancellation, retry_pushback, to_status
 from loraplex_server.api.security import authentication
 from loraplex_server.api.security.authentication import Authenticator
 from loraplex_server.api.telemetry.metrics import Metrics
 from loraplex_server.api.telemetry.tracing.spans import NO_SPAN, Tracing
+from loraplex_server.core import log
 from loraplex_server.core.errors import (
     ErrorInfo,
     InternalError,
@@ -216,10 +215,7 @@ def _undecodable() -> InvalidArgumentError:
 
 
 def _request_id(context: _Context) -> str:
-    for key, value in context.invocation_metadata() or ():
-        if key == _REQUEST_ID_KEY and isinstance(value, str) and valid_request_id(value):
-            return value
-    return uuid.uuid4().hex[:16]
+    return request_id_or_new(_texts(context).get(_REQUEST_ID_KEY))
 
 
 def _trailers(started: float) -> tuple[tuple[str, str], ...]:

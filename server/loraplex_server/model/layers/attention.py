@@ -9,7 +9,7 @@ from transformers import AttentionInterface
 
 from loraplex_kernels import parallel
 from loraplex_kernels.attention import LayerShape, paged_attention, write_kv
-from loraplex_kernels.rotary import rotate_and_write
+from loraplex_kernels.attention.rotary import rotate_and_write
 from loraplex_server.model.layers import context
 
 NAME = "loraplex_paged"

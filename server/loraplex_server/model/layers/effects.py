@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from loraplex_kernels import bottleneck, lora, replacement, vectors, vocabulary
-from loraplex_kernels.lora import LoraBatch, LoraPool, LoraSite
+from loraplex_kernels.pool import LoraBatch, LoraPool, LoraSite
 from loraplex_server.model.layers.residual import ResidualStream
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import dataclasses
 import torch
 
 from loraplex_kernels import dense, parallel
-from loraplex_kernels.lora import LoraSite
+from loraplex_kernels.pool import LoraSite
 from loraplex_server.model.layers import context
 from loraplex_server.model.layers.weights import FrozenWeight
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraplex_kernels.attention.rotary.reference import rotate
 from loraplex_kernels.gated import ACTIVATIONS, Activation
 from loraplex_kernels.gated.reference import gated
 from loraplex_kernels.norm import FORMS, RmsNorm
 from loraplex_kernels.norm.reference import rms_norm
-from loraplex_kernels.rotary.reference import rotate
 
 _log = logging.getLogger(__name__)
 

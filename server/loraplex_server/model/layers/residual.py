@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loraplex_kernels.lora import LoraSite
+from loraplex_kernels.pool import LoraSite
 
 
 class ResidualStream:

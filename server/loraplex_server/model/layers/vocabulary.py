@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from loraplex_kernels.lora import LoraSite
+from loraplex_kernels.pool import LoraSite
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

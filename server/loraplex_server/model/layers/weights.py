@@ -7,11 +7,16 @@ from typing import Protocol, cast
 
 import torch
 
-from loraplex_kernels import dense, dispatch, fourbit, int4, nf4
-from loraplex_kernels.fourbit import BlockedWeight
-from loraplex_kernels.int4 import Int4Weight, cpu_packed
-from loraplex_kernels.int4.cpu_packed import PackedInt4Weight
-from loraplex_kernels.nf4 import Nf4Weight
+from loraplex_kernels import dense, dispatch, quant
+from loraplex_kernels.quant import (
+    BlockedWeight,
+    Int4Weight,
+    Nf4Weight,
+    PackedInt4Weight,
+    cpu_packed,
+    int4,
+    nf4,
+)
 
 _NF4_BLOCK = 64
 _NESTED_BLOCK = 256
@@ -123,10 +128,10 @@ class Blocked:
         return self.weight.shape
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return fourbit.matmul(x, self.weight, bias)
+        return quant.matmul(x, self.weight, bias)
 
     def dequantize(self) -> torch.Tensor:
-        return fourbit.dequantize(self.weight)
+        return quant.dequantize(self.weight)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return self.weight.tensors()
@@ -169,7 +174,7 @@ class WeightFormat:
             group=parts[0].group,
         )
         if dispatch.backend(self.device) == "triton":
-            return [Blocked(fourbit.arrange_int4(joined))]
+            return [Blocked(quant.arrange_int4(joined))]
         if self.packed_int4 and cpu_packed.supported(joined.shape, joined.group):
             return [PackedInt4(PackedInt4Weight.from_int4(joined))]
         return [Int4(joined)]
@@ -188,9 +193,9 @@ class WeightFormat:
             group = int4.choose_group(width)
             # A scale and a zero: two bf16 where they are packed, else two float32.
             if blocked:
-                blocks = -(-width // fourbit.BLOCK)
-                groups = -(-blocks * fourbit.BLOCK // group)
-                return blocks * rows * fourbit.BLOCK // 2 + groups * rows * 4
+                blocks = -(-width // quant.BLOCK)
+                groups = -(-blocks * quant.BLOCK // group)
+                return blocks * rows * quant.BLOCK // 2 + groups * rows * 4
             packed = self.packed_int4 and cpu_packed.supported((rows, width), group)
             return rows * width // 2 + rows * (width // group) * (4 if packed else 8)
         return self._planned_nf4_bytes(shapes, blocked)
@@ -215,10 +220,10 @@ class WeightFormat:
     def _nf4(self, weights: list[torch.Tensor]) -> list[FrozenWeight]:
         parts = [nf4.quantize(weight, double_quant=self.double_quant) for weight in weights]
         if dispatch.backend(self.device) == "triton":
-            if fourbit.joinable_nf4(parts):
-                return [Blocked(fourbit.arrange_nf4(parts))]
-            if all(fourbit.joinable_nf4([part]) for part in parts):
-                return [Blocked(fourbit.arrange_nf4([part])) for part in parts]
+            if quant.joinable_nf4(parts):
+                return [Blocked(quant.arrange_nf4(parts))]
+            if all(quant.joinable_nf4([part]) for part in parts):
+                return [Blocked(quant.arrange_nf4([part])) for part in parts]
         # Blocks run over the flattened tensor: siblings join only where each ends with a whole block.
         if len(parts) == 1 or self.double_quant or any(weight.numel() % 64 for weight in weights):
             return [Nf4(part) for part in parts]

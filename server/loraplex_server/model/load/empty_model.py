@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from loraplex_kernels import dispatch
-from loraplex_kernels.lora import LoraSite
+from loraplex_kernels.pool import LoraSite
 from loraplex_server.core.errors import FailedPreconditionError
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.layers.fusion import fuse

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from loraplex_kernels.lora import LoraSite
+from loraplex_kernels.pool import LoraSite
 from loraplex_server.core.errors import FailedPreconditionError
 from loraplex_server.model.layers.linear import SiteGroup, SiteLinear
 from loraplex_server.model.layers.weights import FrozenWeight, WeightFormat

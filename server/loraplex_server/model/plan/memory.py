@@ -18,7 +18,7 @@ import dataclasses
 
 import torch
 
-from loraplex_kernels.lora import LoraBatchBuffers, LoraPool
+from loraplex_kernels.pool import LoraBatchBuffers, LoraPool
 from loraplex_server.config import EngineConfig, SchedulerConfig
 from loraplex_server.core.errors import FailedPreconditionError, InvalidArgumentError
 from loraplex_server.model.load.empty_model import EmptyModel

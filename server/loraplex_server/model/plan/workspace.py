@@ -19,10 +19,10 @@ from transformers import AttentionInterface
 from loraplex_kernels import dispatch
 from loraplex_kernels.attention import AttentionBatch, LayerShape, plan
 from loraplex_kernels.attention import tiles as attention_tiles
-from loraplex_kernels.fourbit import BLOCK
-from loraplex_kernels.fourbit import tiles as fourbit_tiles
-from loraplex_kernels.lora import LoraBatchBuffers, LoraSite
 from loraplex_kernels.lora import tiles as lora_tiles
+from loraplex_kernels.pool import DECODE_ROWS, LoraBatchBuffers, LoraSite
+from loraplex_kernels.quant import BLOCK
+from loraplex_kernels.quant import tiles as quant_tiles
 from loraplex_server.model.layers import context
 from loraplex_server.model.layers.context import StepContext
 from loraplex_server.model.layers.linear import FrozenHead
@@ -165,12 +165,12 @@ class _Sized:
         product = x.new_empty(rows, out)
         if self.format.quantization == "none" or not _triton(self.format):
             return product
-        chosen = fourbit_tiles.choose(
+        chosen = quant_tiles.choose(
             rows, out, -(-width // BLOCK), x.dtype, _multiprocessors(self.format.device)
         )
         if chosen.family == "library":
             # A part of the weight, dense.
-            x.new_empty(min(out * width, max(width, fourbit_tiles.LIBRARY_TILE)))
+            x.new_empty(min(out * width, max(width, quant_tiles.LIBRARY_TILE)))
         elif chosen.planes > 1:
             x.new_empty(chosen.planes, rows, out, dtype=torch.float32)
         return product
@@ -197,7 +197,7 @@ class _Adapters:
         scratch = [torch.empty_like(y), torch.empty_like(y)]
         del scratch
         size, slices = self.size, site.num_slices
-        rows = lora_tiles.DECODE_ROWS
+        rows = DECODE_ROWS
         config = lora_tiles.choose(rows, size.pairs, x.dtype, x.dtype, self.format.device)
         planes = lora_tiles.planes(config, -(-size.pairs // rows) * slices, site.in_features)
         x.new_empty(size.pairs, slices, planes, size.max_rank, dtype=torch.float32)

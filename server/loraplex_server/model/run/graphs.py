@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from loraplex_kernels.attention import AttentionBuffers, LayerShape
-from loraplex_kernels.lora import LoraBatchBuffers, LoraPool
+from loraplex_kernels.pool import LoraBatchBuffers, LoraPool
 from loraplex_server.core.step import Ints, StepPlan
 from loraplex_server.model.layers.context import StepContext
 from loraplex_server.model.layers.effects import Effect, Kinds, acts_outside, effects_of, kinds

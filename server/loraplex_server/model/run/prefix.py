@@ -6,7 +6,7 @@ import torch
 
 from loraplex_kernels import vectors
 from loraplex_kernels.attention import write_cells
-from loraplex_kernels.lora import LoraPool
+from loraplex_kernels.pool import LoraPool
 from loraplex_server.core.step import StepPlan
 
 

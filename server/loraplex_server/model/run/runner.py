@@ -13,7 +13,7 @@ import torch
 from loraplex_kernels import parallel, vectors
 from loraplex_kernels import vocabulary as ends
 from loraplex_kernels.attention import AttentionBatch, LayerShape
-from loraplex_kernels.lora import LoraBatch, LoraBatchBuffers, LoraPool
+from loraplex_kernels.pool import LoraBatch, LoraBatchBuffers, LoraPool
 from loraplex_server.core.step import Ints, StepOutput, StepPlan
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.layers import context
