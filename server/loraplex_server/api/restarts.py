@@ -1,4 +1,4 @@
-"""What a restarted engine has to be told again, and how often it may be restarted."""
+"""Restarts of the engine: the adapter commands to repeat, and the number that is allowed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the pieces of answers look to OpenAI's clients: whole, and as the events of a stream."""
+"""Answers as OpenAI's clients read them: whole, and as the events of a stream."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _LEAST_LOGPROB = -9999.0
 
 @dataclasses.dataclass(frozen=True)
 class Heading:
-    """What every answer and every event of one request has."""
+    """The fields that every answer and every event of one request has."""
 
     request_id: str
     model: str
@@ -52,13 +52,13 @@ class Heading:
 
 
 class Format(Protocol):
-    """The looks of one kind of answer."""
+    """The format of one kind of answer."""
 
     def whole(self, answers: Sequence[WholeAnswer], usage: Usage) -> bytes:
         """The body with every answer, in order."""
 
     def events(self, index: int, piece: Piece, end: End | None) -> Iterator[bytes]:
-        """What to send for a piece of answer `index`; nothing where it says nothing yet."""
+        """The events for a piece of answer `index`; none while there is nothing to say."""
 
     def usage_event(self, usage: Usage) -> bytes:
         """The last event, where it was asked for."""
