@@ -13,9 +13,9 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from loraplex_server.api.answers import timings
-from loraplex_server.api.answers.stalls import StallWatch
 from loraplex_server.api.lifecycle import Lifecycle
 from loraplex_server.api.requests.request_id import request_id_or_new
+from loraplex_server.api.rpc.stalls import StallWatch
 from loraplex_server.api.rpc.status import code_of_cancellation, retry_pushback, to_status
 from loraplex_server.api.security import authentication
 from loraplex_server.api.security.authentication import Authenticator
