@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from loraplex_bench import top
-from loraplex_bench.metrics import parse
+from loraplex_bench.load.metrics import parse
 from loraplex_server.core.request import AdapterUse, Request
 from loraplex_server.engine.messages import EngineInfo, Stats, StepRecord, SwapRecord
 from loraplex_server.errors import ErrorInfo

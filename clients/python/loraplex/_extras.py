@@ -45,7 +45,7 @@ COMMANDS = {
     "config": ExtraCommand("loraplex_server.cli", ("server",), "config_main"),
     "top": ExtraCommand("loraplex_bench.top", ("bench",)),
     "bench": ExtraCommand("loraplex_bench.cli", ("bench",)),
-    "demo": ExtraCommand("loraplex_bench.demo.run", ("server", "bench")),
+    "demo": ExtraCommand("loraplex_bench.scenarios.demo", ("server", "bench")),
 }
 
 
