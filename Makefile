@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TRITON_DEFAULT_FP_FUSION ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-kernels test-web screenshot fuzz faults lint bench api-cost bench-gpu bench-peers tune-gpu many-adapters swap-latency soak protos train clean
+.PHONY: docs reference help install demo test test-fast test-kernels test-web screenshot fuzz faults lint bench api-cost bench-gpu bench-peers tune-gpu many-adapters swap-latency soak protos sync train clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -84,6 +84,17 @@ soak: $(STAMP) ## Five minutes of load with crashes, cancellations and swaps; ev
 protos: $(STAMP) ## Regenerate the SDK's stubs from protos/
 	$(PY) -m grpc_tools.protoc -I protos --python_out=clients/python --pyi_out=clients/python \
 	  --grpc_python_out=clients/python protos/loraplex/v1/*.proto
+
+sync: $(STAMP) ## Make the SDK's blocking client anew from its asyncio client
+	$(PY) tools/make_sync.py
+
+docs: $(STAMP) ## The documentation as a site in build/docs; a broken link or a missing page is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+reference: $(STAMP) ## Write the reference pages in docs/reference anew from the code
+	$(PY) tools/grpc_reference.py
+	$(PY) -m loraplex_server.config.reference > docs/reference/flags.md
+	$(PY) -m loraplex_server.api.reference > docs/reference/errors.md
 
 train: $(STAMP) ## Train the demo model and its adapters anew (hours)
 	$(PY) -m demo_training.train all

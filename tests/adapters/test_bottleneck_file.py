@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraplex_kernels.lora.layouts import BottleneckReads, LoraPool, VectorKind, extent_alignment
-from loraplex_server.adapters.manifest import AdapterManifest, read_manifest
-from loraplex_server.adapters.sites import SiteRegistry
-from loraplex_server.adapters.weights import lay_out, read_weights
-from loraplex_server.errors import FailedPreconditionError
+from loraplex_kernels.pool import BottleneckReads, LoraPool, VectorKind, extent_alignment
+from loraplex_server.adapters.files.weights import lay_out, read_weights
+from loraplex_server.adapters.spec.manifest import AdapterManifest, read_manifest
+from loraplex_server.adapters.spec.sites import SiteRegistry
+from loraplex_server.core.errors import FailedPreconditionError
 
 SAVED = Path(__file__).parent / "saved"
 """Written by the library itself, release 1.3.0, on models of the fixture's shape."""
