@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loraplex_bench import gpu
-from loraplex_bench.load.generator import metrics
+from loraplex_bench.load import metrics
 from loraplex_bench.models.random_weights import RandomWeights, config_of, write
 from loraplex_bench.scenarios import gpu_server as server_table
 from loraplex_bench.scenarios.decode_steps import (
