@@ -1,10 +1,10 @@
-"""From a schedule to a step plan: gathers the batch row by row, then writes it as the plan's flat sections."""
+"""From a schedule to a step plan: gathers the batch row by row, then writes the plan's flat sections."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -40,10 +40,10 @@ class _Sample(NamedTuple):
 
 
 class _Fed(NamedTuple):
-    """A row whose token is the one that the step before samples as its `index`-th."""
+    """A row whose token the step before samples, as this one of its samples."""
 
     row: int
-    index: int
+    sample: int
 
 
 class _Score(NamedTuple):
@@ -99,7 +99,7 @@ def build_plan(
         prefix_start=_starts([len(copied.cells) for copied in batch.copied]),
         prefix_cells=_ints([cell for copied in batch.copied for cell in copied.cells]),
         fed_row=_ints([fed.row for fed in batch.fed]),
-        fed_from=_ints([fed.index for fed in batch.fed]),
+        fed_from=_ints([fed.sample for fed in batch.fed]),
         score_row=_ints([score.row for score in batch.scores]),
         score_id=_ints([score.token_id for score in batch.scores]),
         score_top=_ints([score.top for score in batch.scores]),
@@ -166,7 +166,7 @@ def _copied(item: Scheduled, block_size: int, slot_of: SlotOf) -> _Copied:
 def _row_sections(batch: _Batch, block_size: int) -> Sections:
     """Tokens, and the sequences that they belong to."""
     query_start, block_start = _starts(batch.lengths), _starts([len(table) for table in batch.tables])
-    context_len, blocks = _ints(batch.contexts), _ints([block for table in batch.tables for block in table])
+    context_len, blocks = _ints(batch.contexts), _ints(list(chain.from_iterable(batch.tables)))
     token_sequence = np.repeat(np.arange(len(batch.lengths)), batch.lengths)
     positions = np.arange(len(batch.token_ids)) + (context_len - query_start[1:])[token_sequence]
     token_block = blocks[block_start[token_sequence] + positions // block_size]
@@ -203,9 +203,7 @@ def _sampling_sections(samples: list[_Sample], eos_token_ids: tuple[int, ...]) -
         "top_k": _ints([sampling.top_k for sampling in params]),
         "top_p": _floats([sampling.top_p for sampling in params]),
         "uniform": _floats([_draw(sample) for sample in samples]),
-        "num_logprobs": _ints(
-            [-1 if sampling.logprobs is None else sampling.logprobs for sampling in params]
-        ),
+        "num_logprobs": _ints([-1 if one.logprobs is None else one.logprobs for one in params]),
         "banned_start": _starts([len(ids) for ids in banned]),
         "banned_ids": _ints([token for ids in banned for token in ids]),
         **masked,

@@ -76,7 +76,6 @@ from loraplex_server.core.errors import (
     CancelledError,
     FailedPreconditionError,
     InternalError,
-    InvalidArgumentError,
     NotFoundError,
     Reason,
     ResourceExhaustedError,
@@ -577,14 +576,10 @@ class AdapterStore:
             weights: one for each name; 1 where left out.
 
         Raises:
-            InvalidArgumentError: there are more names than a request may have.
             NotFoundError: there is no such adapter.
             FailedPreconditionError: they can never be on the device together, one cannot be served, or one
                 that does more than add to the base is weighted or not alone.
         """
-        limit = self._config.max_per_request
-        if len(names) > limit:
-            raise InvalidArgumentError.field("adapters", f"{len(names)} are named; at most {limit} may be")
         records = tuple(self._find(name) for name in names)
         _check_composition(records, weights or [1.0] * len(names))
         self._pins.check_fits(records, "the adapters of this request", "the request")
