@@ -341,13 +341,23 @@ def test_the_base_install_says_what_to_install(
 
 
 def test_the_extras_are_those_of_the_package() -> None:
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    root = Path(__file__).parents[2]
+    client = tomllib.loads((root / "clients/python/pyproject.toml").read_text())["project"]
+    server = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     imported_as = {"grpcio-health-checking": "grpc_health", "grpcio-reflection": "grpc_reflection"}
-    for extra in ("server", "bench"):
-        names = [re.split(r"[<>=; ]", line)[0] for line in project["optional-dependencies"][extra]]
-        modules = {imported_as.get(name, name.replace("-", "_")) for name in names}
-        modules -= {"triton", "starlette", "uvicorn", "llguidance"}
-        assert modules == set(_extras.MODULES[extra])
+
+    def modules(lines: list[str]) -> set[str]:
+        names = [re.split(r"[<>=; ]", line)[0] for line in lines]
+        return {imported_as.get(name, name.replace("-", "_")) for name in names}
+
+    optional = {"triton", "starlette", "uvicorn", "llguidance"}
+    own = {"loraplex", *modules(client["dependencies"])}
+    assert modules(server["dependencies"]) - own - optional | {"loraplex_server"} == {
+        *_extras.MODULES["server"]
+    }
+    bench = modules(server["optional-dependencies"]["bench"]) | {"loraplex_bench"}
+    assert bench == {*_extras.MODULES["bench"]}
+    assert _extras.MODULES.keys() <= client["optional-dependencies"].keys()
 
 
 @pytest.fixture
