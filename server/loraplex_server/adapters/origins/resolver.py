@@ -27,7 +27,8 @@ from loraplex_server.adapters.origins.remote.protocol import (
     RemoteFolder,
 )
 from loraplex_server.adapters.origins.remote.registry import make_backend
-from loraplex_server.adapters.origins.sources import head_refusal, pickle_refusal, resolve_folder
+from loraplex_server.adapters.origins.sources import resolve_folder
+from loraplex_server.adapters.spec.refusals import head_refusal, pickle_refusal
 from loraplex_server.config import AdapterConfig
 from loraplex_server.core.adapter_cache import default_cache_dir
 from loraplex_server.core.adapter_files import (

@@ -1,14 +1,4 @@
-"""From the server's errors to gRPC statuses with `google.rpc` details.
-
-code                  details beside ErrorInfo and RequestInfo
-INVALID_ARGUMENT      BadRequest, one violation a field
-NOT_FOUND             ResourceInfo
-ALREADY_EXISTS        ResourceInfo
-PERMISSION_DENIED     ResourceInfo
-FAILED_PRECONDITION   PreconditionFailure
-RESOURCE_EXHAUSTED    RetryInfo, QuotaFailure
-UNAVAILABLE           RetryInfo
-"""
+"""From the server's errors to gRPC statuses with `google.rpc` details."""
 
 from __future__ import annotations
 

@@ -1,117 +1,41 @@
-"""From a folder that the `adapters` library saved to a bottleneck adapter's sites.
+"""What the tensors of a bottleneck adapter's file do, checked against its configuration.
 
-The tensors in the file are the truth, the configuration must agree with them, as for PEFT's (`manifest`).
+The tensors in the file are the truth, the configuration must agree with them, as for PEFT's (`checks`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from loraplex_kernels.pool import Bottleneck as BottleneckForm
 from loraplex_kernels.pool import BottleneckReads
-from loraplex_server.adapters.files.tensor_file import (
-    MalformedFileError,
-    TensorFileHeader,
-    TensorInfo,
-    parse_object,
-    read_header,
-)
-from loraplex_server.adapters.origins.sources import head_refusal, open_file, pickle_refusal
-from loraplex_server.adapters.spec.bottleneck_config import BottleneckSettings, SubBlock, parse_bottleneck
+from loraplex_server.adapters.spec.bottleneck_config import BottleneckSettings, SubBlock
 from loraplex_server.adapters.spec.declared import BottleneckSpec, SiteSpec
-from loraplex_server.adapters.spec.peft_config import UnsupportedError
+from loraplex_server.adapters.spec.refusals import UnsupportedError
 from loraplex_server.adapters.spec.sites import Entry, SiteRegistry
-from loraplex_server.core.adapter_files import (
-    BOTTLENECK_FILE,
-    HEAD_FILES,
-    INTERFACE_FILE,
-    MAX_CONFIG_BYTES,
-    PICKLE_FILES,
-    WEIGHTS_FILE,
-)
+from loraplex_server.adapters.spec.tensors import TensorFileHeader, TensorInfo
 from loraplex_server.core.text import quoted
 
 _PARTS = ("adapter_down.0.weight", "adapter_down.0.bias", "adapter_up.weight", "adapter_up.bias")
+
+
 _SCALING = "scaling"
+
+
 _PART = "|".join(re.escape(part) for part in (*_PARTS, _SCALING))
-
-
-@dataclass(frozen=True)
-class BottleneckFile:
-    """A checked bottleneck adapter: what `AdapterManifest` has of it.
-
-    Attributes:
-        config: canonical text of all that configures it.
-        weights_file: name of the file that the header is of.
-        sites: its networks by entry, ascending.
-    """
-
-    config: str
-    weights_file: str
-    header: TensorFileHeader
-    sites: tuple[SiteSpec, ...]
-    form: BottleneckForm
-
-
-def read_bottleneck(
-    config: Mapping[str, Any], folder: Path, registry: SiteRegistry, roots: tuple[Path, ...]
-) -> BottleneckFile:
-    """Checks everything that needs no weights.
-
-    Raises:
-        MalformedFileError, UnsupportedError: the adapter cannot be served whole.
-        FailedPreconditionError, PermissionDeniedError, UnavailableError: as `open_file`.
-    """
-    for name in HEAD_FILES:
-        if (folder / name).exists():
-            raise UnsupportedError(head_refusal(name))
-    settings = parse_bottleneck(config, _read_interface(folder, roots), registry.model_type)
-    if settings.hidden_size != registry.hidden_size:
-        raise UnsupportedError(
-            f"hidden_size is {settings.hidden_size}, that of the base is {registry.hidden_size}"
-        )
-    # Where an adapter is uploaded, its file is named as PEFT's.
-    name = WEIGHTS_FILE if (folder / WEIGHTS_FILE).exists() else BOTTLENECK_FILE
-    header = _read_header(folder, name, roots)
-    sites = _sites(settings, header, registry)
-    widths = {site.entry.index: settings.width(site.entry.address.layer) for site in sites}
-    form = BottleneckForm(settings.non_linearity, settings.reads, widths)
-    return BottleneckFile(settings.canonical, name, header, sites, form)
-
-
-def _read_interface(folder: Path, roots: tuple[Path, ...]) -> dict[str, Any] | None:
-    if not (folder / INTERFACE_FILE).exists():
-        return None
-    file, size = open_file(folder, INTERFACE_FILE, roots)
-    with file:
-        if size > MAX_CONFIG_BYTES:
-            raise MalformedFileError(
-                f"{INTERFACE_FILE} has {size} bytes; at most {MAX_CONFIG_BYTES} are read"
-            )
-        return parse_object(file.read(MAX_CONFIG_BYTES), "the interface")
-
-
-def _read_header(folder: Path, name: str, roots: tuple[Path, ...]) -> TensorFileHeader:
-    if not (folder / name).exists():
-        for pickle in PICKLE_FILES:
-            if (folder / pickle).exists():
-                raise UnsupportedError(pickle_refusal(pickle))
-    file, size = open_file(folder, name, roots)
-    with file:
-        return read_header(file, size)
-
 
 Place = tuple[str, int]
 """Name of a sub-block's tensors, and the layer."""
 
 
-def _sites(
+def check_bottleneck(
     settings: BottleneckSettings, header: TensorFileHeader, registry: SiteRegistry
 ) -> tuple[SiteSpec, ...]:
+    """Its networks by entry, ascending.
+
+    Raises:
+        UnsupportedError: not all of it would be applied; the text names the tensor or setting.
+    """
     found: dict[Place, dict[str, TensorInfo]] = {}
     # Saved from a model without a head, paths begin at the list of layers.
     lists = {entry.path.partition(f".{entry.address.layer}.")[0] for entry in registry}
