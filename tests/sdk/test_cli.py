@@ -210,6 +210,26 @@ def test_adapters(command: Command, server: Any, line: str, request_: Any) -> No
     assert (code, adapter["name"], adapter["state"]) == (0, "sql", "device")
 
 
+def test_load_takes_a_folder_as_the_caller_sees_it(
+    command: Command, server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server on this machine runs in another folder: a folder that is here goes to it as a whole path."""
+    (tmp_path / "adapters/sql").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for source, sent in (
+        ("./adapters/sql", f"{tmp_path}/adapters/sql"),
+        ("adapters/sql/", f"{tmp_path}/adapters/sql"),
+        ("../elsewhere/sql", "../elsewhere/sql"),
+        ("sql", "sql"),
+        ("hf://owner/sql", "hf://owner/sql"),
+    ):
+        assert command("adapters", "load", "sql", source)[0] == 0
+        assert server.requests[-1].source == sent
+    monkeypatch.setattr("loraplex._channel.is_local", lambda target: False)
+    assert command("adapters", "load", "sql", "./adapters/sql")[0] == 0
+    assert server.requests[-1].source == "./adapters/sql", "another machine's folders are not these"
+
+
 def test_watch(command: Command, server: Any) -> None:
     server.answers["Watch"] = lambda request, context: iter(
         [adapters_pb2.WatchResponse(adapters=[SQL]), adapters_pb2.WatchResponse(removed=["old"])]
