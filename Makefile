@@ -94,6 +94,7 @@ docs: $(STAMP) ## The documentation as a site in build/docs; a broken link or a 
 reference: $(STAMP) ## Write the reference pages in docs/reference anew from the code
 	$(PY) tools/grpc_reference.py
 	$(PY) -m loraplex_server.config.reference > docs/reference/flags.md
+	$(PY) -m loraplex_server.api.telemetry.reference > docs/reference/metrics.md
 	$(PY) -m loraplex_server.api.reference > docs/reference/errors.md
 
 train: $(STAMP) ## Train the demo model and its adapters anew (hours)
