@@ -12,7 +12,7 @@ PARALLEL := -n logical --maxprocesses $(WORKERS) --dist loadfile --no-loadscope-
 export TRITON_DEFAULT_FP_FUSION ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-kernels test-web screenshot fuzz faults lint bench face bench-gpu bench-peers tune-gpu soak protos train clean
+.PHONY: docs reference help install demo test test-fast test-kernels test-web screenshot fuzz faults lint bench face bench-gpu bench-peers tune-gpu soak protos sync train clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -88,6 +88,17 @@ soak: $(STAMP) ## Five minutes of load with crashes, cancellations and swaps; ev
 protos: $(STAMP) ## Regenerate the SDK's stubs from protos/
 	$(PY) -m grpc_tools.protoc -I protos --python_out=clients/python --pyi_out=clients/python \
 	  --grpc_python_out=clients/python protos/loraplex/v1/*.proto
+
+sync: $(STAMP) ## Make the SDK's blocking client anew from its asyncio client
+	$(PY) tools/make_sync.py
+
+docs: $(STAMP) ## The documentation as a site in build/docs; a broken link or a missing page is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+reference: $(STAMP) ## Write the reference pages in docs/reference anew from the code
+	$(PY) tools/grpc_reference.py
+	$(PY) -m loraplex_server.config.reference > docs/reference/flags.md
+	$(PY) -m loraplex_server.api.reference > docs/reference/errors.md
 
 train: $(STAMP) ## Train the demo model and its adapters anew (hours)
 	$(PY) -m loraplex_bench.demo.train

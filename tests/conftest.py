@@ -171,7 +171,7 @@ class Oracle:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
-        from loraplex_kernels import int4, nf4
+        from loraplex_kernels.quant import int4, nf4
 
         base = AutoModelForCausalLM.from_pretrained(
             tiny.base, dtype=torch.float32, attn_implementation="eager"

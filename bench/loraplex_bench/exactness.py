@@ -20,16 +20,17 @@ import torch
 
 from loraplex_bench.demo.check import CHECK_SEED, load_tokenizer
 from loraplex_bench.demo.tasks import MAX_ANSWER_TOKENS, TASKS, data_dir, expected, make_lines, prompt
-from loraplex_server.adapters.record import Readiness
+from loraplex_server.adapters.residency.record import Readiness
 from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig, SchedulerConfig
+from loraplex_server.config.model_settings import Dtype, Quantization
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams
 from loraplex_server.engine.build import build_engine
 from loraplex_server.engine.engine import Engine
-from loraplex_server.engine.messages import FromEngine, Tokens
 from loraplex_server.engine.planning import build_plan
 from loraplex_server.engine.scheduler import Scheduled
 from loraplex_server.engine.sequence import Sequence as EngineSequence
-from loraplex_server.model.runner import ModelRunner
+from loraplex_server.model.run.runner import ModelRunner
+from loraplex_server.wire.messages import FromEngine, Tokens
 
 _BLOCK = 16
 _BATCH = 32
@@ -62,7 +63,7 @@ class Exactness:
 class _Server:
     """An engine on the demo model, stepped by the caller."""
 
-    def __init__(self, settings: dict[str, dict[str, Any]], quantization: str, dtype: str) -> None:
+    def __init__(self, settings: dict[str, dict[str, Any]], quantization: Quantization, dtype: Dtype) -> None:
         self._tokens: dict[str, list[int]] = {}
         data = data_dir()
         config = EngineConfig(
@@ -128,8 +129,8 @@ def measure(
     option: str,
     num_lines: int,
     *,
-    quantization: str = "nf4",
-    dtype: str = "float32",
+    quantization: Quantization = "nf4",
+    dtype: Dtype = "float32",
     names: Sequence[str] = tuple(TASKS),
 ) -> list[Exactness]:
     """One figure for each adapter in `names`, and last the one over all of them; `option` of `OPTIONS`."""

@@ -18,16 +18,9 @@ from typing import Any
 from loraplex_server.config import EngineConfig
 from loraplex_server.core.request import FinishReason, Request
 from loraplex_server.engine.host import EngineHost
-from loraplex_server.engine.messages import (
-    EngineInfo,
-    FromEngine,
-    Stats,
-    StepRecord,
-    Times,
-    TokenDelta,
-    Tokens,
-)
 from loraplex_server.engine.process import EngineProcess
+from loraplex_server.wire.messages import EngineInfo, FromEngine, Times, TokenDelta, Tokens
+from loraplex_server.wire.stats import Stats, StepRecord
 
 TOKENS_FILE = "tokens.json"
 """In the bench's folder: the token ids of a text, over and over the answer to every stream."""

@@ -71,14 +71,15 @@ async def serve_bare(text: str) -> int:
 def serve_real(folder: Path, flags: Sequence[str]) -> int:
     """The whole server, but for what computes. `folder` has the tokenizer and the text of the answers."""
     from loraplex_bench.face_engine import launch
-    from loraplex_server import log
     from loraplex_server.api.app import serve
-    from loraplex_server.cli import build_parser, hide_torch, to_config
+    from loraplex_server.cli import hide_torch
+    from loraplex_server.config.cli import resolve
+    from loraplex_server.core import log
 
     hide_torch()
     arguments = ["--model", str(folder), "--port", "0", "--metrics-port", "-1", "--log-level", "warning"]
-    config = to_config(build_parser().parse_args([*arguments, *flags]))
-    log.configure(config.engine.log)
+    config = resolve([*arguments, *flags], environ={}).to_config()
+    log.configure(config.engine.log.level, config.engine.log.format)
     return asyncio.run(serve(config, functools.partial(launch, folder)))
 
 

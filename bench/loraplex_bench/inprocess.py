@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from loraplex_bench.compare import MAX_BATCH_TOKENS, Answered, BenchModel, Job
 from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig, SchedulerConfig
+from loraplex_server.config.model_settings import Dtype, Quantization
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams
 from loraplex_server.engine.build import build_engine
-from loraplex_server.engine.messages import Failed, FromEngine, Tokens
+from loraplex_server.wire.messages import Failed, FromEngine, Tokens
 
 _CLIENT = "bench"
 
@@ -18,7 +19,7 @@ _CLIENT = "bench"
 class InProcessEngine:
     """An engine that answers jobs, stepped by the caller's thread."""
 
-    def __init__(self, model: BenchModel, quantization: str, dtype: str, threads: int) -> None:
+    def __init__(self, model: BenchModel, quantization: Quantization, dtype: Dtype, threads: int) -> None:
         self._tokens: dict[str, list[int]] = {}
         self._failures: list[str] = []
         self._wake = threading.Event()

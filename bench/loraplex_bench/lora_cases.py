@@ -16,7 +16,7 @@ from itertools import groupby
 import torch
 
 from loraplex_bench.ops_lora import MODELS, ModelShape, make_pool
-from loraplex_kernels import lora
+from loraplex_kernels.pool import LoraPool, LoraSite, Run
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 MIXES = ("identical", "distinct", "uniform-32", "zipf-1.5")
@@ -69,9 +69,9 @@ def rank_of_slot(ranks: str, slot: int) -> int:
     return choices[slot % len(choices)]
 
 
-def runs_of(slots: Sequence[int]) -> list[lora.Run]:
+def runs_of(slots: Sequence[int]) -> list[Run]:
     """Runs of tokens with equal slots."""
-    runs: list[lora.Run] = []
+    runs: list[Run] = []
     start = 0
     for slot, tokens in groupby(slots):
         end = start + len(list(tokens))
@@ -121,8 +121,8 @@ class Layers:
 
     model: str
     ranks: str
-    pool: lora.LoraPool
-    sites: dict[str, list[lora.LoraSite]]
+    pool: LoraPool
+    sites: dict[str, list[LoraSite]]
 
     @property
     def copies(self) -> int:

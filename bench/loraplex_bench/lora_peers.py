@@ -26,6 +26,7 @@ from torch import Tensor
 
 from loraplex_bench.lora_cases import POOL_ADAPTERS, Layers, rank_of_slot, runs_of
 from loraplex_kernels import lora
+from loraplex_kernels.pool import LoraBatch, LoraBatchBuffers
 
 FOLDER = Path(__file__).parents[1] / ".peers"
 FILES = {
@@ -66,9 +67,9 @@ class OwnKernels:
     def __init__(self, layers: Layers) -> None:
         self._pool, self._sites = layers.pool, layers.sites
 
-    def prepare(self, slots: Sequence[int]) -> lora.LoraBatch:
+    def prepare(self, slots: Sequence[int]) -> LoraBatch:
         runs = runs_of(slots)
-        buffers = lora.LoraBatchBuffers(
+        buffers = LoraBatchBuffers(
             max_tokens=len(slots),
             max_pairs=len(slots),
             max_segments=len(runs),
@@ -77,7 +78,7 @@ class OwnKernels:
         )
         return buffers.fill(runs)
 
-    def apply(self, x: Tensor, y: Tensor, name: str, copy: int, batch: lora.LoraBatch) -> None:
+    def apply(self, x: Tensor, y: Tensor, name: str, copy: int, batch: LoraBatch) -> None:
         lora.apply(x, y, self._pool, self._sites[name][copy], batch)
 
 

@@ -21,6 +21,7 @@ from loraplex_bench.lora_cases import MIXES, RANK_SETS, TOKENS, Case, Layers, Wo
 from loraplex_bench.lora_peers import PEERS, Peer, PeerUnavailableError
 from loraplex_bench.ops_lora import MODELS, ModelShape, make_pool
 from loraplex_kernels import dispatch, lora
+from loraplex_kernels.pool import LoraBatchBuffers, Run
 
 COPIES = 4
 """Copies of the layer: with all adapters of rank 8 that is 340 MB, seven times an H100's cache."""
@@ -234,7 +235,7 @@ def whole_step(
     """Every token its own adapter of rank `rank`, every site of every layer once."""
     shape = MODELS[model]
     pool, sites = make_pool(shape, [rank] * tokens, torch.bfloat16, device, scaled=scaled)
-    buffers = lora.LoraBatchBuffers(max_tokens=tokens, max_pairs=tokens, device=device, fixed_grid=True)
+    buffers = LoraBatchBuffers(max_tokens=tokens, max_pairs=tokens, device=device, fixed_grid=True)
     batch = buffers.fill([(token, token + 1, ((token, 1.0),)) for token in range(tokens)])
     data = activations(shape, tokens, torch.bfloat16, device)
 
@@ -268,8 +269,8 @@ def prefill_share(
     layer = ModelShape(shape.hidden, shape.key_value, shape.intermediate, copies)
     pool, sites = make_pool(layer, [rank] * adapters, torch.bfloat16, device)
     share = tokens // adapters
-    runs: list[lora.Run] = [(slot * share, (slot + 1) * share, ((slot, 1.0),)) for slot in range(adapters)]
-    batch = lora.LoraBatchBuffers(
+    runs: list[Run] = [(slot * share, (slot + 1) * share, ((slot, 1.0),)) for slot in range(adapters)]
+    batch = LoraBatchBuffers(
         max_tokens=tokens, max_pairs=tokens, max_segments=adapters, device=device, fixed_grid=True
     ).fill(runs)
     data = activations(shape, tokens, torch.bfloat16, device)
@@ -303,7 +304,7 @@ def empty_step_launches(device: torch.device) -> int:
     """Launches of the op over a model where no token has an adapter, called as the server does."""
     pool, sites = make_pool(MODELS["llama-3-1b"], [8], torch.bfloat16, device)
     data = activations(MODELS["llama-3-1b"], 64, torch.bfloat16, device)
-    batch = lora.LoraBatchBuffers(max_tokens=64, max_pairs=64, device=device).fill([(0, 64, ())])
+    batch = LoraBatchBuffers(max_tokens=64, max_pairs=64, device=device).fill([(0, 64, ())])
     before = sum(dispatch.launches.values())
     for name, of_layers in sites.items():
         for site in of_layers:

@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 
 from loraplex_bench.ops_attention import COLD_BYTES, Ceilings, measure_ceilings, pass_us
-from loraplex_kernels import gated, norm, rotary
-from loraplex_kernels.attention import AttentionBatch, kv_cache_shape, write_kv
+from loraplex_kernels import gated, norm
+from loraplex_kernels.attention import AttentionBatch, kv_cache_shape, rotary, write_kv
+from loraplex_kernels.attention.rotary.reference import rotate as plain_rotate
 from loraplex_kernels.gated.reference import gated as plain_gated
 from loraplex_kernels.norm import RmsNorm
 from loraplex_kernels.norm.reference import add_rms_norm as plain_add_rms_norm
 from loraplex_kernels.norm.reference import rms_norm as plain_rms_norm
-from loraplex_kernels.rotary.reference import rotate as plain_rotate
 
 BLOCK_SIZE = 16
 COMPILED_TOKENS = 64

@@ -21,6 +21,16 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels import lora
+from loraplex_kernels.pool import (
+    ALIGNMENT,
+    EntryShape,
+    LoraBatchBuffers,
+    LoraPool,
+    LoraSite,
+    Run,
+    adapter_layout,
+    extent_alignment,
+)
 
 
 @dataclass(frozen=True)
@@ -70,23 +80,23 @@ def make_pool(
     device: torch.device,
     *,
     scaled: bool = False,
-) -> tuple[lora.LoraPool, dict[str, list[lora.LoraSite]]]:
+) -> tuple[LoraPool, dict[str, list[LoraSite]]]:
     """One adapter per rank on every site, and the sites by name, one per layer. `scaled`: in 8 bits."""
-    sites: dict[str, list[lora.LoraSite]] = {name: [] for name in shape.sites()}
+    sites: dict[str, list[LoraSite]] = {name: [] for name in shape.sites()}
     entry = 0
     entries: list[tuple[int, int, int]] = []
     for _ in range(shape.layers):
         for name, (in_features, widths) in shape.sites().items():
             slices = tuple((sum(widths[:index]), width) for index, width in enumerate(widths))
-            sites[name].append(lora.LoraSite(entry, in_features, slices))
+            sites[name].append(LoraSite(entry, in_features, slices))
             entries += [(entry + index, in_features, width) for index, width in enumerate(widths)]
             entry += len(widths)
-    multiple = lora.extent_alignment({length for _, *lengths in entries for length in lengths})
+    multiple = extent_alignment({length for _, *lengths in entries for length in lengths})
     if scaled:
-        multiple = lora.ALIGNMENT
+        multiple = ALIGNMENT
     layouts = [
-        lora.adapter_layout(
-            [lora.EntryShape(*shape_of_entry, rank) for shape_of_entry in entries], multiple, scaled=scaled
+        adapter_layout(
+            [EntryShape(*shape_of_entry, rank) for shape_of_entry in entries], multiple, scaled=scaled
         )
         for rank in ranks
     ]
@@ -94,7 +104,7 @@ def make_pool(
     for layout in layouts:
         starts.append(end)
         end = -(-(end + layout.num_elements) // multiple) * multiple
-    pool = lora.LoraPool.allocate(
+    pool = LoraPool.allocate(
         num_elements=end,
         num_slots=len(ranks),
         num_entries=entry,
@@ -148,10 +158,8 @@ def measure(
     ranks = [RANKS[index % len(RANKS)] for index in range(adapters)]
     pool, sites = make_pool(shape, ranks, dtype, device)
     bounds = [tokens * index // adapters for index in range(adapters + 1)]
-    runs: list[lora.Run] = [
-        (start, end, ((slot, 1.0),)) for slot, (start, end) in enumerate(pairwise(bounds))
-    ]
-    buffers = lora.LoraBatchBuffers(
+    runs: list[Run] = [(start, end, ((slot, 1.0),)) for slot, (start, end) in enumerate(pairwise(bounds))]
+    buffers = LoraBatchBuffers(
         max_tokens=tokens, max_pairs=tokens, max_segments=adapters, device=device, fixed_grid=True
     )
     batch = buffers.fill(runs)

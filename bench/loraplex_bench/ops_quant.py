@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from loraplex_bench.ops_quant_cuda import measure_cuda
-from loraplex_kernels import dense, int4, nf4
-from loraplex_kernels.int4 import cpu_packed
+from loraplex_kernels import dense
+from loraplex_kernels.quant import cpu_packed, int4, nf4
 
 __all__ = ["main", "measure_cuda"]
 
@@ -93,7 +93,7 @@ def _products(weight: Tensor) -> Iterable[tuple[str, Product]]:
     w_int4 = int4.quantize(weight)
     yield "int4 fp32", lambda x: int4.matmul(x, w_int4)
     if cpu_packed.supported(w_int4.shape, w_int4.group):
-        packed = int4.PackedInt4Weight.from_int4(w_int4)
+        packed = cpu_packed.PackedInt4Weight.from_int4(w_int4)
         yield "int4 packed, as chosen", lambda x: cpu_packed.matmul(x, packed)
         yield "int4 packed, torch's kernel", lambda x: cpu_packed.matmul_packed(x, packed)
         if cpu_packed.layout_block() is not None:

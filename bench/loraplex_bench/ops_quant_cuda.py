@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraplex_kernels import fourbit, int4, nf4
-from loraplex_kernels.fourbit import BlockedWeight, Plan
+from loraplex_kernels import quant
+from loraplex_kernels.quant import BlockedWeight, Plan, int4, nf4
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 4096)
 SHAPES = {"o": (4096, 4096), "qkv": (6144, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
@@ -194,7 +194,7 @@ def tune(
             dense = _random_weight(shape, device)
             for name in products:
                 weights = _copies(_quantised(name, dense))
-                truth = fourbit.dequantize(weights[0], torch.float32)
+                truth = quant.dequantize(weights[0], torch.float32)
                 for count in rows:
                     x = torch.randn(count, shape[1], device=device).bfloat16()
                     found = []
@@ -202,7 +202,7 @@ def tune(
                         if time.monotonic() > end_s:
                             return
                         try:
-                            product = functools.partial(_fourbit, plan=plan)
+                            product = functools.partial(_blocked, plan=plan)
                             error = _error(product(weights[0], x), x, truth)
                             us = time_us(_calls(product, weights, x), device, repeats=8)
                         except Exception as problem:  # a shape that does not fit the device
@@ -254,8 +254,8 @@ def _measure_site(
 
     for name in products:
         weights = _copies(_quantised(name, dense))
-        truth = fourbit.dequantize(weights[0], torch.float32)
-        yield from run(name, _fourbit, weights, weights[0].nbytes, truth)
+        truth = quant.dequantize(weights[0], torch.float32)
+        yield from run(name, _blocked, weights, weights[0].nbytes, truth)
         del weights
     if peers:
         affine = int4.quantize(dense, group=_GROUP)
@@ -363,8 +363,8 @@ def _random_weight(shape: Shape, device: torch.device) -> Tensor:
 
 def _quantised(name: str, dense: Tensor) -> BlockedWeight:
     if name == "int4":
-        return fourbit.arrange_int4(int4.quantize(dense, group=_GROUP))
-    return fourbit.arrange_nf4([nf4.quantize(dense, double_quant=name == "nf4-double")])
+        return quant.arrange_int4(int4.quantize(dense, group=_GROUP))
+    return quant.arrange_nf4([nf4.quantize(dense, double_quant=name == "nf4-double")])
 
 
 def _num_copies(num_bytes: int) -> int:
@@ -395,8 +395,8 @@ def _dense(weight: Tensor, x: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight)
 
 
-def _fourbit(weight: BlockedWeight, x: Tensor, plan: Plan | None = None) -> Tensor:
-    return fourbit.matmul(x, weight, plan=plan)
+def _blocked(weight: BlockedWeight, x: Tensor, plan: Plan | None = None) -> Tensor:
+    return quant.matmul(x, weight, plan=plan)
 
 
 def _layer(layer: Any, x: Tensor) -> Tensor:
@@ -419,7 +419,7 @@ def _floor(ceilings: Ceilings, rows: int, shape: Shape, weight_bytes: int) -> fl
 
 
 def _plan(w: BlockedWeight, rows: int) -> str:
-    from loraplex_kernels.fourbit import tiles
+    from loraplex_kernels.quant import tiles
 
     processors = 132
     if w.device.type == "cuda":

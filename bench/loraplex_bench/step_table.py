@@ -23,13 +23,15 @@ import torch
 
 from loraplex_bench.ops_quant_cuda import measure_ceilings
 from loraplex_bench.random_weights import RandomWeights, config_of
-from loraplex_kernels import dispatch, lora
+from loraplex_kernels import dispatch
+from loraplex_kernels.pool import EntryShape, LoraPool, adapter_layout, extent_alignment
 from loraplex_server.core.step import StepPlan
-from loraplex_server.model import memory
-from loraplex_server.model.loader import BaseModel, EmptyModel
-from loraplex_server.model.runner import ModelRunner
-from loraplex_server.model.selfcheck import check_ragged
-from loraplex_server.model.weights import WeightFormat
+from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.layers.weights import WeightFormat
+from loraplex_server.model.load.empty_model import EmptyModel
+from loraplex_server.model.run.kv_cache import allocate_kv, block_bytes
+from loraplex_server.model.run.runner import ModelRunner
+from loraplex_server.model.run.selfcheck import check_ragged
 
 _BLOCK = 16
 _PROFILED_STEPS = 5
@@ -145,12 +147,12 @@ class StepBench:
         layers = check_ragged(self.base)
         self._blocks = -(-(wanted.context + 1) // _BLOCK)
         kv_dtype = torch.float8_e4m3fn if wanted.kv_cache_dtype == "fp8" else wanted.dtype
-        caches = memory.allocate_kv(
+        caches = allocate_kv(
             self.base.kv_shapes, max(wanted.batches) * self._blocks, _BLOCK, kv_dtype, device
         )
         for cache in caches:
             _fill(cache)
-        self._token_bytes = memory.block_bytes(self.base.kv_shapes, 1, kv_dtype)
+        self._token_bytes = block_bytes(self.base.kv_shapes, 1, kv_dtype)
         self.pool, self._adapter_bytes = _adapters(
             self.base, max(wanted.adapters), wanted.rank, wanted.dtype, device
         )
@@ -309,17 +311,17 @@ def _fill(cache: torch.Tensor) -> None:
 
 def _adapters(
     base: BaseModel, count: int, rank: int, dtype: torch.dtype, device: torch.device
-) -> tuple[lora.LoraPool, int]:
+) -> tuple[LoraPool, int]:
     """A pool of random adapters on every projection, and the bytes of one of them at its true rank."""
     entries = [
-        lora.EntryShape(index, projection.in_features, projection.out_features, rank)
+        EntryShape(index, projection.in_features, projection.out_features, rank)
         for index, projection in enumerate(base.projections)
     ]
     lengths = {length for shape in entries for length in (shape.in_features, shape.width)}
-    alignment = lora.extent_alignment(lengths)
-    layout = lora.adapter_layout(entries, alignment)
+    alignment = extent_alignment(lengths)
+    layout = adapter_layout(entries, alignment)
     pitch = -(-layout.num_elements // alignment) * alignment
-    pool = lora.LoraPool.allocate(
+    pool = LoraPool.allocate(
         num_elements=pitch * max(count, 1),
         num_slots=max(count, 1),
         num_entries=len(entries),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,13 @@ _MIN_PRODUCTS = 1_500_000
 # they are rounded up: to a multiple of an eighth of the next power of two, at least 8.
 _MIN_STEP = 8
 
-Tile = tuple[int, int, Tensor]
-"""First row, one past the last, and the dense rows [rows, K] of a part of a weight."""
+
+class Tile(NamedTuple):
+    """A part of a weight: its first row, one past the last, and the dense rows [rows, K]."""
+
+    start: int
+    stop: int
+    rows: Tensor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

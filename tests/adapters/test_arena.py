@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_server.adapters.arena import Arena
+from loraplex_server.adapters.residency.arena import Arena
 
 
 def test_best_fit_takes_the_smallest_gap_and_gaps_are_joined() -> None:

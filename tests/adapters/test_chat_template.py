@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from loraplex_server.adapters.chat_template import MAX_CHAT_TEMPLATE_BYTES, read_chat_template
-from loraplex_server.adapters.tensor_file import MalformedFileError
-from loraplex_server.errors import PermissionDeniedError
+from loraplex_server.adapters.files.chat_template import MAX_CHAT_TEMPLATE_BYTES, read_chat_template
+from loraplex_server.adapters.spec.refusals import MalformedFileError
+from loraplex_server.core.errors import PermissionDeniedError
 
 
 def config(folder: Path, **fields: Any) -> None:

@@ -16,22 +16,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraplex_server.adapters import composition_job
-from loraplex_server.adapters.composition import check_member
-from loraplex_server.adapters.manifest import read_manifest
-from loraplex_server.adapters.sites import SiteRegistry
-from loraplex_server.adapters.store import AdapterStore
+from loraplex_server.adapters.files.manifest_file import read_manifest
+from loraplex_server.adapters.origins import composition_job
+from loraplex_server.adapters.origins.composition import check_member
+from loraplex_server.adapters.residency.store import AdapterStore
+from loraplex_server.adapters.spec.sites import SiteRegistry
 from loraplex_server.config import AdapterConfig
+from loraplex_server.core.adapter_status import AdapterStatus
 from loraplex_server.core.composition import COMBINATION_TYPES, Composition, prunes
-from loraplex_server.core.request import AdapterUse
-from loraplex_server.engine.messages import AdapterStatus
-from loraplex_server.errors import (
+from loraplex_server.core.errors import (
     CancelledError,
     FailedPreconditionError,
     NotFoundError,
     ResourceExhaustedError,
     UnavailableError,
 )
+from loraplex_server.core.request import AdapterUse
 
 MODULES = ["q_proj", "v_proj", "down_proj"]
 

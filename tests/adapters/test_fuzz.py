@@ -21,12 +21,12 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from loraplex_kernels.lora.layouts import MAX_RANK
-from loraplex_server.adapters.base import Array
-from loraplex_server.adapters.manifest import read_manifest
-from loraplex_server.adapters.sites import SiteKind, SiteRegistry
-from loraplex_server.adapters.weights import lay_out, read_weights
-from loraplex_server.errors import ServerError
+from loraplex_kernels.pool import MAX_RANK
+from loraplex_server.adapters.files.manifest_file import read_manifest
+from loraplex_server.adapters.files.weights import lay_out, read_weights
+from loraplex_server.adapters.spec.sites import SiteKind, SiteRegistry
+from loraplex_server.core.errors import ServerError
+from loraplex_server.core.frozen_base import Array
 
 FAILED_ONCE: tuple[int, ...] = (1795278554547034, 1795278821072657)
 INPUTS = int(os.environ.get("LORAPLEX_FUZZ_INPUTS", "2000"))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from loraplex_server.adapters.own_tokenizer import find_tokenizer
-from loraplex_server.errors import PermissionDeniedError
+from loraplex_server.adapters.files.own_tokenizer import find_tokenizer
+from loraplex_server.core.errors import PermissionDeniedError
 
 
 def test_none(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the tiers evict by: heat, the heap that finds the coldest, and hit rates beside plain LRU."""
+"""What the tiers evict by: popularity, the heap that finds the least of it, hit rates beside plain LRU."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from loraplex_server.adapters.popularity import COLD, ColdestFirst, Popularity
-from loraplex_server.adapters.record import Record
+from loraplex_server.adapters.residency.popularity import NEVER_USED, LeastPopularFirst, Popularity
+from loraplex_server.adapters.residency.record import Record
 
 SLOTS = 32
 ADAPTERS = 5_000
@@ -24,10 +24,10 @@ def record(name: str = "") -> Record:
 
 def test_one_use_each_is_least_recently_used() -> None:
     popularity, records = Popularity(64), [record(str(index)) for index in range(50)]
-    assert {one.heat for one in records} == {COLD}
+    assert {one.popularity for one in records} == {NEVER_USED}
     for one in records:
         popularity.used(one)
-    assert sorted(records, key=lambda one: one.heat) == records
+    assert sorted(records, key=lambda one: one.popularity) == records
 
 
 def test_many_uses_count_more_until_they_are_long_ago() -> None:
@@ -35,14 +35,14 @@ def test_many_uses_count_more_until_they_are_long_ago() -> None:
     for _ in range(4):
         popularity.used(often)
     popularity.used(once)
-    assert often.heat > once.heat
+    assert often.popularity > once.popularity
     for _ in range(40):
         popularity.used(others)
     popularity.used(once)
-    assert often.heat < once.heat, "four half-lives later four uses are worth less than one"
+    assert often.popularity < once.popularity, "four half-lives later four uses are worth less than one"
 
 
-def test_heat_stays_exact_for_ever() -> None:
+def test_popularity_stays_exact_for_ever() -> None:
     """Millions of half-lives later the difference between one use and two is still there."""
     popularity, one, two = Popularity(1e-6), record(), record()
     for _ in range(1000):
@@ -52,37 +52,37 @@ def test_heat_stays_exact_for_ever() -> None:
     popularity.used(one)
     popularity.used(two)
     popularity.used(two)
-    assert two.heat == pytest.approx(one.heat + 1, abs=1e-6)
+    assert two.popularity == pytest.approx(one.popularity + 1, abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_coldest_comes_first_whatever_happened_before(seed: int) -> None:
+def test_the_least_popular_comes_first_whatever_happened_before(seed: int) -> None:
     rng = random.Random(seed)
-    popularity, coldest = Popularity(rng.choice([2, 30, 1000])), ColdestFirst()
+    popularity, least_popular = Popularity(rng.choice([2, 30, 1000])), LeastPopularFirst()
     everyone = [record(str(index)) for index in range(40)]
     inside: list[Record] = []
     for _ in range(2000):
         match rng.randrange(4):
             case 0 if len(inside) < len(everyone):
                 one = rng.choice([one for one in everyone if one not in inside])
-                coldest.add(one)
+                least_popular.add(one)
                 inside.append(one)
             case 1 if inside:
                 one = rng.choice(inside)
-                coldest.discard(one)
+                least_popular.discard(one)
                 inside.remove(one)
             case 2:
                 popularity.used(rng.choice(everyone))
             case _:
-                popped = coldest.pop()
-                # Of equally cold ones the first that came in: `inside` is in that order.
-                expected = min(inside, key=lambda one: one.heat, default=None)
+                popped = least_popular.pop()
+                # Of equally popular ones the first that came in: `inside` is in that order.
+                expected = min(inside, key=lambda one: one.popularity, default=None)
                 assert popped is expected
                 if popped is not None:
                     inside.remove(popped)
-        assert len(coldest) == len(inside)
-        assert set(coldest) == set(inside)
-    assert len(coldest._heap) <= 64 + 2 * len(everyone)
+        assert len(least_popular) == len(inside)
+        assert set(least_popular) == set(inside)
+    assert len(least_popular._heap) <= 64 + 2 * len(everyone)
 
 
 def zipf(seed: int, *, drifting: bool) -> list[int]:
@@ -112,9 +112,9 @@ def hits_of_lru(asked: Sequence[int]) -> int:
     return hits
 
 
-def hits_by_heat(asked: Sequence[int]) -> int:
+def hits_by_popularity(asked: Sequence[int]) -> int:
     records = [record(str(index)) for index in range(ADAPTERS)]
-    popularity, there = Popularity(16 * SLOTS), ColdestFirst()
+    popularity, there = Popularity(16 * SLOTS), LeastPopularFirst()
     hits = 0
     for adapter in asked:
         one = records[adapter]
@@ -130,6 +130,6 @@ def hits_by_heat(asked: Sequence[int]) -> int:
 @pytest.mark.parametrize("drifting", [False, True], ids=["steady", "drifting"])
 def test_more_hits_than_least_recently_used_on_zipf_traffic(drifting: bool) -> None:
     asked = zipf(1, drifting=drifting)
-    lru, heat = hits_of_lru(asked) / len(asked), hits_by_heat(asked) / len(asked)
-    print(f"\n{SLOTS} of {ADAPTERS} adapters, Zipf 1.0: LRU {lru:.1%}, by heat {heat:.1%} hits")
-    assert heat > lru + 0.08
+    lru, popularity = hits_of_lru(asked) / len(asked), hits_by_popularity(asked) / len(asked)
+    print(f"\n{SLOTS} of {ADAPTERS} adapters, Zipf 1.0: LRU {lru:.1%}, by popularity {popularity:.1%} hits")
+    assert popularity > lru + 0.08

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from loraplex_server.adapters.sites import Part, SiteAddress, SiteRegistry
+from loraplex_server.adapters.spec.sites import Part, SiteAddress, SiteRegistry
 
 PATH = "model.layers.1.self_attn.q_proj"
 

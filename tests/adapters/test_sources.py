@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_server.adapters.sources import check_name, resolve_folder, stamp
-from loraplex_server.errors import InvalidArgumentError, NotFoundError, PermissionDeniedError
+from loraplex_server.adapters.files.folder import stamp
+from loraplex_server.adapters.origins.sources import resolve_folder
+from loraplex_server.core.errors import InvalidArgumentError, NotFoundError, PermissionDeniedError
+from loraplex_server.core.names import check_name
 
 
 @pytest.mark.parametrize("name", ["sql", "a", "A-1_b.c", "x" * 128, "..x", "-"])

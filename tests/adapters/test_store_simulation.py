@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraplex_server.adapters.record import AdapterHandle
-from loraplex_server.adapters.sites import SiteRegistry
-from loraplex_server.adapters.store import AdapterStore, Readiness
-from loraplex_server.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError
+from loraplex_server.adapters.residency.record import AdapterHandle, Readiness
+from loraplex_server.adapters.residency.store import AdapterStore
+from loraplex_server.adapters.spec.sites import SiteRegistry
+from loraplex_server.core.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError
 
 NAMES = [f"adapter-{i:02d}" for i in range(12)]
 RANKS = (4, 6, 7, 8, 12, 14, 16, 32)

@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from loraplex_kernels.lora.layouts import MAX_RANK
-from loraplex_server.adapters.manifest import read_manifest
-from loraplex_server.adapters.sites import SiteRegistry
-from loraplex_server.adapters.tensor_file import MAX_HEADER_BYTES, MalformedFileError, read_header
-from loraplex_server.adapters.weights import lay_out, read_weights
-from loraplex_server.errors import ServerError
+from loraplex_kernels.pool import MAX_RANK
+from loraplex_server.adapters.files.manifest_file import read_manifest
+from loraplex_server.adapters.files.tensor_file import MAX_HEADER_BYTES, read_header
+from loraplex_server.adapters.files.weights import lay_out, read_weights
+from loraplex_server.adapters.spec.refusals import MalformedFileError
+from loraplex_server.adapters.spec.sites import SiteRegistry
+from loraplex_server.core.errors import ServerError
 
 GOOD = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
 

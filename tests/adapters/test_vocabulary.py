@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from loraplex_server.adapters.effects import LowRankAdd, OwnWeight, TokenRows
-from loraplex_server.adapters.manifest import AdapterManifest, read_manifest
-from loraplex_server.adapters.sites import SiteRegistry
-from loraplex_server.adapters.weights import lay_out, read_weights
-from loraplex_server.errors import FailedPreconditionError
-from loraplex_server.model.frozen import FrozenProjections
+from loraplex_server.adapters.files.manifest_file import read_manifest
+from loraplex_server.adapters.files.weights import lay_out, read_weights
+from loraplex_server.adapters.spec.declared import LoraSpec, OwnWeightSpec, TokenRowsSpec
+from loraplex_server.adapters.spec.manifest import AdapterManifest
+from loraplex_server.adapters.spec.sites import SiteRegistry
+from loraplex_server.core.errors import FailedPreconditionError
+from loraplex_server.model.load.frozen import FrozenProjections
 
 VOCABULARY, HIDDEN = 40, 32
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -73,7 +74,7 @@ def rows_of(manifest: AdapterManifest) -> dict[str, list[int]]:
         site.entry.path.rpartition(".")[2]: list(effect.tokens)
         for site in manifest.sites
         for effect in site.effects
-        if isinstance(effect, TokenRows)
+        if isinstance(effect, TokenRowsSpec)
     }
 
 
@@ -201,7 +202,7 @@ def test_rows_that_are_the_adapters_own(case: str, make: Callable[..., Any]) -> 
 
 def test_norms_and_weights_as_peft_saves_them(make: Callable[..., Any]) -> None:
     manifest = make(lora(modules_to_save=["norm", "down_proj"]))()
-    own = {site.entry.path for site in manifest.sites if isinstance(site.effects[0], OwnWeight)}
+    own = {site.entry.path for site in manifest.sites if isinstance(site.effects[0], OwnWeightSpec)}
     assert {path.rpartition(".")[2] for path in own} == {
         "norm",
         "input_layernorm",
@@ -217,7 +218,7 @@ def test_norms_and_weights_as_peft_saves_them(make: Callable[..., Any]) -> None:
 def test_a_tied_pair_is_served_at_both_ends(make: Callable[..., Any]) -> None:
     manifest = make(lora(target_modules=["embed_tokens"], ensure_weight_tying=True), tied=True)()
     assert [site.entry.path for site in manifest.sites] == [EMBEDDING, HEAD]
-    assert all(isinstance(site.effects[0], LowRankAdd) for site in manifest.sites)
+    assert all(isinstance(site.effects[0], LoraSpec) for site in manifest.sites)
     assert manifest.linear
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex_server.adapters.sites import SiteRegistry
-from loraplex_server.adapters.store import AdapterStore
-from loraplex_server.adapters.watch import Change, ChangeKind, FolderScan
+from loraplex_server.adapters.origins.watch import Change, ChangeKind, FolderScan
+from loraplex_server.adapters.residency.store import AdapterStore
+from loraplex_server.adapters.spec.sites import SiteRegistry
 from loraplex_server.config import AdapterConfig
-from loraplex_server.errors import FailedPreconditionError, NotFoundError
+from loraplex_server.core.errors import FailedPreconditionError, NotFoundError
 
 ADDED, REMOVED, CHANGED = ChangeKind.ADDED, ChangeKind.REMOVED, ChangeKind.CHANGED
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraplex_kernels.lora.layouts import ALIGNMENT, LoraPool, extent_alignment
-from loraplex_server.adapters.manifest import AdapterManifest, read_manifest
-from loraplex_server.adapters.sites import SiteRegistry
-from loraplex_server.adapters.weights import HostBlob, lay_out, read_weights
-from loraplex_server.errors import FailedPreconditionError
+from loraplex_kernels.pool import ALIGNMENT, LoraPool, extent_alignment
+from loraplex_server.adapters.files.manifest_file import read_manifest
+from loraplex_server.adapters.files.weights import HostBlob, lay_out, read_weights
+from loraplex_server.adapters.spec.manifest import AdapterManifest
+from loraplex_server.adapters.spec.sites import SiteRegistry
+from loraplex_server.core.errors import FailedPreconditionError
 
 Q_PROJ = "base_model.model.model.layers.1.self_attn.q_proj"
 

@@ -27,13 +27,15 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex.v1 import adapters_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
 from loraplex_server.api.app import serve
-from loraplex_server.api.tokenizer import Tokenizer
+from loraplex_server.api.text.tokenizer import Tokenizer
 from loraplex_server.config import ApiConfig, EngineConfig, ModelConfig, ServerConfig
+from loraplex_server.core.adapter_status import AdapterChanges
+from loraplex_server.core.errors import ErrorInfo, InternalError, ServerError
 from loraplex_server.core.request import Request
-from loraplex_server.engine.messages import (
+from loraplex_server.wire.commands import Answer, AnyCommand, Call, GetChatTemplate, Reply
+from loraplex_server.wire.frames import decode_to_engine, encode
+from loraplex_server.wire.messages import (
     PROTOCOL_VERSION,
-    AdapterCommand,
-    AdapterReply,
     Cancel,
     EngineInfo,
     FromEngine,
@@ -43,11 +45,10 @@ from loraplex_server.engine.messages import (
     ToEngine,
     TokenDelta,
     Tokens,
+    UnwatchAdapters,
+    WatchAdapters,
     Welcome,
-    decode_to_engine,
-    encode,
 )
-from loraplex_server.errors import InternalError, ServerError
 
 _CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
@@ -207,6 +208,11 @@ def chat_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 Script = Callable[["ScriptedEngine", Request], Awaitable[None]]
 
 
+def no_adapters(command: AnyCommand) -> Answer:
+    """What an engine without adapters, or with some that bring nothing, says."""
+    return "" if isinstance(command, GetChatTemplate) else ()
+
+
 class ScriptedEngine:
     """Speaks the engine's protocol on a real socket; what it answers to a request is a test's to script.
 
@@ -219,9 +225,9 @@ class ScriptedEngine:
         self.socket_path = socket_path
         self.info = info
         self.script: Script = ScriptedEngine.never
-        self.adapters: Callable[[AdapterCommand], AdapterReply] = lambda command: AdapterReply(
-            command.call_id
-        )
+        self.adapters: Callable[[AnyCommand], Answer | ErrorInfo] = no_adapters
+        self.watched = AdapterChanges((), all=True)
+        self.unwatched = False
         self.start_error: ServerError | None = None
         self.may_be_ready = threading.Event()
         self.may_be_ready.set()
@@ -315,8 +321,16 @@ class ScriptedEngine:
                 task.add_done_callback(self._tasks.discard)
             case Cancel():
                 self.cancelled.append(message.request_id)
-            case AdapterCommand():
-                writer.write(encode(self.adapters(message)))
+            case Call():
+                answer = self.adapters(message.command)
+                if isinstance(answer, ErrorInfo):
+                    writer.write(encode(Reply(message.call_id, error=answer)))
+                else:
+                    writer.write(encode(Reply(message.call_id, answer)))
+            case WatchAdapters():
+                writer.write(encode(self.watched))
+            case UnwatchAdapters():
+                self.unwatched = True
             case Shutdown():
                 self.got_shutdown = True
                 self.ended.set()

@@ -15,13 +15,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from loraplex.v1 import generation_pb2
-from loraplex_server.adapters.own_tokenizer import find_tokenizer
-from loraplex_server.api import adapter_tokenizers
-from loraplex_server.api.adapter_tokenizers import AdapterTokenizers, ChosenTokenizer, _Recent
-from loraplex_server.api.tokenizer import Tokenizer
+from loraplex_server.adapters.files.own_tokenizer import find_tokenizer
+from loraplex_server.api.text import adapter_tokenizers
+from loraplex_server.api.text.adapter_tokenizers import AdapterTokenizers, ChosenTokenizer, _Recent
+from loraplex_server.api.text.tokenizer import Tokenizer
+from loraplex_server.core.errors import FailedPreconditionError
 from loraplex_server.core.request import FinishReason, Request
-from loraplex_server.engine.messages import TokenizersChanged, TokenizerSource, TokenLogprobs
-from loraplex_server.errors import FailedPreconditionError
+from loraplex_server.core.tokenizer_source import TokenizerSource
+from loraplex_server.wire.messages import TokenizersChanged, TokenLogprobs
 
 PLAIN, SPECIAL = ["<|tool|>", "Grüße"], ["<|im_start|>", "<|im_end|>"]
 

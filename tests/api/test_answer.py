@@ -6,10 +6,10 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from loraplex_server.api.answer import Answer, Finish, Piece
-from loraplex_server.api.tokenizer import Tokenizer
+from loraplex_server.api.answers.answer import Answer, Finish, Piece
+from loraplex_server.api.text.tokenizer import Tokenizer
 from loraplex_server.core.request import FinishReason
-from loraplex_server.engine.messages import TokenDelta, TokenLogprobs
+from loraplex_server.wire.messages import TokenDelta, TokenLogprobs
 
 
 class Letters:

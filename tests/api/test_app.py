@@ -16,23 +16,29 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from loraplex.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, model_pb2, model_pb2_grpc
 from loraplex_server.config import EngineConfig
+from loraplex_server.core.adapter_status import AdapterChanges, AdapterStatus, SwapRecord
+from loraplex_server.core.errors import ErrorInfo, FailedPreconditionError
 from loraplex_server.core.request import FinishReason, Request
-from loraplex_server.engine.messages import (
-    AdapterChanges,
-    AdapterCommand,
-    AdapterReply,
-    AdapterStatus,
-    Stats,
-    StepRecord,
-    SwapRecord,
-    Times,
+from loraplex_server.wire.commands import (
+    Answer,
+    AnyCommand,
+    GetAdapter,
+    ListAdapters,
+    LoadAdapter,
+    PinAdapter,
+    PrefetchAdapters,
+    UnloadAdapter,
 )
-from loraplex_server.errors import ErrorInfo, FailedPreconditionError
+from loraplex_server.wire.messages import Times
+from loraplex_server.wire.stats import Stats, StepRecord
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = ("GenerationService", "AdapterService", "ModelService")
 TIMES = Times(queue_s=0.01, adapter_wait_s=0.005, first_token_s=0.02, total_s=0.03, preemptions=0)
+# Commands that are answered with several adapters.
+LISTED = (ListAdapters, PrefetchAdapters, UnloadAdapter)
+
 SQL = AdapterStatus(
     name="sql",
     source="/adapters/sql",
@@ -106,14 +112,13 @@ def test_reflection_names_every_service(serving: Any) -> None:
 
 
 def test_adapter_operations(serving: Any) -> None:
-    commands: list[AdapterCommand] = []
+    commands: list[AnyCommand] = []
 
-    def reply(command: AdapterCommand) -> AdapterReply:
+    def reply(command: AnyCommand) -> Answer | ErrorInfo:
         commands.append(command)
-        if command.name == "gone":
-            error = ErrorInfo("NOT_FOUND", "no adapter gone", resource=("adapter", "gone"))
-            return AdapterReply(command.call_id, error=error)
-        return AdapterReply(command.call_id, (SQL,))
+        if command == GetAdapter("gone"):
+            return ErrorInfo("NOT_FOUND", "no adapter gone", resource=("adapter", "gone"))
+        return (SQL,) if isinstance(command, LISTED) else SQL
 
     async def main() -> None:
         async with serving() as server:
@@ -134,13 +139,13 @@ def test_adapter_operations(serving: Any) -> None:
             await stub.PinAdapter(adapters_pb2.PinAdapterRequest(name="sql", pinned=False))
             left = await stub.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(name="sql"))
             assert list(left.remaining) == [loaded]
-            assert [(c.op, c.name, c.source, c.pinned) for c in commands] == [
-                ("load", "sql", "/a", True),
-                ("get", "sql", "", True),
-                ("list", "", "", True),
-                ("pin", "sql", "", True),
-                ("pin", "sql", "", False),
-                ("unload", "sql", "", True),
+            assert commands == [
+                LoadAdapter("sql", "/a", inplace=False),
+                GetAdapter("sql"),
+                ListAdapters(),
+                PinAdapter("sql", True),
+                PinAdapter("sql", False),
+                UnloadAdapter("sql", grace_s=None),
             ]
             await stub.LoadAdapter(
                 adapters_pb2.LoadAdapterRequest(name="sql", source="/b", load_inplace=True)
@@ -148,13 +153,11 @@ def test_adapter_operations(serving: Any) -> None:
             await stub.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(name="sql", grace_seconds=2.5))
             hinted = await stub.Prefetch(adapters_pb2.PrefetchRequest(names=["sql", "b"], host_only=True))
             assert list(hinted.adapters) == [loaded]
-            assert (commands[0].inplace, commands[-3].inplace) == (False, True)
-            assert (commands[5].grace_s, commands[-2].grace_s) == (None, 2.5)
-            assert (commands[-1].op, commands[-1].names, commands[-1].to_device) == (
-                "prefetch",
-                ("sql", "b"),
-                False,
-            )
+            assert commands[-3:] == [
+                LoadAdapter("sql", "/b", inplace=True),
+                UnloadAdapter("sql", grace_s=2.5),
+                PrefetchAdapters(("sql", "b"), to_device=False),
+            ]
             for bad in (
                 stub.GetAdapter(adapters_pb2.GetAdapterRequest(name="../etc")),
                 stub.LoadAdapter(adapters_pb2.LoadAdapterRequest(name="sql")),
@@ -174,17 +177,10 @@ def test_adapter_operations(serving: Any) -> None:
 def test_watching_adapters(serving: Any) -> None:
     other = msgspec.structs.replace(SQL, name="other")
     sent = adapters_pb2.WatchResponse
-    commands: list[str] = []
-
-    def reply(command: AdapterCommand) -> AdapterReply | AdapterChanges:
-        commands.append(command.op)
-        if command.op == "watch":
-            return AdapterChanges((SQL, other), all=True)
-        return AdapterReply(command.call_id)
 
     async def main() -> None:
         async with serving() as server:
-            server.engine.adapters = reply
+            server.engine.watched = AdapterChanges((SQL, other), all=True)
             everything = server.adapters.Watch(adapters_pb2.WatchRequest())
             assert [adapter.name for adapter in (await everything.read()).adapters] == ["sql", "other"]
             one = server.adapters.Watch(adapters_pb2.WatchRequest(names=["sql"]))
@@ -207,9 +203,9 @@ def test_watching_adapters(serving: Any) -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await bad.read()
             assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-            assert "unwatch" not in commands, "one still watches"
+            assert not server.engine.unwatched, "one still watches"
             everything.cancel()
-            while "unwatch" not in commands:
+            while not server.engine.unwatched:
                 await asyncio.sleep(0.01)
 
             last = server.adapters.Watch(adapters_pb2.WatchRequest())
@@ -365,11 +361,11 @@ def test_an_engine_that_died_is_started_again(
     new_engine: Any, start_server: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Calls fail meanwhile, health says so, and the new engine is told what the old one had been."""
-    told: list[AdapterCommand] = []
+    told: list[AnyCommand] = []
 
-    def keep(command: AdapterCommand) -> AdapterReply:
+    def keep(command: AnyCommand) -> Answer:
         told.append(command)
-        return AdapterReply(command.call_id, (SQL,))
+        return (SQL,) if isinstance(command, LISTED) else SQL
 
     async def main() -> None:
         first, second = new_engine(), new_engine()
@@ -403,11 +399,11 @@ def test_an_engine_that_died_is_started_again(
         async with second:
             second.may_be_ready.set()
             assert (await asyncio.wait_for(watch.read(), 10)).status == SERVING
-            assert [(command.op, command.name, command.source, command.inplace) for command in told] == [
-                ("list", "", "", False),
-                ("load", "early", "/early", False),
-                ("load", "sql", "/newer", True),
-                ("pin", "sql", "", False),
+            assert told == [
+                ListAdapters(),
+                LoadAdapter("early", "/early", inplace=False),
+                LoadAdapter("sql", "/newer", inplace=True),
+                PinAdapter("sql"),
             ]
             await adapters.ListAdapters(adapters_pb2.ListAdaptersRequest())
             await channel.close()

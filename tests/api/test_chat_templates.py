@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from loraplex_server.api.chat.process import OverLimitError, RendererProcess
-from loraplex_server.api.chat.prompts import variables_of
-from loraplex_server.api.chat.renderer import Render, render
-from loraplex_server.errors import UnavailableError
+from loraplex_server.api.text.chat.process import OverLimitError, RendererProcess
+from loraplex_server.api.text.chat.prompts import variables_of
+from loraplex_server.api.text.chat.renderer import Render, render
+from loraplex_server.core.errors import UnavailableError
 
 MESSAGES = [
     {"role": "system", "content": 'Be <kind> & "brief".'},

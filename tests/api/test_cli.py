@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_server.api.tokenizer import Tokenizer
-from loraplex_server.cli import build_parser, main, to_config
+from loraplex_server.api.text.tokenizer import Tokenizer
+from loraplex_server.cli import main
 from loraplex_server.config import EngineConfig, ModelConfig, ServerConfig
+from loraplex_server.config.cli import resolve
+from loraplex_server.config.layers import known_settings
 
 
 def parse(*argv: str) -> ServerConfig:
-    return to_config(build_parser().parse_args(argv))
+    return resolve(argv, environ={}).to_config()
 
 
 def test_defaults_are_those_of_the_configuration() -> None:
@@ -108,9 +110,9 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    for action in build_parser()._actions:
-        assert action.help, action.option_strings
-        assert action.option_strings[0] in out
+    for setting in known_settings().values():
+        assert setting.setting.help, setting.flag
+        assert setting.flag in out
     assert "(default: 256MiB)" in out
 
 
@@ -118,7 +120,7 @@ def test_the_api_process_does_without_torch(checkpoint: Path) -> None:
     program = (
         "import sys; from loraplex_server.cli import hide_torch; hide_torch();"
         "import loraplex_server.api.app, loraplex_server.engine.process;"
-        "from loraplex_server.api.tokenizer import Tokenizer;"
+        "from loraplex_server.api.text.tokenizer import Tokenizer;"
         "text = Tokenizer.load(sys.argv[1]).decode([40, 41]);"
         "assert sys.modules['torch'] is None; print(repr(text))"
     )

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from prometheus_client import generate_latest
 
-from loraplex_server.api.dashboard.page import headers, page
-from loraplex_server.engine.messages import EngineInfo, Stats
-from loraplex_server.metrics import Metrics
+from loraplex_server.api.telemetry.dashboard.page import headers, page
+from loraplex_server.api.telemetry.metrics import Metrics
+from loraplex_server.wire.messages import EngineInfo
+from loraplex_server.wire.stats import Stats
 
 STATS = Stats(
     steps=(),
@@ -116,7 +117,7 @@ def test_every_place_that_the_script_fills_is_there() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_a_scrape_does_not_wait_for_the_event_loop(host: str) -> None:
-    from loraplex_server.api.dashboard.port import MetricsPort
+    from loraplex_server.api.telemetry.dashboard.port import MetricsPort
 
     port = MetricsPort(host, 0, Metrics().registry)
     try:

@@ -11,9 +11,9 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from loraplex.v1 import generation_pb2
-from loraplex_server.api.deadlines import FastestAnswer, certain_tokens
+from loraplex_server.api.requests.deadlines import FastestAnswer, certain_tokens
 from loraplex_server.core.request import FinishReason, Request, SamplingParams, Structure
-from loraplex_server.engine.messages import Times
+from loraplex_server.wire.messages import Times
 
 # 40 tokens after the first in 20 s: half a second each.
 TIMES = Times(queue_s=1.0, adapter_wait_s=0.5, first_token_s=2.0, total_s=22.0, preemptions=0)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from loraplex_server.api.detokenizer import Detokenizer
-from loraplex_server.api.tokenizer import Tokenizer
+from loraplex_server.api.text.detokenizer import Detokenizer
+from loraplex_server.api.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 

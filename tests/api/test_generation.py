@@ -14,9 +14,9 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from loraplex.v1 import generation_pb2
+from loraplex_server.core.errors import ErrorInfo
 from loraplex_server.core.request import AdapterUse, FinishReason, Request
-from loraplex_server.engine.messages import Failed, Times, TokenDelta, TokenLogprobs, Tokens, TopLogprob
-from loraplex_server.errors import ErrorInfo
+from loraplex_server.wire.messages import Failed, Times, TokenDelta, TokenLogprobs, Tokens, TopLogprob
 
 TIMES = Times(
     queue_s=0.25,

@@ -19,10 +19,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from loraplex.v1 import generation_pb2
+from loraplex_server.core.adapter_status import AdapterStatus
+from loraplex_server.core.errors import ErrorInfo
 from loraplex_server.core.request import AdapterUse, FinishReason, Request
-from loraplex_server.engine.messages import (
-    AdapterReply,
-    AdapterStatus,
+from loraplex_server.wire.commands import Answer, AnyCommand, GetAdapter, GetChatTemplate, ListAdapters
+from loraplex_server.wire.messages import (
     Failed,
     Times,
     TokenDelta,
@@ -30,7 +31,6 @@ from loraplex_server.engine.messages import (
     Tokens,
     TopLogprob,
 )
-from loraplex_server.errors import ErrorInfo
 
 pytest.importorskip("uvicorn", reason="needs the server extra: uvicorn")
 openai = pytest.importorskip("openai", reason="needs the dev extra: openai")
@@ -356,12 +356,11 @@ def test_an_adapter_brings_its_own_template(
 ) -> None:
     templates = {"own": "{{ messages[0].content }}!", "other": "{{ messages[0].content }}?", "none": ""}
 
-    def reply(command: Any) -> AdapterReply:
+    def reply(command: AnyCommand) -> Answer | ErrorInfo:
+        assert isinstance(command, GetChatTemplate)
         if command.name not in templates:
-            error = ErrorInfo("NOT_FOUND", "no such adapter", resource=("adapter", command.name))
-            return AdapterReply(command.call_id, error=error)
-        assert command.op == "chat_template"
-        return AdapterReply(command.call_id, chat_template=templates[command.name])
+            return ErrorInfo("NOT_FOUND", "no such adapter", resource=("adapter", command.name))
+        return templates[command.name]
 
     async def main() -> None:
         async with speaking(says(byte_level_tokenizer, " yes")) as server:
@@ -404,9 +403,8 @@ def test_an_adapter_brings_its_own_template(
 
 
 def test_tokens_are_counted_as_they_would_be_used(speaking: Any, byte_level_tokenizer: Any) -> None:
-    def reply(command: Any) -> AdapterReply:
-        template = "{{ messages[0].content }}!" if command.name == "own" else ""
-        return AdapterReply(command.call_id, chat_template=template)
+    def reply(command: AnyCommand) -> Answer:
+        return "{{ messages[0].content }}!" if command == GetChatTemplate("own") else ""
 
     chat = generation_pb2.Chat(messages=[generation_pb2.ChatMessage(role="user", content="hello")])
     prompts: list[tuple[dict[str, Any], str]] = [
@@ -602,14 +600,12 @@ def test_what_is_no_request(speaking: Any) -> None:
 def test_models_and_adapters_by_name(speaking: Any, byte_level_tokenizer: Any) -> None:
     known = [adapter("sql"), adapter("cold", state="unloaded"), adapter("old", draining=True)]
 
-    def reply(command: Any) -> AdapterReply:
-        if command.op == "list":
-            return AdapterReply(command.call_id, tuple(known))
-        found = tuple(each for each in known if each.name == command.name)
-        if command.op == "get" and not found:
-            error = ErrorInfo("NOT_FOUND", "no adapter", resource=("adapter", command.name))
-            return AdapterReply(command.call_id, error=error)
-        return AdapterReply(command.call_id, found)
+    def reply(command: AnyCommand) -> Answer | ErrorInfo:
+        if isinstance(command, ListAdapters):
+            return tuple(known)
+        assert isinstance(command, GetAdapter)
+        found = [each for each in known if each.name == command.name]
+        return found[0] if found else ErrorInfo("NOT_FOUND", "no adapter", resource=("adapter", command.name))
 
     async def script(engine: Any, request: Request) -> None:
         if [use.name for use in request.adapters] == ["gone"]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from loraplex_server.api.reloaded import Reloaded
+from loraplex_server.api.security.reloaded import Reloaded
 from loraplex_server.config import TlsFiles
 from loraplex_server.core.request import FinishReason, Request
 

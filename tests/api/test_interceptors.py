@@ -10,14 +10,14 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
-from loraplex_server.api.authentication import Authenticator
-from loraplex_server.api.interceptors import CallInterceptor
+from loraplex_server.api.answers.stalls import StallWatch
 from loraplex_server.api.lifecycle import Backend, Lifecycle
-from loraplex_server.api.stalls import StallWatch
-from loraplex_server.api.status import retry_pushback
-from loraplex_server.api.tracing.spans import NoTracing
-from loraplex_server.errors import AlreadyExistsError, ErrorInfo
-from loraplex_server.metrics import Metrics
+from loraplex_server.api.rpc.interceptors import CallInterceptor
+from loraplex_server.api.rpc.status import retry_pushback
+from loraplex_server.api.security.authentication import Authenticator
+from loraplex_server.api.telemetry.metrics import Metrics
+from loraplex_server.api.telemetry.tracing.spans import NoTracing
+from loraplex_server.core.errors import AlreadyExistsError, ErrorInfo
 
 KINDS = ["UnaryUnary", "UnaryStream", "UnaryWrites", "StreamUnary", "StreamStream"]
 

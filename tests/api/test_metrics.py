@@ -10,10 +10,11 @@ import msgspec
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from loraplex_server.api.telemetry.metrics import Metrics
+from loraplex_server.core.errors import ErrorInfo, Reason
 from loraplex_server.core.request import AdapterUse, Request
-from loraplex_server.engine.messages import EngineInfo, Stats, StepRecord
-from loraplex_server.errors import ErrorInfo, Reason
-from loraplex_server.metrics import Metrics
+from loraplex_server.wire.messages import EngineInfo
+from loraplex_server.wire.stats import Stats, StepRecord
 
 
 def finish(metrics: Metrics, *names: str, completion_tokens: int = 1) -> None:

@@ -18,10 +18,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from loraplex import AsyncClient, TlsConfig
 from loraplex.errors import UnauthenticatedError, UnavailableError
-from loraplex_server.api.reloaded import Reloaded
+from loraplex_server.api.security.reloaded import Reloaded
 from loraplex_server.config import ApiConfig, TlsFiles
+from loraplex_server.core.errors import FailedPreconditionError, InvalidArgumentError
 from loraplex_server.core.request import FinishReason, Request
-from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError
 
 TOKEN, OTHER = "s3cret-of-alice", "s3cret-of-bob"
 
@@ -314,7 +314,7 @@ class TestReloaded:
 
 
 def test_typed_refusal() -> None:
-    from loraplex_server.api.authentication import Authenticator
+    from loraplex_server.api.security.authentication import Authenticator
 
     with pytest.raises(FailedPreconditionError, match="token file"):
         Authenticator(Path("none"))

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loraplex_server import settings
-from loraplex_server.cli import build_parser, config_main, to_config
 from loraplex_server.config import ServerConfig
-from loraplex_server.errors import InvalidArgumentError
-from loraplex_server.settings import Origin
+from loraplex_server.config.cli import main as config_main
+from loraplex_server.config.cli import resolve as resolve_flags
+from loraplex_server.config.layers import Origin, environment_name, known_settings
+from loraplex_server.core.errors import InvalidArgumentError
 
 
 def resolve(*argv: str, file: Path | None = None, **environ: str) -> tuple[ServerConfig, dict[str, Origin]]:
     flags = [*argv, *(["--config", str(file)] if file else [])]
     prefixed = {f"LORAPLEX_SERVE_{name}": value for name, value in environ.items()}
-    arguments, origins = settings.resolve(build_parser(), flags, {"PATH": "/bin", **prefixed})
-    return to_config(arguments), origins
+    settings = resolve_flags(flags, {"PATH": "/bin", **prefixed})
+    return settings.to_config(), settings.origins
 
 
 @pytest.fixture
@@ -112,11 +111,11 @@ def test_a_model_is_needed_from_somewhere(capsys: pytest.CaptureFixture[str]) ->
 def test_what_is_shown_can_be_read_again(write: Any, tmp_path: Path) -> None:
     flags = ["--model", 'a "b"', "--adapters", str(tmp_path), "--kv-cache-bytes", "1GiB", "--double-quant"]
     flags += ["--cuda-graph-sizes", "1,2,8"]
-    arguments, origins = settings.resolve(build_parser(), flags, {})
-    text = settings.to_toml(arguments, origins)
+    settings = resolve_flags(flags, {})
+    text = settings.to_toml()
     assert set(tomllib.loads(text)) >= {"model", "adapters", "port", "log_level"}
-    again, _ = settings.resolve(build_parser(), ["--config", str(write(text))], {})
-    assert vars(again) | {"config": None} == vars(arguments)
+    again = resolve_flags(["--config", str(write(text))], {})
+    assert again.values == settings.values
 
 
 class TestCommand:
@@ -139,8 +138,21 @@ class TestCommand:
             assert caught.value.code == 2
         assert "did you mean port" in capsys.readouterr().err
 
-    def test_every_flag_is_a_setting(self) -> None:
-        """None is of a kind that file and environment could not give."""
-        for action in build_parser()._actions:
-            if not isinstance(action, argparse._HelpAction):
-                assert settings._is_list(action) or settings._is_switch(action) or action.nargs is None
+    @pytest.mark.parametrize("name", known_settings())
+    def test_every_flag_is_a_setting(self, name: str, write: Any, tmp_path: Path) -> None:
+        """Flag, environment and file give the same value."""
+        setting = known_settings()[name]
+        kind = setting.kind
+        text = str(tmp_path) if kind.repeatable else kind.choices[-1] if kind.choices else "1"
+        flags = [setting.flag] if kind.switch else [setting.flag, text]
+        value = "true" if kind.switch else f'["{text}"]' if kind.repeatable else f'"{text}"'
+        file = write(f"{name} = {value}\n")
+        model = ["--model", "m"] if name != "model" else []
+        layers = {
+            Origin.FLAG: resolve_flags([*model, *flags], {}),
+            Origin.ENVIRONMENT: resolve_flags(model, {environment_name(setting): text}),
+            Origin.FILE: resolve_flags([*model, "--config", str(file)], {}),
+        }
+        for origin, settings in layers.items():
+            assert settings.origins[name] is origin
+            assert settings.values == layers[Origin.FLAG].values

@@ -11,10 +11,10 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
-from loraplex_server.api.stalls import StallWatch
+from loraplex_server.api.answers.stalls import StallWatch
+from loraplex_server.core.errors import ResourceExhaustedError
 from loraplex_server.core.request import Request
-from loraplex_server.engine.messages import TokenLogprobs, TopLogprob
-from loraplex_server.errors import ResourceExhaustedError
+from loraplex_server.wire.messages import TokenLogprobs, TopLogprob
 
 # With twenty alternatives a token takes hundreds of bytes, so few of them fill what gRPC lets through unread.
 ENTRY = TokenLogprobs(100, -1.0, tuple(TopLogprob(100 + index, -2.0) for index in range(20)))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from loraplex_server.api.detokenizer import StopMatcher
+from loraplex_server.api.text.detokenizer import StopMatcher
 
 
 def oracle(text: str, stops: Sequence[str]) -> tuple[str, str | None]:

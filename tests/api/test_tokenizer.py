@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from loraplex_server.api.tokenizer import Tokenizer
+from loraplex_server.api.text.tokenizer import Tokenizer
 
 
 def test_encodes_as_the_models_tokenizer_does_short_and_long(tokenizer: Tokenizer, hf_tokenizer: Any) -> None:

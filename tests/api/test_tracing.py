@@ -17,11 +17,11 @@ import grpc
 import pytest
 
 from loraplex.v1 import generation_pb2
-from loraplex_server import log
 from loraplex_server.config import ApiConfig
+from loraplex_server.core import log
+from loraplex_server.core.errors import ErrorInfo, InvalidArgumentError
 from loraplex_server.core.request import FinishReason, Request
-from loraplex_server.engine.messages import Failed, Times
-from loraplex_server.errors import ErrorInfo, InvalidArgumentError
+from loraplex_server.wire.messages import Failed, Times
 
 pytest.importorskip("opentelemetry.sdk", reason="needs the tracing extra")
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
@@ -76,7 +76,7 @@ def seconds(span: Any) -> float:
 @pytest.fixture
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Collector, str]]:
     # However busy the machine is, the server waits until all is delivered.
-    monkeypatch.setattr("loraplex_server.api.tracing.otlp._CLOSE_S", 60.0)
+    monkeypatch.setattr("loraplex_server.api.telemetry.tracing.otlp._CLOSE_S", 60.0)
     servicer = Collector()
     with ThreadPoolExecutor(2) as pool:
         server = grpc.server(pool)
@@ -259,7 +259,7 @@ def test_errors_are_the_servers_or_the_callers(serving: Any, collector: tuple[Co
 def test_without_a_collector_calls_are_answered_and_the_server_ends(
     serving: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("loraplex_server.api.tracing.otlp._CLOSE_S", 0.05)
+    monkeypatch.setattr("loraplex_server.api.telemetry.tracing.otlp._CLOSE_S", 0.05)
 
     async def main() -> None:
         # Nobody listens on the discard port.
@@ -281,7 +281,7 @@ def test_the_log_names_the_trace(serving: Any, collector: tuple[Collector, str])
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(json.loads(log._JsonFormatter().format(record)))
 
-    logger, handler = logging.getLogger("loraplex_server.api.interceptors"), Keep()
+    logger, handler = logging.getLogger("loraplex_server.api.rpc.interceptors"), Keep()
     logger.addHandler(handler)
     before = logger.level
     logger.setLevel("INFO")
@@ -306,7 +306,7 @@ def test_without_its_packages_the_server_says_so(
     new_engine: Any, start_server: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    monkeypatch.delitem(sys.modules, "loraplex_server.api.tracing.otlp", raising=False)
+    monkeypatch.delitem(sys.modules, "loraplex_server.api.telemetry.tracing.otlp", raising=False)
 
     async def main() -> None:
         async with new_engine() as engine:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from loraplex.v1 import adapters_pb2
-from loraplex_server.api import uploads
-from loraplex_server.api.convert import check_upload_header
-from loraplex_server.api.uploads import MAX_CHUNK_BYTES, Upload, UploadDesk
+from loraplex_server.api.requests import uploads
+from loraplex_server.api.requests.check_adapters import check_upload_header
+from loraplex_server.api.requests.uploads import MAX_CHUNK_BYTES, Upload, UploadDesk
 from loraplex_server.config import AdapterConfig
-from loraplex_server.errors import (
+from loraplex_server.core.errors import (
     DeadlineExceededError,
     InvalidArgumentError,
     PermissionDeniedError,

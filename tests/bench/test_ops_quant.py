@@ -47,7 +47,7 @@ def test_the_limit_ends_it_and_keeps_what_was_measured() -> None:
 
 def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        ops_quant_cuda, "_fourbit", lambda weight, x: x @ torch.ones(x.shape[1], 64).bfloat16()
+        ops_quant_cuda, "_blocked", lambda weight, x: x @ torch.ones(x.shape[1], 64).bfloat16()
     )
     found = list(
         measure_cuda(60, rows=(2,), shapes={"o": (64, 128)}, products=("nf4",), peers=False, device=CPU)

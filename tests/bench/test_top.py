@@ -11,10 +11,12 @@ from prometheus_client import generate_latest
 
 from loraplex_bench import top
 from loraplex_bench.metrics import parse
+from loraplex_server.api.telemetry.metrics import Metrics
+from loraplex_server.core.adapter_status import SwapRecord
+from loraplex_server.core.errors import ErrorInfo
 from loraplex_server.core.request import AdapterUse, Request
-from loraplex_server.engine.messages import EngineInfo, Stats, StepRecord, SwapRecord
-from loraplex_server.errors import ErrorInfo
-from loraplex_server.metrics import Metrics
+from loraplex_server.wire.messages import EngineInfo
+from loraplex_server.wire.stats import Stats, StepRecord
 
 INFO = EngineInfo(
     model="tiny",

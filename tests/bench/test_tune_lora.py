@@ -14,6 +14,7 @@ from loraplex_bench.lora_table import activations
 from loraplex_bench.ops_lora import ModelShape
 from loraplex_kernels.lora import tiles
 from loraplex_kernels.lora.tiles import LoraTiles
+from loraplex_kernels.pool import tile_rows
 
 
 def quiet(line: str) -> None:
@@ -83,5 +84,5 @@ def test_the_scorer_checks_results(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_batches_are_of_their_family(family: tiles.Family) -> None:
     for tokens, mix in tune_lora.BATCHES[family]:
         adapters = lora_cases.adapters_of_tokens(mix, tokens)
-        assert tiles.family(tiles.tile_rows(tokens, len(set(adapters))), tokens) == family
+        assert tiles.family(tile_rows(tokens, len(set(adapters))), tokens) == family
         assert activations(ModelShape(8, 8, 8, 1), tokens, torch.float32, torch.device("cpu"))

@@ -27,7 +27,7 @@ def _wait_without(name: str) -> None:
 
 
 def _break_engine() -> None:
-    from loraplex_server.model.runner import ModelRunner
+    from loraplex_server.model.run.runner import ModelRunner
 
     launch, lost = ModelRunner.launch, False
 
@@ -49,7 +49,7 @@ if __name__ == "__mp_main__":
     # The engine's process, which is spawned.
     _break_engine()
 elif __name__ == "__main__":
-    from loraplex_server.api import uploads
+    from loraplex_server.api.requests import uploads
     from loraplex_server.cli import main
 
     uploads.CHUNK_WAIT_S = UPLOAD_WAIT_S

@@ -17,7 +17,7 @@ from loraplex_server.core.request import AdapterUse, Request, SamplingParams, St
 from loraplex_server.engine.build import build_engine
 from loraplex_server.engine.drafts import Drafter
 from loraplex_server.engine.engine import Engine
-from loraplex_server.engine.messages import Failed, Times, TokenLogprobs, Tokens
+from loraplex_server.wire.messages import Failed, Times, TokenLogprobs, Tokens
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraplex_server.adapters import composition_job
+from loraplex_server.adapters.origins import composition_job
 from loraplex_server.core.composition import Composition
 from loraplex_server.core.request import AdapterUse
 

@@ -12,7 +12,7 @@ import pytest
 from loraplex_server.core.random import uniform
 from loraplex_server.core.request import AdapterUse, FinishReason, Request, SamplingParams
 from loraplex_server.core.step import StepPlan
-from loraplex_server.engine import messages
+from loraplex_server.wire import messages
 
 
 def _plan() -> StepPlan:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from loraplex_server.core.errors import ResourceExhaustedError, UnavailableError
 from loraplex_server.core.request import FinishReason
-from loraplex_server.engine.deltas import BEHIND_S, SPACED_S, SPACING_S, DeltaQueue, Spacing
-from loraplex_server.engine.messages import FrameBuffer, Times, TokenDelta, TokenLogprobs, encode
-from loraplex_server.errors import ResourceExhaustedError, UnavailableError
+from loraplex_server.wire.deltas import BEHIND_S, SPACED_S, SPACING_S, DeltaQueue, Spacing
+from loraplex_server.wire.frames import FrameBuffer, encode
+from loraplex_server.wire.messages import Times, TokenDelta, TokenLogprobs
 
 TIMES = Times(queue_s=0.0, adapter_wait_s=0.0, first_token_s=0.1, total_s=0.1, preemptions=0)
 LAST = Times(queue_s=0.0, adapter_wait_s=0.0, first_token_s=0.1, total_s=0.9, preemptions=0)
@@ -141,7 +142,7 @@ def test_the_end_and_what_cannot_be_joined_do_not_wait() -> None:
 
 @pytest.mark.parametrize("error", [False, True])
 def test_who_waits_for_more_does_not_wait_past_the_end(monkeypatch: pytest.MonkeyPatch, error: bool) -> None:
-    monkeypatch.setattr("loraplex_server.engine.deltas.SPACING_S", 3600.0)
+    monkeypatch.setattr("loraplex_server.wire.deltas.SPACING_S", 3600.0)
     clock = [50.0]
 
     async def main() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loraplex_server.core.step import StepOutput, StepPlan
-from loraplex_server.engine.messages import Failed, Submit
+from loraplex_server.wire.messages import Failed, Submit
 
 POISON = 7
 """A token id that no step survives."""
@@ -170,19 +170,20 @@ def host_of(tmp_path_factory: Any) -> Callable[[Any], tuple[Any, list[Any]]]:
 
 def test_a_message_that_fails_is_answered(served: Any, host_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from loraplex_server.core.request import AdapterUse, Request, SamplingParams
-    from loraplex_server.engine.messages import AdapterCommand, AdapterReply
+    from loraplex_server.engine.connections import Received
+    from loraplex_server.wire.commands import Call, ListAdapters, Reply
 
     host, sent = host_of(served.engine)
     with monkeypatch.context() as broken:
         broken.setattr("loraplex_server.engine.engine.Sequence", lambda *_, **__: 1 // 0)
         request = Request("r", (8, 9), SamplingParams(max_tokens=2), (AdapterUse("r6", 1.0),))
-        host._handle(served.engine, ("api", Submit(request)))
+        host._handle(served.engine, Received("api", Submit(request)))
         broken.setattr(served.engine.adapters, "list", lambda: 1 // 0)
-        host._handle(served.engine, ("api", AdapterCommand(5, "list")))
+        host._handle(served.engine, Received("api", Call(5, ListAdapters())))
     refused, reply = sent
     assert isinstance(refused, Failed)
     assert (refused.request_id, refused.error.code) == ("r", "INTERNAL")
-    assert isinstance(reply, AdapterReply)
+    assert isinstance(reply, Reply)
     assert reply.error is not None
     assert (reply.call_id, reply.error.code) == (5, "INTERNAL")
     served.assert_clean()

@@ -12,14 +12,14 @@ from typing import Any, cast
 
 import pytest
 
-from loraplex_server.adapters.record import AdapterHandle, Readiness
+from loraplex_server.adapters.residency.record import AdapterHandle, Readiness
 from loraplex_server.config import SchedulerConfig
+from loraplex_server.core.errors import ServerError
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams
 from loraplex_server.engine.fairness import Account, DeficitRoundRobin, Ledger
 from loraplex_server.engine.kv_blocks import KvBlockPool
 from loraplex_server.engine.scheduler import AdmissionOrder, Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
-from loraplex_server.errors import ServerError
 
 STEP_S = 0.01
 

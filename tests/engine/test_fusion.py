@@ -14,12 +14,14 @@ from torch import nn
 from loraplex_bench.random_weights import RandomWeights, config_of
 from loraplex_kernels import dispatch
 from loraplex_server.config import ModelConfig
-from loraplex_server.errors import FailedPreconditionError
-from loraplex_server.model import architecture, effects, fusion, loader, recognise, selfcheck
-from loraplex_server.model.context import StepContext
-from loraplex_server.model.fusion import Fused, fuse
-from loraplex_server.model.loader import EmptyModel
-from loraplex_server.model.weights import WeightFormat
+from loraplex_server.core.errors import FailedPreconditionError
+from loraplex_server.model.layers import effects, fusion, recognise
+from loraplex_server.model.layers.context import StepContext
+from loraplex_server.model.layers.fusion import Fused, fuse
+from loraplex_server.model.layers.weights import WeightFormat
+from loraplex_server.model.load import architecture, loader
+from loraplex_server.model.load.empty_model import EmptyModel
+from loraplex_server.model.run import selfcheck
 
 RUNS_HERE = dispatch.triton_installed() and (dispatch.interpreting() or torch.cuda.is_available())
 COMMON = {
@@ -241,7 +243,7 @@ class TestKernels:
             dispatch.launches.clear()
             fused = selfcheck._ragged(base, prompts, {})
             counted = dict(dispatch.launches)
-            monkeypatch.setattr(selfcheck, "StepContext", functools.partial(StepContext, own_code=True))
+            monkeypatch.setattr(selfcheck, "StepContext", functools.partial(StepContext, unfused=True))
             own = selfcheck._ragged(base, prompts, {})
         norms = 5 if name == "Qwen3" else 1
         assert counted == {

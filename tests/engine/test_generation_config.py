@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from loraplex_server.config import ModelConfig
 from loraplex_server.core.request import SamplingDefaults
-from loraplex_server.model.generation_config import sampling_defaults
+from loraplex_server.model.load.generation_config import sampling_defaults
 
 
 def read(folder: Path, config: Any, **fields: Any) -> SamplingDefaults:

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 
+from loraplex_server.core.errors import FailedPreconditionError, InvalidArgumentError
 from loraplex_server.core.request import Structure
 from loraplex_server.core.step import StepPlan
 from loraplex_server.engine import engine, grammars
 from loraplex_server.engine.constraint import Constraint
 from loraplex_server.engine.grammars import Grammars
 from loraplex_server.engine.token_trie import load_token_trie
-from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError
-from loraplex_server.model.sampler import sample
+from loraplex_server.model.run.sampler import sample
 
 llguidance = pytest.importorskip("llguidance", reason="needs the server extra: llguidance")
 

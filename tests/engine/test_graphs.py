@@ -17,15 +17,15 @@ import pytest
 import torch
 
 from loraplex_kernels import dispatch, vectors
-from loraplex_server.adapters.record import Readiness
+from loraplex_server.adapters.residency.record import Readiness
+from loraplex_server.core.errors import FailedPreconditionError
 from loraplex_server.core.request import AdapterUse, Request
 from loraplex_server.core.step import StepPlan
 from loraplex_server.engine import sequence as sequences
 from loraplex_server.engine.planning import build_plan
 from loraplex_server.engine.scheduler import Scheduled
-from loraplex_server.errors import FailedPreconditionError
-from loraplex_server.model.graphs import GraphLimits, ladder, row_by_row
-from loraplex_server.model.runner import ModelRunner
+from loraplex_server.model.run.graphs import GraphLimits, ladder, row_by_row
+from loraplex_server.model.run.runner import ModelRunner
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex_server.model import fusion
+from loraplex_server.model.layers import fusion
 
 MAX_TOKENS = 10
 EXACT_IN_8_BITS = (

@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraplex_server.config import ModelConfig
-from loraplex_server.errors import FailedPreconditionError, NotFoundError, ServerError
-from loraplex_server.model import architecture, loader
-from loraplex_server.model.selfcheck import check_ragged
+from loraplex_server.core.errors import FailedPreconditionError, NotFoundError, ServerError
+from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.load import architecture, loader
+from loraplex_server.model.load.weight_format import resolve_device
+from loraplex_server.model.run.selfcheck import check_ragged
 
 
-def load(folder: Path, **options: Any) -> loader.BaseModel:
+def load(folder: Path, **options: Any) -> BaseModel:
     config = ModelConfig(str(folder), **{"dtype": "float32", **options})
     return loader.load(config, progress=False)
 
@@ -49,7 +51,8 @@ _MEASURE = """
 import json, sys, threading, time
 import torch
 from loraplex_server.config import ModelConfig
-from loraplex_server.model import loader
+from loraplex_server.model.layers.weights import WeightFormat
+from loraplex_server.model.load import loader
 import transformers.models.llama.modeling_llama  # its import must not be counted
 
 def anonymous():
@@ -57,7 +60,7 @@ def anonymous():
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 torch.set_num_threads(1)
-loader.WeightFormat("nf4", torch.float32, torch.device("cpu")).freeze([torch.randn(256, 256)])
+WeightFormat("nf4", torch.float32, torch.device("cpu")).freeze([torch.randn(256, 256)])
 before, peak, done = anonymous(), 0, False
 def watch():
     global peak
@@ -249,4 +252,4 @@ def test_a_device_that_is_not_there_is_named() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     with pytest.raises(ServerError, match="--device cpu"):
-        loader.resolve_device("cuda")
+        resolve_device("cuda")

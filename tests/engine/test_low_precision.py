@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from loraplex_server.adapters.record import Readiness
+from loraplex_server.adapters.residency.record import Readiness
 from loraplex_server.core.request import AdapterUse, Request
 from loraplex_server.core.step import StepPlan
 from loraplex_server.engine.planning import build_plan

@@ -17,16 +17,20 @@ import torch
 from loraplex_bench.demo.tasks import data_dir
 from loraplex_kernels import dispatch
 from loraplex_kernels.attention import LayerShape
-from loraplex_kernels.lora import LoraPool
+from loraplex_kernels.pool import LoraPool
 from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig, SchedulerConfig
+from loraplex_server.core.errors import FailedPreconditionError, InvalidArgumentError
 from loraplex_server.core.step import StepPlan
 from loraplex_server.engine.build import build_engine
-from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError
-from loraplex_server.model import loader, memory, scoring, workspace
-from loraplex_server.model.graphs import DecodeGraphs, GraphLimits
-from loraplex_server.model.live_bytes import LiveBytes
-from loraplex_server.model.sampler import sample
-from loraplex_server.model.weights import WeightFormat
+from loraplex_server.model.layers.weights import WeightFormat
+from loraplex_server.model.load import loader
+from loraplex_server.model.load.empty_model import EmptyModel
+from loraplex_server.model.plan import memory, workspace
+from loraplex_server.model.plan.available import available_bytes
+from loraplex_server.model.plan.live_bytes import LiveBytes
+from loraplex_server.model.run import scoring
+from loraplex_server.model.run.graphs import DecodeGraphs, GraphLimits
+from loraplex_server.model.run.sampler import sample
 
 FORMATS: dict[str, dict[str, Any]] = {
     "none": {"quantization": "none"},
@@ -203,7 +207,7 @@ def test_live_bytes_counts_storages_once_and_forgets_them() -> None:
 def test_room_is_looked_for_before_anything_is_allocated(
     tiny: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader.EmptyModel, "fill", lambda *_, **__: pytest.fail("loaded all the same"))
+    monkeypatch.setattr(EmptyModel, "fill", lambda *_, **__: pytest.fail("loaded all the same"))
     model = ModelConfig(str(tiny("Llama").base), quantization="nf4", dtype="float32", threads=1)
 
     def refusal(**adapters: Any) -> str:
@@ -251,7 +255,7 @@ def test_8_bit_floats_are_refused_where_the_gpu_has_none(monkeypatch: pytest.Mon
 def test_available_bytes_are_no_more_than_the_machine_has() -> None:
     if not Path("/proc/meminfo").exists():
         pytest.skip("reads /proc")
-    assert 0 < memory.available_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < available_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -18,18 +18,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from loraplex_kernels import dispatch, fourbit, nf4
+from loraplex_kernels import dispatch, quant
 from loraplex_kernels.attention import LayerShape
-from loraplex_kernels.lora import LoraPool
+from loraplex_kernels.pool import LoraPool
+from loraplex_kernels.quant import nf4
 from loraplex_server.core.step import StepPlan
-from loraplex_server.model import graphs, sampler, scoring, workspace
-from loraplex_server.model.fusion import fuse
-from loraplex_server.model.live_bytes import LiveBytes
-from loraplex_server.model.loader import BaseModel, EmptyModel, attach_ends, install
-from loraplex_server.model.memory import allocate_kv
-from loraplex_server.model.norm import attach
-from loraplex_server.model.runner import ModelRunner
-from loraplex_server.model.weights import Blocked, Dense, FrozenWeight, WeightFormat
+from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.layers.fusion import fuse
+from loraplex_server.model.layers.norm import attach
+from loraplex_server.model.layers.weights import Blocked, Dense, FrozenWeight, WeightFormat
+from loraplex_server.model.load.empty_model import EmptyModel, attach_embedding_and_head
+from loraplex_server.model.load.filler import install
+from loraplex_server.model.plan import workspace
+from loraplex_server.model.plan.live_bytes import LiveBytes
+from loraplex_server.model.run import graphs, sampler, scoring
+from loraplex_server.model.run.kv_cache import allocate_kv
+from loraplex_server.model.run.runner import ModelRunner
 
 META = torch.device("meta")
 BLOCK = 4
@@ -102,15 +106,15 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """The meta device takes Triton's kernels; each launch is counted under the kernel's name."""
     pytest.importorskip("triton")
     from loraplex_kernels.attention import kernel as attention_kernels
-    from loraplex_kernels.fourbit import kernel as fourbit_kernels
+    from loraplex_kernels.attention.rotary import kernel as rotary_kernels
     from loraplex_kernels.gated import kernel as gated_kernels
-    from loraplex_kernels.lora import kernel as lora_kernels
+    from loraplex_kernels.lora import launch as lora_kernels
     from loraplex_kernels.norm import kernel as norm_kernels
-    from loraplex_kernels.rotary import kernel as rotary_kernels
+    from loraplex_kernels.quant import launch as quant_kernels
 
     counts: Counter[str] = Counter()
     for module in (
-        attention_kernels, fourbit_kernels, gated_kernels, lora_kernels, norm_kernels, rotary_kernels
+        attention_kernels, quant_kernels, gated_kernels, lora_kernels, norm_kernels, rotary_kernels
     ):  # fmt: skip
         names = [name for name in vars(module) if name.endswith("_kernel")]
         assert names
@@ -157,7 +161,7 @@ def build(config: Any, *, quantized: bool = True, fused: bool = True) -> ModelRu
         )
         if quantized and group[0].in_features % 64 == 0:
             parts = [nf4.quantize(torch.randn(p.out_features, p.in_features)) for p in group]
-            weight = Blocked(on_meta(fourbit.arrange_nf4(parts)))
+            weight = Blocked(on_meta(quant.arrange_nf4(parts)))
         groups.append(install(model, group, first, [weight], None))
         first += len(group)
     norms = tuple(
@@ -170,7 +174,7 @@ def build(config: Any, *, quantized: bool = True, fused: bool = True) -> ModelRu
         groups=tuple(groups),
         projections=tuple(projection for group in empty.grouped for projection in group),
         norms=norms,
-        vocabulary=attach_ends(model, empty.ends, first + len(norms)),
+        vocabulary=attach_embedding_and_head(model, empty.embedding_and_head, first + len(norms)),
         kv_shapes=empty.kv_shapes,
         eos_token_ids=(),
         parameters=empty.parameters,

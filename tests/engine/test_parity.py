@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from loraplex_kernels import lora
-from loraplex_server.adapters.peft_config import LoraSettings
-from loraplex_server.model import memory
+from loraplex_server.adapters.spec.peft_config import LoraSettings
+from loraplex_server.model.run.kv_cache import block_bytes
 
 ARCHITECTURES = [
     "Llama",
@@ -90,7 +90,7 @@ def _serve(harness: Any, tiny_model: Any, quantization: str, requests: Requests)
 
     config = AutoConfig.from_pretrained(tiny_model.base)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_block = memory.block_bytes([(2, width)] * config.num_hidden_layers, BLOCK, torch.float32)
+    per_block = block_bytes([(2, width)] * config.num_hidden_layers, BLOCK, torch.float32)
     engine = harness(
         tiny_model,
         quantization,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any, cast
 
-from loraplex_server.adapters.record import AdapterHandle
+from loraplex_server.adapters.residency.record import AdapterHandle
 from loraplex_server.core.random import uniform
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams
 from loraplex_server.engine.planning import build_plan

@@ -12,7 +12,7 @@ from typing import Any, cast
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from loraplex_server.adapters.record import AdapterHandle, Readiness
+from loraplex_server.adapters.residency.record import AdapterHandle, Readiness
 from loraplex_server.config import SchedulerConfig
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams
 from loraplex_server.engine.kv_blocks import KvBlockPool

@@ -17,11 +17,19 @@ from typing import Any
 import pytest
 
 from loraplex_server.config import AdapterConfig, EngineConfig, ModelConfig
+from loraplex_server.core.errors import FailedPreconditionError, NotFoundError, UnavailableError
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams
-from loraplex_server.engine.client import EngineClient
-from loraplex_server.engine.messages import PROTOCOL_VERSION, Hello, encode
 from loraplex_server.engine.process import EngineProcess, launch_engine
-from loraplex_server.errors import FailedPreconditionError, NotFoundError, UnavailableError
+from loraplex_server.wire.client import EngineClient
+from loraplex_server.wire.commands import (
+    CheckIntegrity,
+    GetAdapter,
+    LoadAdapter,
+    PinAdapter,
+    UnloadAdapter,
+)
+from loraplex_server.wire.frames import encode
+from loraplex_server.wire.messages import PROTOCOL_VERSION, Hello
 
 PROMPT = (5, 17, 60, 121, 9)
 
@@ -67,7 +75,7 @@ async def collect(client: EngineClient, asked: Request) -> list[int]:
 async def settled(client: EngineClient) -> None:
     """Waits until the engine holds nothing; fails if it does not let go."""
     for _ in range(100):
-        reply = await client.check_integrity()
+        reply = await client.command(CheckIntegrity())
         assert reply.problems == ()
         if (reply.running, reply.waiting, reply.kv_blocks_used, reply.adapter_references) == (0, 0, 0, 0):
             assert reply.weight_checksum == client.info.weight_checksum
@@ -132,18 +140,18 @@ def test_errors_and_adapter_operations_come_back_typed(engine: EngineProcess, ti
                 await collect(client, request("nobody", ("nobody",)))
             assert caught.value.info.resource == ("adapter", "nobody")
             source = str(tiny("Llama").adapters / "r6")
-            loaded = await client.load_adapter("again", source)
+            loaded = await client.command(LoadAdapter("again", source))
             assert (loaded.state, loaded.rank) == ("host", 6)
-            pinned = await client.pin_adapter("again", True)
+            pinned = await client.command(PinAdapter("again", True))
             assert (pinned.state, pinned.pinned) == ("device", True)
-            assert (await client.get_adapter("again")).content_hash == pinned.content_hash != ""
+            assert (await client.command(GetAdapter("again"))).content_hash == pinned.content_hash != ""
             assert await collect(client, request("x", ("again",))) == await collect(
                 client, request("y", ("r6",))
             )
-            remaining = await client.unload_adapter("again")
+            remaining = await client.command(UnloadAdapter("again"))
             assert "again" not in [status.name for status in remaining]
             with pytest.raises(NotFoundError):
-                await client.get_adapter("again")
+                await client.command(GetAdapter("again"))
             await settled(client)
 
     run(test)

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from loraplex_kernels.lora import LoraSite
-from loraplex_server.model.residual import ResidualStream
+from loraplex_kernels.pool import LoraSite
+from loraplex_server.model.layers.residual import ResidualStream
 
 ATTENTION, MLP = LoraSite(3, 8, ((0, 8),)), LoraSite(5, 16, ((0, 8),))
 

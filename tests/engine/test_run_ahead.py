@@ -12,8 +12,8 @@ import msgspec
 import pytest
 
 from loraplex_server.core.step import StepOutput, StepPlan
-from loraplex_server.engine.messages import Failed
-from loraplex_server.model.runner import LaunchTimes, Pending
+from loraplex_server.model.run.runner import LaunchTimes, Pending
+from loraplex_server.wire.messages import Failed
 
 PROMPT = range(5, 12)
 

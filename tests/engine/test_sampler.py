@@ -16,7 +16,7 @@ from loraplex_server.engine.planning import build_plan
 from loraplex_server.engine.scheduler import Scheduled
 from loraplex_server.engine.sequence import Sequence
 from loraplex_server.engine.token_counts import TokenCounts
-from loraplex_server.model.sampler import sample
+from loraplex_server.model.run.sampler import sample
 
 
 def plan(rows: int, **columns: Any) -> StepPlan:

@@ -17,7 +17,7 @@ import torch
 from loraplex_server.core.request import Request, Structure
 from loraplex_server.core.step import SampledToken, StepOutput, StepPlan
 from loraplex_server.engine.sequence import Sequence
-from loraplex_server.model import sampler
+from loraplex_server.model.run import sampler
 
 BLOCK = 4
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4

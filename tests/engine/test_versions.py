@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loraplex_server.engine.messages import AdapterStatus
-from loraplex_server.errors import ServerError
+from loraplex_server.core.adapter_status import AdapterStatus
+from loraplex_server.core.errors import ServerError
 
 
 def test_a_swap_in_the_middle_of_an_answer(tiny: Any, harness: Callable[..., Any], tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ import torch
 
 from loraplex_kernels.attention import LayerShape, plan
 from loraplex_kernels.attention.plan import Queries
-from loraplex_kernels.fourbit import tiles as fourbit_tiles
-from loraplex_kernels.lora import Run
 from loraplex_kernels.lora import tiles as lora_tiles
+from loraplex_kernels.pool import Run, tile_rows
+from loraplex_kernels.quant import tiles as quant_tiles
 from loraplex_server.core.step import StepPlan
-from loraplex_server.model import warmup
+from loraplex_server.model.run import warmup
 
 CPU = torch.device("cpu")
 # Of an 8B Llama: output columns and blocks of 64 inputs; slices and inputs.
@@ -36,7 +36,7 @@ def lora_variants(runs: Sequence[Run], dtype: torch.dtype) -> set[tuple[Any, ...
         for slot, _ in adapters:
             pairs_of[slot] = pairs_of.get(slot, 0) + end - start
     pairs = sum(pairs_of.values())
-    rows = lora_tiles.tile_rows(pairs, len(pairs_of))
+    rows = tile_rows(pairs, len(pairs_of))
     tiles = sum(-(-count // rows) for count in pairs_of.values())
     config = lora_tiles.choose(rows, pairs, dtype, dtype, CPU)
     return {
@@ -55,7 +55,7 @@ def lora_variants(runs: Sequence[Run], dtype: torch.dtype) -> set[tuple[Any, ...
 def test_every_product(max_tokens: int, dtype: torch.dtype) -> None:
     def variants(counts: Sequence[int]) -> set[tuple[Any, ...]]:
         return {
-            (shape, fourbit_tiles.choose(rows, *shape, dtype, PROCESSORS))
+            (shape, quant_tiles.choose(rows, *shape, dtype, PROCESSORS))
             for shape in WEIGHTS
             for rows in counts
         }

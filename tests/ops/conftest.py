@@ -11,6 +11,16 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels import lora
+from loraplex_kernels.pool import (
+    AdapterLayout,
+    EntryShape,
+    LoraBatch,
+    LoraPool,
+    LoraSite,
+    Run,
+    adapter_layout,
+    extent_alignment,
+)
 
 NAN = float("nan")
 
@@ -27,7 +37,7 @@ class LoraCase:
     in_features: int
     widths: tuple[int, ...]
     ranks: Sequence[Sequence[int]]
-    runs: list[lora.Run]
+    runs: list[Run]
     num_tokens: int
     dtype: torch.dtype
     device: str = "cpu"
@@ -35,9 +45,9 @@ class LoraCase:
     first_entry: int = 2
     gap: int = 0
     scaled: bool = False
-    pool: lora.LoraPool = field(init=False)
-    site: lora.LoraSite = field(init=False)
-    batch: lora.LoraBatch = field(init=False)
+    pool: LoraPool = field(init=False)
+    site: LoraSite = field(init=False)
+    batch: LoraBatch = field(init=False)
     x: Tensor = field(init=False)
     y: Tensor = field(init=False)
 
@@ -47,10 +57,10 @@ class LoraCase:
         for width in self.widths:
             slices.append((column, width))
             column += width + self.gap
-        self.site = lora.LoraSite(self.first_entry, self.in_features, tuple(slices))
+        self.site = LoraSite(self.first_entry, self.in_features, tuple(slices))
         self.columns = column
         self._make_pool()
-        self.batch = lora.LoraBatch.build(self.runs, self.device)
+        self.batch = LoraBatch.build(self.runs, self.device)
         self.x_buffer = torch.full((self.num_tokens, self.in_features + 8), NAN, dtype=self.dtype)
         self.x_buffer[:, : self.in_features] = self.normal(self.num_tokens, self.in_features)
         self.x_buffer = self.x_buffer.to(self.device)
@@ -66,11 +76,11 @@ class LoraCase:
         return torch.randn(*shape, generator=self.generator).to(self.dtype)
 
     def _make_pool(self) -> None:
-        multiple = lora.extent_alignment([self.in_features, *self.widths])
+        multiple = extent_alignment([self.in_features, *self.widths])
         layouts = [
-            lora.adapter_layout(
+            adapter_layout(
                 [
-                    lora.EntryShape(self.first_entry + s, self.in_features, width, rank)
+                    EntryShape(self.first_entry + s, self.in_features, width, rank)
                     for s, (width, rank) in enumerate(zip(self.widths, slot_ranks, strict=True))
                 ],
                 multiple,
@@ -82,7 +92,7 @@ class LoraCase:
         for layout in layouts:
             starts.append(end)
             end = -(-(end + layout.num_elements + 1) // multiple) * multiple
-        self.pool = lora.LoraPool.allocate(
+        self.pool = LoraPool.allocate(
             num_elements=end + multiple,
             num_slots=max(len(layouts), 1),
             num_entries=self.first_entry + len(self.widths) + 1,
@@ -114,7 +124,7 @@ class LoraCase:
         for slot, (start, layout) in enumerate(zip(starts, layouts, strict=True)):
             self.pool.bind(slot, start, layout)
 
-    def _write_scaled(self, arena: Tensor, slot: int, start: int, layout: lora.AdapterLayout) -> None:
+    def _write_scaled(self, arena: Tensor, slot: int, start: int, layout: AdapterLayout) -> None:
         """Random bytes, zero rows past the rank, and scales with which h is about as large as x."""
         offsets = zip(layout.entries, layout.a_offset, layout.b_offset, layout.scale_offset, strict=True)
         for shape, *starts in offsets:
@@ -195,7 +205,7 @@ class LoraCaseMaker:
     def __call__(self, **arguments: object) -> LoraCase:
         return LoraCase(**arguments)  # type: ignore[arg-type]
 
-    def random_runs(self, seed: int, num_tokens: int, num_slots: int, longest: int) -> list[lora.Run]:
+    def random_runs(self, seed: int, num_tokens: int, num_slots: int, longest: int) -> list[Run]:
         """Runs over `num_tokens` tokens: some with no adapter, some absent, most with one to four
         adapters.
         """
@@ -204,7 +214,7 @@ class LoraCaseMaker:
         def below(bound: int) -> int:
             return int(torch.randint(bound, (1,), generator=generator))
 
-        runs: list[lora.Run] = []
+        runs: list[Run] = []
         token = 0
         while token < num_tokens:
             end = min(num_tokens, token + 1 + below(longest))

@@ -7,13 +7,24 @@ import math
 import pytest
 import torch
 
-from loraplex_kernels import bottleneck, lora
-from loraplex_kernels.lora.layouts import Bottleneck, BottleneckReads, VectorKind
+from loraplex_kernels import bottleneck
+from loraplex_kernels.pool import (
+    Bottleneck,
+    BottleneckReads,
+    EntryShape,
+    LoraBatch,
+    LoraPool,
+    LoraSite,
+    Run,
+    VectorKind,
+    VectorShape,
+    adapter_layout,
+)
 
 HIDDEN, TOKENS = 24, 10
-SITE = lora.LoraSite(1, 40, ((0, HIDDEN),))
-OTHER = lora.LoraSite(2, 40, ((0, HIDDEN),))
-RUNS: list[lora.Run] = [(0, 2, ((0, 1.0),)), (3, 4, ((1, 1.0),)), (4, 7, ((3, 1.0),)), (8, 9, ((2, 1.0),))]
+SITE = LoraSite(1, 40, ((0, HIDDEN),))
+OTHER = LoraSite(2, 40, ((0, HIDDEN),))
+RUNS: list[Run] = [(0, 2, ((0, 1.0),)), (3, 4, ((1, 1.0),)), (4, 7, ((3, 1.0),)), (8, 9, ((2, 1.0),))]
 # Slot 2 serves a LoRA pair; slot 3 has its network at another site alone.
 FORMS = {
     0: Bottleneck("relu", BottleneckReads.OUTPUT, {1: 5}),
@@ -24,10 +35,10 @@ FORMS = {
 Networks = dict[tuple[int, int], tuple[torch.Tensor, ...]]
 
 
-def _pool(dtype: torch.dtype, *, scaled: bool = False) -> tuple[lora.LoraPool, Networks]:
+def _pool(dtype: torch.dtype, *, scaled: bool = False) -> tuple[LoraPool, Networks]:
     """The arena is NaN where nothing lies; networks by slot and entry."""
     generator = torch.Generator().manual_seed(4)
-    pool = lora.LoraPool.allocate(
+    pool = LoraPool.allocate(
         num_elements=1 << 16, num_slots=4, num_entries=3, dtype=dtype, device="cpu", scaled=scaled
     )
     pool.arena.fill_(-1 if scaled else float("nan"))
@@ -42,12 +53,12 @@ def _pool(dtype: torch.dtype, *, scaled: bool = False) -> tuple[lora.LoraPool, N
                 (VectorKind.UP, HIDDEN, width),
                 (VectorKind.UP_BIAS, HIDDEN, 1),
             ):
-                shapes.append(lora.VectorShape(entry, kind, length, rows))
+                shapes.append(VectorShape(entry, kind, length, rows))
                 value = torch.randn(rows, length, generator=generator).to(dtype)
                 values.append(value)
                 parts.append(value.double())
             networks[slot, entry] = tuple(parts)
-        layout = lora.adapter_layout([], vectors=shapes, scaled=scaled, bottleneck=form)
+        layout = adapter_layout([], vectors=shapes, scaled=scaled, bottleneck=form)
         start = -(-start // layout.alignment) * layout.alignment
         for offset, value in zip(layout.vector_offset, values, strict=True):
             first = start + offset
@@ -57,14 +68,14 @@ def _pool(dtype: torch.dtype, *, scaled: bool = False) -> tuple[lora.LoraPool, N
                 pool.arena[first : first + value.numel()] = value.flatten()
         pool.bind(slot, start, layout)
         start += layout.num_elements
-    pair = lora.adapter_layout([lora.EntryShape(1, 40, HIDDEN, 3)], scaled=scaled)
+    pair = adapter_layout([EntryShape(1, 40, HIDDEN, 3)], scaled=scaled)
     start = -(-start // pair.alignment) * pair.alignment
     pool.bind(2, start, pair)
     return pool, networks
 
 
 def _exact(
-    y: torch.Tensor, residual: torch.Tensor, networks: Networks, runs: list[lora.Run], entry: int
+    y: torch.Tensor, residual: torch.Tensor, networks: Networks, runs: list[Run], entry: int
 ) -> torch.Tensor:
     bends = {
         "relu": lambda value: max(value, 0.0),
@@ -95,7 +106,7 @@ def _exact(
 )
 def test_it_equals_the_oracle(dtype: torch.dtype, tolerance: float, scaled: bool) -> None:
     pool, networks = _pool(dtype, scaled=scaled)
-    batch = lora.LoraBatch.build(RUNS)
+    batch = LoraBatch.build(RUNS)
     assert bottleneck.any_networks(pool, batch)
     for site in (SITE, OTHER):
         y, residual = torch.randn(TOKENS, HIDDEN).to(dtype), torch.randn(TOKENS, HIDDEN).to(dtype)
@@ -112,8 +123,8 @@ def test_it_equals_the_oracle(dtype: torch.dtype, tolerance: float, scaled: bool
 
 def test_the_residual_stream_is_asked_for_only_where_it_is_read() -> None:
     pool, _ = _pool(torch.float32)
-    output = lora.LoraBatch.build([(0, 2, ((0, 1.0),))])
-    stream = lora.LoraBatch.build([(0, 2, ((1, 1.0),))])
+    output = LoraBatch.build([(0, 2, ((0, 1.0),))])
+    stream = LoraBatch.build([(0, 2, ((1, 1.0),))])
     assert not bottleneck.reads_residual(pool, output, SITE)
     assert bottleneck.reads_residual(pool, stream, SITE)
     bottleneck.add(torch.zeros(2, HIDDEN), None, pool, SITE, output)
@@ -125,7 +136,7 @@ def test_the_residual_stream_is_asked_for_only_where_it_is_read() -> None:
 
 def test_a_slot_given_to_another_adapter_takes_its_networks_along() -> None:
     pool, _ = _pool(torch.float32)
-    batch = lora.LoraBatch.build([(0, 2, ((0, 1.0),))])
+    batch = LoraBatch.build([(0, 2, ((0, 1.0),))])
     y = torch.ones(2, HIDDEN)
     bottleneck.add(y, None, pool, SITE, batch)
     assert not torch.equal(y, torch.ones(2, HIDDEN))
@@ -134,7 +145,7 @@ def test_a_slot_given_to_another_adapter_takes_its_networks_along() -> None:
     bottleneck.add(y, None, pool, SITE, batch)
     assert torch.equal(y, torch.ones(2, HIDDEN))
     assert not bottleneck.any_networks(pool, batch)
-    assert not bottleneck.any_networks(pool, lora.LoraBatch.build([(0, 2, ((2, 1.0),))]))
+    assert not bottleneck.any_networks(pool, LoraBatch.build([(0, 2, ((2, 1.0),))]))
 
 
 def test_non_linearities_are_those_of_transformers() -> None:

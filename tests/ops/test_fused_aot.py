@@ -150,7 +150,7 @@ def test_gate(capability: int, width: int, activation: str, tmp_path: Path) -> N
 def test_rotation_and_write(
     capability: int, heads: tuple[int, int], head_dim: int, rotary: int, cache: str, tmp_path: Path
 ) -> None:
-    from loraplex_kernels.rotary.kernel import constants, rotate_write_kernel
+    from loraplex_kernels.attention.rotary.kernel import constants, rotate_write_kernel
 
     narrow = cache != "bf16"
     chosen = {

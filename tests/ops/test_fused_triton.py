@@ -14,9 +14,9 @@ from torch import Tensor
 
 from loraplex_kernels import dispatch
 from loraplex_kernels.attention import AttentionBatch, kv_cache_shape
+from loraplex_kernels.attention.rotary import rotate_and_write
 from loraplex_kernels.gated import ACTIVATIONS, Activation, gated
 from loraplex_kernels.norm import Form, RmsNorm, add_rms_norm, rms_norm
-from loraplex_kernels.rotary import rotate_and_write
 
 INTERPRETED = dispatch.interpreting()
 DEVICE = "cpu" if INTERPRETED else "cuda"

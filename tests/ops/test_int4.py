@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_kernels import int4
-from loraplex_kernels.int4 import cpu_packed, reference
+from loraplex_kernels.quant import cpu_packed, int4, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_packed_kernel = pytest.mark.skipif(
@@ -27,8 +26,8 @@ def random_weight(
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and tiles small enough that small weights take several of them."""
-    monkeypatch.setattr(reference, "_CHUNK", 4096)
-    monkeypatch.setattr(reference, "_CPU_TILE", 4096)
+    monkeypatch.setattr(reference, "CHUNK", 4096)
+    monkeypatch.setattr(reference, "CPU_TILE", 4096)
     monkeypatch.setattr(cpu_packed, "_TILE", 1 << 14)
 
 
@@ -125,7 +124,7 @@ def test_packed_weight_is_the_same_weight(small_tiles, shape) -> None:
     if cpu_packed.layout_block() is None:
         pytest.skip("the packed kernel's layout is unknown on this processor")
     w = int4.quantize(random_weight(shape, offset=0.05))
-    packed = int4.PackedInt4Weight.from_int4(w)
+    packed = cpu_packed.PackedInt4Weight.from_int4(w)
     assert torch.equal(cpu_packed.dequantize(packed), int4.dequantize(w))
     assert packed.nbytes <= w.nbytes
 
@@ -141,7 +140,7 @@ def test_packed_and_tiled_products_are_within_bf16_rounding(
         pytest.skip("the packed kernel's layout is unknown on this processor")
     monkeypatch.setattr(cpu_packed, "tile_dtype", lambda: tile_dtype)
     w = int4.quantize(random_weight(shape, offset=0.05))
-    packed = int4.PackedInt4Weight.from_int4(w)
+    packed = cpu_packed.PackedInt4Weight.from_int4(w)
     x = random_weight((rows, shape[1]), seed=1)
     dense = int4.dequantize(w).double()
     exact, magnitude = x.double() @ dense.T, x.double().abs() @ dense.abs().T
@@ -165,7 +164,7 @@ def test_the_number_of_rows_chooses_the_product(monkeypatch, rows) -> None:
         monkeypatch.setattr(
             cpu_packed, name, lambda r, w, name=name, product=product: (calls.append(name), product(r, w))[1]
         )
-    w = int4.PackedInt4Weight.from_int4(int4.quantize(random_weight((768, 1024))))
+    w = cpu_packed.PackedInt4Weight.from_int4(int4.quantize(random_weight((768, 1024))))
     x, bias = random_weight((rows, 1024), seed=1), random_weight((1, 768), seed=2)[0]
     out = cpu_packed.matmul(x[None], w, bias)
     assert calls == ["matmul_packed" if rows == 1 else "matmul_tiled"]
@@ -177,7 +176,7 @@ def test_the_number_of_rows_chooses_the_product(monkeypatch, rows) -> None:
 
 @needs_packed_kernel
 def test_unknown_layout_leaves_every_row_count_to_the_packed_kernel(monkeypatch) -> None:
-    w = int4.PackedInt4Weight.from_int4(int4.quantize(random_weight((768, 1024))))
+    w = cpu_packed.PackedInt4Weight.from_int4(int4.quantize(random_weight((768, 1024))))
     x = random_weight((200, 1024))
     known = cpu_packed.matmul_packed(x, w).float()
     monkeypatch.setattr(cpu_packed, "_BLOCKS", (48,))  # the self-check compares, and finds no match
@@ -196,7 +195,7 @@ def test_what_the_packed_kernel_cannot_take_is_refused() -> None:
     assert not cpu_packed.supported((32, 100), 32)
     assert not cpu_packed.supported((32, 64), 16)
     with pytest.raises(ValueError, match="multiples of 16"):
-        int4.PackedInt4Weight.from_int4(int4.quantize(random_weight((24, 128))))
+        cpu_packed.PackedInt4Weight.from_int4(int4.quantize(random_weight((24, 128))))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -20,6 +20,7 @@ import torch
 
 from loraplex_kernels import dispatch
 from loraplex_kernels.lora import tiles
+from loraplex_kernels.pool import PREFILL_ROWS
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 triton = pytest.importorskip("triton")
@@ -134,11 +135,11 @@ def compile_for(
 
 
 def compile_shrink(capability: int, variant: Variant, slices: int, path: Path, even: bool = True) -> Compiled:
-    from loraplex_kernels.lora import kernel
+    from loraplex_kernels.lora import kernel, launch
 
     config = variant.config
     constants = {
-        **kernel.shrink_constants(config, slices, even, variant.adapters),
+        **launch.shrink_constants(config, slices, even, variant.adapters),
         "H_PITCH": H_PITCH,
         "UPCAST": False,
         "PDL": config.pdl,
@@ -150,11 +151,11 @@ def compile_shrink(capability: int, variant: Variant, slices: int, path: Path, e
 
 
 def compile_expand(capability: int, variant: Variant, planes: int, path: Path) -> Compiled:
-    from loraplex_kernels.lora import kernel
+    from loraplex_kernels.lora import kernel, launch
 
     config = variant.config
     constants = {
-        **kernel.expand_constants(config, planes, variant.adapters),
+        **launch.expand_constants(config, planes, variant.adapters),
         "H_PITCH": H_PITCH,
         "UPCAST": False,
         "PDL": config.pdl,
@@ -170,7 +171,7 @@ def check(compiled: Compiled, capability: int, variant: Variant) -> None:
     assert "STL" not in compiled.sass, "spills to local memory"
     assert compiled.shared_bytes <= 99 * 1024, "more shared memory than sm_89 has"
     if variant.compute != torch.float32:
-        wgmma = capability == 90 and variant.config.rows == tiles.PREFILL_ROWS
+        wgmma = capability == 90 and variant.config.rows == PREFILL_ROWS
         assert ("wgmma.mma_async" if wgmma else "mma.sync") in compiled.ptx
     assert re.search(r"LDG\.E(\.\w+)*\.128|LDGSTS(\.\w+)*\.128", compiled.sass), "no 16-byte reads"
 

@@ -10,6 +10,7 @@ import torch
 
 from loraplex_kernels import dispatch, lora
 from loraplex_kernels.lora import gather, reference
+from loraplex_kernels.pool import LoraBatch, LoraSite
 
 Apply = Callable[..., None]
 
@@ -210,7 +211,7 @@ def test_misfits_are_named(lora_case: Any) -> None:
         num_tokens=4,
         dtype=torch.float32,
     )
-    empty = lora.LoraBatch.build([(0, 4, ())])
+    empty = LoraBatch.build([(0, 4, ())])
     assert empty.num_pairs == 0
     good = {"x": case.x, "y": case.y, "pool": case.pool, "site": case.site, "batch": case.batch}
     wrong: list[tuple[str, dict[str, object]]] = [
@@ -220,13 +221,13 @@ def test_misfits_are_named(lora_case: Any) -> None:
         ("x has 3 rows", {"x": case.x[:3]}),
         ("y must have contiguous rows", {"y": case.y.T.contiguous().T}),
         ("x must be torch.float32", {"x": case.x.double()}),
-        ("entries end at", {"site": lora.LoraSite(9, 64, ((0, 64),))}),
+        ("entries end at", {"site": LoraSite(9, 64, ((0, 64),))}),
     ]
     for message, change in wrong:
         with pytest.raises(ValueError, match=message):
             lora.apply(**{**good, **change})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="slices"):
-        lora.LoraSite(0, 64, ((0, 64), (32, 64)))
+        LoraSite(0, 64, ((0, 64), (32, 64)))
 
 
 def test_triton_on_cpu_wants_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

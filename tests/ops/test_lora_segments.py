@@ -8,17 +8,28 @@ import numpy as np
 import pytest
 import torch
 
-from loraplex_kernels import lora
-from loraplex_kernels.lora import tiles
+from loraplex_kernels.pool import (
+    ALIGNMENT,
+    DECODE_ROWS,
+    PREFILL_ROWS,
+    EntryShape,
+    LoraBatch,
+    LoraBatchBuffers,
+    LoraPool,
+    Run,
+    adapter_layout,
+    extent_alignment,
+    segments,
+)
 
 
-def tile_tables(batch: lora.LoraBatch) -> tuple[list[list[int]], list[list[int]]]:
+def tile_tables(batch: LoraBatch) -> tuple[list[list[int]], list[list[int]]]:
     return batch.shrink_tile[: batch.shrink_tiles].tolist(), batch.expand_tile[: batch.expand_tiles].tolist()
 
 
 def test_worked_example(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "tile_rows", lambda num_pairs, num_segments: 2)
-    buffers = lora.LoraBatchBuffers(max_tokens=4, max_pairs=5)
+    monkeypatch.setattr(segments, "tile_rows", lambda num_pairs, num_segments: 2)
+    buffers = LoraBatchBuffers(max_tokens=4, max_pairs=5)
     batch = buffers.fill([(0, 2, ((3, 1.0),)), (2, 3, ((1, 0.5), (3, 2.0))), (4, 5, ((3, 1.0),))])
     assert batch.num_tokens == 5
     assert batch.num_pairs == 5
@@ -31,7 +42,7 @@ def test_worked_example(monkeypatch: pytest.MonkeyPatch) -> None:
     assert batch.member[:3].tolist() == [[3, 1], [1, -3], [3, 1]]
 
 
-def pairs_by_shrink_tile(batch: lora.LoraBatch) -> list[tuple[int, int, float]]:
+def pairs_by_shrink_tile(batch: LoraBatch) -> list[tuple[int, int, float]]:
     found = []
     for slot, first, end in tile_tables(batch)[0]:
         assert end - first <= batch.tile_rows
@@ -40,7 +51,7 @@ def pairs_by_shrink_tile(batch: lora.LoraBatch) -> list[tuple[int, int, float]]:
     return found
 
 
-def adapters_by_expand_tile(batch: lora.LoraBatch) -> dict[int, list[tuple[int, float]]]:
+def adapters_by_expand_tile(batch: LoraBatch) -> dict[int, list[tuple[int, float]]]:
     found: dict[int, list[tuple[int, float]]] = {}
     slot_of_pair = {pair: slot for slot, first, end in tile_tables(batch)[0] for pair in range(first, end)}
     for first_row, end_row, first_member, end_member in tile_tables(batch)[1]:
@@ -60,7 +71,7 @@ def adapters_by_expand_tile(batch: lora.LoraBatch) -> dict[int, list[tuple[int, 
 def test_every_pair_once_and_in_order(lora_case: Any, seed: int) -> None:
     tokens = [1, 5, 40, 257][seed % 4]
     runs = lora_case.random_runs(seed, tokens, 1 + 3 * seed, longest=1 + 5 * (seed % 5))
-    batch = lora.LoraBatch.build(runs)
+    batch = LoraBatch.build(runs)
     wanted = {
         token: [(slot, pytest.approx(weight)) for slot, weight in adapters]
         for start, end, adapters in runs
@@ -77,23 +88,23 @@ def test_every_pair_once_and_in_order(lora_case: Any, seed: int) -> None:
 
 
 def test_equal_compositions_share_tiles() -> None:
-    runs: list[lora.Run] = [(token, token + 1, ((token % 2, 1.0 + token),)) for token in range(16)]
-    shrink_tile, expand_tile = tile_tables(lora.LoraBatch.build(runs))
+    runs: list[Run] = [(token, token + 1, ((token % 2, 1.0 + token),)) for token in range(16)]
+    shrink_tile, expand_tile = tile_tables(LoraBatch.build(runs))
     assert shrink_tile == [[0, 0, 8], [1, 8, 16]]
     assert [tile[:2] for tile in expand_tile] == [[0, 8], [8, 16]]
 
 
 def test_prefill_cuts_larger_tiles() -> None:
-    assert lora.LoraBatch.build([(0, 256, ((0, 1.0),))]).tile_rows == tiles.PREFILL_ROWS
-    assert lora.LoraBatch.build([(0, 32, ((0, 1.0),))]).tile_rows == tiles.DECODE_ROWS
+    assert LoraBatch.build([(0, 256, ((0, 1.0),))]).tile_rows == PREFILL_ROWS
+    assert LoraBatch.build([(0, 32, ((0, 1.0),))]).tile_rows == DECODE_ROWS
 
 
 def test_a_fixed_grid_holds_any_batch() -> None:
-    buffers = lora.LoraBatchBuffers(max_tokens=32, max_pairs=48, max_segments=16, fixed_grid=True)
+    buffers = LoraBatchBuffers(max_tokens=32, max_pairs=48, max_segments=16, fixed_grid=True)
     many = buffers.fill([(token, token + 1, ((token % 16, 1.0),)) for token in range(32)])
     grids = (many.shrink_tiles, many.expand_tiles, many.tile_rows, many.pair_rows)
     pointers = [many.pair_token.data_ptr(), many.shrink_tile.data_ptr(), many.expand_tile.data_ptr()]
-    few_runs: list[lora.Run] = [(3, 5, ((7, 1.0), (2, -1.0)))]
+    few_runs: list[Run] = [(3, 5, ((7, 1.0), (2, -1.0)))]
     few = buffers.fill(few_runs)
     assert (few.shrink_tiles, few.expand_tiles, few.tile_rows, few.pair_rows) == grids
     assert [few.pair_token.data_ptr(), few.shrink_tile.data_ptr(), few.expand_tile.data_ptr()] == pointers
@@ -110,8 +121,8 @@ def test_a_fixed_grid_holds_any_batch() -> None:
 
 
 def test_the_same_runs_are_not_built_again() -> None:
-    buffers = lora.LoraBatchBuffers(max_tokens=4, max_pairs=4)
-    runs: list[lora.Run] = [(0, 2, ((0, 1.0),))]
+    buffers = LoraBatchBuffers(max_tokens=4, max_pairs=4)
+    runs: list[Run] = [(0, 2, ((0, 1.0),))]
     first = buffers.fill(runs)
     assert buffers.fill([(0, 2, ((0, 1.0),))]) is first
     runs.append((2, 3, ((1, 1.0),)))
@@ -132,71 +143,69 @@ def test_the_same_runs_are_not_built_again() -> None:
         ([(0, 1, ((0, 1.0), (1, 1.0), (2, 1.0)))], "max_segments of at least 3"),
     ],
 )
-def test_bad_runs_are_refused_and_leave_the_buffers_usable(runs: list[lora.Run], message: str) -> None:
-    buffers = lora.LoraBatchBuffers(max_tokens=8, max_pairs=8, max_segments=2)
+def test_bad_runs_are_refused_and_leave_the_buffers_usable(runs: list[Run], message: str) -> None:
+    buffers = LoraBatchBuffers(max_tokens=8, max_pairs=8, max_segments=2)
     with pytest.raises(ValueError, match=message):
         buffers.fill(runs)
     assert buffers.fill([(0, 8, ((0, 1.0),))]).num_pairs == 8
 
 
 ENTRIES = [
-    lora.EntryShape(0, 96, 96, 6),
-    lora.EntryShape(1, 96, 32, 13),
-    lora.EntryShape(2, 96, 40, 0),
-    lora.EntryShape(5, 256, 96, 8),
+    EntryShape(0, 96, 96, 6),
+    EntryShape(1, 96, 32, 13),
+    EntryShape(2, 96, 40, 0),
+    EntryShape(5, 256, 96, 8),
 ]
 
 
 def test_blocks_are_whole_rows_and_do_not_overlap() -> None:
-    layout = lora.adapter_layout(ENTRIES)
+    layout = adapter_layout(ENTRIES)
     assert [shape.entry for shape in layout.entries] == [0, 1, 5]
     taken = np.zeros(layout.num_elements, np.int64)
     for shape, a_offset, b_offset in zip(layout.entries, layout.a_offset, layout.b_offset, strict=True):
         for offset, row_length in ((a_offset, shape.in_features), (b_offset, shape.width)):
             assert offset % row_length == 0
-            assert offset % lora.ALIGNMENT == 0
+            assert offset % ALIGNMENT == 0
             taken[offset : offset + shape.rank_padded * row_length] += 1
     assert taken.max() == 1
-    assert np.count_nonzero(taken == 0) < 256 + 96 + 32 + lora.ALIGNMENT
-    assert layout.alignment == lora.extent_alignment([96, 32, 256])
+    assert np.count_nonzero(taken == 0) < 256 + 96 + 32 + ALIGNMENT
+    assert layout.alignment == extent_alignment([96, 32, 256])
 
 
 def test_a_rank_costs_its_own_rows() -> None:
-    sizes = [
-        lora.adapter_layout([lora.EntryShape(0, 64, 64, rank)]).num_elements for rank in (1, 6, 8, 9, 512)
-    ]
+    sizes = [adapter_layout([EntryShape(0, 64, 64, rank)]).num_elements for rank in (1, 6, 8, 9, 512)]
     assert sizes == [8 * 128, 8 * 128, 8 * 128, 16 * 128, 512 * 128]
-    assert lora.adapter_layout([lora.EntryShape(0, 64, 64, 0)]).num_elements == 0
+    assert adapter_layout([EntryShape(0, 64, 64, 0)]).num_elements == 0
 
 
 def test_awkward_widths_give_up_whole_rows() -> None:
-    assert lora.extent_alignment([601, 257, 263]) == lora.ALIGNMENT
-    layout = lora.adapter_layout([lora.EntryShape(0, 601, 257, 3), lora.EntryShape(1, 601, 263, 3)])
-    assert layout.alignment == lora.ALIGNMENT
-    assert all(offset % lora.ALIGNMENT == 0 for offset in layout.a_offset + layout.b_offset)
+    assert extent_alignment([601, 257, 263]) == ALIGNMENT
+    layout = adapter_layout([EntryShape(0, 601, 257, 3), EntryShape(1, 601, 263, 3)])
+    assert layout.alignment == ALIGNMENT
+    assert all(offset % ALIGNMENT == 0 for offset in layout.a_offset + layout.b_offset)
     # One alignment serves the model: an adapter that could do better follows it.
-    assert lora.adapter_layout([lora.EntryShape(0, 64, 96, 3)], 16).alignment == 16
-    assert lora.adapter_layout([lora.EntryShape(0, 64, 96, 3)], 960).alignment == 960
+    assert adapter_layout([EntryShape(0, 64, 96, 3)], 16).alignment == 16
+    assert adapter_layout([EntryShape(0, 64, 96, 3)], 960).alignment == 960
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ([lora.EntryShape(0, 64, 64, 513)], "rank of entry 0 must be 0 to 512, got 513"),
-        ([lora.EntryShape(0, 64, 64, 4), lora.EntryShape(0, 64, 64, 4)], "repeat"),
-        ([lora.EntryShape(3, 64, 0, 4)], "entry 3 has an empty shape"),
+        ([EntryShape(0, 64, 64, 513)], "rank of entry 0 must be 0 to 512, got 513"),
+        ([EntryShape(0, 64, 64, 4), EntryShape(0, 64, 64, 4)], "repeat"),
+        ([EntryShape(3, 64, 0, 4)], "entry 3 has an empty shape"),
     ],
 )
-def test_bad_entries_are_refused(entries: list[lora.EntryShape], message: str) -> None:
+def test_bad_entries_are_refused(entries: list[EntryShape], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        lora.adapter_layout(entries)
+        adapter_layout(entries)
 
 
 def test_slots_are_bound_and_cleared() -> None:
-    pool = lora.LoraPool.allocate(
+    pool = LoraPool.allocate(
         num_elements=1 << 16, num_slots=2, num_entries=6, dtype=torch.float32, device="cpu", max_rank=16
     )
-    layout = lora.adapter_layout(ENTRIES)
+    layout = adapter_layout(ENTRIES)
     start = 2 * layout.alignment
     pool.bind(1, start, layout)
     assert pool.rank[1].tolist() == [6, 13, 0, 0, 0, 8]
@@ -209,8 +218,8 @@ def test_slots_are_bound_and_cleared() -> None:
     assert pool.rank[1].tolist() == [0] * 6
     assert pool.host.version > version
 
-    too_large = lora.adapter_layout([lora.EntryShape(0, 64, 64, 17)])
-    outside = lora.adapter_layout([lora.EntryShape(6, 64, 64, 4)])
+    too_large = adapter_layout([EntryShape(0, 64, 64, 17)])
+    outside = adapter_layout([EntryShape(6, 64, 64, 4)])
     for wrong, at, message in (
         (layout, start + 1, "no multiple of"),
         (layout, (1 << 16) // layout.alignment * layout.alignment, "leaves the arena"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from loraplex_kernels.lora import tiles
+from loraplex_kernels.pool import DECODE_ROWS, PREFILL_ROWS, tile_rows
 
 CPU = torch.device("cpu")
 
@@ -31,7 +32,7 @@ CPU = torch.device("cpu")
     ],
 )
 def test_families(pairs: int, segments: int, family: str) -> None:
-    assert tiles.family(tiles.tile_rows(pairs, segments), pairs) == family
+    assert tiles.family(tile_rows(pairs, segments), pairs) == family
 
 
 def test_every_family_and_element_has_a_variant() -> None:
@@ -39,7 +40,7 @@ def test_every_family_and_element_has_a_variant() -> None:
         (family, element) for family in tiles.FAMILIES for element in tiles.ELEMENTS
     }
     for (family, _), config in tiles.BUILT_IN.items():
-        rows = tiles.DECODE_ROWS if family == "decode" else tiles.PREFILL_ROWS
+        rows = DECODE_ROWS if family == "decode" else PREFILL_ROWS
         assert config.rows == rows
         assert config.expand_columns % config.dot_columns == 0
         sizes = [value for value in dataclasses.astuple(config) if isinstance(value, int)]
@@ -52,7 +53,7 @@ def test_every_family_and_element_has_a_variant() -> None:
 @pytest.mark.parametrize("in_features", [40, 1000, 2048, 4096, 14336])
 @pytest.mark.parametrize("programs", [1, 64, 192, 4096])
 def test_planes_are_worth_a_program(programs: int, in_features: int, adapters: torch.dtype) -> None:
-    for rows in (tiles.DECODE_ROWS, tiles.PREFILL_ROWS):
+    for rows in (DECODE_ROWS, PREFILL_ROWS):
         config = tiles.choose(rows, 64, adapters, torch.bfloat16, CPU)
         planes = tiles.planes(config, programs, in_features)
         assert planes in tiles.PLANES
@@ -66,7 +67,7 @@ def test_planes_are_worth_a_program(programs: int, in_features: int, adapters: t
 
 def test_sixty_four_adapters_of_an_8b_llama_fill_an_h100() -> None:
     """Each site of the step that the target speaks of has several programs for each multiprocessor."""
-    config = tiles.choose(tiles.DECODE_ROWS, 64, torch.bfloat16, torch.bfloat16, CPU)
+    config = tiles.choose(DECODE_ROWS, 64, torch.bfloat16, torch.bfloat16, CPU)
     for in_features, slices in ((4096, 3), (4096, 1), (4096, 2), (14336, 1)):
         assert 64 * slices * tiles.planes(config, 64 * slices, in_features) >= 3 * 132
 
@@ -125,7 +126,7 @@ def test_shipped_tables_load(path: Path) -> None:
 def test_using_a_table_ends_with_its_block() -> None:
     key = ("decode", "single")
     table = {**tiles.BUILT_IN, key: dataclasses.replace(tiles.BUILT_IN[key], shrink_rank=8)}
-    arguments = (tiles.DECODE_ROWS, 1, torch.float32, torch.float32, CPU)
+    arguments = (DECODE_ROWS, 1, torch.float32, torch.float32, CPU)
     with tiles.using(table):
         assert tiles.choose(*arguments).shrink_rank == 8
     assert tiles.choose(*arguments) is tiles.BUILT_IN[key]

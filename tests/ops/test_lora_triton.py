@@ -17,6 +17,7 @@ import torch
 
 from loraplex_kernels import dispatch, lora
 from loraplex_kernels.lora import tiles
+from loraplex_kernels.pool import LoraBatchBuffers, Run
 
 pytest.importorskip("triton")
 
@@ -174,7 +175,7 @@ class TestKernels:
 
     def test_empty_replay_of_a_fixed_grid(self, lora_case: Any) -> None:
         """A graph may be replayed where no token has an adapter: neutral programs leave y alone."""
-        from loraplex_kernels.lora import kernel
+        from loraplex_kernels.lora import launch
 
         case = lora_case(
             in_features=64,
@@ -185,10 +186,10 @@ class TestKernels:
             dtype=torch.float32,
             device=DEVICE,
         )
-        buffers = lora.LoraBatchBuffers(max_tokens=4, max_pairs=4, device=DEVICE, fixed_grid=True)
+        buffers = LoraBatchBuffers(max_tokens=4, max_pairs=4, device=DEVICE, fixed_grid=True)
         batch = buffers.fill([])
-        h = kernel.shrink(case.x, case.pool, case.site, batch)
-        kernel.expand(h, case.pool, case.site, batch, case.y)
+        h = launch.shrink(case.x, case.pool, case.site, batch)
+        launch.expand(h, case.pool, case.site, batch, case.y)
         assert bool(h.isnan().all()), "a neutral program wrote"
         case.check_poison()
 
@@ -261,7 +262,7 @@ class TestKernels:
         assert ((y.double() - exact).abs() <= tolerance)[others].all()
 
     def test_fixed_grids_serve_any_batch(self, lora_case: Any) -> None:
-        buffers = lora.LoraBatchBuffers(
+        buffers = LoraBatchBuffers(
             max_tokens=12, max_pairs=16, max_segments=8, device=DEVICE, fixed_grid=True
         )
         for seed, runs in enumerate(
@@ -307,7 +308,7 @@ class TestKernels:
         if pdl and torch.cuda.get_device_capability() < (9, 0):
             pytest.skip("needs Hopper or newer: programmatic dependent launch")
         table = {key: dataclasses.replace(config, pdl=pdl) for key, config in tiles.BUILT_IN.items()}
-        everyone: list[lora.Run] = [(token, token + 1, ((token % 8, 1.0),)) for token in range(16)]
+        everyone: list[Run] = [(token, token + 1, ((token % 8, 1.0),)) for token in range(16)]
         case = lora_case(
             runs=everyone,
             in_features=1024,
@@ -318,10 +319,10 @@ class TestKernels:
             device=DEVICE,
             scaled=scaled,
         )
-        buffers = lora.LoraBatchBuffers(
+        buffers = LoraBatchBuffers(
             max_tokens=16, max_pairs=32, max_segments=8, device=DEVICE, fixed_grid=True
         )
-        captured: list[lora.Run] = [(token, token + 1, ((token % 4, 1.0),)) for token in range(8)]
+        captured: list[Run] = [(token, token + 1, ((token % 4, 1.0),)) for token in range(8)]
         case.batch = buffers.fill(captured)
         with tiles.using(table):
             case.run()
@@ -329,7 +330,7 @@ class TestKernels:
         graph = torch.cuda.CUDAGraph()
         with tiles.using(table), torch.cuda.graph(graph):
             case.run()
-        mixes: tuple[list[lora.Run], ...] = (
+        mixes: tuple[list[Run], ...] = (
             captured,
             [(2, 3, ((6, 1.0),))],
             [(0, 16, ((5, 1.0), (7, -0.5)))],

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_kernels import nf4
-from loraplex_kernels.nf4 import reference
+from loraplex_kernels.quant import nf4, reference
 
 SHAPES = [(64, 64), (7, 33), (128, 100), (1, 1), (5, 13), (1, 63), (96, 777), (33, 1024)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,8 +30,8 @@ def bnb():
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and tiles small enough that small weights take several of them."""
-    monkeypatch.setattr(reference, "_CHUNK", 4096)
-    monkeypatch.setattr(reference, "_CPU_TILE", 4096)
+    monkeypatch.setattr(reference, "CHUNK", 4096)
+    monkeypatch.setattr(reference, "CPU_TILE", 4096)
 
 
 def test_levels_are_the_published_ones() -> None:

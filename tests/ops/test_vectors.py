@@ -7,23 +7,33 @@ from itertools import pairwise
 import pytest
 import torch
 
-from loraplex_kernels import lora, vectors
-from loraplex_kernels.lora import VectorKind
+from loraplex_kernels import vectors
+from loraplex_kernels.pool import (
+    EntryShape,
+    LoraBatch,
+    LoraPool,
+    LoraSite,
+    Run,
+    VectorKind,
+    VectorShape,
+    adapter_layout,
+    extent_alignment,
+)
 
 IN, SLICES, TOKENS = 24, ((0, 16), (16, 8)), 9
-SITE = lora.LoraSite(1, IN, SLICES)
+SITE = LoraSite(1, IN, SLICES)
 # slot 0: scales its input and both outputs; 1: a bias on the second slice; 2: nothing; 3: a bias on both
 SHAPES = {
     0: [
-        lora.VectorShape(1, VectorKind.INPUT_SCALE, IN),
-        lora.VectorShape(1, VectorKind.OUTPUT_SCALE, 16),
-        lora.VectorShape(2, VectorKind.OUTPUT_SCALE, 8),
+        VectorShape(1, VectorKind.INPUT_SCALE, IN),
+        VectorShape(1, VectorKind.OUTPUT_SCALE, 16),
+        VectorShape(2, VectorKind.OUTPUT_SCALE, 8),
     ],
-    1: [lora.VectorShape(2, VectorKind.BIAS, 8)],
+    1: [VectorShape(2, VectorKind.BIAS, 8)],
     2: [],
-    3: [lora.VectorShape(1, VectorKind.BIAS, 16), lora.VectorShape(2, VectorKind.BIAS, 8)],
+    3: [VectorShape(1, VectorKind.BIAS, 16), VectorShape(2, VectorKind.BIAS, 8)],
 }
-RUNS: list[lora.Run] = [
+RUNS: list[Run] = [
     (0, 2, ((0, 1.0),)),
     (3, 4, ((1, 0.5), (3, -2.0))),
     (4, 6, ((2, 1.0),)),
@@ -31,18 +41,18 @@ RUNS: list[lora.Run] = [
 ]
 
 
-def _pool(dtype: torch.dtype) -> tuple[lora.LoraPool, dict[tuple[int, VectorKind, int], torch.Tensor]]:
+def _pool(dtype: torch.dtype) -> tuple[LoraPool, dict[tuple[int, VectorKind, int], torch.Tensor]]:
     """Each slot with a rank-3 pair at entry 1 beside its vectors; the arena is NaN where nothing lies."""
     generator = torch.Generator().manual_seed(4)
-    multiple = lora.extent_alignment([IN, 16, 8])
-    pool = lora.LoraPool.allocate(
+    multiple = extent_alignment([IN, 16, 8])
+    pool = LoraPool.allocate(
         num_elements=64 * multiple, num_slots=4, num_entries=3, dtype=dtype, device="cpu", max_rank=8
     )
     pool.arena.fill_(float("nan"))
     values, start = {}, multiple
     for slot, shapes in SHAPES.items():
-        pair = lora.EntryShape(1, IN, 16, 3)
-        layout = lora.adapter_layout([pair], multiple, shapes)
+        pair = EntryShape(1, IN, 16, 3)
+        layout = adapter_layout([pair], multiple, shapes)
         spans = [(layout.a_offset[0], 8 * IN), (layout.b_offset[0], 8 * 16)]
         for shape, offset in zip(layout.vectors, layout.vector_offset, strict=True):
             value = torch.randn(shape.length, generator=generator).to(dtype)
@@ -62,7 +72,7 @@ def _pool(dtype: torch.dtype) -> tuple[lora.LoraPool, dict[tuple[int, VectorKind
 )
 def test_each_op_equals_the_oracle(dtype: torch.dtype, tolerance: float) -> None:
     pool, values = _pool(dtype)
-    batch = lora.LoraBatch.build(RUNS)
+    batch = LoraBatch.build(RUNS)
     x, y = torch.randn(TOKENS + 2, IN).to(dtype), torch.randn(TOKENS + 2, 30).to(dtype)
     exact_x, exact_y, exact_sum = x.double(), y.double(), y.double()
     for start, end, adapters in RUNS:
@@ -91,16 +101,16 @@ def test_each_op_equals_the_oracle(dtype: torch.dtype, tolerance: float) -> None
 
 def test_slots_without_vectors_cost_nothing() -> None:
     pool, _ = _pool(torch.float32)
-    batch = lora.LoraBatch.build([(0, 3, ((2, 1.0),))])
+    batch = LoraBatch.build([(0, 3, ((2, 1.0),))])
     assert not vectors.any_vectors(pool, batch)
-    assert vectors.any_vectors(pool, lora.LoraBatch.build(RUNS))
+    assert vectors.any_vectors(pool, LoraBatch.build(RUNS))
     x = torch.randn(3, IN)
     assert vectors.scale_input(x, pool, SITE, batch) is x
 
 
 def test_a_slot_given_to_another_adapter_takes_its_vectors_along() -> None:
     pool, _ = _pool(torch.float32)
-    batch = lora.LoraBatch.build([(0, 3, ((0, 1.0),))])
+    batch = LoraBatch.build([(0, 3, ((0, 1.0),))])
     y = torch.ones(3, 24)
     vectors.scale_output(y, pool, SITE, batch)
     assert not torch.equal(y, torch.ones(3, 24))
@@ -112,13 +122,13 @@ def test_a_slot_given_to_another_adapter_takes_its_vectors_along() -> None:
 
 def test_misfits_are_named() -> None:
     pool, _ = _pool(torch.float32)
-    batch = lora.LoraBatch.build(RUNS)
+    batch = LoraBatch.build(RUNS)
     with pytest.raises(ValueError, match="y must be at least"):
         vectors.add_bias(torch.zeros(9, 20), pool, SITE, batch)
     with pytest.raises(ValueError, match="x must be at least"):
         vectors.scale_input(torch.zeros(4, IN), pool, SITE, batch)
     with pytest.raises(ValueError, match="must not repeat"):
-        lora.adapter_layout([], vectors=[SHAPES[1][0], SHAPES[1][0]])
+        adapter_layout([], vectors=[SHAPES[1][0], SHAPES[1][0]])
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -126,9 +136,9 @@ def test_a_prefix_lies_as_its_file_does(scaled: bool) -> None:
     layers, heads, width, tokens = 3, 2, 4, 5
     rows = tokens * layers * 2
     values = torch.randn(rows, heads * width)
-    shape = lora.VectorShape(0, VectorKind.PREFIX, heads * width, rows)
-    layout = lora.adapter_layout([], vectors=[shape], scaled=scaled)
-    pool = lora.LoraPool.allocate(
+    shape = VectorShape(0, VectorKind.PREFIX, heads * width, rows)
+    layout = adapter_layout([], vectors=[shape], scaled=scaled)
+    pool = LoraPool.allocate(
         num_elements=4096, num_slots=2, num_entries=1, dtype=torch.float32, device="cpu", scaled=scaled
     )
     start = 2 * layout.alignment

@@ -10,14 +10,26 @@ import numpy as np
 import pytest
 import torch
 
-from loraplex_kernels import lora, replacement, vocabulary
-from loraplex_kernels.lora import VectorKind
+from loraplex_kernels import replacement, vocabulary
+from loraplex_kernels.pool import (
+    ALIGNMENT,
+    AdapterLayout,
+    EntryShape,
+    LoraBatch,
+    LoraPool,
+    LoraSite,
+    Run,
+    VectorKind,
+    VectorShape,
+    adapter_layout,
+    extent_alignment,
+)
 
 TOKENS, HIDDEN, TABLE = 50, 24, 8
-EMBEDDING = lora.LoraSite(0, TOKENS, ((0, HIDDEN),))
-HEAD = lora.LoraSite(1, HIDDEN, ((0, TOKENS),))
-LINEAR = lora.LoraSite(2, HIDDEN, ((0, 16), (16, 8)))
-RUNS: list[lora.Run] = [
+EMBEDDING = LoraSite(0, TOKENS, ((0, HIDDEN),))
+HEAD = LoraSite(1, HIDDEN, ((0, TOKENS),))
+LINEAR = LoraSite(2, HIDDEN, ((0, 16), (16, 8)))
+RUNS: list[Run] = [
     (0, 3, ((0, 1.0),)),
     (3, 5, ((1, 0.5), (2, -2.0))),
     (6, 9, ((3, 1.0),)),
@@ -36,7 +48,7 @@ class Adapters:
         generator = torch.Generator().manual_seed(3)
         self.held: dict[tuple[int, VectorKind, int], torch.Tensor] = {}
         self.pairs: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self.pool = lora.LoraPool.allocate(
+        self.pool = LoraPool.allocate(
             num_elements=1 << 17, num_slots=4, num_entries=4, dtype=dtype, device="cpu", scaled=scaled
         )
         self.pool.arena.fill_(0 if scaled else float("nan"))
@@ -51,13 +63,13 @@ class Adapters:
                 [
                     self._rows(0, WHOLE),
                     self._rows(1, WHOLE),
-                    lora.VectorShape(3, VectorKind.WEIGHT, HIDDEN, 8),
-                    lora.VectorShape(3, VectorKind.WEIGHT_BIAS, 8),
+                    VectorShape(3, VectorKind.WEIGHT, HIDDEN, 8),
+                    VectorShape(3, VectorKind.WEIGHT_BIAS, 8),
                 ],
             ),
         ):
-            shapes = [lora.EntryShape(*pair) for pair in pairs]
-            layout = lora.adapter_layout(shapes, lora.ALIGNMENT, vectors, scaled=scaled)
+            shapes = [EntryShape(*pair) for pair in pairs]
+            layout = adapter_layout(shapes, ALIGNMENT, vectors, scaled=scaled)
             blob = torch.zeros(layout.num_elements, dtype=self.pool.arena.dtype)
             for vector, offset in zip(layout.vectors, layout.vector_offset, strict=True):
                 value = torch.randn(vector.rows, vector.length, generator=generator).to(dtype)
@@ -74,15 +86,15 @@ class Adapters:
             start += len(blob)
 
     @staticmethod
-    def _rows(entry: int, tokens: tuple[int, ...]) -> lora.VectorShape:
-        return lora.VectorShape(entry, VectorKind.TOKEN_ROWS, HIDDEN, len(tokens), tokens)
+    def _rows(entry: int, tokens: tuple[int, ...]) -> VectorShape:
+        return VectorShape(entry, VectorKind.TOKEN_ROWS, HIDDEN, len(tokens), tokens)
 
     def _put(
         self,
         blob: torch.Tensor,
-        layout: lora.AdapterLayout,
+        layout: AdapterLayout,
         index: int,
-        shape: lora.EntryShape,
+        shape: EntryShape,
         slot: int,
         generator: torch.Generator,
     ) -> None:
@@ -118,7 +130,7 @@ CASES = [
 @pytest.mark.parametrize("scale", [1.0, 8.0])
 def test_embeddings(dtype: torch.dtype, scaled: bool, tolerance: float, scale: float) -> None:
     adapters = Adapters(dtype, scaled=scaled)
-    pool, batch = adapters.pool, lora.LoraBatch.build(RUNS)
+    pool, batch = adapters.pool, LoraBatch.build(RUNS)
     ids = torch.tensor([7, 51, 9, 0, 49, 3, 49, 50, 7, 11, 5, 6])
     x = torch.randn(ROWS, HIDDEN).to(dtype)
     before, exact = x.clone(), x.double()
@@ -150,18 +162,18 @@ def test_logits(dtype: torch.dtype, scaled: bool, tolerance: float) -> None:
                 own = adapters.row(slot, 1, token)
                 if own is not None:
                     exact[start:end, token] = x[start:end].double() @ own
-    vocabulary.replace_logits(x, y, adapters.pool, HEAD, lora.LoraBatch.build(RUNS))
+    vocabulary.replace_logits(x, y, adapters.pool, HEAD, LoraBatch.build(RUNS))
     torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=10 * tolerance)
     with pytest.raises(ValueError, match="a row for token 51"):
-        vocabulary.replace_logits(x, y[:, :-1], adapters.pool, HEAD, lora.LoraBatch.build(RUNS))
+        vocabulary.replace_logits(x, y[:, :-1], adapters.pool, HEAD, LoraBatch.build(RUNS))
 
 
 @pytest.mark.parametrize(("dtype", "scaled", "tolerance"), CASES)
 def test_own_weights(dtype: torch.dtype, scaled: bool, tolerance: float) -> None:
     adapters = Adapters(dtype, scaled=scaled)
-    batch = lora.LoraBatch.build(RUNS)
+    batch = LoraBatch.build(RUNS)
     assert replacement.any_weights(adapters.pool, batch)
-    assert not replacement.any_weights(adapters.pool, lora.LoraBatch.build(RUNS[:2]))
+    assert not replacement.any_weights(adapters.pool, LoraBatch.build(RUNS[:2]))
     x, y = torch.randn(ROWS, HIDDEN).to(dtype), torch.randn(ROWS, 26).to(dtype)
     exact = y.double()
     weight = adapters.held[3, VectorKind.WEIGHT, 3]
@@ -176,14 +188,14 @@ def test_own_weights(dtype: torch.dtype, scaled: bool, tolerance: float) -> None
 def test_who_acts_where() -> None:
     pool = Adapters(torch.float32).pool
     acts = [
-        [vocabulary.acts_at(pool, lora.LoraBatch.build([(0, 1, ((slot, 1.0),))]), entry) for entry in (0, 1)]
+        [vocabulary.acts_at(pool, LoraBatch.build([(0, 1, ((slot, 1.0),))]), entry) for entry in (0, 1)]
         for slot in range(4)
     ]
     assert acts == [[True, True], [True, True], [True, False], [True, True]]
-    added = vocabulary.added_tokens(pool, lora.LoraBatch.build(RUNS), 1, TOKENS)
+    added = vocabulary.added_tokens(pool, LoraBatch.build(RUNS), 1, TOKENS)
     assert added.tolist() == [2, 2, 2, *[0] * 7]
     pool.clear(0)
-    assert not vocabulary.acts_at(pool, lora.LoraBatch.build([(0, 1, ((0, 1.0),))]), 0)
+    assert not vocabulary.acts_at(pool, LoraBatch.build([(0, 1, ((0, 1.0),))]), 0)
     assert (0, 0) not in pool.host.tokens
 
 
@@ -194,25 +206,25 @@ def test_a_token_that_nobody_has_is_an_error() -> None:
         wrong = ids.copy()
         wrong[row] = TOKENS
         with pytest.raises(ValueError, match="token id 50 is outside the vocabulary"):
-            vocabulary.check_ids(wrong, adapters.pool, EMBEDDING, lora.LoraBatch.build(RUNS))
+            vocabulary.check_ids(wrong, adapters.pool, EMBEDDING, LoraBatch.build(RUNS))
     with pytest.raises(ValueError, match="x must be"):
         vocabulary.place_rows(
-            x[1:], torch.from_numpy(ids), adapters.pool, EMBEDDING, lora.LoraBatch.build(RUNS), 1.0
+            x[1:], torch.from_numpy(ids), adapters.pool, EMBEDDING, LoraBatch.build(RUNS), 1.0
         )
 
 
 @pytest.mark.parametrize("tokens", [(), (3,), (3, 3), (5, 3), (-1, 3)])
 def test_rows_need_ascending_tokens(tokens: tuple[int, ...]) -> None:
-    vector = lora.VectorShape(0, VectorKind.TOKEN_ROWS, HIDDEN, 2, tokens)
+    vector = VectorShape(0, VectorKind.TOKEN_ROWS, HIDDEN, 2, tokens)
     with pytest.raises(ValueError, match="ascending tokens"):
-        lora.adapter_layout([], vectors=[vector])
+        adapter_layout([], vectors=[vector])
 
 
 def test_a_vocabulary_costs_no_alignment() -> None:
     """Rows of projections lie whole though one pair's are as long as an odd vocabulary."""
-    multiple = lora.extent_alignment([64, 96])
-    shapes = [lora.EntryShape(0, 50_257, 64, 4), lora.EntryShape(1, 64, 96, 4)]
-    layout = lora.adapter_layout(shapes, multiple)
+    multiple = extent_alignment([64, 96])
+    shapes = [EntryShape(0, 50_257, 64, 4), EntryShape(1, 64, 96, 4)]
+    layout = adapter_layout(shapes, multiple)
     assert layout.alignment == multiple
     assert layout.b_offset[0] % 64 == layout.a_offset[1] % 64 == layout.b_offset[1] % 96 == 0
     spans = sorted(

@@ -24,7 +24,7 @@ ALLOWED = {
     "loraplex_bench": {"loraplex", "loraplex_kernels", "loraplex_server"},
 }
 # The SDK's command hands over to the others by name, once it knows that they are installed.
-HANDS_OVER = {Path("cli.py"), Path("_extras.py")}
+HANDS_OVER = {Path("_extras.py")}
 
 
 def _files(package: str) -> list[Path]:
@@ -58,6 +58,21 @@ def test_kernels_need_torch_and_triton_only() -> None:
         assert not foreign, f"{path.relative_to(ROOT)} imports {sorted(foreign)}"
 
 
+def test_ops_of_the_kernels_import_no_other_op() -> None:
+    """An op is a folder; the files at the top, and the pool of adapters, are there for all of them."""
+    root = PACKAGES["loraplex_kernels"]
+    ops = {path.parent.name for path in root.glob("*/__init__.py")} - {"pool"}
+    for path in _files("loraplex_kernels"):
+        room = path.relative_to(root).parts[0]
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if not isinstance(node, ast.ImportFrom) or not node.module:
+                continue
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            named = {name.split(".")[1] for name in names if name.startswith("loraplex_kernels.")}
+            foreign = (named & ops) - {room}
+            assert not foreign, f"{path.relative_to(ROOT)} imports {sorted(foreign)}"
+
+
 def test_only_the_container_folders_have_their_names() -> None:
     """A folder or file of these names elsewhere hides Hugging Face's `kernels` or triton when run by path."""
     for path in [*ROOT.rglob("*.py"), *(path.parent for path in ROOT.rglob("*.py"))]:
@@ -72,7 +87,7 @@ def test_only_the_container_folders_have_their_names() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["loraplex_server.engine.scheduler", "loraplex_server.engine.planning", "loraplex_server.engine.client"],
+    ["loraplex_server.engine.scheduler", "loraplex_server.engine.planning", "loraplex_server.wire.client"],
 )
 def test_scheduling_and_the_api_side_need_no_torch(module: str) -> None:
     script = (
@@ -99,6 +114,18 @@ def test_stubs_are_what_the_protos_say(tmp_path: Path) -> None:
     assert len(made) == 3 * len(protos)
     for relative, text in made.items():
         assert (ROOT / "clients/python" / relative).read_text() == text, f"{relative}: run `make protos`"
+
+
+def test_the_blocking_client_is_what_the_asyncio_one_says(tmp_path: Path) -> None:
+    """`make sync` changes nothing."""
+    command = [sys.executable, ROOT / "tools/make_sync.py", tmp_path]
+    subprocess.run(command, check=True, timeout=60)
+    made = sorted(tmp_path.iterdir())
+    assert {"client.py", "streams.py"} <= {path.name for path in made}
+    for path in made:
+        kept = PACKAGES["loraplex"] / "_sync" / path.name
+        assert kept.read_text() == path.read_text(), f"{path.name}: run `make sync`"
+        assert path.read_text().startswith("# Made from ")
 
 
 def test_python_files_declare_their_annotations_lazily() -> None:

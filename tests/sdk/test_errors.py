@@ -160,8 +160,8 @@ def test_errors_survive_pickling() -> None:
 
 def test_every_error_of_the_server_arrives_with_its_reason(drive: Any, server: Any, connect: Any) -> None:
     """As the server itself writes them: class, reason, and how long to wait."""
-    from loraplex_server import errors as ours
-    from loraplex_server.api.status import to_status
+    from loraplex_server.api.rpc.status import to_status
+    from loraplex_server.core import errors as ours
 
     kinds = [kind for kind in ours.ServerError.__subclasses__() if kind.__module__ == ours.__name__]
     cases = [(kind, reason) for kind in kinds for reason in ("", *ours.Reason)]

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from loraplex_kernels import int4, nf4
+from loraplex_kernels.quant import int4, nf4
 
 Mode = Literal["none", "nf4", "int4"]
 MODES: tuple[Mode, ...] = ("none", "nf4", "int4")

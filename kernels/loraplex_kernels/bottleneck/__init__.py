@@ -16,8 +16,7 @@ from torch import Tensor
 
 from loraplex_kernels.bottleneck import reference
 from loraplex_kernels.bottleneck.reference import NON_LINEARITIES
-from loraplex_kernels.lora.layouts import LoraPool, LoraSite
-from loraplex_kernels.lora.segments import LoraBatch
+from loraplex_kernels.pool import LoraBatch, LoraPool, LoraSite
 
 __all__ = ["NON_LINEARITIES", "add", "any_networks", "reads_residual"]
 

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loraplex_kernels import dense, dispatch
-from loraplex_kernels.lora.layouts import BottleneckReads, LoraPool, LoraSite, VectorKind
-from loraplex_kernels.lora.segments import LoraBatch
 from loraplex_kernels.parallel import threads_for
+from loraplex_kernels.pool import BottleneckReads, LoraBatch, LoraPool, LoraSite, VectorKind
 
 _PRODUCTS_PER_US = 25_000
 

@@ -20,42 +20,9 @@ from torch import Tensor
 
 from loraplex_kernels import dispatch
 from loraplex_kernels.lora import gather, reference
-from loraplex_kernels.lora.layouts import (
-    ALIGNMENT,
-    MAX_RANK,
-    RANK_ALIGN,
-    AdapterLayout,
-    EntryShape,
-    LoraPool,
-    LoraSite,
-    VectorKind,
-    VectorShape,
-    adapter_layout,
-    extent_alignment,
-    padded_rank,
-)
-from loraplex_kernels.lora.segments import LoraBatch, LoraBatchBuffers, Run
+from loraplex_kernels.pool import LoraBatch, LoraPool, LoraSite
 
-__all__ = [
-    "ALIGNMENT",
-    "MAX_RANK",
-    "RANK_ALIGN",
-    "AdapterLayout",
-    "EntryShape",
-    "LoraBatch",
-    "LoraBatchBuffers",
-    "LoraPool",
-    "LoraSite",
-    "Run",
-    "VectorKind",
-    "VectorShape",
-    "adapter_layout",
-    "apply",
-    "expand",
-    "extent_alignment",
-    "padded_rank",
-    "shrink",
-]
+__all__ = ["apply", "expand", "shrink"]
 
 
 def shrink(x: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> Tensor:
@@ -69,9 +36,9 @@ def shrink(x: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> Tenso
     chosen = dispatch.backend(x.device)
     dispatch.count("lora.shrink", chosen)
     if chosen == "triton":
-        from loraplex_kernels.lora.kernel import shrink as launch_shrink
+        from loraplex_kernels.lora import launch
 
-        return launch_shrink(x, pool, site, batch)
+        return launch.shrink(x, pool, site, batch)
     return reference.shrink(x, pool, site, batch)
 
 
@@ -85,9 +52,9 @@ def expand(h: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch, y: Tenso
     chosen = dispatch.backend(y.device)
     dispatch.count("lora.expand", chosen)
     if chosen == "triton":
-        from loraplex_kernels.lora.kernel import expand as launch_expand
+        from loraplex_kernels.lora import launch
 
-        launch_expand(h, pool, site, batch, y)
+        launch.expand(h, pool, site, batch, y)
     else:
         reference.expand(h, pool, site, batch, y)
 
@@ -126,7 +93,7 @@ def _check(rows: Tensor, name: str, columns: int, pool: LoraPool, site: LoraSite
 
 
 def _problem(rows: Tensor, name: str, columns: int, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> str:
-    """What `_check` found; apart from it, since the check runs at every site of every step."""
+    """The message for what `_check` found; apart, since the check runs at every site of every step."""
     if batch.num_pairs == 0:
         return "batch has no pair: skip the op where batch.num_pairs is 0"
     if rows.dim() != 2 or rows.shape[1] < columns or (name == "x" and rows.shape[1] != columns):

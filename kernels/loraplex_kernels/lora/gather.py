@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels._sparse import csr
-from loraplex_kernels.lora.layouts import LoraPool, LoraSite, padded_rank
-from loraplex_kernels.lora.segments import HostSegments, LoraBatch, ranges
 from loraplex_kernels.parallel import threads_for
+from loraplex_kernels.pool import HostSegments, LoraBatch, LoraPool, LoraSite, padded_rank
+from loraplex_kernels.pool.segments import ranges
 
 MATMUL_ROWS = 8
 """Stretches of one composition with more tokens than this are multiplied per adapter."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loraplex_kernels.lora.layouts import LoraPool, LoraSite
-from loraplex_kernels.lora.segments import LoraBatch
+from loraplex_kernels.pool import LoraBatch, LoraPool, LoraSite
 
 
 def shrink(x: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> Tensor:

@@ -31,6 +31,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from loraplex_kernels.pool import DECODE_ROWS, PREFILL_ROWS
+
 Family = Literal["decode", "shared", "prefill"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
@@ -38,16 +40,19 @@ Element = Literal["half", "single", "int8"]
 ELEMENTS: tuple[Element, ...] = get_args(Element)
 """Adapters in bfloat16 or float16; anything beside float32 activations; adapters in int8 with scales."""
 
-DECODE_ROWS = 16
-PREFILL_ROWS = 64
 PLANES = (1, 2, 4, 8, 16)
 
 TUNED = Path(__file__).parent / "tuned"
 """Where `load` looks for tables of particular cards."""
 
 _SHARED_PAIRS = 512
+"""Above so many pairs reading x and y outweighs the launches: eight tiles of `PREFILL_ROWS`."""
+
 _MIN_K_PER_PLANE = 512
+"""A plane of fewer inputs than this reads less of x than its partial sums cost."""
+
 _STACKED_RANK = 64
+"""Stacked rank rows of a step at least: a tensor core product's full width for the ranks that are usual."""
 
 
 @dataclass(frozen=True)
@@ -98,25 +103,72 @@ Table = Mapping[tuple[Family, Element], LoraTiles]
 
 _override: Table | None = None
 
+
+def _decode(
+    *,
+    vector_k: int,
+    shrink_k: int = 128,
+    shrink_warps: int = 4,
+    shrink_stages: int = 3,
+    expand_columns: int = 1024,
+    dot_columns: int,
+) -> LoraTiles:
+    """Rows one by one; about five programs of the shrink for each multiprocessor keep reads in flight."""
+    return LoraTiles(
+        rows=DECODE_ROWS,
+        stacked=False,
+        vector_rows=4,
+        vector_k=vector_k,
+        shrink_rank=16,
+        shrink_k=shrink_k,
+        shrink_warps=shrink_warps,
+        shrink_stages=shrink_stages,
+        shrink_programs=640,
+        expand_rank=16,
+        expand_columns=expand_columns,
+        dot_columns=dot_columns,
+        expand_warps=4,
+        expand_stages=1,
+    )
+
+
+def _stacked(*, shrink_programs: int, single: bool) -> LoraTiles:
+    """Tensor cores, all slices in one program; narrow tiles with float32 activations, which have none."""
+    columns = 64 if single else 128
+    return LoraTiles(
+        rows=PREFILL_ROWS,
+        stacked=True,
+        vector_rows=0,
+        vector_k=0,
+        shrink_rank=16,
+        shrink_k=32 if single else 64,
+        shrink_warps=8 if single else 4,
+        shrink_stages=2 if single else 3,
+        shrink_programs=shrink_programs,
+        expand_rank=16,
+        expand_columns=columns,
+        dot_columns=columns,
+        expand_warps=4 if single else 8,
+        expand_stages=2,
+    )
+
+
+_PROCESSORS = 132
+"""Multiprocessors of an H100: one program of the shrink for each in prefill, two where rows are few."""
+
 BUILT_IN: Table = {
-    #                           rows stack  vec: rows k | rank   k  w st progs | rank cols dot  w st
-    ("decode", "half"): LoraTiles(16, False, 4, 512, 16, 128, 2, 3, 640, 16, 1024, 256, 4, 1),
-    ("decode", "int8"): LoraTiles(16, False, 4, 1024, 16, 128, 4, 3, 640, 16, 1024, 128, 4, 1),
-    ("decode", "single"): LoraTiles(16, False, 4, 256, 16, 64, 4, 2, 640, 16, 256, 64, 4, 1),
-    ("shared", "half"): LoraTiles(64, True, 0, 0, 16, 64, 4, 3, 264, 16, 128, 128, 8, 2),
-    ("shared", "int8"): LoraTiles(64, True, 0, 0, 16, 64, 4, 3, 264, 16, 128, 128, 8, 2),
-    ("shared", "single"): LoraTiles(64, True, 0, 0, 16, 32, 8, 2, 264, 16, 64, 64, 4, 2),
-    ("prefill", "half"): LoraTiles(64, True, 0, 0, 16, 64, 4, 3, 132, 16, 128, 128, 8, 2),
-    ("prefill", "int8"): LoraTiles(64, True, 0, 0, 16, 64, 4, 3, 132, 16, 128, 128, 8, 2),
-    ("prefill", "single"): LoraTiles(64, True, 0, 0, 16, 32, 8, 2, 132, 16, 64, 64, 4, 2),
+    ("decode", "half"): _decode(vector_k=512, shrink_warps=2, dot_columns=256),
+    ("decode", "int8"): _decode(vector_k=1024, dot_columns=128),
+    ("decode", "single"): _decode(
+        vector_k=256, shrink_k=64, shrink_stages=2, expand_columns=256, dot_columns=64
+    ),
+    ("shared", "half"): _stacked(shrink_programs=2 * _PROCESSORS, single=False),
+    ("shared", "int8"): _stacked(shrink_programs=2 * _PROCESSORS, single=False),
+    ("shared", "single"): _stacked(shrink_programs=2 * _PROCESSORS, single=True),
+    ("prefill", "half"): _stacked(shrink_programs=_PROCESSORS, single=False),
+    ("prefill", "int8"): _stacked(shrink_programs=_PROCESSORS, single=False),
+    ("prefill", "single"): _stacked(shrink_programs=_PROCESSORS, single=True),
 }
-
-
-def tile_rows(num_pairs: int, num_segments: int) -> int:
-    """Rows per tile for a batch of `num_pairs` (token, adapter) pairs over `num_segments` distinct
-    adapters.
-    """
-    return PREFILL_ROWS if num_pairs > 2 * DECODE_ROWS * max(num_segments, 1) else DECODE_ROWS
 
 
 def family(rows: int, num_pairs: int) -> Family:

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from loraplex_kernels.lora.layouts import LoraPool, LoraSite
-from loraplex_kernels.lora.segments import LoraBatch
+from loraplex_kernels.pool import LoraBatch, LoraPool, LoraSite
 from loraplex_kernels.replacement import reference
 from loraplex_kernels.replacement.reference import OwnWeight, any_weights
 

@@ -17,8 +17,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from loraplex_kernels import dispatch
-from loraplex_kernels.lora.layouts import LoraPool, LoraSite, VectorKind
-from loraplex_kernels.lora.segments import LoraBatch
+from loraplex_kernels.pool import LoraBatch, LoraPool, LoraSite, VectorKind
 from loraplex_kernels.vectors import reference
 
 __all__ = ["add_bias", "any_vectors", "place_soft_prompts", "prefix", "scale_input", "scale_output"]

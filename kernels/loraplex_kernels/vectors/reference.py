@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_kernels.lora.layouts import SCALE_BYTES, LoraPool, LoraSite, VectorKind
-from loraplex_kernels.lora.segments import LoraBatch
+from loraplex_kernels.pool import SCALE_BYTES, LoraBatch, LoraPool, LoraSite, VectorKind
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from loraplex_kernels.lora.layouts import LoraPool, LoraSite
-from loraplex_kernels.lora.segments import LoraBatch
+from loraplex_kernels.pool import LoraBatch, LoraPool, LoraSite
 from loraplex_kernels.vocabulary import reference
 from loraplex_kernels.vocabulary.reference import acts_at, added_tokens
 

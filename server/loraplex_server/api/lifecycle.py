@@ -8,12 +8,12 @@ import dataclasses
 from collections.abc import AsyncGenerator, Iterator
 from typing import TypeVar
 
-from loraplex_server.api.adapter_tokenizers import AdapterTokenizers
-from loraplex_server.api.chat.prompts import ChatPrompts
-from loraplex_server.api.convert import Limits
-from loraplex_server.api.tokenizer import Tokenizer
-from loraplex_server.engine.client import EngineClient
-from loraplex_server.errors import Reason, UnavailableError
+from loraplex_server.api.requests.limits import Limits
+from loraplex_server.api.text.adapter_tokenizers import AdapterTokenizers
+from loraplex_server.api.text.chat.prompts import ChatPrompts
+from loraplex_server.api.text.tokenizer import Tokenizer
+from loraplex_server.core.errors import Reason, UnavailableError
+from loraplex_server.wire.client import EngineClient
 
 T = TypeVar("T")
 

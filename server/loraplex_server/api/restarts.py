@@ -5,10 +5,21 @@ from __future__ import annotations
 import collections
 import logging
 import time
+from typing import Any
 
-from loraplex_server.engine.client import EngineClient
-from loraplex_server.engine.messages import AdapterCommand, AdapterReply
-from loraplex_server.errors import ServerError
+import msgspec
+
+from loraplex_server.core.errors import ServerError
+from loraplex_server.wire.client import EngineClient
+from loraplex_server.wire.commands import (
+    AdoptAdapter,
+    Command,
+    ComposeAdapter,
+    ListAdapters,
+    LoadAdapter,
+    PinAdapter,
+    UnloadAdapter,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -41,26 +52,26 @@ class AdapterJournal:
     """
 
     def __init__(self) -> None:
-        self._registered: dict[str, AdapterCommand] = {}
+        self._registered: dict[str, LoadAdapter | ComposeAdapter] = {}
         self._uploaded: dict[str, None] = {}
         self._unloaded: dict[str, None] = {}
         self._pins: dict[str, bool] = {}
 
-    def note(self, command: AdapterCommand, _reply: AdapterReply) -> None:
+    def note(self, command: Command[Any]) -> None:
         """Takes in a command that succeeded."""
-        match command.op:
-            case "load" | "compose":
+        match command:
+            case LoadAdapter() | ComposeAdapter():
                 self._register(command)
-            case "adopt":
-                self._forget(command.name)
-                self._uploaded[command.name] = None
-            case "unload":
-                self._forget(command.name)
-                self._unloaded[command.name] = None
-            case "pin":
-                self._pins[command.name] = command.pinned
+            case AdoptAdapter(name):
+                self._forget(name)
+                self._uploaded[name] = None
+            case UnloadAdapter(name):
+                self._forget(name)
+                self._unloaded[name] = None
+            case PinAdapter(name, pinned):
+                self._pins[name] = pinned
 
-    def _register(self, command: AdapterCommand) -> None:
+    def _register(self, command: LoadAdapter | ComposeAdapter) -> None:
         pinned = self._pins.get(command.name)
         # Anew, and so last: what a composition is made of has to come before it.
         self._forget(command.name)
@@ -76,21 +87,21 @@ class AdapterJournal:
         """Brings a new engine to where the old one was; what cannot be had again is logged."""
         if not (self._uploaded or self._unloaded or self._registered or self._pins):
             return
-        known = {status.name for status in await engine.list_adapters()}
+        known = {status.name for status in await engine.command(ListAdapters())}
         for name in self._uploaded:
             _log.error("adapter %r was uploaded and has to be sent again: the engine was restarted", name)
         for name in list(self._unloaded):
             if name in known:
-                await self._try(name, engine.repeat(AdapterCommand(0, "unload", name)))
+                await _repeat(engine, name, UnloadAdapter(name))
         for name, command in list(self._registered.items()):
-            await self._try(name, engine.repeat(command, inplace=name in known))
+            await _repeat(engine, name, msgspec.structs.replace(command, inplace=name in known))
         for name, pinned in list(self._pins.items()):
             if name not in self._uploaded:
-                await self._try(name, engine.repeat(AdapterCommand(0, "pin", name, pinned=pinned)))
+                await _repeat(engine, name, PinAdapter(name, pinned))
 
-    @staticmethod
-    async def _try(name: str, done: collections.abc.Awaitable[None]) -> None:
-        try:
-            await done
-        except ServerError as error:
-            _log.error("adapter %r is not what it was before the engine was restarted: %s", name, error)
+
+async def _repeat(engine: EngineClient, name: str, command: Command[Any]) -> None:
+    try:
+        await engine.command(command)
+    except ServerError as error:
+        _log.error("adapter %r is not what it was before the engine was restarted: %s", name, error)

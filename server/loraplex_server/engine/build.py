@@ -9,27 +9,30 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import cast
 
 import torch
 
 from loraplex_kernels import dispatch, parallel
-from loraplex_server.adapters.sites import SiteRegistry
-from loraplex_server.adapters.store import AdapterStore
+from loraplex_server.adapters.residency.device_tier import planned_pool
+from loraplex_server.adapters.residency.store import AdapterStore
+from loraplex_server.adapters.spec.sites import SiteRegistry
 from loraplex_server.config import EngineConfig
+from loraplex_server.core.errors import FailedPreconditionError
 from loraplex_server.engine.audit import finish
 from loraplex_server.engine.engine import Emit, Engine
 from loraplex_server.engine.grammars import Grammars
-from loraplex_server.engine.messages import EngineInfo
 from loraplex_server.engine.token_trie import load_token_trie
-from loraplex_server.errors import FailedPreconditionError
-from loraplex_server.model import architecture, loader, memory
-from loraplex_server.model.frozen import FrozenProjections
-from loraplex_server.model.generation_config import sampling_defaults
-from loraplex_server.model.graphs import ladder
-from loraplex_server.model.loader import BaseModel, EmptyModel
-from loraplex_server.model.runner import ModelRunner
-from loraplex_server.model.selfcheck import check_ragged
+from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.load import architecture, loader
+from loraplex_server.model.load.empty_model import EmptyModel
+from loraplex_server.model.load.frozen import FrozenProjections
+from loraplex_server.model.load.generation_config import sampling_defaults
+from loraplex_server.model.plan import memory
+from loraplex_server.model.run.graphs import ladder
+from loraplex_server.model.run.kv_cache import allocate_kv, kv_dtype
+from loraplex_server.model.run.runner import ModelRunner
+from loraplex_server.model.run.selfcheck import check_ragged
+from loraplex_server.wire.messages import EngineInfo
 
 _log = logging.getLogger(__name__)
 
@@ -53,14 +56,21 @@ def build_engine(
     """
     _keep_freed_memory()
     parallel.set_threads(config.model.threads or max(1, (os.cpu_count() or 2) - 1))
-    dispatch.set_kernels(cast(dispatch.Kernels, config.model.kernels))
+    dispatch.set_kernels(config.model.kernels)
     empty, checkpoint = loader.prepare(config.model)
     device, dtype = empty.format.device, empty.format.dtype
     kernels = dispatch.backend(device)
     limit = architecture.longest_context(empty.config, config.scheduler.max_model_len)
     registry = _registry(empty)
     sizes = _graph_sizes(config, recordable=kernels == "triton" and device.type == "cuda")
-    plan = memory.make_plan(empty, registry, config, limit, triton=kernels == "triton", graph_sizes=sizes)
+    plan = memory.make_plan(
+        empty,
+        planned_pool(registry, config.adapters, dtype),
+        config,
+        limit,
+        triton=kernels == "triton",
+        graph_sizes=sizes,
+    )
     _log.info("memory, of %s:\n%s", plan.device, plan.table())
     base = empty.fill(checkpoint, progress=progress)
     layers = check_ragged(base)
@@ -75,8 +85,8 @@ def build_engine(
     if limit > num_blocks * block_size:
         limit = num_blocks * block_size
         _log.warning("the KV cache holds %d tokens: no request may be longer", limit)
-    kv_dtype = memory.kv_dtype(config.scheduler, dtype)
-    kv_caches = memory.allocate_kv(base.kv_shapes, num_blocks, block_size, kv_dtype, device)
+    cache_dtype = kv_dtype(config.scheduler, dtype)
+    kv_caches = allocate_kv(base.kv_shapes, num_blocks, block_size, cache_dtype, device)
     runner = ModelRunner(
         base,
         kv_caches,
@@ -175,19 +185,19 @@ def _ready_device(
 def _registry(empty: EmptyModel) -> SiteRegistry:
     """The places of a model where adapters act, numbered as its parts are once they are loaded."""
     projections = [projection for group in empty.grouped for projection in group]
-    ends = empty.ends
+    outer = empty.embedding_and_head
     biased = {p.path for p in projections if p.has_bias}
     biased |= {norm.path for norm in empty.norms if norm.has_bias}
     return SiteRegistry(
         ((p.path, p.in_features, p.out_features) for p in projections),
-        biased=biased | ({ends.head_path} if ends.head_has_bias else set()),
-        hidden_size=ends.hidden_size,
+        biased=biased | ({outer.head_path} if outer.head_has_bias else set()),
+        hidden_size=outer.hidden_size,
         sharing={p.path for group in empty.grouped if len(group) > 1 for p in group},
         norms=((norm.path, norm.width) for norm in empty.norms),
-        embedding=ends.embedding_path,
-        head=ends.head_path,
-        vocabulary=ends.tokens,
-        tied=ends.tied,
+        embedding=outer.embedding_path,
+        head=outer.head_path,
+        vocabulary=outer.tokens,
+        tied=outer.tied,
         kv_shapes=empty.kv_shapes,
         model_type=empty.config.model_type,
         residual=empty.residual,
@@ -196,11 +206,11 @@ def _registry(empty: EmptyModel) -> SiteRegistry:
 
 def _frozen_base(base: BaseModel) -> FrozenProjections:
     """A base model's weights as the loading of adapters asks for them."""
-    ends = base.vocabulary
+    vocabulary = base.vocabulary
     return FrozenProjections(
         base.groups,
-        (ends.embedding_path, ends.table),
-        (ends.head_path, ends.head_table, ends.head_bias),
+        (vocabulary.embedding_path, vocabulary.table),
+        (vocabulary.head_path, vocabulary.head_table, vocabulary.head_bias),
     )
 
 

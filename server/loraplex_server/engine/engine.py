@@ -18,33 +18,11 @@ from typing import Protocol
 
 import msgspec
 
-from loraplex_server.adapters.record import AdapterHandle
-from loraplex_server.adapters.registration import unloaded
-from loraplex_server.adapters.store import AdapterStore
+from loraplex_server.adapters.residency.record import AdapterHandle
+from loraplex_server.adapters.residency.registration import unloaded
+from loraplex_server.adapters.residency.store import AdapterStore
 from loraplex_server.config import EngineConfig
-from loraplex_server.core.request import FinishReason, Request
-from loraplex_server.core.step import SampledToken, StepOutput, StepPlan
-from loraplex_server.engine.audit import Audit, finish
-from loraplex_server.engine.constraint import Constraint
-from loraplex_server.engine.drafts import Drafter
-from loraplex_server.engine.grammars import Grammars, no_tokens
-from loraplex_server.engine.kv_blocks import KvBlockPool
-from loraplex_server.engine.messages import (
-    EngineInfo,
-    Failed,
-    IntegrityReply,
-    Stats,
-    StepRecord,
-    Times,
-    TokenDelta,
-    TokenLogprobs,
-    Tokens,
-    TopLogprob,
-)
-from loraplex_server.engine.planning import build_plan
-from loraplex_server.engine.scheduler import Scheduled, Scheduler
-from loraplex_server.engine.sequence import Sequence, Status
-from loraplex_server.errors import (
+from loraplex_server.core.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
     InternalError,
@@ -53,6 +31,27 @@ from loraplex_server.errors import (
     ResourceExhaustedError,
     ServerError,
 )
+from loraplex_server.core.request import FinishReason, Request
+from loraplex_server.core.step import SampledToken, StepOutput, StepPlan
+from loraplex_server.engine.audit import Audit, finish
+from loraplex_server.engine.constraint import Constraint
+from loraplex_server.engine.drafts import Drafter
+from loraplex_server.engine.grammars import Grammars, no_tokens
+from loraplex_server.engine.kv_blocks import KvBlockPool
+from loraplex_server.engine.planning import build_plan
+from loraplex_server.engine.scheduler import Scheduled, Scheduler
+from loraplex_server.engine.sequence import Sequence, Status
+from loraplex_server.wire.commands import IntegrityReport
+from loraplex_server.wire.messages import (
+    EngineInfo,
+    Failed,
+    Times,
+    TokenDelta,
+    TokenLogprobs,
+    Tokens,
+    TopLogprob,
+)
+from loraplex_server.wire.stats import Stats, StepRecord
 
 _log = logging.getLogger(__name__)
 
@@ -371,14 +370,13 @@ class Engine:
             prefix_hits=prefix_hits,
         )
 
-    def check_integrity(self, call_id: int = 0) -> IntegrityReply:
+    def check_integrity(self) -> IntegrityReport:
         """Compares every pool with its holders, and the weights with their checksum."""
         problems = self._problems()
         checksum = finish(self._runner.weight_checksum())
         if checksum != self.info.weight_checksum:
             problems.append("the base weights have changed since they were loaded")
-        return IntegrityReply(
-            call_id=call_id,
+        return IntegrityReport(
             problems=tuple(problems),
             running=len(self.scheduler.running),
             waiting=self._num_waiting,

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from loraplex_server.core.errors import FailedPreconditionError, InvalidArgumentError
 from loraplex_server.core.request import Structure
 from loraplex_server.engine.constraint import Constraint, reason
-from loraplex_server.errors import FailedPreconditionError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from llguidance import LLParserLimits, LLTokenizer

@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from loraplex_server.adapters.record import AdapterHandle
+from loraplex_server.adapters.residency.record import AdapterHandle
 from loraplex_server.core.random import uniform
 from loraplex_server.core.step import Ints, StepPlan
 from loraplex_server.engine.scheduler import Scheduled

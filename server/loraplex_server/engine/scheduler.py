@@ -15,12 +15,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable
 from typing import Protocol
 
-from loraplex_server.adapters.record import AdapterHandle, Readiness
+from loraplex_server.adapters.residency.record import AdapterHandle, Readiness
 from loraplex_server.config import SchedulerConfig
+from loraplex_server.core.errors import DeadlineExceededError, InternalError, ServerError
 from loraplex_server.engine.fairness import Account, DeficitRoundRobin, Ledger
 from loraplex_server.engine.kv_blocks import KvBlockPool
 from loraplex_server.engine.sequence import Sequence, Status
-from loraplex_server.errors import DeadlineExceededError, InternalError, ServerError
 
 AdmissionOrder = Callable[[list[Sequence], float, Container[Account]], Iterable[Sequence]]
 """The waiting sequences (in order of arrival), the time, and the flows that are passed over, to the order in

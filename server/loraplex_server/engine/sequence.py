@@ -8,7 +8,7 @@ import enum
 import time
 from collections.abc import Iterator
 
-from loraplex_server.adapters.record import AdapterHandle
+from loraplex_server.adapters.residency.record import AdapterHandle
 from loraplex_server.core.request import Request
 from loraplex_server.engine.constraint import Constraint
 from loraplex_server.engine.drafts import Drafter

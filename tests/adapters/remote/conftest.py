@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from loraplex_server.adapters.remote import download
-from loraplex_server.adapters.resolver import AdapterSources
+from loraplex_server.adapters.origins.remote import download
+from loraplex_server.adapters.origins.resolver import AdapterSources
 from loraplex_server.config import AdapterConfig
 
 Files = dict[str, bytes]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_server.adapters.remote.backend import RemoteFile
-from loraplex_server.adapters.remote.cache import DownloadCache
-from loraplex_server.adapters.remote.download import Downloader
-from loraplex_server.errors import FailedPreconditionError, Reason, ResourceExhaustedError
+from loraplex_server.adapters.origins.remote.cache import DownloadCache
+from loraplex_server.adapters.origins.remote.download import Downloader
+from loraplex_server.adapters.origins.remote.protocol import RemoteFile
+from loraplex_server.core.errors import FailedPreconditionError, Reason, ResourceExhaustedError
 
 
 def fill(cache: DownloadCache, key: str, num_bytes: int) -> Path:

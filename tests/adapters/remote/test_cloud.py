@@ -12,16 +12,16 @@ from urllib.parse import unquote
 
 import pytest
 
-from loraplex_server.adapters.remote import backend, cloud
-from loraplex_server.adapters.remote.cloud import CloudBackend
-from loraplex_server.adapters.remote.uri import parse_uri
-from loraplex_server.adapters.resolver import AdapterSources
-from loraplex_server.errors import (
+from loraplex_server.adapters.origins.remote import cloud, protocol
+from loraplex_server.adapters.origins.remote.cloud import CloudBackend
+from loraplex_server.adapters.origins.resolver import AdapterSources
+from loraplex_server.core.errors import (
     FailedPreconditionError,
     NotFoundError,
     PermissionDeniedError,
     UnavailableError,
 )
+from loraplex_server.core.source_uri import parse_uri
 
 WEIGHTS = "adapter_model.safetensors"
 MakeSources = Callable[..., AdapterSources]
@@ -73,7 +73,7 @@ def test_s3_objects_that_are_replaced_meanwhile_are_not_mixed(
     chunks = folder.read(file, 5)
     assert next(chunks) == (adapter / WEIGHTS).read_bytes()[5:10_005]
     s3_server.put({f"bucket/team/sql/{WEIGHTS}": bytes(file.size)})
-    with pytest.raises(backend.ChangedError):
+    with pytest.raises(protocol.ChangedError):
         list(chunks)
 
 

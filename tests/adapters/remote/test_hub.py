@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from loraplex_server.adapters.resolver import AdapterSources
-from loraplex_server.errors import (
+from loraplex_server.adapters.origins.resolver import AdapterSources
+from loraplex_server.core.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex_server.adapters import store as store_module
-from loraplex_server.adapters.sites import SiteRegistry
-from loraplex_server.adapters.store import AdapterStore
+from loraplex_server.adapters.residency import store as store_module
+from loraplex_server.adapters.residency.store import AdapterStore
+from loraplex_server.adapters.spec.sites import SiteRegistry
 from loraplex_server.config import AdapterConfig
-from loraplex_server.engine.messages import AdapterStatus
-from loraplex_server.errors import (
+from loraplex_server.core.adapter_status import AdapterStatus
+from loraplex_server.core.errors import (
     AlreadyExistsError,
     CancelledError,
     FailedPreconditionError,

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from loraplex_server.adapters.remote.uri import AllowedSources, parse_uri, redact
-from loraplex_server.errors import InvalidArgumentError, PermissionDeniedError
+from loraplex_server.core.errors import InvalidArgumentError, PermissionDeniedError
+from loraplex_server.core.source_uri import AllowedSources, parse_uri, redact
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DIGEST = "ab" * 32

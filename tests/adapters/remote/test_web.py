@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from loraplex_server.adapters.resolver import AdapterSources
-from loraplex_server.errors import (
+from loraplex_server.adapters.origins.resolver import AdapterSources
+from loraplex_server.core.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,

@@ -14,7 +14,7 @@ from loraplex_server.api.http.errors import HttpError
 from loraplex_server.api.http.events import ClientGoneError
 from loraplex_server.api.http.schema import GenerationBody
 from loraplex_server.api.http.unserved import Unserved, without_unserved
-from loraplex_server.errors import InvalidArgumentError
+from loraplex_server.core.errors import InvalidArgumentError
 
 _READ_S = 30.0
 _PATH = re.compile(r" - at (?:`key` in )?`\$\.?(.*)`$")

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import msgspec
 
-from loraplex_server.api.answer import End, Piece, Prompt
-from loraplex_server.api.detokenizer import token_offsets
+from loraplex_server.api.answers.answer import End, Piece
+from loraplex_server.api.answers.whole import WholeAnswer
 from loraplex_server.api.http.schema import (
     AnswerMessage,
     ChatChoice,
@@ -29,8 +29,10 @@ from loraplex_server.api.http.schema import (
     TokenEntry,
     Usage,
 )
-from loraplex_server.api.tokenizer import Tokenizer
-from loraplex_server.engine.messages import TokenLogprobs
+from loraplex_server.api.requests.prompts import Prompt
+from loraplex_server.api.text.detokenizer import token_offsets
+from loraplex_server.api.text.tokenizer import Tokenizer
+from loraplex_server.wire.messages import TokenLogprobs
 
 TokenText = Callable[[int], str]
 
@@ -49,35 +51,10 @@ class Heading:
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
 
-@dataclasses.dataclass
-class Collected:
-    """One answer as it grows."""
-
-    texts: list[str] = dataclasses.field(default_factory=list)
-    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
-    offsets: list[int] = dataclasses.field(default_factory=list)
-    prompt: Prompt | None = None
-    prompt_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
-    end: End | None = None
-
-    def add(self, piece: Piece, end: End | None) -> None:
-        self.prompt = piece.prompt or self.prompt
-        self.prompt_logprobs.extend(piece.prompt_logprobs)
-        self.texts.append(piece.text)
-        self.logprobs.extend(piece.logprobs)
-        self.offsets.extend(piece.offsets)
-        self.end = end
-
-    @property
-    def finished(self) -> End:
-        assert self.end is not None
-        return self.end
-
-
 class Format(Protocol):
     """The looks of one kind of answer."""
 
-    def whole(self, answers: Sequence[Collected], usage: Usage) -> bytes:
+    def whole(self, answers: Sequence[WholeAnswer], usage: Usage) -> bytes:
         """The body with every answer, in order."""
 
     def events(self, index: int, piece: Piece, end: End | None) -> Iterator[bytes]:
@@ -122,14 +99,14 @@ class CompletionFormat:
         # By index: the characters of the prompt.
         self._echoed: dict[int, int] = {}
 
-    def whole(self, answers: Sequence[Collected], usage: Usage) -> bytes:
+    def whole(self, answers: Sequence[WholeAnswer], usage: Usage) -> bytes:
         choices = []
         for index, answer in enumerate(answers):
             prompt = answer.prompt
             scores = answers[self._first(index)].prompt_logprobs
             choices.append(
                 CompletionChoice(
-                    text=(prompt.text if prompt else "") + "".join(answer.texts),
+                    text=answer.text,
                     index=index,
                     logprobs=self._logprobs(answer.logprobs, answer.offsets, prompt, scores),
                     finish_reason=answer.finished.finish.reason.value,
@@ -236,12 +213,12 @@ class ChatFormat:
         self._usage = None if null_usage else msgspec.UNSET
         self._opened: set[int] = set()
 
-    def whole(self, answers: Sequence[Collected], usage: Usage) -> bytes:
+    def whole(self, answers: Sequence[WholeAnswer], usage: Usage) -> bytes:
         heading = self._heading
         choices = [
             ChatChoice(
                 index=index,
-                message=AnswerMessage("".join(answer.texts)),
+                message=AnswerMessage(answer.text),
                 logprobs=self._logprobs(answer.logprobs),
                 finish_reason=answer.finished.finish.reason.value,
             )
@@ -307,9 +284,8 @@ class ChatFormat:
         )
 
 
-def usage_of(answers: Sequence[Collected], num_choices: int) -> Usage:
+def usage_of(ends: Sequence[End], num_choices: int) -> Usage:
     """Tokens of a request: each prompt's once, however many of `num_choices` answers it has."""
-    ends = [answer.finished for answer in answers]
     prompt = sum(end.prompt_tokens for end in ends[::num_choices])
     completion = sum(end.completion_tokens for end in ends)
     times = [end.finish.times for end in ends[::num_choices]]

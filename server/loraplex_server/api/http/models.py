@@ -12,7 +12,8 @@ from loraplex_server.api.http.generation import MODEL_KEY, HttpSettings
 from loraplex_server.api.http.schema import Model, ModelList
 from loraplex_server.api.http.translate import adapter_of
 from loraplex_server.api.lifecycle import Lifecycle
-from loraplex_server.engine.messages import AdapterStatus
+from loraplex_server.core.adapter_status import AdapterStatus
+from loraplex_server.wire.commands import GetAdapter, ListAdapters
 
 _OWNER = "loraplex"
 
@@ -26,7 +27,7 @@ class Models:
         self._created = int(time.time())
 
     async def list(self, request: Request) -> Response:
-        adapters = await self._lifecycle.backend.engine.list_adapters()
+        adapters = await self._lifecycle.backend.engine.command(ListAdapters())
         # One that drains can no longer be named.
         served = [self._adapter(adapter) for adapter in adapters if not adapter.draining]
         return _json(ModelList([self._base_model(), *(each for each in served if each.id != self._base)]))
@@ -35,7 +36,7 @@ class Models:
         name = request.scope[MODEL_KEY] = request.path_params["model"]
         if not (adapter := adapter_of(name, self._base)):
             return _json(self._base_model())
-        return _json(self._adapter(await self._lifecycle.backend.engine.get_adapter(adapter)))
+        return _json(self._adapter(await self._lifecycle.backend.engine.command(GetAdapter(adapter))))
 
     def _base_model(self) -> Model:
         info = self._lifecycle.backend.engine.info

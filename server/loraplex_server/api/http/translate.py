@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import msgspec
 
 from loraplex.v1 import generation_pb2
-from loraplex_server.api import convert
 from loraplex_server.api.http.schema import (
     ChatBody,
     CompletionBody,
@@ -16,11 +15,10 @@ from loraplex_server.api.http.schema import (
     JsonSchemaFormat,
     Message,
 )
+from loraplex_server.api.requests.limits import MAX_CHOICES, Limits
+from loraplex_server.core import names
+from loraplex_server.core.errors import InvalidArgumentError, NotFoundError
 from loraplex_server.core.request import SamplingDefaults
-from loraplex_server.errors import InvalidArgumentError, NotFoundError
-
-MAX_CHOICES = convert.MAX_CHOICES
-"""Most answers that one HTTP request may ask for, over all its prompts."""
 
 _DEFAULT_TEMPERATURE = 1.0
 _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -28,13 +26,12 @@ _DEFAULT_COMPLETION_TOKENS = 16
 
 
 def completion_messages(
-    body: CompletionBody, base: str, defaults: SamplingDefaults
+    body: CompletionBody, base: str, limits: Limits
 ) -> list[generation_pb2.GenerateRequest]:
     """One message for each prompt.
 
     Args:
         base: name of the base model.
-        defaults: the model's own.
 
     Raises:
         InvalidArgumentError, NotFoundError: a field that only HTTP has is wrong.
@@ -49,7 +46,7 @@ def completion_messages(
     found = []
     for prompt in prompts:
         limit = _DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        message = _message(body, base, defaults, limit)
+        message = _message(body, base, limits.defaults, limit)
         if isinstance(prompt, str):
             message.text = prompt
         else:
@@ -65,27 +62,25 @@ def completion_messages(
     return found
 
 
-def chat_message(
-    body: ChatBody, base: str, defaults: SamplingDefaults, max_model_len: int
-) -> generation_pb2.GenerateRequest:
-    """The message of a conversation.
+def chat_messages(body: ChatBody, base: str, limits: Limits) -> list[generation_pb2.GenerateRequest]:
+    """The one message of a conversation; arguments as those of `completion_messages`.
 
     Raises:
         InvalidArgumentError, NotFoundError: a field that only HTTP has is wrong.
     """
     _check_stream(body)
-    limits = {limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None}
-    if len(limits) > 1:
+    given = {limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None}
+    if len(given) > 1:
         raise InvalidArgumentError.field("max_tokens", "differs from max_completion_tokens; give one of them")
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidArgumentError.field("top_logprobs", "needs logprobs to be true")
     # An assistant speaks until it is done, or the context is full.
-    message = _message(body, base, defaults, limits.pop() if limits else max_model_len)
+    message = _message(body, base, limits.defaults, given.pop() if given else limits.max_model_len)
     for said in body.messages:
         message.chat.messages.add(role=said.role, content=_content(said), name=said.name)
     if body.logprobs:
         message.logprobs = body.top_logprobs or 0
-    return message
+    return [message]
 
 
 def adapter_of(model: str, base: str) -> str:
@@ -96,7 +91,7 @@ def adapter_of(model: str, base: str) -> str:
     """
     if model == base:
         return ""
-    if not convert.valid_adapter_name(model):
+    if not names.is_name(model):
         raise NotFoundError(
             f"there is no model {model[:200]!r}; GET /v1/models lists them", resource=("adapter", model)
         )

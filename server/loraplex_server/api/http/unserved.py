@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from loraplex_server.errors import InvalidArgumentError
+from loraplex_server.core.errors import InvalidArgumentError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,30 @@
+"""Names of the files that an adapter's folder may hold."""
+
+from __future__ import annotations
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+# As the `adapters` library names its files; the configuration is named alike.
+BOTTLENECK_FILE = "adapter.safetensors"
+INTERFACE_FILE = "adapter_interface.json"
+HEAD_FILES = ("model_head.safetensors", "pytorch_model_head.bin")
+
+MAX_CONFIG_BYTES = 1 << 20
+"""Largest configuration that is read; PEFT writes a few KB."""
+
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+TEXT_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, CHAT_TEMPLATE_FILE)
+"""What an adapter may bring for prompts and answers."""
+
+MAX_EXTRA_FILE_BYTES = 32 << 20
+"""Largest of them, which is what the tokenizer of a large vocabulary takes."""
+
+PICKLE_FILES = {
+    "adapter_model.bin": "save_pretrained with safe_serialization=True",
+    "pytorch_adapter.bin": "save_adapter with use_safetensors=True",
+}
+"""What is never read, and how the adapter is saved otherwise."""

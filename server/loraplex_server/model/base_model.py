@@ -1,0 +1,68 @@
+"""The frozen base model, ready to run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Generator
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from loraplex_server.model.layers.linear import SiteGroup
+from loraplex_server.model.layers.residual import ResidualStream
+from loraplex_server.model.layers.vocabulary import Vocabulary
+from loraplex_server.model.layers.weights import WeightFormat
+from loraplex_server.model.parts import NormSite, Projection
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BaseModel:
+    """The frozen base, ready to run.
+
+    Attributes:
+        model: the transformers model; call it inside a `context.running` block only.
+        groups: its projections; entries of the adapter tables are numbered in this order.
+        projections: (path, in, out) of each entry.
+        norms: its norms, whose entries follow.
+        vocabulary: embedding and head, whose entries are the last two.
+        kv_shapes: (KV heads, head dimension) of each layer.
+        residual: what sub-blocks' outputs are added to, for the adapters that read it.
+        parameters: of the unquantised model.
+    """
+
+    model: PreTrainedModel
+    config: PreTrainedConfig
+    format: WeightFormat
+    groups: tuple[SiteGroup, ...]
+    projections: tuple[Projection, ...]
+    norms: tuple[NormSite, ...]
+    vocabulary: Vocabulary
+    kv_shapes: tuple[tuple[int, int], ...]
+    eos_token_ids: tuple[int, ...]
+    parameters: int
+    residual: ResidualStream | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every resident weight by name; tied tensors once."""
+        found = dict(self.model.named_parameters())
+        for group in self.groups:
+            for index, weight in enumerate(group.weights):
+                found |= {f"{group.paths[0]}.{index}.{name}": t for name, t in weight.tensors().items()}
+            if group.bias is not None:
+                found[f"{group.paths[0]}.bias"] = group.bias
+        return found
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def checksum_steps(self) -> Generator[None, None, str]:
+        """SHA-256 over names and bytes of all resident weights, in pieces: yields between tensors."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors().items()):
+            yield
+            digest.update(name.encode())
+            flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(flat.numpy().data)
+        return digest.hexdigest()
