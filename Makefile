@@ -5,10 +5,14 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # One thread a test process: two beside a busy machine make single operations take milliseconds.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# A process for each core, which takes 1 to 2 GiB and starts servers of its own: not more than these. A file's
+# tests stay together, since many share what is dear to make; files go in order, so that no long one is left to the end.
+WORKERS ?= 4
+PARALLEL := -n logical --maxprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 export TRITON_DEFAULT_FP_FUSION ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: docs reference help install demo test test-fast test-kernels test-web screenshot fuzz faults lint bench face bench-gpu bench-peers tune-gpu soak protos sync train clean
+.PHONY: docs reference help install demo test test-fast test-kernels test-web screenshot fuzz faults lint bench api-cost bench-gpu bench-peers tune-gpu many-adapters swap-latency soak protos sync train clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -21,7 +25,7 @@ $(STAMP): pyproject.toml clients/python/pyproject.toml .ci/constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e clients/python -e '.[bench,dev]'
 	@touch $@
 
-demo: $(STAMP) ## Start a real server on the demo model and put eight adapters and the base to work at once
+demo: $(STAMP) ## Start a real server on the demo model and put twelve adapters and the base to work at once
 	$(VENV)/bin/loraplex demo
 
 faults: $(STAMP) ## Clients, connections, disks and steps that fail under a real server, at length
@@ -34,10 +38,10 @@ lint: $(STAMP) ## ruff and mypy (strict)
 	$(PY) -m mypy
 
 test: lint ## Everything, on any machine: at most 15 minutes on two cores
-	$(TEST_ENV) $(PY) -m pytest -q --durations=15
+	$(TEST_ENV) $(PY) -m pytest -q $(PARALLEL) --durations=15
 
 test-fast: $(STAMP) ## The inner loop: two minutes
-	$(TEST_ENV) $(PY) -m pytest -q -x -m 'not slow and not kernels_wide and not gpu_bench and not web'
+	$(TEST_ENV) $(PY) -m pytest -q $(PARALLEL) -x -m 'not slow and not kernels_wide and not gpu_bench and not web'
 
 test-kernels: $(STAMP) ## The wide sweep of the Triton kernels, under the interpreter where there is no GPU
 	$(TEST_ENV) $(PY) -m pytest -q -m kernels_wide tests/ops tests/engine/test_fusion.py
@@ -69,8 +73,8 @@ bench-peers: ## Fetch the 4-bit products that `bench-gpu` compares with into ben
 tune-gpu: ## Measure which variants of the LoRA kernels are fastest on the GPU at hand, and keep them (uses $(PYTHON) as it is)
 	PYTHONPATH=server:kernels:clients/python:bench $(PYTHON) -m loraplex_bench.tune_lora
 
-face: $(STAMP) ## What the API costs beside the engine: CPU a message, messages and tokens a second; results in bench/results
-	$(VENV)/bin/loraplex bench face --output bench/results
+api-cost: $(STAMP) ## What the API costs beside the engine: CPU a message, messages and tokens a second; results in bench/results
+	$(VENV)/bin/loraplex bench api-cost --output bench/results
 
 many-adapters: $(STAMP) ## 5,000 adapters through 32 slots: answers, memory, throughput, misses; results in bench/results
 	$(VENV)/bin/loraplex bench many-adapters --output bench/results
@@ -94,10 +98,11 @@ docs: $(STAMP) ## The documentation as a site in build/docs; a broken link or a 
 reference: $(STAMP) ## Write the reference pages in docs/reference anew from the code
 	$(PY) tools/grpc_reference.py
 	$(PY) -m loraplex_server.config.reference > docs/reference/flags.md
+	$(PY) -m loraplex_server.api.telemetry.reference > docs/reference/metrics.md
 	$(PY) -m loraplex_server.api.reference > docs/reference/errors.md
 
 train: $(STAMP) ## Train the demo model and its adapters anew (hours)
-	$(PY) -m loraplex_bench.demo.train
+	$(PY) -m demo_training.train all
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
