@@ -9,10 +9,9 @@ import numpy.typing as npt
 import torch
 
 from loraplex_kernels.attention import plan, tiles
-from loraplex_kernels.attention.plan import Cut, Queries, TilePlan
+from loraplex_kernels.attention.plan import Cut, Ints, Queries, TilePlan
 from loraplex_kernels.attention.tiles import AttentionTiles, LayerShape
 
-Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.int32]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from loraplex_kernels.attention.layouts import AttentionBatch, QueryGroup
+from loraplex_kernels.attention.batch import AttentionBatch
+from loraplex_kernels.attention.groups import QueryGroup
 
 # Scores are materialised only where the logits are soft-capped; a slice of queries holds about this many.
 MAX_SCORES = 1 << 22

@@ -94,11 +94,18 @@ def variants(head_dim: int, dtype: torch.dtype, *, roomy: bool) -> tuple[Attenti
     """
     columns = column_block(head_dim)
     if dtype == torch.float32:
-        return (AttentionTiles(DECODE_ROWS, 32 if columns <= 64 else 16, 4, 2, False),)
+        return (_small(keys=32 if columns <= 64 else 16, stages=2),)
     if columns <= 64:
-        return (AttentionTiles(DECODE_ROWS, 64, 4, 4, False), AttentionTiles(128, 64, 8, 3, True))
+        return (_small(keys=64, stages=4), _tall(rows=128, keys=64, stages=3))
     if columns <= 128:
-        tall = AttentionTiles(128, 64, 8, 3, True) if roomy else AttentionTiles(128, 32, 8, 3, True)
-        return (AttentionTiles(DECODE_ROWS, 64, 4, 3, False), tall)
-    tall = AttentionTiles(128, 32, 8, 3, True) if roomy else AttentionTiles(64, 32, 8, 2, True)
-    return (AttentionTiles(DECODE_ROWS, 32, 4, 3, False), tall)
+        return (_small(keys=64, stages=3), _tall(rows=128, keys=64 if roomy else 32, stages=3))
+    tall = _tall(rows=128, keys=32, stages=3) if roomy else _tall(rows=64, keys=32, stages=2)
+    return (_small(keys=32, stages=3), tall)
+
+
+def _small(*, keys: int, stages: int) -> AttentionTiles:
+    return AttentionTiles(rows=DECODE_ROWS, keys=keys, warps=4, stages=stages, phases=False)
+
+
+def _tall(*, rows: int, keys: int, stages: int) -> AttentionTiles:
+    return AttentionTiles(rows=rows, keys=keys, warps=8, stages=stages, phases=True)

@@ -1,7 +1,5 @@
 """The launch of the 4-bit kernels: what a plan means in grids and compile-time arguments."""
 
-# mypy: allow-untyped-calls
-
 from __future__ import annotations
 
 import functools
