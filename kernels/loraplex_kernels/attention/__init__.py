@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 CACHE_DTYPES = (*dispatch.FLOATS, torch.float8_e4m3fn)
+"""Dtypes of a KV cache."""
 
 
 def write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch) -> None:

@@ -72,7 +72,7 @@ class AttentionBatch:
     num_tokens: int
     block_size: int
     min_blocks: int
-    """How many blocks a cache must have to hold every block that the step names."""
+    """Blocks that a cache must have at least, to hold every one that the step names."""
     query_start: Ints
     """[B + 1]: sequence i owns rows query_start[i] : query_start[i + 1]."""
     context_len: Ints
@@ -132,7 +132,7 @@ class AttentionBatch:
 
     @functools.cached_property
     def tables(self) -> DeviceTables:
-        """What the Triton kernels read; where the step was built for torch, sent when asked for."""
+        """The tables that the Triton kernels read; of a step built for torch, sent on first use."""
         if self._tables is not None:
             return self._tables
         return DeviceTables(self._queries, self.blocks, self.slots.device)

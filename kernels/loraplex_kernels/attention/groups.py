@@ -118,7 +118,7 @@ class _Pieces(NamedTuple):
     end: Ints
     """Position after the last."""
     table: Ints
-    """Where its block table begins."""
+    """Index of its block table's first entry."""
 
     def take(self, chosen: Ints) -> _Pieces:
         return _Pieces(*(column[chosen] for column in self))

@@ -37,7 +37,7 @@ NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
-"""What f may be, by the names that transformers has for it."""
+"""The functions that f may be, by their names in transformers."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ sparse ops do the whole site at once, ragged ranks included, straight from the a
 adapter's rank rows are rows of the arena seen as a matrix:
 
 - expand: a bag's weighted sum of rows, ``Σ_r h[r] · B[r]``, is an embedding bag with per-sample weights. The
-  members of a token's composition fill its bag one after the other. Slices of different widths share one call
+  members of a token's mix fill its bag one after the other. Slices of different widths share one call
   by cutting rows into *granules* as wide as the widths' greatest common divisor.
 - shrink: ``h[r] = x · A[r]`` is one entry of ``x @ arena.T``, a dense product sampled at a sparse pattern.
 
@@ -30,7 +30,7 @@ from loraplex_kernels.pool import HostSegments, LoraBatch, LoraPool, LoraSite, p
 from loraplex_kernels.pool.segments import Group, ranges
 
 MATMUL_ROWS = 8
-"""Stretches of one composition with more tokens than this are multiplied per adapter."""
+"""Stretches of one mix with more tokens than this are multiplied per adapter."""
 
 MIN_GRANULE = 32
 """Slices whose widths have a smaller common divisor are multiplied per adapter."""
@@ -39,7 +39,10 @@ _BAG_PRODUCTS_PER_US = 3_000
 """Multiply-adds per microsecond of one core whose rank rows are read from memory for a token or two."""
 
 _SUM = 0
+"""`torch.embedding_bag`'s mode for sums."""
+
 _MAX_INDEX = 2**31 - 1
+"""Rows of the arena are named in int32."""
 
 
 @dataclass(frozen=True)
@@ -180,8 +183,9 @@ def _plan(pool: LoraPool, site: LoraSite, batch: LoraBatch) -> list[_Bags | _Pro
 
 
 def _stretches(batch: LoraBatch) -> list[Group]:
-    """The groups of `batch.host`, cut where their tokens are not consecutive: decodes and a chunk of one
-    adapter are a group, yet lie apart."""
+    """The groups of `batch.host`, cut where their tokens are not consecutive: an adapter's decodes and its
+    prompt's chunk are a group, yet lie apart.
+    """
     found: list[Group] | None = batch.cache.get("stretches")
     if found is None:
         token = batch.host.group_token

@@ -5,7 +5,7 @@ shrink_decode   grid (tile of pairs, slice, plane). A tile holds pairs of one sl
                 no sum crosses programs and nothing needs zeroing first.
 shrink_stacked  grid (tile of pairs, plane). For tiles of many rows: the A of all slices stand side by side as
                 one matrix of the summed ranks, so x is read once for the whole site.
-expand          grid (tile of rows, block of columns of all slices). A tile holds rows of one composition; a
+expand          grid (tile of rows, block of columns of all slices). A tile holds rows of one group; a
                 program adds its members one after the other, in blocks of rank rows, summing h over the
                 planes as it loads.
 
@@ -59,7 +59,7 @@ def _widen(values, like, UPCAST: tl.constexpr):
 
 @triton.jit
 def _plane_range(in_features, plane, planes, K_STEP: tl.constexpr):
-    """Where the plane's part of the inner dimension begins and ends: parts are multiples of `K_STEP`."""
+    """Begin and end of the plane's part of the inner dimension: parts are multiples of `K_STEP`."""
     span = tl.cdiv(tl.cdiv(in_features, K_STEP), planes) * K_STEP
     first = plane * span
     return first, tl.minimum(first + span, in_features)
@@ -101,6 +101,50 @@ def _shrink_tile(
         a = tl.load(a_rows + k[:, None], mask=a_mask, other=0.0)
         h = _dot(x, a, h, UPCAST)
     return h
+
+
+@triton.jit
+def _shrink_row(
+    x_row,
+    a_ptr,
+    h_row,
+    in_features,
+    rank,
+    rank_padded,
+    k_first,
+    k_end,
+    RANK_BLOCK: tl.constexpr,
+    VECTOR_K: tl.constexpr,
+    LANE: tl.constexpr,
+    EVEN: tl.constexpr,
+    PDL: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """``x[k_first:k_end] @ A[:, k_first:k_end].T`` of one pair, through registers, written to h_row."""
+    lane = tl.arange(0, VECTOR_K)
+    for rank_first in range(0, rank, RANK_BLOCK):
+        rank_row = rank_first + tl.arange(0, RANK_BLOCK)
+        a_rows = a_ptr + rank_row[:, None] * in_features
+        partial = tl.zeros((RANK_BLOCK, VECTOR_K // LANE), dtype=tl.float32)
+        for k_block in range(k_first, k_end, VECTOR_K):
+            k = k_block + lane
+            mask = (rank_row < rank)[:, None]
+            if not EVEN:
+                mask = mask & (k < k_end)[None, :]
+            a = tl.load(a_rows + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+            if PDL:
+                gdc_wait()
+            if EVEN:
+                x = tl.load(x_row + k)
+            else:
+                x = tl.load(x_row + k, mask=k < k_end, other=0.0)
+            product = _widen(a, x_row, UPCAST) * x.to(tl.float32)[None, :]
+            product = tl.reshape(product, (RANK_BLOCK, VECTOR_K // LANE, LANE))
+            partial += tl.sum(product, axis=2)
+        # A plane past the end read nothing, and its zeros must not come early either.
+        if PDL:
+            gdc_wait()
+        tl.store(h_row + rank_row, tl.sum(partial, axis=1), mask=rank_row < rank_padded)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -153,33 +197,13 @@ def shrink_decode_kernel(
 
     if VECTOR_ROWS > 0:  # noqa: SIM102 - a condition of its own is decided by the compiler
         if end_pair - first_pair <= VECTOR_ROWS:
-            lane = tl.arange(0, VECTOR_K)
             for pair in range(first_pair, end_pair):
                 x_row = x_ptr + tl.load(pair_token_ptr + pair).to(tl.int64) * x_stride
-                for rank_first in range(0, rank, RANK_BLOCK):
-                    rank_row = rank_first + tl.arange(0, RANK_BLOCK)
-                    a_rows = a_ptr + rank_row[:, None] * in_features
-                    partial = tl.zeros((RANK_BLOCK, VECTOR_K // LANE), dtype=tl.float32)
-                    for k_block in range(k_first, k_end, VECTOR_K):
-                        k = k_block + lane
-                        mask = (rank_row < rank)[:, None]
-                        if not EVEN:
-                            mask = mask & (k < k_end)[None, :]
-                        a = tl.load(a_rows + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-                        if PDL:
-                            gdc_wait()
-                        if EVEN:
-                            x = tl.load(x_row + k)
-                        else:
-                            x = tl.load(x_row + k, mask=k < k_end, other=0.0)
-                        product = _widen(a, x_ptr, UPCAST) * x.to(tl.float32)[None, :]
-                        product = tl.reshape(product, (RANK_BLOCK, VECTOR_K // LANE, LANE))
-                        partial += tl.sum(product, axis=2)
-                    # A plane past the end read nothing, and its zeros must not come early either.
-                    if PDL:
-                        gdc_wait()
-                    h_row = h_tile + (pair - first_pair) * h_pair_stride
-                    tl.store(h_row + rank_row, tl.sum(partial, axis=1), mask=rank_row < rank_padded)
+                h_row = h_tile + (pair - first_pair) * h_pair_stride
+                _shrink_row(
+                    x_row, a_ptr, h_row, in_features, rank, rank_padded, k_first, k_end,
+                    RANK_BLOCK, VECTOR_K, LANE, EVEN, PDL, UPCAST,
+                )  # fmt: skip
             if PDL:
                 gdc_wait()
             return
@@ -344,6 +368,147 @@ def _scales_of(scale_ptr, b_offset, rank, width, RANK_ALIGN: tl.constexpr):
     return scale_ptr + (b_offset + _padded(rank, RANK_ALIGN).to(tl.int64) * width) // 4
 
 
+@triton.jit
+def _expand_row(
+    row,
+    members,
+    adapters,
+    place,
+    h_slice,
+    h_pair_stride,
+    pair_weight_ptr,
+    group_token_ptr,
+    y_ptr,
+    y_stride,
+    num_entries,
+    entry_of_slice,
+    H_PITCH: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    RANK_ALIGN: tl.constexpr,
+    COLUMN_BLOCK: tl.constexpr,
+    PLANES: tl.constexpr,
+    SCALED: tl.constexpr,
+    PDL: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Add ``Σ weight · h @ B`` over the members to one row of y, through registers.
+
+    members: their table, first and end. adapters: arena, scales, and the tables of offsets and ranks.
+    place: the slice's first column in y, its width, and the block's first column in the slice.
+    """
+    member_ptr, first_member, end_member = members
+    arena_ptr, scale_ptr, b_offset_ptr, rank_ptr = adapters
+    first_column, width, block_column = place
+    column = block_column + tl.arange(0, COLUMN_BLOCK)
+    column_mask = column < width
+    delta = tl.zeros((COLUMN_BLOCK,), dtype=tl.float32)
+    total_rank = 0
+    for member in range(first_member, end_member):
+        shift, rank, b_offset = _member_at(
+            member_ptr, member, rank_ptr, b_offset_ptr, num_entries, entry_of_slice
+        )
+        pair = row + shift
+        weight = tl.load(pair_weight_ptr + pair)
+        h_row = h_slice + pair.to(tl.int64) * h_pair_stride
+        total_rank += rank
+        scale_row = scale_ptr
+        if SCALED:
+            scale_row = _scales_of(scale_ptr, b_offset, rank, width, RANK_ALIGN)
+        for rank_first in range(0, rank, RANK_BLOCK):
+            rank_row = rank_first + tl.arange(0, RANK_BLOCK)
+            b_rows = arena_ptr + b_offset + rank_row[:, None] * width
+            mask = (rank_row < rank)[:, None] & column_mask[None, :]
+            b_block = b_rows + column[None, :]
+            b = tl.load(b_block, mask=mask, other=0.0, eviction_policy="evict_first")
+            if PDL:
+                gdc_wait()
+            h = _load_h_row(h_row, scale_row, rank_row, rank, weight, H_PITCH, PLANES, SCALED)
+            delta += tl.sum(h[:, None] * _widen(b, y_ptr, UPCAST), axis=0)
+    if PDL:
+        gdc_wait()
+    # Where no member touches this slice, y keeps its bits (a sum with zero would turn -0 into 0).
+    if total_rank > 0:
+        token = tl.load(group_token_ptr + row).to(tl.int64)
+        y_row = y_ptr + token * y_stride + first_column + column
+        y = tl.load(y_row, mask=column_mask, other=0.0)
+        tl.store(y_row, (y.to(tl.float32) + delta).to(y.dtype), mask=column_mask)
+
+
+@triton.jit
+def _expand_tile(
+    first_row,
+    end_row,
+    members,
+    adapters,
+    place,
+    h_slice,
+    h_pair_stride,
+    pair_weight_ptr,
+    group_token_ptr,
+    y_ptr,
+    y_stride,
+    num_entries,
+    entry_of_slice,
+    H_PITCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    RANK_ALIGN: tl.constexpr,
+    COLUMN_BLOCK: tl.constexpr,
+    DOT_COLUMNS: tl.constexpr,
+    PLANES: tl.constexpr,
+    SCALED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Add ``Σ weight · h @ B`` over the members to a tile of rows of y, on tensor cores.
+
+    Arguments are those of `_expand_row`, for the rows ``first_row .. end_row``.
+    """
+    member_ptr, first_member, end_member = members
+    arena_ptr, scale_ptr, b_offset_ptr, rank_ptr = adapters
+    first_column, width, block_column = place
+    row = first_row + tl.arange(0, ROWS)
+    row_mask = row < end_row
+    token = tl.load(group_token_ptr + row, mask=row_mask, other=0).to(tl.int64)
+    y_rows = y_ptr + token[:, None] * y_stride + first_column
+    for sub_block in range(block_column, tl.minimum(block_column + COLUMN_BLOCK, width), DOT_COLUMNS):
+        column = sub_block + tl.arange(0, DOT_COLUMNS)
+        column_mask = column < width
+        y_mask = row_mask[:, None] & column_mask[None, :]
+        y = tl.load(y_rows + column[None, :], mask=y_mask, other=0.0)
+        delta = tl.zeros((ROWS, DOT_COLUMNS), dtype=tl.float32)
+        total_rank = 0
+        for member in range(first_member, end_member):
+            shift, rank, b_offset = _member_at(
+                member_ptr, member, rank_ptr, b_offset_ptr, num_entries, entry_of_slice
+            )
+            weight = tl.load(pair_weight_ptr + row + shift, mask=row_mask, other=0.0)
+            h_tile = h_slice + (first_row + shift).to(tl.int64) * h_pair_stride
+            h_rows = h_tile + tl.arange(0, ROWS)[:, None] * h_pair_stride
+            rank_padded = _padded(rank, RANK_ALIGN)
+            total_rank += rank
+            for rank_first in range(0, rank, RANK_BLOCK):
+                rank_row = rank_first + tl.arange(0, RANK_BLOCK)
+                rank_mask = rank_row < rank
+                b_rows = arena_ptr + b_offset + rank_row[:, None] * width
+                b_mask = rank_mask[:, None] & column_mask[None, :]
+                b = tl.load(b_rows + column[None, :], mask=b_mask, other=0.0)
+                if SCALED:
+                    # The select keeps the conversion ahead of the move into the tensor cores' layout, which
+                    # has no quick way for bytes.
+                    b = tl.where(rank_mask[:, None], b.to(tl.float32 if UPCAST else y.dtype), 0.0)
+                h_mask = row_mask[:, None] & (rank_row < rank_padded)[None, :]
+                h = tl.zeros((ROWS, RANK_BLOCK), dtype=tl.float32)
+                for plane in range(PLANES):
+                    h += tl.load(h_rows + (plane * H_PITCH + rank_row[None, :]), mask=h_mask, other=0.0)
+                h *= weight[:, None]
+                if SCALED:
+                    scale_row = _scales_of(scale_ptr, b_offset, rank, width, RANK_ALIGN)
+                    h *= tl.load(scale_row + rank_row, mask=rank_mask, other=0.0)[None, :]
+                delta = _dot(h.to(y.dtype), b, delta, UPCAST)
+        if total_rank > 0:
+            tl.store(y_rows + column[None, :], (y.to(tl.float32) + delta).to(y.dtype), mask=y_mask)
+
+
 @triton.jit(do_not_specialize=_PLAIN)
 def expand_kernel(
     h_ptr,
@@ -389,8 +554,8 @@ def expand_kernel(
         if PDL:
             gdc_wait()
         return
-    first_member = tl.load(tile_ptr + tile * 4 + 2)
-    end_member = tl.load(tile_ptr + tile * 4 + 3)
+    members = (member_ptr, tl.load(tile_ptr + tile * 4 + 2), tl.load(tile_ptr + tile * 4 + 3))
+    adapters = (arena_ptr, scale_ptr, b_offset_ptr, rank_ptr)
 
     slice_index, first_column, width, block_column = _slice_of(
         tl.program_id(1),
@@ -404,88 +569,25 @@ def expand_kernel(
         width_3,
         COLUMN_BLOCK,
     )
+    place = (first_column, width, block_column)
     entry_of_slice = first_entry + slice_index
     h_slice = h_ptr + slice_index * (PLANES * H_PITCH)
     h_pair_stride = num_slices * (PLANES * H_PITCH)
 
     if VECTOR_ROWS > 0:  # noqa: SIM102 - a condition of its own is decided by the compiler
         if end_row - first_row <= VECTOR_ROWS:
-            column = block_column + tl.arange(0, COLUMN_BLOCK)
-            column_mask = column < width
             for row in range(first_row, end_row):
-                delta = tl.zeros((COLUMN_BLOCK,), dtype=tl.float32)
-                total_rank = 0
-                for member in range(first_member, end_member):
-                    shift, rank, b_offset = _member_at(
-                        member_ptr, member, rank_ptr, b_offset_ptr, num_entries, entry_of_slice
-                    )
-                    pair = row + shift
-                    weight = tl.load(pair_weight_ptr + pair)
-                    h_row = h_slice + pair.to(tl.int64) * h_pair_stride
-                    total_rank += rank
-                    scale_row = scale_ptr
-                    if SCALED:
-                        scale_row = _scales_of(scale_ptr, b_offset, rank, width, RANK_ALIGN)
-                    for rank_first in range(0, rank, RANK_BLOCK):
-                        rank_row = rank_first + tl.arange(0, RANK_BLOCK)
-                        b_rows = arena_ptr + b_offset + rank_row[:, None] * width
-                        mask = (rank_row < rank)[:, None] & column_mask[None, :]
-                        b_block = b_rows + column[None, :]
-                        b = tl.load(b_block, mask=mask, other=0.0, eviction_policy="evict_first")
-                        if PDL:
-                            gdc_wait()
-                        h = _load_h_row(h_row, scale_row, rank_row, rank, weight, H_PITCH, PLANES, SCALED)
-                        delta += tl.sum(h[:, None] * _widen(b, y_ptr, UPCAST), axis=0)
-                if PDL:
-                    gdc_wait()
-                # Where no member touches this slice, y keeps its bits (a sum with zero would turn -0 into 0).
-                if total_rank > 0:
-                    token = tl.load(group_token_ptr + row).to(tl.int64)
-                    y_row = y_ptr + token * y_stride + first_column + column
-                    y = tl.load(y_row, mask=column_mask, other=0.0)
-                    tl.store(y_row, (y.to(tl.float32) + delta).to(y.dtype), mask=column_mask)
+                _expand_row(
+                    row, members, adapters, place, h_slice, h_pair_stride, pair_weight_ptr, group_token_ptr,
+                    y_ptr, y_stride, num_entries, entry_of_slice,
+                    H_PITCH, RANK_BLOCK, RANK_ALIGN, COLUMN_BLOCK, PLANES, SCALED, PDL, UPCAST,
+                )  # fmt: skip
             return
 
     if PDL:
         gdc_wait()
-    row = first_row + tl.arange(0, ROWS)
-    row_mask = row < end_row
-    token = tl.load(group_token_ptr + row, mask=row_mask, other=0).to(tl.int64)
-    y_rows = y_ptr + token[:, None] * y_stride + first_column
-    for sub_block in range(block_column, tl.minimum(block_column + COLUMN_BLOCK, width), DOT_COLUMNS):
-        column = sub_block + tl.arange(0, DOT_COLUMNS)
-        column_mask = column < width
-        y_mask = row_mask[:, None] & column_mask[None, :]
-        y = tl.load(y_rows + column[None, :], mask=y_mask, other=0.0)
-        delta = tl.zeros((ROWS, DOT_COLUMNS), dtype=tl.float32)
-        total_rank = 0
-        for member in range(first_member, end_member):
-            shift, rank, b_offset = _member_at(
-                member_ptr, member, rank_ptr, b_offset_ptr, num_entries, entry_of_slice
-            )
-            weight = tl.load(pair_weight_ptr + row + shift, mask=row_mask, other=0.0)
-            h_tile = h_slice + (first_row + shift).to(tl.int64) * h_pair_stride
-            h_rows = h_tile + tl.arange(0, ROWS)[:, None] * h_pair_stride
-            rank_padded = _padded(rank, RANK_ALIGN)
-            total_rank += rank
-            for rank_first in range(0, rank, RANK_BLOCK):
-                rank_row = rank_first + tl.arange(0, RANK_BLOCK)
-                rank_mask = rank_row < rank
-                b_rows = arena_ptr + b_offset + rank_row[:, None] * width
-                b_mask = rank_mask[:, None] & column_mask[None, :]
-                b = tl.load(b_rows + column[None, :], mask=b_mask, other=0.0)
-                if SCALED:
-                    # The select keeps the conversion ahead of the move into the tensor cores' layout, which
-                    # has no quick way for bytes.
-                    b = tl.where(rank_mask[:, None], b.to(tl.float32 if UPCAST else y.dtype), 0.0)
-                h_mask = row_mask[:, None] & (rank_row < rank_padded)[None, :]
-                h = tl.zeros((ROWS, RANK_BLOCK), dtype=tl.float32)
-                for plane in range(PLANES):
-                    h += tl.load(h_rows + (plane * H_PITCH + rank_row[None, :]), mask=h_mask, other=0.0)
-                h *= weight[:, None]
-                if SCALED:
-                    scale_row = _scales_of(scale_ptr, b_offset, rank, width, RANK_ALIGN)
-                    h *= tl.load(scale_row + rank_row, mask=rank_mask, other=0.0)[None, :]
-                delta = _dot(h.to(y.dtype), b, delta, UPCAST)
-        if total_rank > 0:
-            tl.store(y_rows + column[None, :], (y.to(tl.float32) + delta).to(y.dtype), mask=y_mask)
+    _expand_tile(
+        first_row, end_row, members, adapters, place, h_slice, h_pair_stride, pair_weight_ptr,
+        group_token_ptr, y_ptr, y_stride, num_entries, entry_of_slice,
+        H_PITCH, ROWS, RANK_BLOCK, RANK_ALIGN, COLUMN_BLOCK, DOT_COLUMNS, PLANES, SCALED, UPCAST,
+    )  # fmt: skip

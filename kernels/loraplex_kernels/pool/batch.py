@@ -1,12 +1,12 @@
 """The metadata of one step: which token meets which adapter, sorted and cut into tiles on the host.
 
 A batch arrives as *runs*: ``(token_start, token_end, ((slot, weight), ...))``, contiguous tokens that share
-one composition of adapters, ascending and disjoint; tokens in no run have no adapter. Two views of it are
+one mix of adapters, ascending and disjoint; tokens in no run have no adapter. Two views of it are
 made:
 
 - *pairs* (token, slot, weight), sorted by slot: the shrink's rows. A tile of the shrink is up to
   ``tile_rows`` pairs of one slot, so it reads one adapter.
-- *groups* of tokens whose compositions name the same slots in the same order (weights may differ): the
+- *groups* of tokens whose mixes name the same slots in the same order (weights may differ): the
   expand's rows. A tile of the expand is up to ``tile_rows`` tokens of one group; it adds the group's
   *members* one after the other into one accumulator, so each output row is read, added to and written once.
 

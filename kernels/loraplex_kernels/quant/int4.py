@@ -25,7 +25,7 @@ GROUPS = (128, 64, 32)
 """Group sizes, the preferred one first."""
 
 STEPS: tuple[float, ...] = tuple(float(code - 8) for code in range(16))
-"""What the codes 0..15 stand for, in units of the scale above the zero."""
+"""Values of the codes 0..15, in units of the scale above the zero."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ import triton.language as tl
 from loraplex_kernels import dispatch
 from loraplex_kernels.quant import lookup
 from loraplex_kernels.quant.blocked import BLOCK
+from loraplex_kernels.quant.nf4 import NESTED_BLOCK
 
 # The interpreter multiplies bfloat16 wrongly (the same products in float32 are exact), cuts float32 off to
 # bfloat16 instead of rounding it, and runs no PTX.
@@ -31,7 +32,7 @@ _INTERPRETED = tl.constexpr(dispatch.interpreting())
 
 _HALF = tl.constexpr(BLOCK // 2)
 _BLOCK = tl.constexpr(BLOCK)
-_NESTED_SHIFT = tl.constexpr(8)
+_NESTED_SHIFT = tl.constexpr(NESTED_BLOCK.bit_length() - 1)
 _NF4_BF16 = tl.constexpr(lookup.nf4_ptx(torch.bfloat16))
 _NF4_FP16 = tl.constexpr(lookup.nf4_ptx(torch.float16))
 _NF4_CONSTRAINTS = tl.constexpr(lookup.NF4_CONSTRAINTS)

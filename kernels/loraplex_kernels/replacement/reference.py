@@ -26,7 +26,7 @@ class OwnWeight:
 
 
 def any_weights(pool: LoraPool, batch: LoraBatch) -> bool:
-    """Whether any adapter of the batch has a weight anywhere; if not, the op need not be called."""
+    """True if any adapter of the batch has a weight anywhere; if not, the op need not be called."""
     slots = batch.host.segment[:, 0]
     return bool((pool.host.vector_offset[slots, VectorKind.WEIGHT] >= 0).any())
 

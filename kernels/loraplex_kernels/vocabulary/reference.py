@@ -14,13 +14,13 @@ from loraplex_kernels.pool import LoraBatch, LoraPool, LoraSite, VectorKind
 
 
 def acts_at(pool: LoraPool, batch: LoraBatch, entry: int) -> bool:
-    """Whether any adapter of the batch has a pair or a vector at `entry`; if not, no op need be called."""
+    """True if any adapter of the batch has a pair or a vector at `entry`; if not, no op need be called."""
     slots, host = batch.host.segment[:, 0], pool.host
     return bool(host.rank[slots, entry].any() or (host.vector_offset[slots, :, entry] >= 0).any())
 
 
 def added_tokens(pool: LoraPool, batch: LoraBatch, entry: int, vocabulary: int) -> np.ndarray:
-    """int64 ``[num_tokens]``: for how many ids from `vocabulary` on a token's adapter has rows at `entry`."""
+    """int64 ``[num_tokens]``: the number of ids that a token's adapter adds at `entry`, from `vocabulary` on."""
     added = np.zeros(batch.num_tokens, np.int64)
     for slot, first, end in batch.host.segment.tolist():
         tokens = pool.host.tokens.get((slot, entry))
