@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraplex_server.adapters.residency.record import AdapterHandle
-from loraplex_server.adapters.residency.store import AdapterStore, Readiness
+from loraplex_server.adapters.residency.record import AdapterHandle, Readiness
+from loraplex_server.adapters.residency.store import AdapterStore
 from loraplex_server.adapters.spec.sites import SiteRegistry
 from loraplex_server.config import AdapterConfig
 

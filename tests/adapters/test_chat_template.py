@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from loraplex_server.adapters.files.chat_template import MAX_CHAT_TEMPLATE_BYTES, read_chat_template
-from loraplex_server.adapters.files.tensor_file import MalformedFileError
+from loraplex_server.adapters.spec.refusals import MalformedFileError
 from loraplex_server.core.errors import PermissionDeniedError
 
 

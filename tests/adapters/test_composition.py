@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from loraplex_server.adapters.files.manifest_file import read_manifest
 from loraplex_server.adapters.origins import composition_job
 from loraplex_server.adapters.origins.composition import check_member
 from loraplex_server.adapters.residency.store import AdapterStore
-from loraplex_server.adapters.spec.manifest import read_manifest
 from loraplex_server.adapters.spec.sites import SiteRegistry
 from loraplex_server.config import AdapterConfig
 from loraplex_server.core.adapter_status import AdapterStatus

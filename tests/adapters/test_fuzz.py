@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load, save
 
 from loraplex_kernels.pool import MAX_RANK
+from loraplex_server.adapters.files.manifest_file import read_manifest
 from loraplex_server.adapters.files.weights import lay_out, read_weights
-from loraplex_server.adapters.spec.manifest import read_manifest
 from loraplex_server.adapters.spec.sites import SiteKind, SiteRegistry
 from loraplex_server.core.errors import ServerError
 from loraplex_server.core.frozen_base import Array

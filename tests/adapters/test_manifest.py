@@ -17,7 +17,8 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from loraplex_server.adapters.spec.manifest import AdapterManifest, Kind, read_manifest
+from loraplex_server.adapters.files.manifest_file import read_manifest
+from loraplex_server.adapters.spec.manifest import AdapterManifest, Kind
 from loraplex_server.adapters.spec.peft_config import parse_config
 from loraplex_server.adapters.spec.sites import SiteRegistry
 from loraplex_server.core.errors import FailedPreconditionError, PermissionDeniedError
@@ -509,8 +510,8 @@ def test_adapters_of_one_recipe_share_all_but_name_folder_and_weights(
 
     a = read("a", seed=1)
     with monkeypatch.context() as patch:
-        patch.setattr("loraplex_server.adapters.spec.manifest.parse_config", pytest.fail)
-        patch.setattr("loraplex_server.adapters.spec.manifest.parse_header", pytest.fail)
+        patch.setattr("loraplex_server.adapters.files.manifest_file.parse_config", pytest.fail)
+        patch.setattr("loraplex_server.adapters.files.manifest_file.parse_header", pytest.fail)
         b = read("b", seed=2)
     assert (b.name, b.folder) == ("b", tmp_path / "b")
     assert b.sites is a.sites

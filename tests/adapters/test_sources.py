@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_server.adapters.origins.sources import resolve_folder, stamp
+from loraplex_server.adapters.files.folder import stamp
+from loraplex_server.adapters.origins.sources import resolve_folder
 from loraplex_server.core.errors import InvalidArgumentError, NotFoundError, PermissionDeniedError
 from loraplex_server.core.names import check_name
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraplex_server.adapters.residency.record import AdapterHandle
-from loraplex_server.adapters.residency.store import AdapterStore, Readiness
+from loraplex_server.adapters.residency.record import AdapterHandle, Readiness
+from loraplex_server.adapters.residency.store import AdapterStore
 from loraplex_server.adapters.spec.sites import SiteRegistry
 from loraplex_server.core.adapter_status import AdapterStatus
 from loraplex_server.core.errors import (

@@ -14,9 +14,10 @@ import torch
 from safetensors import safe_open
 
 from loraplex_kernels.pool import MAX_RANK
-from loraplex_server.adapters.files.tensor_file import MAX_HEADER_BYTES, MalformedFileError, read_header
+from loraplex_server.adapters.files.manifest_file import read_manifest
+from loraplex_server.adapters.files.tensor_file import MAX_HEADER_BYTES, read_header
 from loraplex_server.adapters.files.weights import lay_out, read_weights
-from loraplex_server.adapters.spec.manifest import read_manifest
+from loraplex_server.adapters.spec.refusals import MalformedFileError
 from loraplex_server.adapters.spec.sites import SiteRegistry
 from loraplex_server.core.errors import ServerError
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex_server.adapters.residency.record import AdapterHandle
-from loraplex_server.adapters.residency.store import AdapterStore, Readiness
+from loraplex_server.adapters.residency.record import AdapterHandle, Readiness
+from loraplex_server.adapters.residency.store import AdapterStore
 from loraplex_server.adapters.spec.sites import SiteRegistry
 from loraplex_server.config import AdapterConfig
 from loraplex_server.core.adapter_status import AdapterStatus

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from loraplex_server.adapters.files.manifest_file import read_manifest
 from loraplex_server.adapters.files.weights import lay_out, read_weights
 from loraplex_server.adapters.spec.declared import LoraSpec, OwnWeightSpec, TokenRowsSpec
-from loraplex_server.adapters.spec.manifest import AdapterManifest, read_manifest
+from loraplex_server.adapters.spec.manifest import AdapterManifest
 from loraplex_server.adapters.spec.sites import SiteRegistry
 from loraplex_server.core.errors import FailedPreconditionError
 from loraplex_server.model.load.frozen import FrozenProjections

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from loraplex_kernels.pool import ALIGNMENT, LoraPool, extent_alignment
+from loraplex_server.adapters.files.manifest_file import read_manifest
 from loraplex_server.adapters.files.weights import HostBlob, lay_out, read_weights
-from loraplex_server.adapters.spec.manifest import AdapterManifest, read_manifest
+from loraplex_server.adapters.spec.manifest import AdapterManifest
 from loraplex_server.adapters.spec.sites import SiteRegistry
 from loraplex_server.core.errors import FailedPreconditionError
 

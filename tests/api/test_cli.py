@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from loraplex_server.api.text.tokenizer import Tokenizer
-from loraplex_server.cli import build_parser, main, to_config
+from loraplex_server.cli import main
 from loraplex_server.config import EngineConfig, ModelConfig, ServerConfig
+from loraplex_server.config.cli import resolve
+from loraplex_server.config.layers import known_settings
 
 
 def parse(*argv: str) -> ServerConfig:
-    return to_config(build_parser().parse_args(argv))
+    return resolve(argv, environ={}).to_config()
 
 
 def test_defaults_are_those_of_the_configuration() -> None:
@@ -72,6 +74,11 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
     assert (config.api.max_message_bytes, config.api.drain_s) == (4 << 20, 2.5)
 
 
+def test_a_setting_without_a_range_may_be_infinite() -> None:
+    config = parse("--model", "m", "--drain-seconds", "inf", "--max-adapter-wait", "inf")
+    assert config.api.drain_s == config.engine.scheduler.max_adapter_wait_s == float("inf")
+
+
 @pytest.mark.parametrize(
     ("argv", "complaint"),
     [
@@ -81,13 +88,13 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         (("--model", "m", "--adapter-device-dtype", "fp8"), "int8"),
         (("--model", "m", "--kv-cache-dtype", "int8"), "fp8"),
         (("--model", "m", "--gpu-memory-utilization", "1.5"), "gpu_memory_utilization: 1.5"),
-        (("--model", "m", "--adapters", "no-such-folder"), "no-such-folder is no folder"),
+        (("--model", "m", "--adapters", "no-such-folder"), "no-such-folder is not a folder"),
         (("--model", "m", "--max-batch-tokens", "0"), "max_batch_tokens"),
         (("--model", "m", "--port", "-2"), "port"),
         (("--model", "m", "--adapter-source", "http://host/a"), "use https"),
-        (("--model", "m", "--adapter-extra-file", "../x.json"), "extra_files"),
-        (("--model", "m", "--adapter-extra-file", "model.bin"), "extra_files"),
-        (("--model", "m", "--watch-adapters", "-1"), "watch_s"),
+        (("--model", "m", "--adapter-extra-file", "../x.json"), "adapter_extra_file"),
+        (("--model", "m", "--adapter-extra-file", "model.bin"), "adapter_extra_file"),
+        (("--model", "m", "--watch-adapters", "-1"), "watch_adapters: -1.0"),
         (("--model", "m", "--keepalive", "0"), "keepalive: 0.0"),
         (("--model", "m", "--stall-seconds", "-1"), "stall_seconds"),
         (("--model", "m", "--max-tokens-per-message", "0"), "max_tokens_per_message"),
@@ -108,9 +115,9 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    for action in build_parser()._actions:
-        assert action.help, action.option_strings
-        assert action.option_strings[0] in out
+    for setting in known_settings().values():
+        assert setting.setting.help, setting.flag
+        assert setting.flag in out
     assert "(default: 256MiB)" in out
 
 

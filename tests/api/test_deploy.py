@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex_server.api.telemetry.metrics import Metrics
-from loraplex_server.cli import build_parser
+from loraplex_server.config.layers import known_settings
 
 DEPLOY = Path(__file__).parents[2] / "server/deploy"
 FLAG = re.compile(r"--[a-z][a-z-]+")
@@ -56,7 +56,7 @@ def test_every_query_of_the_dashboard_names_an_exported_metric() -> None:
 
 
 def test_flags_of_the_unit_and_the_image_exist() -> None:
-    known = set(build_parser()._option_string_actions)
+    known = {"--config", *(setting.flag for setting in known_settings().values())}
     unit = configparser.ConfigParser(strict=False, interpolation=None)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
     unit.read(DEPLOY / "loraplex.service")

@@ -14,9 +14,8 @@ from loraplex_server.core.errors import InvalidArgumentError
 
 SCRIPT = """
 import logging, sys
-from loraplex_server import log
-from loraplex_server.config import LogConfig
-log.configure(LogConfig(*sys.argv[1:]))
+from loraplex_server.core import log
+log.configure(*sys.argv[1:])
 here = logging.getLogger("loraplex_server.test")
 here.debug("too fine")
 log.request_id.set("r-1")

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loraplex_server import settings
-from loraplex_server.cli import build_parser, config_main, to_config
 from loraplex_server.config import ServerConfig
+from loraplex_server.config.cli import main as config_main
+from loraplex_server.config.cli import resolve as resolve_flags
+from loraplex_server.config.layers import Origin, environment_name, known_settings
 from loraplex_server.core.errors import InvalidArgumentError
-from loraplex_server.settings import Origin
 
 
 def resolve(*argv: str, file: Path | None = None, **environ: str) -> tuple[ServerConfig, dict[str, Origin]]:
     flags = [*argv, *(["--config", str(file)] if file else [])]
     prefixed = {f"LORAPLEX_SERVE_{name}": value for name, value in environ.items()}
-    arguments, origins = settings.resolve(build_parser(), flags, {"PATH": "/bin", **prefixed})
-    return to_config(arguments), origins
+    settings = resolve_flags(flags, {"PATH": "/bin", **prefixed})
+    return settings.to_config(), settings.origins
 
 
 @pytest.fixture
@@ -75,18 +74,21 @@ def test_every_kind_of_value(write: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('model = "m"\nmax_batch_token = 1', "max_batch_token: is no setting; did you mean max_batch_tokens"),
-        ('model = "m"\n[scheduler]\nmax_queue = 1', "scheduler: is no setting"),
+        (
+            'model = "m"\nmax_batch_token = 1',
+            "max_batch_token: is not a setting; did you mean max_batch_tokens",
+        ),
+        ('model = "m"\n[scheduler]\nmax_queue = 1', "scheduler: is not a setting"),
         ('model = "m"\nmax_queue = "many"', "max_queue: 'many' is wrong"),
         ('model = "m"\nmax_queue = 0', "max_queue: 0 is less than 1"),
-        ('model = "m"\nmax_queue = [1]', "is no text and no number"),
-        ('model = "m"\nadapters = "a"', "adapters: 'a' is no array"),
-        ('model = "m"\nadapters = ["/no/such/folder"]', "is no folder"),
+        ('model = "m"\nmax_queue = [1]', "is neither text nor a number"),
+        ('model = "m"\nadapters = "a"', "adapters: 'a' is not an array"),
+        ('model = "m"\nadapters = ["/no/such/folder"]', "is not a folder"),
         ('model = "m"\ndouble_quant = "yes"', "neither true nor false"),
         ('model = "m"\nquantization = "int3"', "'int3' is none of nf4, int4, none"),
-        ('model = "m"\nconfig = "x"', "config: is no setting"),
-        ('model = "m"\nmodel = "n"', "is no TOML"),
-        ("\x00", "is no TOML"),
+        ('model = "m"\nconfig = "x"', "config: is not a setting"),
+        ('model = "m"\nmodel = "n"', "is not valid TOML"),
+        ("\x00", "is not valid TOML"),
     ],
 )
 def test_bad_files(write: Any, text: str, problem: str) -> None:
@@ -95,7 +97,7 @@ def test_bad_files(write: Any, text: str, problem: str) -> None:
 
 
 def test_bad_environment(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match="LORAPLEX_SERVE_MAX_QUEU: is no setting; did you mean"):
+    with pytest.raises(InvalidArgumentError, match="LORAPLEX_SERVE_MAX_QUEU: is not a setting; did you mean"):
         resolve("--model", "m", MAX_QUEU="1")
     with pytest.raises(InvalidArgumentError, match="LORAPLEX_SERVE_MAX_QUEUE: 'x' is wrong"):
         resolve("--model", "m", MAX_QUEUE="x")
@@ -112,11 +114,11 @@ def test_a_model_is_needed_from_somewhere(capsys: pytest.CaptureFixture[str]) ->
 def test_what_is_shown_can_be_read_again(write: Any, tmp_path: Path) -> None:
     flags = ["--model", 'a "b"', "--adapters", str(tmp_path), "--kv-cache-bytes", "1GiB", "--double-quant"]
     flags += ["--cuda-graph-sizes", "1,2,8"]
-    arguments, origins = settings.resolve(build_parser(), flags, {})
-    text = settings.to_toml(arguments, origins)
+    settings = resolve_flags(flags, {})
+    text = settings.to_toml()
     assert set(tomllib.loads(text)) >= {"model", "adapters", "port", "log_level"}
-    again, _ = settings.resolve(build_parser(), ["--config", str(write(text))], {})
-    assert vars(again) | {"config": None} == vars(arguments)
+    again = resolve_flags(["--config", str(write(text))], {})
+    assert again.values == settings.values
 
 
 class TestCommand:
@@ -132,15 +134,28 @@ class TestCommand:
 
     def test_check(self, write: Any, capsys: pytest.CaptureFixture[str]) -> None:
         assert config_main(["check", "--config", str(write('model = "m"\n'))]) == 0
-        assert "right" in capsys.readouterr().out
+        assert "valid" in capsys.readouterr().out
         for text in ('model = "m"\nprot = 1\n', 'model = "m"\nhost = "0.0.0.0"\n'):
             with pytest.raises(SystemExit) as caught:
                 config_main(["check", "--config", str(write(text))])
             assert caught.value.code == 2
         assert "did you mean port" in capsys.readouterr().err
 
-    def test_every_flag_is_a_setting(self) -> None:
-        """None is of a kind that file and environment could not give."""
-        for action in build_parser()._actions:
-            if not isinstance(action, argparse._HelpAction):
-                assert settings._is_list(action) or settings._is_switch(action) or action.nargs is None
+    @pytest.mark.parametrize("name", known_settings())
+    def test_every_flag_is_a_setting(self, name: str, write: Any, tmp_path: Path) -> None:
+        """Flag, environment and file give the same value."""
+        setting = known_settings()[name]
+        kind = setting.kind
+        text = str(tmp_path) if kind.repeatable else kind.choices[-1] if kind.choices else "1"
+        flags = [setting.flag] if kind.switch else [setting.flag, text]
+        value = "true" if kind.switch else f'["{text}"]' if kind.repeatable else f'"{text}"'
+        file = write(f"{name} = {value}\n")
+        model = ["--model", "m"] if name != "model" else []
+        layers = {
+            Origin.FLAG: resolve_flags([*model, *flags], {}),
+            Origin.ENVIRONMENT: resolve_flags(model, {environment_name(setting): text}),
+            Origin.FILE: resolve_flags([*model, "--config", str(file)], {}),
+        }
+        for origin, settings in layers.items():
+            assert settings.origins[name] is origin
+            assert settings.values == layers[Origin.FLAG].values

@@ -17,8 +17,8 @@ import grpc
 import pytest
 
 from loraplex.v1 import generation_pb2
-from loraplex_server import log
 from loraplex_server.config import ApiConfig
+from loraplex_server.core import log
 from loraplex_server.core.errors import ErrorInfo, InvalidArgumentError
 from loraplex_server.core.request import FinishReason, Request
 from loraplex_server.wire.messages import Failed, Times

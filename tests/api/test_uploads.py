@@ -12,7 +12,7 @@ import pytest
 
 from loraplex.v1 import adapters_pb2
 from loraplex_server.api.requests import uploads
-from loraplex_server.api.requests.convert import check_upload_header
+from loraplex_server.api.requests.check_adapters import check_upload_header
 from loraplex_server.api.requests.uploads import MAX_CHUNK_BYTES, Upload, UploadDesk
 from loraplex_server.config import AdapterConfig
 from loraplex_server.core.errors import (

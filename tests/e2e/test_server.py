@@ -406,7 +406,7 @@ def test_the_examples_in_the_sdk_s_documentation(server: Server) -> None:
     runner = doctest.DocTestRunner()
     report: list[str] = []
     tried = set()
-    for module in pkgutil.iter_modules(loraplex.__path__, "loraplex."):
+    for module in pkgutil.walk_packages(loraplex.__path__, "loraplex."):
         for test in finder.find(importlib.import_module(module.name), globs=dict(names)):
             if test.examples:
                 runner.run(test, out=report.append)
@@ -417,11 +417,12 @@ def test_the_examples_in_the_sdk_s_documentation(server: Server) -> None:
     assert runner.summarize(verbose=False).failed == 0, "".join(report)
     assert tried >= {
         "loraplex",
-        "loraplex._async.AsyncClient",
+        "loraplex._async.adapters.AsyncAdapters",
+        "loraplex._async.client.AsyncClient",
         "loraplex._config.Timeouts",
         "loraplex._hooks.CallHook",
-        "loraplex._adapters.Adapters",
-        "loraplex._sync.Client",
+        "loraplex._sync.adapters.Adapters",
+        "loraplex._sync.client.Client",
         "loraplex.errors",
     }
 

@@ -24,7 +24,7 @@ ALLOWED = {
     "loraplex_bench": {"loraplex", "loraplex_kernels", "loraplex_server"},
 }
 # The SDK's command hands over to the others by name, once it knows that they are installed.
-HANDS_OVER = {Path("cli.py"), Path("_extras.py")}
+HANDS_OVER = {Path("_extras.py")}
 
 
 def _files(package: str) -> list[Path]:
@@ -114,6 +114,18 @@ def test_stubs_are_what_the_protos_say(tmp_path: Path) -> None:
     assert len(made) == 3 * len(protos)
     for relative, text in made.items():
         assert (ROOT / "clients/python" / relative).read_text() == text, f"{relative}: run `make protos`"
+
+
+def test_the_blocking_client_is_what_the_asyncio_one_says(tmp_path: Path) -> None:
+    """`make sync` changes nothing."""
+    command = [sys.executable, ROOT / "tools/make_sync.py", tmp_path]
+    subprocess.run(command, check=True, timeout=60)
+    made = sorted(tmp_path.iterdir())
+    assert {"client.py", "streams.py"} <= {path.name for path in made}
+    for path in made:
+        kept = PACKAGES["loraplex"] / "_sync" / path.name
+        assert kept.read_text() == path.read_text(), f"{path.name}: run `make sync`"
+        assert path.read_text().startswith("# Made from ")
 
 
 def test_python_files_declare_their_annotations_lazily() -> None:

@@ -17,6 +17,7 @@ import grpc
 import pytest
 
 from loraplex import _extras, cli
+from loraplex.cli import commands
 from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
 
 Command = Callable[..., tuple[int, str, str]]
@@ -404,5 +405,5 @@ def test_interrupted(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(args: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_model", interrupt)
+    monkeypatch.setattr(commands, "model", interrupt)
     assert command("model") == (130, "", "")

@@ -449,11 +449,11 @@ def test_model(drive: Any, server: Any, client: Any) -> None:
     ],
 )
 def test_every_enum_value_has_its_name(enum: Any, prefix: str, field: str) -> None:
-    from loraplex import _convert
+    from loraplex import _readers
 
     for name, number in enum.items():
-        assert getattr(_convert, field)(number) == name.removeprefix(prefix).lower()
-    assert getattr(_convert, field)(1000) == "unspecified", "a newer server may say more"
+        assert getattr(_readers, field)(number) == name.removeprefix(prefix).lower()
+    assert getattr(_readers, field)(1000) == "unspecified", "a newer server may say more"
 
 
 def test_answers_beyond_grpc_s_default_size(drive: Any, server: Any, client: Any) -> None:

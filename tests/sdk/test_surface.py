@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Any, get_type_hints
+from typing import Any, Unpack, get_type_hints
 
 import pytest
 
@@ -20,11 +20,10 @@ from loraplex import (
     GenerationMap,
     GenerationStream,
 )
-from loraplex._adapters import Adapters
-from loraplex._async_adapters import AsyncAdapters
-from loraplex._async_streams import AsyncAdapterWatch
-from loraplex._convert import generate_request
-from loraplex._streams import AdapterWatch
+from loraplex._async.adapters import AsyncAdapters
+from loraplex._async.streams import AsyncAdapterWatch
+from loraplex._sync.adapters import Adapters
+from loraplex._sync.streams import AdapterWatch
 
 
 def test_the_public_names() -> None:
@@ -107,16 +106,16 @@ def test_both_clients_have_one_shape(blocking: type, awaited: type) -> None:
 
 
 def test_options_are_the_arguments_of_the_request() -> None:
-    arguments = get_type_hints(generate_request)
-    del arguments["prompt"], arguments["return"]
-    assert get_type_hints(GenerateOptions) == arguments
+    for method in (Client.generate, Client.stream, Client.chat, Client.map, Client.stream_batch):
+        assert get_type_hints(method)["options"] == Unpack[GenerateOptions]
+    arguments = get_type_hints(GenerateOptions)
     documented = inspect.getdoc(Client.generate) or ""
     assert all(f"{name}," in documented or f"{name};" in documented for name in arguments)
 
 
-def test_the_readme_names_every_option(pytestconfig: pytest.Config) -> None:
-    readme = (pytestconfig.rootpath / "README.md").read_text()
-    section = readme.split("### Options of a generation\n")[1].split("\n### ")[0]
+def test_the_documentation_names_every_option(pytestconfig: pytest.Config) -> None:
+    page = (pytestconfig.rootpath / "docs/how-to/generate.md").read_text()
+    section = page.split("## Options\n")[1].split("\n## ")[0]
     cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     named = set(re.findall(r"`(\w+)", " ".join(cells)))
     assert named == get_type_hints(GenerateOptions).keys()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loraplex import Timeouts
-from loraplex._watchdog import Watchdog
+from loraplex._sync.watchdog import Watchdog
 from loraplex.errors import DeadlineExceededError, InvalidRequestError
 from loraplex.v1 import generation_pb2, model_pb2
 

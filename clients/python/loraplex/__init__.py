@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraplex import errors
-    from loraplex._async import AsyncClient
-    from loraplex._async_streams import AsyncGenerationBatch, AsyncGenerationStream
+    from loraplex._async.client import AsyncClient
+    from loraplex._async.maps import AsyncGenerationMap
+    from loraplex._async.streams import AsyncGenerationBatch, AsyncGenerationStream
     from loraplex._batch import BatchResult
     from loraplex._config import Keepalive, RetryPolicy, Timeouts, TlsConfig
-    from loraplex._convert import Conversation, GenerateOptions
     from loraplex._hooks import CallHook, CallInfo
-    from loraplex._map import AsyncGenerationMap, GenerationMap
-    from loraplex._streams import GenerationBatch, GenerationStream
+    from loraplex._options import Conversation, GenerateOptions
     from loraplex._structure import Choice, Grammar, JsonObject, JsonSchema, Regex
-    from loraplex._sync import Client
+    from loraplex._sync.client import Client
+    from loraplex._sync.maps import GenerationMap
+    from loraplex._sync.streams import GenerationBatch, GenerationStream
     from loraplex._types import (
         AdapterChanges,
         AdapterInfo,
@@ -84,16 +85,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "_async": ("AsyncClient",),
-    "_async_streams": ("AsyncGenerationBatch", "AsyncGenerationStream"),
+    "_async.client": ("AsyncClient",),
+    "_async.maps": ("AsyncGenerationMap",),
+    "_async.streams": ("AsyncGenerationBatch", "AsyncGenerationStream"),
     "_batch": ("BatchResult",),
     "_config": ("Keepalive", "RetryPolicy", "Timeouts", "TlsConfig"),
-    "_convert": ("Conversation", "GenerateOptions"),
     "_hooks": ("CallHook", "CallInfo"),
-    "_map": ("AsyncGenerationMap", "GenerationMap"),
+    "_options": ("Conversation", "GenerateOptions"),
     "_structure": ("Choice", "Grammar", "JsonObject", "JsonSchema", "Regex"),
-    "_streams": ("GenerationBatch", "GenerationStream"),
-    "_sync": ("Client",),
+    "_sync.client": ("Client",),
+    "_sync.maps": ("GenerationMap",),
+    "_sync.streams": ("GenerationBatch", "GenerationStream"),
     "_types": (
         "AdapterChanges",
         "AdapterInfo",

@@ -1,13 +1,13 @@
-"""Many requests in one call: what is sent, and what each of them came to."""
+"""Many requests in one call: the message that is sent, and a result for each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from loraplex import _convert as convert
 from loraplex._map import MapItem, item_request
+from loraplex._options import GenerateOptions
+from loraplex._readers import generation
 from loraplex._status import error_from_message
 from loraplex._types import Generation
 from loraplex.errors import InternalError, LoraplexError
@@ -16,10 +16,10 @@ from loraplex.v1 import generation_pb2
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """What one prompt of a batch came to: an answer or an error."""
+    """The result of one prompt of a batch: an answer or an error."""
 
     position: int
-    """Of the prompt among those that were sent."""
+    """Index of the prompt among those that were sent."""
     answer: Generation | None
     error: LoraplexError | None
 
@@ -36,7 +36,7 @@ class BatchResult:
 
 
 def batch_request(
-    prompts: Iterable[MapItem], options: Mapping[str, Any]
+    prompts: Iterable[MapItem], options: GenerateOptions
 ) -> generation_pb2.GenerateBatchRequest:
     """The requests as sent; a prompt's own options win over those of all.
 
@@ -64,7 +64,7 @@ class BatchReader:
         if response.HasField("error"):
             error = error_from_message(response.error, request.request_id)
             return BatchResult(response.position, None, error)
-        return BatchResult(response.position, convert.generation(request, response.answer), None)
+        return BatchResult(response.position, generation(request, response.answer), None)
 
     def check_complete(self) -> None:
         """Called at the end of the stream."""
@@ -73,6 +73,6 @@ class BatchReader:
 
 
 def in_order(results: Iterable[BatchResult]) -> list[Generation | LoraplexError]:
-    """What each prompt came to, in the order of the prompts."""
+    """The answer to each prompt, or its error, in the order of the prompts."""
     found = sorted(results, key=lambda result: result.position)
     return [result.unwrap() if result.error is None else result.error for result in found]

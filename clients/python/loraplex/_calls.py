@@ -1,4 +1,4 @@
-"""One call from its start to its end: its limits, its metadata, its errors, and who is told of it."""
+"""One call from its start to its end: limits, metadata, errors, hooks."""
 
 from __future__ import annotations
 
@@ -35,32 +35,36 @@ ItemT_co = TypeVar("ItemT_co", covariant=True)
 
 
 class Reader(Protocol[ItemT_co]):
-    """Makes the SDK's values of the messages of one call."""
+    """Turns the messages of one call into the SDK's values."""
 
     request_id: str
-    """As the server's logs name the request; empty where it is not known, or there are several."""
+    """The request's name in the server's logs; empty while unknown, or where there are several requests."""
 
     def read(self, message: Any) -> ItemT_co: ...
 
     def check_complete(self) -> None:
-        """Called at the end: raises an InternalError if something is lacking."""
+        """Called at the end of the stream.
+
+        Raises:
+            InternalError: something is missing.
+        """
 
 
 PROBE = "/grpc.health.v1.Health/Check"
-"""Asked to find out whether anybody is there; every gRPC server has an answer, if only UNIMPLEMENTED."""
+"""Called to find out whether a server is there: every gRPC server answers it, if only UNIMPLEMENTED."""
 
 
 @dataclass(slots=True)
 class Connection:
-    """What a client knows of its connection: whether the last call got through to a server."""
+    """A client's knowledge of its connection: whether the last call reached a server."""
 
     up: bool = False
 
 
 class Call:
-    """A `with` around whatever a call does, or awaits; it lets no error of gRPC's out.
+    """A context manager around each step of a call; it turns gRPC's errors into the SDK's.
 
-    Several in turn belong to one call: each read of a stream is one. `finish` ends it well.
+    A call may enter it several times: each read of a stream does. `finish` ends the call.
 
     Args:
         method: such as `GenerationService/Generate`.
@@ -96,7 +100,11 @@ class Call:
         return {"timeout": self.remaining(), "metadata": tuple(self.info.metadata.items())}
 
     def remaining(self) -> float | None:
-        """Seconds left altogether; None for no limit."""
+        """Seconds left for the whole call; None for no limit.
+
+        Raises:
+            DeadlineExceededError: no time is left.
+        """
         if self.limits.total is None:
             return None
         left = self._start + self.limits.total - time.monotonic()
@@ -106,7 +114,7 @@ class Call:
 
     @property
     def must_connect(self) -> bool:
-        """Whether it is to be found out first, by `PROBE`, that there is a server."""
+        """Whether `PROBE` must first find out that there is a server."""
         return self.limits.connect is not None and not self._connection.up
 
     def probe_options(self) -> dict[str, Any]:
@@ -117,10 +125,10 @@ class Call:
         return {"timeout": left if self._probed_to_the_end else self.limits.connect, "wait_for_ready": True}
 
     def probed(self, code: grpc.StatusCode, server: str) -> None:
-        """Takes the outcome of the probe.
+        """Notes the outcome of the probe.
 
         Raises:
-            DeadlineExceededError: nobody answered.
+            DeadlineExceededError: no server answered.
         """
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             assert self.limits.connect is not None
@@ -131,13 +139,13 @@ class Call:
         self._connection.up = True
 
     def wait_phase(self, first: bool) -> tuple[TimeoutPhase, float | None]:
-        """The phase that a wait for a part of an answer belongs to, and how many seconds it may take."""
+        """The phase that a wait for a part of an answer belongs to, and its limit in seconds."""
         if first:
             return "first_token", self.limits.first_token
         return "between_tokens", self.limits.between_tokens
 
     def expire(self, phase: TimeoutPhase) -> None:
-        """Makes the cancellation that follows the end of this phase's time."""
+        """Notes that the cancellation that follows is due to this phase's limit."""
         self._expired = phase
 
     def late(self, phase: TimeoutPhase) -> DeadlineExceededError:
@@ -148,7 +156,7 @@ class Call:
         )
 
     def finish(self, error: LoraplexError | None = None) -> None:
-        """Tells the hooks, the first time."""
+        """Tells the hooks that the call has ended, the first time that it is called."""
         if self._finished:
             return
         self._finished = True
@@ -157,7 +165,7 @@ class Call:
             hook.on_response(self.info, error)
 
     def leave(self) -> None:
-        """Ends it as one that its caller did not want to the end, unless it has ended."""
+        """Ends a call that its caller left early, unless it has ended."""
         self.finish(self._cancelled())
 
     def __enter__(self) -> None:
@@ -176,7 +184,7 @@ class Call:
             raise failure from error
 
     def _failure(self, error: BaseException) -> LoraplexError | None:
-        """The SDK's error for one that came out of gRPC; None for what is not the call's."""
+        """The SDK's error for an error of gRPC; None for one that has another origin."""
         if isinstance(error, LoraplexError):
             return error
         if self._expired is not None and isinstance(

@@ -1,4 +1,4 @@
-"""What a gRPC channel is made of: address, options, credentials and service config."""
+"""Settings of a gRPC channel: address, options, credentials and service config."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loraplex.errors import InvalidRequestError
 MAX_MESSAGE_BYTES = 64 << 20
 """Room for a million token ids, or the log-probabilities of a long answer; gRPC's own limit is 4 MiB."""
 
-# Left out: those whose second attempt would report what the first one did.
+# Methods that gRPC may repeat. For the others, a second attempt could fail on the effect of the first.
 REPEATABLE = {
     "loraplex.v1.GenerationService": (
         "Generate",
@@ -33,7 +33,7 @@ REPEATABLE = {
 
 @dataclass(frozen=True, slots=True)
 class ChannelSettings:
-    """All that grpc and grpc.aio need to open the same channel."""
+    """Arguments with which grpc and grpc.aio open the same channel."""
 
     target: str
     options: tuple[tuple[str, Any], ...]
@@ -143,7 +143,11 @@ def authorization(token: str | None, settings: ChannelSettings, allow_insecure_t
 
 
 def check_target(target: str) -> None:
-    """Refuses addresses that gRPC would only fail to resolve later, with an obscure text."""
+    """Refuses addresses that gRPC could not resolve, and would report later in an obscure text.
+
+    Raises:
+        InvalidRequestError: see there.
+    """
     if "://" in target and target.split("://")[0] in ("http", "https", "grpc", "grpcs"):
         raise InvalidRequestError.for_field(
             "server", f"give HOST:PORT without {target.split('://')[0]}://; TLS is tls=True"
@@ -156,7 +160,7 @@ def check_target(target: str) -> None:
 
 
 def is_local(target: str) -> bool:
-    """Whether `target` surely stays on this machine."""
+    """True if `target` certainly stays on this machine."""
     scheme = re.match(r"(dns|ipv4|ipv6|unix|unix-abstract):", target)
     if scheme and scheme[1].startswith("unix"):
         return True

@@ -1,4 +1,4 @@
-"""How a client reaches its server: values that are checked when they are made."""
+"""Settings of a client: timeouts, retries, keepalive, TLS. Each checks its values when it is made."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Timeouts:
     """
 
     connect: float | None = None
-    """Waiting for a server to connect to, with the first call and with one that follows on UNAVAILABLE: those
-    ask for its health before anything else. None: they fail when nobody is there, after the retries."""
+    """Waiting for a connection. The first call, and each after an UNAVAILABLE, asks for the server's health
+    before anything else. None: such a call fails when no server is there, after the retries."""
     first_token: float | None = None
     """Waiting for the first part of an answer, queueing and prefill included."""
     between_tokens: float | None = None
-    """Waiting for each further part. The caller's own time between two parts does not count."""
+    """Waiting for each further part. Time that the caller takes between two parts does not count."""
     total: float | None = None
-    """The whole call, retries included; the server knows of it, and does not begin what cannot be in time."""
+    """The whole call, retries included. The server knows it, and refuses what cannot be finished in time."""
 
     def __post_init__(self) -> None:
         for name in ("connect", "first_token", "between_tokens", "total"):
@@ -48,7 +48,7 @@ class Timeouts:
 
     @property
     def of_parts(self) -> bool:
-        """Whether an answer has to be read in parts to keep these limits."""
+        """True if an answer must be read in parts to keep these limits."""
         return self.first_token is not None or self.between_tokens is not None
 
 
@@ -58,14 +58,14 @@ Timeout = float | Timeouts
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """When gRPC itself repeats a call that failed with UNAVAILABLE.
+    """When gRPC repeats a call that failed with UNAVAILABLE.
 
     A generation is repeated only while the server has sent nothing of its answer. Loading and
     unloading are never repeated: the first attempt may have taken effect. A server whose queue is
     full is not asked again unless `when_full` says so; the error's `retry_after_s` tells when that
     makes sense.
 
-    The pause before attempt n + 1 is what the server asked for, where it did. Otherwise it is random, up to
+    The server may ask for a pause before attempt n + 1. Otherwise the pause is random, up to
     min(initial_backoff_s * multiplier ** (n - 1), max_backoff_s).
     """
 
@@ -75,11 +75,11 @@ class RetryPolicy:
     max_backoff_s: float = 2.0
     multiplier: float = 2.0
     when_full: bool = False
-    """Also repeat what failed with RESOURCE_EXHAUSTED, after the pause that the server asked for."""
+    """Also repeat calls that failed with RESOURCE_EXHAUSTED, after the pause that the server asked for."""
     budget: int | None = 100
-    """Spent by failed attempts, one each, and refilled by calls that succeed, a fifth each. While less than
-    half is left, nothing is repeated, so that retries do not add to an overload. At most 1000; None: no
-    budget. Clients of one process and server share theirs."""
+    """Each failed attempt takes 1 from it, each call that succeeds adds 0.2. While less than half is left,
+    nothing is repeated, so that retries do not add to an overload. At most 1000; None: no budget. Clients of
+    one process share the budget for a server."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.max_attempts <= 5:
@@ -116,9 +116,9 @@ class TlsConfig:
     """TLS by certificates of one's own; `tls=True` alone trusts the authorities that gRPC ships with."""
 
     ca: Pem | None = None
-    """Authorities that may have signed the server's certificate."""
+    """Certificates of the authorities to trust."""
     certificate: Pem | None = None
-    """This client's own, where the server asks for one; goes with `key`."""
+    """The client's certificate, for a server that asks for one; needs `key`."""
     key: Pem | None = None
     server_name: str | None = None
     """Name to expect in the server's certificate, where it is not the host of the address."""
@@ -132,7 +132,7 @@ def read_pem(pem: Pem | None, field: str) -> bytes | None:
     """The bytes of a certificate or key.
 
     Raises:
-        InvalidRequestError: the file cannot be read, or what it holds is no PEM.
+        InvalidRequestError: the file cannot be read, or its content is not PEM.
     """
     if pem is None:
         return None

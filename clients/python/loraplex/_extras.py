@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 
-# What each extra brings, by import name. Left out is what a server can do without: without triton the torch
-# path serves, without starlette and uvicorn gRPC alone, without llguidance free text.
+# The packages of each extra, by import name. Those that a server can run without are left out: without triton
+# it uses torch, without starlette and uvicorn it serves gRPC alone, without llguidance free text alone.
 MODULES = {
     "server": (
         "torch",
@@ -31,21 +31,20 @@ MODULES = {
 
 @dataclass(frozen=True, slots=True)
 class ExtraCommand:
-    """A command that another package of this distribution carries out."""
+    """A command that a package of the server runs."""
 
     module: str
-    """Its `function(argv)` gets the arguments untouched, `--help` included."""
+    """Its `main(argv)` gets the arguments unchanged, `--help` included."""
     extras: tuple[str, ...]
     """Needed before it can start."""
-    function: str = "main"
 
 
 COMMANDS = {
     "serve": ExtraCommand("loraplex_server.cli", ("server",)),
-    "config": ExtraCommand("loraplex_server.cli", ("server",), "config_main"),
+    "config": ExtraCommand("loraplex_server.config.cli", ("server",)),
     "top": ExtraCommand("loraplex_bench.top", ("bench",)),
     "bench": ExtraCommand("loraplex_bench.cli", ("bench",)),
-    "demo": ExtraCommand("loraplex_bench.demo.run", ("server", "bench")),
+    "demo": ExtraCommand("loraplex_bench.scenarios.demo", ("server", "bench")),
 }
 
 
@@ -56,7 +55,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     if missing:
         return advise(command, wanted.extras, missing)
     try:
-        return int(getattr(import_module(wanted.module), wanted.function)(list(argv)) or 0)
+        return int(import_module(wanted.module).main(list(argv)) or 0)
     except ModuleNotFoundError as error:
         # Some commands under `bench` need more than others, and import it only then.
         name = (error.name or "").partition(".")[0]

@@ -1,4 +1,4 @@
-"""What a caller's own code is told of every call, for tracing and measuring."""
+"""Hooks: a caller's own code that is told of every call, for tracing and measuring."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from loraplex.errors import LoraplexError
 
 @dataclass(slots=True)
 class CallInfo:
-    """One call, from `on_request` to `on_response` the same object."""
+    """One call. `on_request` and `on_response` get the same object."""
 
     method: str
     """Full name, such as `loraplex.v1.GenerationService/Generate`."""
     request_id: str
-    """As the caller chose it; once an answer has begun, as the server names it. Empty while nobody has."""
+    """The caller's name for the request, or empty; once an answer has begun, the server's name for it."""
     metadata: dict[str, str]
-    """What goes with the call; `on_request` may add to it. Keys in lower case."""
+    """Sent with the call; `on_request` may add to it. Keys in lower case."""
     seconds: float = 0.0
-    """How long it took, up to `on_response`."""
+    """Duration up to `on_response`."""
 
 
 class CallHook:
-    """Derive from it, override what is wanted, and give clients one: `Client(hooks=[Tracing()])`.
+    """Base of hooks: override a method and pass an instance to a client, `Client(hooks=[Tracing()])`.
 
-    Both kinds of client call both methods plainly: on the thread or in the task that makes the call, and
-    where a stream is let go of, on the one that does so. What they raise ends the call.
+    Both clients call both methods synchronously, on the thread or in the task that makes the call; where a
+    stream is dropped early, on the thread that drops it. An exception from a hook ends the call.
 
     >>> class Tracing(CallHook):
     ...     def on_request(self, call):
@@ -38,11 +38,11 @@ class CallHook:
     """
 
     def on_request(self, call: CallInfo) -> None:
-        """Called before anything is sent; retries of gRPC's own belong to the same call."""
+        """Called before anything is sent. Retries by gRPC belong to the same call."""
 
     def on_response(self, call: CallInfo, error: LoraplexError | None) -> None:
-        """Called once, at the end: of a stream when its last chunk was read, or when it was closed.
+        """Called once, at the end. A stream ends when its last chunk was read, or when it was closed.
 
         Args:
-            error: what the caller gets; RequestCancelledError where it left early.
+            error: the error that the caller gets; RequestCancelledError where it left early.
         """

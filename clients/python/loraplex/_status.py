@@ -1,4 +1,4 @@
-"""From a failed gRPC call to the SDK's error: one table, and the details that came with the status."""
+"""From a failed gRPC call to the SDK's error: a table, and the details that come with the status."""
 
 from __future__ import annotations
 

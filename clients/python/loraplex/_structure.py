@@ -1,4 +1,4 @@
-"""Forms that an answer can be held to."""
+"""Structured output: what an answer must conform to."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ Structure = JsonSchema | JsonObject | Regex | Grammar | Choice
 
 
 def structure_message(structure: Structure) -> generation_pb2.Structure:
-    """The form as it is sent.
+    """The message for `structure`.
 
     Raises:
-        InvalidRequestError: it is none, or of the wrong type.
+        InvalidRequestError: it is of another type, or its value is.
     """
     message = generation_pb2.Structure()
     try:

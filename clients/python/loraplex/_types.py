@@ -1,4 +1,4 @@
-"""The values that the SDK answers with. No protobuf type leaves the package."""
+"""The values that the SDK returns. No protobuf type leaves the package."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_prompt_tokens: int = 0
-    """The part of the prompt that was not computed, since the server's prefix cache had it."""
+    """Prompt tokens that came from the server's prefix cache and were not computed."""
     drafted_tokens: int = 0
-    """Tokens that the server guessed (`speculative_tokens`), right or wrong."""
+    """Draft tokens of speculation (`speculative_tokens`), accepted or rejected."""
     accepted_tokens: int = 0
-    """Those that it guessed right."""
+    """Draft tokens that were accepted."""
 
     @property
     def total_tokens(self) -> int:
@@ -47,16 +47,16 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds as the server saw them, all from the request's arrival."""
+    """Seconds, measured by the server from the arrival of the request."""
 
     queue_seconds: float
-    """Until first scheduled."""
+    """Until the request was first scheduled."""
     adapter_wait_seconds: float
-    """The part of it spent waiting for adapters to be on the device."""
+    """Of these, the seconds spent waiting for adapters to be on the device."""
     time_to_first_token_seconds: float
     total_seconds: float
     preemptions: int
-    """How often the request was put back and recomputed."""
+    """Times that the request was preempted and recomputed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +95,11 @@ class Generation:
     index: int = 0
     """Which of the `n` answers it is."""
     prompt_logprobs: list[TokenLogprobs] | None = None
-    """One entry per token of the prompt after the first; of the first answer, and None unless asked for."""
+    """One entry per prompt token after the first; only on the first answer, and None unless asked for."""
     prompt_token_ids: list[int] | None = None
     """None unless the prompt is echoed."""
     others: list[Generation] = field(default_factory=list)
-    """Of the first of `n` answers: the others, in order."""
+    """On the first of `n` answers, the others in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class GenerationChunk:
     """A piece of an answer. Its last one, and only it, has `finish_reason`, `usage` and `timing`."""
 
     text: str
-    """What became certain; may be empty while a character or a possible stop string is incomplete."""
+    """Text that is final; may be empty while a character or a possible stop string is incomplete."""
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
     finish_reason: FinishReason | None
@@ -118,7 +118,7 @@ class GenerationChunk:
     index: int = 0
     """Which of the `n` answers it is a piece of; their pieces come mixed."""
     prompt_logprobs: list[TokenLogprobs] | None = None
-    """Of the prompt's tokens after the first, those that became known; in pieces of the first answer."""
+    """Newly known entries for prompt tokens after the first; in pieces of the first answer."""
     prompt_token_ids: list[int] | None = None
     """On an answer's first piece, where the prompt is echoed."""
 
@@ -136,13 +136,13 @@ class AdapterInfo:
     """Largest over its modules."""
     target_modules: list[str]
     bytes: int
-    """Of its weights, in host memory and on the device."""
+    """Size of its weights, in host memory and on the device."""
     content_hash: str
     """SHA-256 over weights and configuration; empty until first read."""
     references: int
-    """Requests that hold it now."""
+    """Requests that use it now."""
     draining: bool
-    """Unloaded, or replaced by a newer version of its name, and kept for those requests."""
+    """Unloaded or replaced, and kept only until these requests have finished."""
     hits: int
     misses: int
     evictions: int
@@ -150,11 +150,11 @@ class AdapterInfo:
 
 @dataclass(frozen=True, slots=True)
 class AdapterChanges:
-    """What `watch` tells: in the beginning all adapters, then those that are not as they were."""
+    """A message of `watch`: at first all adapters, then those that have changed."""
 
     adapters: list[AdapterInfo]
     removed: list[str]
-    """Names under which there is nothing any more."""
+    """Names that are no longer registered."""
 
 
 @dataclass(frozen=True, slots=True)

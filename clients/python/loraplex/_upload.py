@@ -7,14 +7,14 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from loraplex._convert import assign, named
+from loraplex._requests import assign, named
 from loraplex.errors import InvalidRequestError
 from loraplex.v1 import adapters_pb2
 
 CHUNK_BYTES = 1 << 20
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-"""What an adapter may bring for prompts and answers, and is sent where it is there."""
+"""Files that an adapter may bring for prompts and answers; those that exist are sent too."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes sent so far, and all there are."""

@@ -1,4 +1,4 @@
-"""What the SDK raises.
+"""The errors that the SDK raises.
 
     LoraplexError
     ├── InvalidRequestError      INVALID_ARGUMENT     an argument is wrong; `field_violations` says which
@@ -84,7 +84,7 @@ class PreconditionViolation:
 
 @dataclass(frozen=True, slots=True)
 class Resource:
-    """What the error is about: type `adapter`, name `sql`."""
+    """The thing that the error is about: type `adapter`, name `sql`."""
 
     type: str
     name: str
@@ -133,7 +133,7 @@ class LoraplexError(Exception):
         self.request_id = request_id
 
     def __str__(self) -> str:
-        """The message, and of the details what it does not say already."""
+        """The message, and the details that it does not contain already."""
         text = self.message
         for violation in self.field_violations:
             if violation.description not in text:

@@ -10,6 +10,9 @@ BOTTLENECK_FILE = "adapter.safetensors"
 INTERFACE_FILE = "adapter_interface.json"
 HEAD_FILES = ("model_head.safetensors", "pytorch_model_head.bin")
 
+MAX_CONFIG_BYTES = 1 << 20
+"""Largest configuration that is read; PEFT writes a few KB."""
+
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"

@@ -10,9 +10,14 @@ from loraplex_server.core.text import quoted
 _NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,128}")
 
 
+def is_name(name: str) -> bool:
+    """True where `name` may name an adapter: 1 to 128 of letters, digits, '.', '_', '-', not dots alone."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_name(name: str) -> None:
     """Raises InvalidArgumentError unless `name` may name an adapter."""
-    if _NAME.fullmatch(name) is None:
+    if not is_name(name):
         raise InvalidArgumentError.field(
             "name", f"{quoted(name)} is no adapter name; use 1 to 128 of letters, digits, '.', '_', '-'"
         )

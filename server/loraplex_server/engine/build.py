@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import cast
 
 import torch
 
@@ -57,7 +56,7 @@ def build_engine(
     """
     _keep_freed_memory()
     parallel.set_threads(config.model.threads or max(1, (os.cpu_count() or 2) - 1))
-    dispatch.set_kernels(cast(dispatch.Kernels, config.model.kernels))
+    dispatch.set_kernels(config.model.kernels)
     empty, checkpoint = loader.prepare(config.model)
     device, dtype = empty.format.device, empty.format.dtype
     kernels = dispatch.backend(device)

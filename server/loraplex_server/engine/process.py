@@ -16,8 +16,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from loraplex_server import log
 from loraplex_server.config import EngineConfig
+from loraplex_server.core import log
 from loraplex_server.core.errors import ErrorInfo, InternalError, ServerError, from_info
 
 _log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def _main(
     """The engine process. Heavy imports happen here, after the spawn."""
     # Ctrl-C reaches the whole process group; the API drains first and then tells the engine.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    log.configure(config.log)
+    log.configure(config.log.level, config.log.format)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     from tqdm import tqdm
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from loraplex_server.adapters.files.tensor_file import MalformedFileError, parse_object
-from loraplex_server.adapters.origins.sources import open_file
+from loraplex_server.adapters.files.folder import read_file
+from loraplex_server.adapters.spec.fields import parse_object
+from loraplex_server.adapters.spec.refusals import MalformedFileError
 from loraplex_server.core.adapter_files import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 
 MAX_CHAT_TEMPLATE_BYTES = 256 << 10
@@ -24,14 +25,14 @@ def read_chat_template(folder: Path, roots: Iterable[Path]) -> str:
     """
     roots = tuple(roots)
     if (folder / CHAT_TEMPLATE_FILE).exists():
-        body = _read(folder, CHAT_TEMPLATE_FILE, roots, MAX_CHAT_TEMPLATE_BYTES)
+        body = read_file(folder, CHAT_TEMPLATE_FILE, roots, MAX_CHAT_TEMPLATE_BYTES)
         try:
             return body.decode()
         except UnicodeDecodeError as error:
             raise MalformedFileError(f"{CHAT_TEMPLATE_FILE} is no UTF-8") from error
     if not (folder / TOKENIZER_CONFIG_FILE).exists():
         return ""
-    body = _read(folder, TOKENIZER_CONFIG_FILE, roots, _MAX_TOKENIZER_BYTES)
+    body = read_file(folder, TOKENIZER_CONFIG_FILE, roots, _MAX_TOKENIZER_BYTES)
     template = parse_object(body, TOKENIZER_CONFIG_FILE).get("chat_template")
     if isinstance(template, list):
         # Several, by name; that for plain conversations is called so.
@@ -45,11 +46,3 @@ def read_chat_template(folder: Path, roots: Iterable[Path]) -> str:
             "characters"
         )
     return template
-
-
-def _read(folder: Path, filename: str, roots: Iterable[Path], most: int) -> bytes:
-    file, size = open_file(folder, filename, roots)
-    with file:
-        if size > most:
-            raise MalformedFileError(f"{filename} has {size} bytes; at most {most} are read")
-        return file.read(most)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from loraplex_server.adapters.origins.sources import open_file
+from loraplex_server.adapters.files.folder import open_file
 from loraplex_server.core.adapter_files import SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from loraplex_server.core.tokenizer_source import TokenizerFile, TokenizerSource
 

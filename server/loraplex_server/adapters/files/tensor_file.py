@@ -7,49 +7,20 @@ range, then the bytes. Only files whose ranges tile the rest exactly are accepte
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from loraplex_server.adapters.spec.fields import parse_object
+from loraplex_server.adapters.spec.refusals import MalformedFileError
+from loraplex_server.adapters.spec.tensors import TensorFileHeader, TensorInfo
 from loraplex_server.core.text import quoted
 
 MAX_HEADER_BYTES = 32 << 20
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 """Bytes of one element, by the dtypes that adapters may have."""
-
-
-class MalformedFileError(ValueError):
-    """The file is no safetensors file that could be read safely; the text says what is wrong where."""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a file; `begin` and `end` are byte offsets in the file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True)
-class TensorFileHeader:
-    """What a file holds.
-
-    Attributes:
-        tensors: in the order of their bytes, without gaps from `data_begin` to `file_bytes`.
-        digest: SHA-256 of all bytes before `data_begin`.
-    """
-
-    tensors: tuple[TensorInfo, ...]
-    data_begin: int
-    file_bytes: int
-    digest: bytes
 
 
 def read_header(file: BinaryIO, file_bytes: int) -> TensorFileHeader:
@@ -114,28 +85,6 @@ def decode(dtype: str, raw: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
     if dtype == "BF16":
         return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(raw, "<f2" if dtype == "F16" else "<f4").astype(np.float32, copy=False)
-
-
-def parse_object(text: bytes, what: str) -> dict[str, Any]:
-    """A JSON object from UTF-8 bytes, refusing what would be read differently elsewhere (repeated keys).
-
-    Raises:
-        MalformedFileError: it is none.
-    """
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise MalformedFileError(f"{what} is no JSON: {quoted(str(error))}") from error
-    if not isinstance(value, dict):
-        raise MalformedFileError(f"{what} is no JSON object")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise MalformedFileError("a key is repeated")
-    return result
 
 
 def _tensor(name: str, description: object, data_begin: int, file_bytes: int) -> TensorInfo:

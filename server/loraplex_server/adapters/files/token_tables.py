@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from loraplex_server.adapters.files.tensor_file import ITEM_BYTES, MalformedFileError, TensorInfo, decode
-from loraplex_server.adapters.origins.sources import open_file
+from loraplex_server.adapters.files.folder import open_file
+from loraplex_server.adapters.files.tensor_file import ITEM_BYTES, decode
+from loraplex_server.adapters.spec.refusals import MalformedFileError
 from loraplex_server.adapters.spec.sites import Entry
+from loraplex_server.adapters.spec.tensors import TensorInfo
 from loraplex_server.core.adapter_files import WEIGHTS_FILE
 from loraplex_server.core.frozen_base import Array, FrozenBase
 

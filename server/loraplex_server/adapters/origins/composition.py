@@ -21,11 +21,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from loraplex_server.adapters.files.folder import open_file
 from loraplex_server.adapters.origins.remote.cache import entry_key
 from loraplex_server.adapters.origins.resolver import Resolver
-from loraplex_server.adapters.origins.sources import open_file
 from loraplex_server.adapters.spec.declared import LoraSpec
-from loraplex_server.adapters.spec.manifest import AdapterManifest, refusal
+from loraplex_server.adapters.spec.manifest import AdapterManifest
+from loraplex_server.adapters.spec.refusals import refusal
 from loraplex_server.adapters.spec.sites import SiteKind, SiteRegistry
 from loraplex_server.core.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from loraplex_server.core.composition import Composition

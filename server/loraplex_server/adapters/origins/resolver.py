@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import secrets
 import tempfile
 import threading
@@ -28,14 +27,16 @@ from loraplex_server.adapters.origins.remote.protocol import (
     RemoteFolder,
 )
 from loraplex_server.adapters.origins.remote.registry import make_backend
-from loraplex_server.adapters.origins.sources import head_refusal, pickle_refusal, resolve_folder
-from loraplex_server.adapters.spec.peft_config import MAX_CONFIG_BYTES
+from loraplex_server.adapters.origins.sources import resolve_folder
+from loraplex_server.adapters.spec.refusals import head_refusal, pickle_refusal
 from loraplex_server.config import AdapterConfig
+from loraplex_server.core.adapter_cache import default_cache_dir
 from loraplex_server.core.adapter_files import (
     BOTTLENECK_FILE,
     CONFIG_FILE,
     HEAD_FILES,
     INTERFACE_FILE,
+    MAX_CONFIG_BYTES,
     MAX_EXTRA_FILE_BYTES,
     PICKLE_FILES,
     WEIGHTS_FILE,
@@ -458,12 +459,6 @@ class AdapterSources:
                 lock, users = self._entry_locks.pop(key)
                 if users > 1:
                     self._entry_locks[key] = lock, users - 1
-
-
-def default_cache_dir() -> Path:
-    """Where downloads are kept unless the operator says otherwise."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "loraplex" / "adapters"
 
 
 def _pins(uri: SourceUri) -> dict[str, str]:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from loraplex_server.adapters.origins.sources import Stamp, stamp
+from loraplex_server.adapters.files.folder import Stamp, stamp
 from loraplex_server.core.adapter_files import CONFIG_FILE
 
 _log = logging.getLogger(__name__)

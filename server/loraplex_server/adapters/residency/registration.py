@@ -7,7 +7,7 @@ import logging
 import threading
 from pathlib import Path
 
-from loraplex_server.adapters.origins.sources import Stamp, stamp
+from loraplex_server.adapters.files.folder import Stamp, stamp
 from loraplex_server.adapters.residency.record import StatusCallback
 from loraplex_server.core.adapter_status import AdapterStatus
 from loraplex_server.core.errors import (

@@ -34,11 +34,12 @@ import msgspec
 import torch
 
 from loraplex_kernels.pool import MAX_RANK, AdapterLayout, LoraPool
+from loraplex_server.adapters.files.folder import stamp
+from loraplex_server.adapters.files.manifest_file import read_manifest
 from loraplex_server.adapters.files.weights import HostBlob, lay_out, read_weights
 from loraplex_server.adapters.origins.composition import Composer, Member, check_member
 from loraplex_server.adapters.origins.remote.cache import entry_key
 from loraplex_server.adapters.origins.resolver import AdapterSources, Resolver
-from loraplex_server.adapters.origins.sources import stamp
 from loraplex_server.adapters.origins.watch import Change, ChangeKind, FolderWatch
 from loraplex_server.adapters.residency.device_tier import DeviceTier
 from loraplex_server.adapters.residency.host_tier import HostTier
@@ -63,7 +64,8 @@ from loraplex_server.adapters.residency.registration import (
     unloaded,
 )
 from loraplex_server.adapters.residency.workers import Outcome, WorkerPool
-from loraplex_server.adapters.spec.manifest import AdapterManifest, Kind, read_manifest, refusal
+from loraplex_server.adapters.spec.manifest import AdapterManifest, Kind
+from loraplex_server.adapters.spec.refusals import refusal
 from loraplex_server.adapters.spec.sites import SiteRegistry
 from loraplex_server.config import AdapterConfig
 from loraplex_server.core.adapter_files import CONFIG_FILE, WEIGHTS_FILE
@@ -648,6 +650,13 @@ class AdapterStore:
                 handle.reserved = False
                 handle.record.device_references -= 1
                 self._settle(handle.record)
+
+    def device_references(self, name: str) -> int:
+        """Device references of all requests to the adapter of this name, all its versions together."""
+        versions = [record for record in self._retired if record.name == name]
+        if name in self._records:
+            versions.append(self._records[name])
+        return sum(record.device_references for record in versions)
 
     def failure(self, handles: Iterable[AdapterHandle]) -> ServerError | None:
         """Why a request cannot have its adapters."""

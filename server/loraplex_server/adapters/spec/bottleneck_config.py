@@ -20,8 +20,7 @@ from typing import Any
 
 from loraplex_kernels.bottleneck import NON_LINEARITIES
 from loraplex_kernels.pool import BottleneckReads
-from loraplex_server.adapters.files.tensor_file import MalformedFileError
-from loraplex_server.adapters.spec.peft_config import UnsupportedError
+from loraplex_server.adapters.spec.refusals import MalformedFileError, UnsupportedError
 from loraplex_server.core.text import quoted
 
 LIBRARY_MODELS = frozenset({"llama", "mistral"})

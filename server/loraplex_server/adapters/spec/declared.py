@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loraplex_server.adapters.files.tensor_file import TensorInfo
 from loraplex_server.adapters.spec.sites import Entry
+from loraplex_server.adapters.spec.tensors import TensorInfo
 
 
 @dataclass(frozen=True)

@@ -17,26 +17,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import regex
-
-from loraplex_server.adapters.files.tensor_file import MalformedFileError, parse_object
+from loraplex_server.adapters.spec import fields
+from loraplex_server.adapters.spec.fields import parse_object
+from loraplex_server.adapters.spec.patterns import Patterns, Targets
+from loraplex_server.adapters.spec.refusals import MalformedFileError, UnsupportedError
 from loraplex_server.core.text import quoted
-
-MAX_CONFIG_BYTES = 1 << 20
-MAX_PATTERN_CHARS = 4096
-MATCH_SECONDS = 1.0
-"""Time that all patterns of one adapter may take."""
-
-_QUICK_SECONDS = 0.02
-
-_WITHOUT_REPEATS = re.compile(r"[\w.\\\[\]-]{0,4096}")
-"""Patterns without repetition, choice or groups: they cannot take long, and `re` is faster than `regex`."""
 
 _KINDS: dict[str, str] = {
     "MULTITASK_PROMPT_TUNING": "its prompt depends on a task id",
@@ -125,116 +114,6 @@ _HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _MAX_TOKEN = 1 << 24
-
-_HEADS = frozenset({"lm_head", "embed_out", "output"})
-
-
-class UnsupportedError(ValueError):
-    """The configuration asks for something that is not served; the text names it and the remedy."""
-
-
-class Patterns:
-    """Matches regular expressions from outside within one time limit for all of them.
-
-    Every method raises UnsupportedError for what is no regular expression, or takes too long.
-    """
-
-    def __init__(self) -> None:
-        self._left_s = MATCH_SECONDS
-        self._simple: dict[str, re.Pattern[str]] = {}
-        self._others: dict[str, regex.Pattern[str]] = {}
-
-    def fullmatch(self, pattern: str, path: str) -> bool:
-        """Whether `pattern` matches the whole path."""
-        return self._matches(pattern, pattern, path)
-
-    def ends_with(self, pattern: str, path: str) -> bool:
-        """Whether `pattern` matches the whole path or its end from a "." on."""
-        return self._matches(pattern, rf"(.*\.)?({pattern})", path)
-
-    def layer(self, pattern: str, path: str) -> int | None:
-        """The number in the group `idx` of a match at the beginning of `path`."""
-        match = self._search(pattern, path, "match")
-        return None if match is None else int(match.group("idx"))
-
-    def _matches(self, given: str, pattern: str, path: str) -> bool:
-        if _WITHOUT_REPEATS.fullmatch(given) is None:
-            return self._search(pattern, path, "fullmatch") is not None
-        if pattern not in self._simple:
-            try:
-                self._simple[pattern] = re.compile(pattern)
-            except re.error as error:
-                raise UnsupportedError(f"{quoted(given)} is no regular expression") from error
-        return self._simple[pattern].fullmatch(path) is not None
-
-    def _search(self, pattern: str, path: str, how: Literal["match", "fullmatch"]) -> regex.Match[str] | None:
-        search = getattr(self._compile(pattern), how)
-        begin = time.monotonic()
-        try:
-            try:
-                return search(path, timeout=_QUICK_SECONDS)
-            except TimeoutError:
-                # Once more without the interpreter's lock, so that the engine goes on meanwhile.
-                return search(path, timeout=max(self._left_s, _QUICK_SECONDS), concurrent=True)
-        except TimeoutError as error:
-            raise UnsupportedError(f"the pattern {quoted(pattern)} takes too long to match") from error
-        finally:
-            self._left_s -= time.monotonic() - begin
-
-    def _compile(self, pattern: str) -> regex.Pattern[str]:
-        if len(pattern) > MAX_PATTERN_CHARS:
-            raise UnsupportedError(f"pattern {quoted(pattern, 60)} has over {MAX_PATTERN_CHARS} characters")
-        if pattern not in self._others:
-            try:
-                self._others[pattern] = regex.compile(pattern)
-            except (regex.error, RecursionError, OverflowError, ValueError) as error:
-                raise UnsupportedError(f"{quoted(pattern)} is no regular expression") from error
-        return self._others[pattern]
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Which modules a configuration puts something on.
-
-    Attributes:
-        modules: a regular expression, a list, or None where the file leaves it to the tensors.
-    """
-
-    modules: str | tuple[str, ...] | None
-    excluded: str | tuple[str, ...] | None
-    layers: tuple[int, ...] | None
-    layers_pattern: tuple[str, ...]
-    patterns: Patterns
-
-    def includes(self, path: str, *, linear: bool = True) -> bool:
-        """Whether the module at `path` is one of them; `linear` as "all-linear" means it."""
-        if self._excludes(path):
-            return False
-        target = self.modules
-        if target is None:
-            return True
-        if isinstance(target, str):
-            if target.lower() == "all-linear":
-                return linear and path.rpartition(".")[2] not in _HEADS
-            return self.patterns.fullmatch(target, path)
-        if path in target:
-            return True
-        if not any(path.endswith(f".{name}") for name in target):
-            return False
-        return not self.layers or self._layer(path) in self.layers
-
-    def _excludes(self, path: str) -> bool:
-        excluded = self.excluded
-        if isinstance(excluded, str):
-            return bool(excluded) and self.patterns.fullmatch(excluded, path)
-        return any(path == name or path.endswith(f".{name}") for name in excluded or ())
-
-    def _layer(self, path: str) -> int | None:
-        if not self.layers_pattern:
-            return self.patterns.layer(r".*?\.[^.]*\.(?P<idx>\d+)\.", path)
-        patterns = (rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\." for name in self.layers_pattern)
-        layers = (self.patterns.layer(pattern, path) for pattern in patterns)
-        return next((layer for layer in layers if layer is not None), None)
 
 
 @dataclass(frozen=True)
@@ -387,10 +266,10 @@ def parse_config(text: bytes) -> AdapterSettings:
         _check_setting(key, value)
     patterns = Patterns()
     targets = Targets(
-        modules=_modules(config, "target_modules"),
-        excluded=_modules(config, "exclude_modules"),
-        layers=_layers(config),
-        layers_pattern=_names(config, "layers_pattern"),
+        modules=fields.modules(config, "target_modules"),
+        excluded=fields.modules(config, "exclude_modules"),
+        layers=fields.layers(config),
+        layers_pattern=fields.names(config, "layers_pattern"),
         patterns=patterns,
     )
     if isinstance(targets.modules, str) and (targets.layers or targets.layers_pattern):
@@ -409,15 +288,18 @@ def parse_config(text: bytes) -> AdapterSettings:
 
 def _lora(config: Mapping[str, Any], patterns: Patterns) -> LoraSettings:
     settings = LoraSettings(
-        rank=_rank("r", config.get("r", 8)),
-        alpha=_number("lora_alpha", config.get("lora_alpha", 8)),
-        use_rslora=_flag(config, "use_rslora"),
-        use_dora=_flag(config, "use_dora"),
-        lora_bias=_flag(config, "lora_bias"),
-        invocation_tokens=_ids(config, "alora_invocation_tokens"),
-        rank_pattern={key: _rank("rank_pattern", value) for key, value in _mapping(config, "rank_pattern")},
+        rank=fields.size("r", config.get("r", 8)),
+        alpha=fields.number("lora_alpha", config.get("lora_alpha", 8)),
+        use_rslora=fields.flag(config, "use_rslora"),
+        use_dora=fields.flag(config, "use_dora"),
+        lora_bias=fields.flag(config, "lora_bias"),
+        invocation_tokens=fields.ids(config, "alora_invocation_tokens"),
+        rank_pattern={
+            key: fields.size("rank_pattern", value) for key, value in fields.mapping(config, "rank_pattern")
+        },
         alpha_pattern={
-            key: _number("alpha_pattern", value) for key, value in _mapping(config, "alpha_pattern")
+            key: fields.number("alpha_pattern", value)
+            for key, value in fields.mapping(config, "alpha_pattern")
         },
         patterns=patterns,
     )
@@ -427,24 +309,24 @@ def _lora(config: Mapping[str, Any], patterns: Patterns) -> LoraSettings:
 
 
 def _ia3(config: Mapping[str, Any], patterns: Patterns) -> Ia3Settings:
-    return Ia3Settings(_modules(config, "feedforward_modules"), patterns)
+    return Ia3Settings(fields.modules(config, "feedforward_modules"), patterns)
 
 
 def _replaced(config: Mapping[str, Any], method: Method) -> Replaced:
     for key, kind in (("token_indices", TokenSettings), ("trainable_token_indices", LoraSettings)):
         if config.get(key) and not isinstance(method, kind):
             raise UnsupportedError(f"{key} is no setting of {config['peft_type']}")
-    modules = _names(config, "modules_to_save")
+    modules = fields.names(config, "modules_to_save")
     if "" in modules:
         raise UnsupportedError("modules_to_save has an empty name")
     trainable = config.get("trainable_token_indices")
     tokens: dict[str, tuple[int, ...]] = {}
     if isinstance(method, TokenSettings):
-        tokens[""] = _ids(config, "token_indices")
+        tokens[""] = fields.ids(config, "token_indices")
     elif isinstance(trainable, dict) and "" not in trainable:
-        tokens = {name: _token_ids("trainable_token_indices", ids) for name, ids in trainable.items()}
+        tokens = {name: fields.token_ids("trainable_token_indices", ids) for name, ids in trainable.items()}
     elif trainable is not None:
-        tokens[""] = _ids(config, "trainable_token_indices")
+        tokens[""] = fields.ids(config, "trainable_token_indices")
     for ids in tokens.values():
         if len(set(ids)) < len(ids) or any(token > _MAX_TOKEN for token in ids):
             raise UnsupportedError("trainable tokens name an id twice, or one that no vocabulary has")
@@ -456,20 +338,20 @@ def _replaced(config: Mapping[str, Any], method: Method) -> Replaced:
             "modules_to_save and trainable_token_indices beside alora_invocation_tokens are not served: they "
             "would change what comes before the invocation"
         )
-    return Replaced(modules, tokens, _flag(config, "ensure_weight_tying"))
+    return Replaced(modules, tokens, fields.flag(config, "ensure_weight_tying"))
 
 
 def _prompt(config: Mapping[str, Any], patterns: Patterns) -> PromptSettings:
     if config.get("num_transformer_submodules") not in (None, 1):
         raise UnsupportedError("num_transformer_submodules is not 1: only decoders are served")
-    return PromptSettings(_rank("num_virtual_tokens", config.get("num_virtual_tokens")))
+    return PromptSettings(fields.size("num_virtual_tokens", config.get("num_virtual_tokens")))
 
 
 def _prefix(config: Mapping[str, Any], patterns: Patterns) -> PrefixSettings:
     prompt = _prompt(config, patterns)
 
     def size(key: str) -> int | None:
-        return None if config.get(key) is None else _rank(key, config[key])
+        return None if config.get(key) is None else fields.size(key, config[key])
 
     return PrefixSettings(
         prompt.num_virtual_tokens, size("num_layers"), size("num_attention_heads"), size("token_dim")
@@ -507,74 +389,3 @@ def _check_init(value: object) -> None:
     raise UnsupportedError(
         f"init_lora_weights {quoted(value)} is not known, so it may have changed the base model"
     )
-
-
-def _rank(key: str, value: object) -> int:
-    if type(value) is not int or not 1 <= value <= 1 << 20:
-        raise MalformedFileError(f"{key} has {quoted(value)}, which is no usable number")
-    return value
-
-
-def _number(key: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise MalformedFileError(f"{key} has {quoted(value)}, which is no number")
-    # Compared first: an integer of any length can be, and only then is it sure to be a float.
-    if not abs(value) <= 1e9:
-        raise MalformedFileError(f"{key} has {quoted(value)}, which is no usable scale")
-    return value
-
-
-def _flag(config: Mapping[str, Any], key: str) -> bool:
-    value = config.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise MalformedFileError(f"{key} has {quoted(value)}, which is neither true nor false")
-    return bool(value)
-
-
-def _mapping(config: Mapping[str, Any], key: str) -> list[tuple[str, object]]:
-    value = config.get(key)
-    if value is None:
-        return []
-    if not isinstance(value, dict):
-        raise MalformedFileError(f"{key} has {quoted(value)}, which is no mapping")
-    return list(value.items())
-
-
-def _modules(config: Mapping[str, Any], key: str) -> str | tuple[str, ...] | None:
-    value = config.get(key)
-    if value is None or isinstance(value, str):
-        return value
-    return _names(config, key)
-
-
-def _names(config: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    value = config.get(key)
-    if value is None or value == "":
-        return ()
-    if isinstance(value, str):
-        return (value,)
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise MalformedFileError(f"{key} has {quoted(value)}, which is no list of names")
-    return tuple(value)
-
-
-def _layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
-    value = config.get("layers_to_transform")
-    items = value if isinstance(value, list) else [value]
-    if value is None or items == []:
-        return None
-    if any(type(item) is not int for item in items):
-        raise MalformedFileError(f"layers_to_transform has {quoted(value)}, which is no list of layers")
-    return tuple(items)
-
-
-def _ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    return _token_ids(key, config.get(key))
-
-
-def _token_ids(key: str, value: object) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
-        raise MalformedFileError(f"{key} has {quoted(value)}, which is no list of token ids")
-    return tuple(value)

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from loraplex_server.adapters.files.tensor_file import TensorInfo
 from loraplex_server.adapters.spec.declared import TokenRowsSpec
-from loraplex_server.adapters.spec.peft_config import AdapterSettings, TokenSettings, UnsupportedError
+from loraplex_server.adapters.spec.peft_config import AdapterSettings, TokenSettings
+from loraplex_server.adapters.spec.refusals import UnsupportedError
 from loraplex_server.adapters.spec.sites import Entry, Part, SiteKind, SiteRegistry
+from loraplex_server.adapters.spec.tensors import TensorInfo
 from loraplex_server.core.text import quoted
 
 Parts = Mapping[Part, TensorInfo]

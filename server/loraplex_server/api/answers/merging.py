@@ -1,4 +1,4 @@
-"""Several answers as one stream: piece by piece, or each whole."""
+"""Several answers at once: piece by piece as they come, or each when it is done."""
 
 from __future__ import annotations
 
@@ -11,30 +11,25 @@ from typing import Any, TypeVar
 ItemT = TypeVar("ItemT")
 
 
-async def merged(sources: Sequence[AsyncGenerator[ItemT]]) -> AsyncGenerator[tuple[int, ItemT]]:
-    """The items of all `sources` as they come, each with the index of its source.
+async def merged(sources: Sequence[AsyncGenerator[ItemT]]) -> AsyncGenerator[ItemT]:
+    """The items of all `sources` as they come.
 
     The first error of a source ends all. Leaving early closes every source. A source is asked for its next
     item only when its last one was taken, so a slow reader makes them wait.
     """
-    if len(sources) == 1:
-        async with contextlib.aclosing(sources[0]) as only:
-            async for item in only:
-                yield 0, item
-        return
-    queue: asyncio.Queue[tuple[int, ItemT] | Exception | None] = asyncio.Queue(maxsize=1)
+    queue: asyncio.Queue[tuple[ItemT] | Exception | None] = asyncio.Queue(maxsize=1)
 
-    async def pump(index: int, source: AsyncGenerator[ItemT]) -> None:
+    async def pump(source: AsyncGenerator[ItemT]) -> None:
         try:
             async with contextlib.aclosing(source):
                 async for item in source:
-                    await queue.put((index, item))
+                    await queue.put((item,))
         except Exception as error:
             await queue.put(error)
         else:
             await queue.put(None)
 
-    tasks = [asyncio.create_task(pump(index, source)) for index, source in enumerate(sources)]
+    tasks = [asyncio.create_task(pump(source)) for source in sources]
     left = len(tasks)
     try:
         while left:
@@ -44,7 +39,7 @@ async def merged(sources: Sequence[AsyncGenerator[ItemT]]) -> AsyncGenerator[tup
             if entry is None:
                 left -= 1
             else:
-                yield entry
+                yield entry[0]
     finally:
         for task in tasks:
             task.cancel()
@@ -52,7 +47,7 @@ async def merged(sources: Sequence[AsyncGenerator[ItemT]]) -> AsyncGenerator[tup
 
 
 async def as_finished(jobs: Iterable[Coroutine[Any, Any, ItemT]], limit: int) -> AsyncGenerator[ItemT]:
-    """What the jobs return, as they finish. They begin in order, and no more than `limit` of them are
+    """The results of the jobs, as they finish. They begin in order, and no more than `limit` of them are
     unfinished, or finished and not taken. Leaving early cancels those that run. A job that raises ends all.
     """
     waiting = iter(jobs)

@@ -1,4 +1,4 @@
-"""The ASGI application: which path is answered by what."""
+"""The ASGI application: paths and their endpoints."""
 
 from __future__ import annotations
 
@@ -13,38 +13,24 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from loraplex_server import log
-from loraplex_server.api.answers.generator import Generator
 from loraplex_server.api.http.errors import to_body
-from loraplex_server.api.http.generation import Chat, Completions, GenerationEndpoint, HttpSettings, Kind
+from loraplex_server.api.http.generation import CHAT, COMPLETIONS, GenerationEndpoint, HttpSettings
 from loraplex_server.api.http.middleware import CallMiddleware
 from loraplex_server.api.http.models import Models
 from loraplex_server.api.http.openapi import document
 from loraplex_server.api.http.schema import Health
-from loraplex_server.api.lifecycle import Lifecycle
-from loraplex_server.api.security.authentication import Authenticator
-from loraplex_server.api.telemetry.metrics import Metrics
-from loraplex_server.api.telemetry.tracing.spans import Tracing
+from loraplex_server.api.services import Services
+from loraplex_server.core import log
 from loraplex_server.core.errors import ErrorInfo
 
 _CODES = {404: "NOT_FOUND", 405: "INVALID_ARGUMENT"}
 
 
-def application(
-    lifecycle: Lifecycle,
-    metrics: Metrics,
-    authenticator: Authenticator,
-    generator: Generator,
-    settings: HttpSettings,
-    version: str,
-    tracing: Tracing,
-) -> Starlette:
+def application(services: Services, settings: HttpSettings) -> Starlette:
     """The whole HTTP API, for an ASGI server to run."""
+    lifecycle, metrics = services.lifecycle, services.metrics
     models = Models(lifecycle, settings)
-    openapi = msgspec.json.encode(document(version))
-
-    def endpoint(kind: Kind) -> GenerationEndpoint:
-        return GenerationEndpoint(kind, generator, settings, metrics)
+    openapi = msgspec.json.encode(document(services.version))
 
     async def health(request: Request) -> Response:
         serving = lifecycle.serving
@@ -59,8 +45,8 @@ def application(
         return Response(openapi, media_type="application/json")
 
     routes = [
-        Route("/v1/completions", endpoint(Completions()), methods=["POST"]),
-        Route("/v1/chat/completions", endpoint(Chat()), methods=["POST"]),
+        Route("/v1/completions", GenerationEndpoint(COMPLETIONS, services, settings), methods=["POST"]),
+        Route("/v1/chat/completions", GenerationEndpoint(CHAT, services, settings), methods=["POST"]),
         Route("/v1/models", models.list, methods=["GET"]),
         Route("/v1/models/{model:path}", models.get, methods=["GET"]),
         Route("/health", health, methods=["GET"]),
@@ -71,9 +57,9 @@ def application(
         CallMiddleware,
         lifecycle=lifecycle,
         metrics=metrics,
-        authenticator=authenticator,
+        authenticator=services.authenticator,
         routes={route.endpoint: route.path for route in routes},
-        tracing=tracing,
+        tracing=services.tracing,
     )
     handlers: dict[Any, Any] = {HTTPException: _no_such_thing}
     app = Starlette(routes=routes, middleware=[calls], exception_handlers=handlers)

@@ -1,42 +1,40 @@
-"""From the server's errors to HTTP: a status, and a body as OpenAI's clients understand it.
-
-code                  status   type
-INVALID_ARGUMENT      400      invalid_request_error
-NOT_FOUND             404      invalid_request_error
-ALREADY_EXISTS        409      invalid_request_error
-UNAUTHENTICATED       401      authentication_error
-PERMISSION_DENIED     403      permission_error
-FAILED_PRECONDITION   400      invalid_request_error
-RESOURCE_EXHAUSTED    429      rate_limit_error        with Retry-After
-DEADLINE_EXCEEDED     504      timeout_error
-CANCELLED             499      server_error
-UNAVAILABLE           503      server_error            with Retry-After
-INTERNAL              500      server_error            without its text, which may name files
-"""
+"""From the server's errors to HTTP: a status, and a body as OpenAI's clients understand it."""
 
 from __future__ import annotations
 
 import math
 import re
+from typing import NamedTuple
 
 import msgspec
 
 from loraplex_server.api.http.schema import ErrorBody, ErrorDetail
 from loraplex_server.core.errors import ErrorInfo, FieldViolation, InvalidArgumentError, ServerError
 
-_STATUS = {
-    "INVALID_ARGUMENT": (400, "invalid_request_error"),
-    "NOT_FOUND": (404, "invalid_request_error"),
-    "ALREADY_EXISTS": (409, "invalid_request_error"),
-    "UNAUTHENTICATED": (401, "authentication_error"),
-    "PERMISSION_DENIED": (403, "permission_error"),
-    "FAILED_PRECONDITION": (400, "invalid_request_error"),
-    "RESOURCE_EXHAUSTED": (429, "rate_limit_error"),
-    "DEADLINE_EXCEEDED": (504, "timeout_error"),
-    "CANCELLED": (499, "server_error"),
-    "UNAVAILABLE": (503, "server_error"),
-    "INTERNAL": (500, "server_error"),
+
+class HttpStatus(NamedTuple):
+    """An HTTP status, and the type of error that OpenAI's clients read beside it."""
+
+    status: int
+    type: str
+
+
+STATUSES = {
+    "INVALID_ARGUMENT": HttpStatus(400, "invalid_request_error"),
+    "NOT_FOUND": HttpStatus(404, "invalid_request_error"),
+    "ALREADY_EXISTS": HttpStatus(409, "invalid_request_error"),
+    "UNAUTHENTICATED": HttpStatus(401, "authentication_error"),
+    "PERMISSION_DENIED": HttpStatus(403, "permission_error"),
+    "FAILED_PRECONDITION": HttpStatus(400, "invalid_request_error"),
+    "RESOURCE_EXHAUSTED": HttpStatus(429, "rate_limit_error"),
+    "DEADLINE_EXCEEDED": HttpStatus(504, "timeout_error"),
+    "CANCELLED": HttpStatus(499, "server_error"),
+    "UNAVAILABLE": HttpStatus(503, "server_error"),
+    "INTERNAL": HttpStatus(500, "server_error"),
 }
+"""By code. RESOURCE_EXHAUSTED and UNAVAILABLE come with Retry-After; INTERNAL comes without its text, which
+may name files."""
+
 _DEFAULT_RETRY_S = 1.0
 _MAX_MESSAGE_CHARS = 1000
 
@@ -60,10 +58,10 @@ class HttpError(ServerError):
 
 
 def status_of(error: ServerError) -> int:
-    """The HTTP status that fits."""
+    """The HTTP status of an error."""
     if isinstance(error, HttpError):
         return error.status
-    return _STATUS.get(error.info.code, _STATUS["INTERNAL"])[0]
+    return STATUSES.get(error.info.code, STATUSES["INTERNAL"]).status
 
 
 def to_body(info: ErrorInfo, request_id: str, model: str = "") -> bytes:
@@ -72,7 +70,7 @@ def to_body(info: ErrorInfo, request_id: str, model: str = "") -> bytes:
     Args:
         model: what the request named so: an adapter that is missing is then said to be this field's.
     """
-    code = info.code if info.code in _STATUS else "INTERNAL"
+    code = info.code if info.code in STATUSES else "INTERNAL"
     message, param, reason = info.message, None, code.lower()
     if code == "INTERNAL":
         message = f"internal error; the server's log has it under {request_id}"
@@ -85,11 +83,11 @@ def to_body(info: ErrorInfo, request_id: str, model: str = "") -> bytes:
         param, reason = "model" if info.resource[1] == model else "adapters", "model_not_found"
     if len(message) > _MAX_MESSAGE_CHARS:
         message = message[: _MAX_MESSAGE_CHARS - 1] + "…"
-    return msgspec.json.encode(ErrorBody(ErrorDetail(message, _STATUS[code][1], param, reason)))
+    return msgspec.json.encode(ErrorBody(ErrorDetail(message, STATUSES[code].type, param, reason)))
 
 
 def under(error: InvalidArgumentError, field: str, instead: str) -> InvalidArgumentError:
-    """The error of a request that calls a field otherwise than `loraplex.v1` does."""
+    """The error with `field` called `instead`, as HTTP's request has it."""
     violations = tuple(
         msgspec.structs.replace(one, field=instead) if one.field == field else one
         for one in error.info.violations
@@ -98,7 +96,7 @@ def under(error: InvalidArgumentError, field: str, instead: str) -> InvalidArgum
 
 
 def headers_of(info: ErrorInfo) -> dict[str, str]:
-    """What goes with the body: when to try again, or how to say who one is."""
+    """Headers beside the body: when to try again, or how to authenticate."""
     if info.code in ("RESOURCE_EXHAUSTED", "UNAVAILABLE"):
         seconds = _DEFAULT_RETRY_S if info.retry_after_s is None else info.retry_after_s
         return {

@@ -1,4 +1,4 @@
-"""Around every HTTP request: its id, who calls, the mapping of errors, and its metrics."""
+"""Around every HTTP request: its id, its tenant, the mapping of errors, and its metrics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import time
-import uuid
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
@@ -14,17 +13,17 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from loraplex_server import log
 from loraplex_server.api.http.errors import headers_of, status_of, to_body
 from loraplex_server.api.http.events import ClientGoneError, Receive, Send
 from loraplex_server.api.http.generation import MODEL_KEY
 from loraplex_server.api.http.listener import CERTIFICATE_KEY
 from loraplex_server.api.lifecycle import Lifecycle
-from loraplex_server.api.requests.convert import valid_request_id
+from loraplex_server.api.requests.request_id import request_id_or_new
 from loraplex_server.api.security import authentication
 from loraplex_server.api.security.authentication import Authenticator
 from loraplex_server.api.telemetry.metrics import Metrics
 from loraplex_server.api.telemetry.tracing.spans import NO_SPAN, Tracing
+from loraplex_server.core import log
 from loraplex_server.core.errors import InternalError, ServerError
 
 _log = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ _CLIENT_GONE = 499
 
 
 class CallMiddleware:
-    """Wraps the application. A caller may send its own `x-request-id`; it is sent back so.
+    """Wraps the application. A client may send its own `x-request-id`; it is sent back so.
 
     Args:
         routes: by endpoint, the path that it has in the metrics.
@@ -64,9 +63,7 @@ class CallMiddleware:
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
         headers = Headers(scope=scope)
-        request_id = headers.get(_REQUEST_ID, "")
-        if not valid_request_id(request_id):
-            request_id = uuid.uuid4().hex[:16]
+        request_id = request_id_or_new(headers.get(_REQUEST_ID))
         log.request_id.set(request_id)
         status = 0
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from loraplex_server.api.requests import convert
+from loraplex_server.api.requests import limits
 from loraplex_server.core.request import MAX_SPECULATIVE_TOKENS
 
 _MAX_COUNT = (1 << 31) - 1
@@ -19,9 +19,9 @@ Text = Annotated[str, Meta(max_length=1 << 24)]
 Count = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
 Positive = Annotated[int, Meta(ge=1, le=_MAX_COUNT)]
 TokenId = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
-Stop = Annotated[str, Meta(min_length=1, max_length=convert.MAX_STOP_CHARS)]
-Penalty = Annotated[float, Meta(ge=-convert.MAX_PENALTY, le=convert.MAX_PENALTY)]
-Bias = Annotated[float, Meta(ge=-convert.MAX_BIAS, le=convert.MAX_BIAS)]
+Stop = Annotated[str, Meta(min_length=1, max_length=limits.MAX_STOP_CHARS)]
+Penalty = Annotated[float, Meta(ge=-limits.MAX_PENALTY, le=limits.MAX_PENALTY)]
+Bias = Annotated[float, Meta(ge=-limits.MAX_BIAS, le=limits.MAX_BIAS)]
 TokenKey = Annotated[str, Meta(pattern="^[0-9]{1,9}$")]
 Name = Annotated[str, Meta(min_length=1, max_length=512)]
 
@@ -46,7 +46,7 @@ class JsonObjectFormat(Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 
 
 class NamedSchema(Struct, frozen=True, forbid_unknown_fields=True):
-    """A JSON Schema. Name and description say nothing to this server, which is always strict."""
+    """A JSON Schema. Name and description are ignored; this server is always strict."""
 
     name: Text
     schema: dict[str, Any]
@@ -61,31 +61,31 @@ class JsonSchemaFormat(Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 
 
 class Structure(Struct, frozen=True, forbid_unknown_fields=True):
-    """The form of the answer, as `loraplex.v1.Structure` has it; exactly one of these."""
+    """What the answer is held to, as in `loraplex.v1.Structure`; exactly one of these."""
 
     json_schema: dict[str, Any] | None = None
     json_object: bool | None = None
     regex: Text | None = None
     grammar: Text | None = None
-    choice: Annotated[list[Text], Meta(max_length=convert.MAX_STRUCTURE_CHOICES)] | None = None
+    choice: Annotated[list[Text], Meta(max_length=limits.MAX_STRUCTURE_CHOICES)] | None = None
 
 
 class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What both kinds of request have.
+    """Fields of both kinds of request.
 
     Attributes:
         model: the base model's name, or an adapter's.
         adapters: with the base model's name: adapters to sum.
         logit_bias: token ids, as text since they are an object's keys, and what is added to their logits.
         seed: any integer; negative ones count from the top of 64 bits.
-        response_format: what OpenAI's API knows of forms.
-        structure: all the forms there are; not with `response_format`.
-        user: says nothing to this server.
+        response_format: structured output as OpenAI's API has it.
+        structure: structured output of every kind; not with `response_format`.
+        user: accepted and ignored.
     """
 
     model: Name
     adapters: list[AdapterWeight] | None = None
-    n: Annotated[int, Meta(ge=1, le=convert.MAX_CHOICES)] | None = None
+    n: Annotated[int, Meta(ge=1, le=limits.MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Positive | None = None
@@ -95,15 +95,15 @@ class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     top_k: Count | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     repetition_penalty: (
-        Annotated[float, Meta(ge=convert.MIN_REPETITION_PENALTY, le=convert.MAX_REPETITION_PENALTY)] | None
+        Annotated[float, Meta(ge=limits.MIN_REPETITION_PENALTY, le=limits.MAX_REPETITION_PENALTY)] | None
     ) = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[TokenKey, Bias], Meta(max_length=convert.MAX_LOGIT_BIAS)] | None = None
-    bad_words: Annotated[list[Stop], Meta(max_length=convert.MAX_BAD_WORDS)] | None = None
+    logit_bias: Annotated[dict[TokenKey, Bias], Meta(max_length=limits.MAX_LOGIT_BIAS)] | None = None
+    bad_words: Annotated[list[Stop], Meta(max_length=limits.MAX_BAD_WORDS)] | None = None
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
-    stop: Stop | Annotated[list[Stop], Meta(max_length=convert.MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Meta(max_length=convert.MAX_STOP_TOKENS)] | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=limits.MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=limits.MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     priority: Annotated[int, Meta(ge=-_MAX_COUNT, le=_MAX_COUNT)] | None = None
@@ -127,7 +127,7 @@ class CompletionBody(GenerationBody, frozen=True, kw_only=True, forbid_unknown_f
     prompt: str | list[str | TokenId | list[TokenId]]
     max_tokens: Count | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=convert.MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=limits.MAX_LOGPROBS)] | None = None
 
 
 class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
@@ -144,20 +144,20 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True):
 class ChatBody(GenerationBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`POST /v1/chat/completions`. `max_completion_tokens` is `max_tokens` by its newer name."""
 
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=convert.MAX_CHAT_MESSAGES)]
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=limits.MAX_CHAT_MESSAGES)]
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=convert.MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=limits.MAX_LOGPROBS)] | None = None
 
 
 class PromptTokensDetails(Struct, frozen=True):
-    """Of the prompt's tokens, those that the prefix cache had."""
+    """Tokens of the prompt that the prefix cache had."""
 
     cached_tokens: int
 
 
 class CompletionTokensDetails(Struct, frozen=True):
-    """Tokens that were guessed, by whether they were right; the wrong ones are in no other count."""
+    """Draft tokens that were accepted, and those rejected, which are in no other count."""
 
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+from google.protobuf.message import Message as ProtoMessage
 
 from loraplex.v1 import generation_pb2
 from loraplex_server.api.http.schema import (
@@ -15,26 +16,34 @@ from loraplex_server.api.http.schema import (
     JsonSchemaFormat,
     Message,
 )
-from loraplex_server.api.requests import convert
+from loraplex_server.api.requests.limits import MAX_CHOICES, Limits
+from loraplex_server.core import names
 from loraplex_server.core.errors import InvalidArgumentError, NotFoundError
 from loraplex_server.core.request import SamplingDefaults
 
-MAX_CHOICES = convert.MAX_CHOICES
-"""Most answers that one HTTP request may ask for, over all its prompts."""
-
 _DEFAULT_TEMPERATURE = 1.0
-_SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+# Fields that `loraplex.v1` calls alike, by the message that has them; null leaves them unset.
+_SAMPLING = (
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "bad_words",
+)
+_STOPPING = ("min_tokens", "stop_token_ids", "ignore_eos")
+_REQUEST = ("n", "priority", "cache_prefix", "speculative_tokens")
 _DEFAULT_COMPLETION_TOKENS = 16
 
 
 def completion_messages(
-    body: CompletionBody, base: str, defaults: SamplingDefaults
+    body: CompletionBody, base: str, limits: Limits
 ) -> list[generation_pb2.GenerateRequest]:
     """One message for each prompt.
 
     Args:
         base: name of the base model.
-        defaults: the model's own.
 
     Raises:
         InvalidArgumentError, NotFoundError: a field that only HTTP has is wrong.
@@ -49,7 +58,7 @@ def completion_messages(
     found = []
     for prompt in prompts:
         limit = _DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        message = _message(body, base, defaults, limit)
+        message = _message(body, base, limits.defaults, limit)
         if isinstance(prompt, str):
             message.text = prompt
         else:
@@ -65,27 +74,25 @@ def completion_messages(
     return found
 
 
-def chat_message(
-    body: ChatBody, base: str, defaults: SamplingDefaults, max_model_len: int
-) -> generation_pb2.GenerateRequest:
-    """The message of a conversation.
+def chat_messages(body: ChatBody, base: str, limits: Limits) -> list[generation_pb2.GenerateRequest]:
+    """The one message of a conversation; arguments as those of `completion_messages`.
 
     Raises:
         InvalidArgumentError, NotFoundError: a field that only HTTP has is wrong.
     """
     _check_stream(body)
-    limits = {limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None}
-    if len(limits) > 1:
+    given = {limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None}
+    if len(given) > 1:
         raise InvalidArgumentError.field("max_tokens", "differs from max_completion_tokens; give one of them")
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidArgumentError.field("top_logprobs", "needs logprobs to be true")
     # An assistant speaks until it is done, or the context is full.
-    message = _message(body, base, defaults, limits.pop() if limits else max_model_len)
+    message = _message(body, base, limits.defaults, given.pop() if given else limits.max_model_len)
     for said in body.messages:
         message.chat.messages.add(role=said.role, content=_content(said), name=said.name)
     if body.logprobs:
         message.logprobs = body.top_logprobs or 0
-    return message
+    return [message]
 
 
 def adapter_of(model: str, base: str) -> str:
@@ -96,7 +103,7 @@ def adapter_of(model: str, base: str) -> str:
     """
     if model == base:
         return ""
-    if not convert.valid_adapter_name(model):
+    if not names.is_name(model):
         raise NotFoundError(
             f"there is no model {model[:200]!r}; GET /v1/models lists them", resource=("adapter", model)
         )
@@ -106,9 +113,28 @@ def adapter_of(model: str, base: str) -> str:
 def _message(
     body: GenerationBody, base: str, defaults: SamplingDefaults, max_tokens: int
 ) -> generation_pb2.GenerateRequest:
+    message = generation_pb2.GenerateRequest()
+    _name_adapters(message, body, base)
+    sampling, stopping = message.sampling, message.stopping
+    _copy(body, message, _REQUEST)
+    _copy(body, sampling, _SAMPLING)
+    _copy(body, stopping, _STOPPING)
     # A model whose files say nothing is sampled at 1, as OpenAI's API has it, not greedily.
     temperature = defaults.temperature or _DEFAULT_TEMPERATURE
-    message = generation_pb2.GenerateRequest(priority=body.priority)
+    sampling.temperature = temperature if body.temperature is None else body.temperature
+    for token, bias in (body.logit_bias or {}).items():
+        sampling.logit_bias[int(token)] = bias
+    if body.seed is not None:
+        sampling.seed = body.seed % (1 << 64)
+    stopping.max_tokens = max_tokens
+    if body.stop is not None:
+        stopping.stop.extend([body.stop] if isinstance(body.stop, str) else body.stop)
+    stopping.include_stop = bool(body.include_stop_str_in_output)
+    _set_structure(message, body)
+    return message
+
+
+def _name_adapters(message: generation_pb2.GenerateRequest, body: GenerationBody, base: str) -> None:
     adapter = adapter_of(body.model, base)
     if adapter and body.adapters:
         raise InvalidArgumentError.field(
@@ -118,33 +144,15 @@ def _message(
         message.adapters.add(adapter=adapter)
     for use in body.adapters or ():
         message.adapters.add(adapter=use.name, weight=use.weight)
-    sampling, stopping = message.sampling, message.stopping
-    sampling.temperature = temperature if body.temperature is None else body.temperature
-    for field in _SAMPLING:
+
+
+def _copy(body: GenerationBody, message: ProtoMessage, fields: Sequence[str]) -> None:
+    for field in fields:
         value = getattr(body, field)
-        if value is not None:
-            setattr(sampling, field, value)
-    for token, bias in (body.logit_bias or {}).items():
-        sampling.logit_bias[int(token)] = bias
-    sampling.bad_words.extend(body.bad_words or ())
-    if body.seed is not None:
-        sampling.seed = body.seed % (1 << 64)
-    stopping.max_tokens = max_tokens
-    if body.min_tokens is not None:
-        stopping.min_tokens = body.min_tokens
-    if body.stop is not None:
-        stopping.stop.extend([body.stop] if isinstance(body.stop, str) else body.stop)
-    stopping.stop_token_ids.extend(body.stop_token_ids or ())
-    stopping.ignore_eos = bool(body.ignore_eos)
-    stopping.include_stop = bool(body.include_stop_str_in_output)
-    if body.n is not None:
-        message.n = body.n
-    if body.cache_prefix is not None:
-        message.cache_prefix = body.cache_prefix
-    _set_structure(message, body)
-    if body.speculative_tokens is not None:
-        message.speculative_tokens = body.speculative_tokens
-    return message
+        if isinstance(value, list):
+            getattr(message, field).extend(value)
+        elif value is not None:
+            setattr(message, field, value)
 
 
 def _set_structure(message: generation_pb2.GenerateRequest, body: GenerationBody) -> None:

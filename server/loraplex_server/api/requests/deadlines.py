@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from loraplex_server.core.errors import DeadlineExceededError, Reason
 from loraplex_server.core.request import Request
 
+# Fewer answers, or shorter ones, say too little about the engine's speed.
 _MIN_ANSWERS = 8
 _MIN_TOKENS = 16
-# Nothing is refused that might be met: it has to be twice as fast as it ever was.
+# Refused is only what would have to be twice as fast as any answer so far.
 _MARGIN = 0.5
 
 
@@ -23,7 +25,7 @@ class FastestAnswer:
         self._token_s = float("inf")
 
     def learn(self, tokens: int, seconds: float) -> None:
-        """An answer's `tokens` after its first took the engine `seconds`."""
+        """Notes an answer whose `tokens` after its first took the engine `seconds`."""
         if tokens >= _MIN_TOKENS:
             self._answers += 1
             self._token_s = min(self._token_s, seconds / tokens)
@@ -32,9 +34,29 @@ class FastestAnswer:
         """Seconds that an answer of so many tokens takes at least; 0 while too little is known."""
         return self._token_s * tokens * _MARGIN if self._answers >= _MIN_ANSWERS else 0.0
 
+    def check(self, request: Request, stops: Collection[str], left_s: float, default_drafts: int) -> None:
+        """Checks that an answer can be there in `left_s` seconds.
+
+        Args:
+            default_drafts: draft tokens a step for a request that does not say.
+
+        Raises:
+            DeadlineExceededError: it cannot.
+        """
+        tokens, drafts = certain_tokens(request, stops), request.speculative_tokens
+        if drafts is None:
+            drafts = default_drafts
+        # At best every draft is accepted, which the fastest answer may not have seen.
+        least_s = self.least_s(tokens) / (1 + drafts)
+        if left_s < least_s:
+            raise DeadlineExceededError(
+                f"{tokens} tokens take {least_s:.2g} s at least, and the deadline is in {left_s:.2g} s",
+                reason=Reason.DEADLINE_TOO_SHORT,
+            )
+
 
 def certain_tokens(request: Request, stops: Collection[str]) -> int:
-    """Tokens that an answer has at least, whatever the model says."""
+    """The fewest tokens that an answer can have, whatever the model says."""
     sampling = request.sampling
     if stops or request.structure is not None:
         return min(1, sampling.max_tokens)

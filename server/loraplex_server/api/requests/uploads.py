@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from loraplex.v1 import adapters_pb2
-from loraplex_server.adapters.origins.remote.cache import STAGING
-from loraplex_server.adapters.origins.resolver import default_cache_dir
-from loraplex_server.api.requests import convert
+from loraplex_server.api.requests.check_adapters import check_upload_header
 from loraplex_server.config import AdapterConfig
+from loraplex_server.core.adapter_cache import staging_folder
 from loraplex_server.core.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from loraplex_server.core.errors import (
     DeadlineExceededError,
@@ -48,7 +47,7 @@ class UploadDesk:
 
     def __init__(self, config: AdapterConfig) -> None:
         self._config = config
-        self._folder = (config.cache_dir or default_cache_dir()) / STAGING
+        self._folder = staging_folder(config.cache_dir)
         self._under_way = 0
 
     def check_allowed(self) -> None:
@@ -69,12 +68,12 @@ class UploadDesk:
         first = await _next(requests)
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidArgumentError.field("header", "has to be the first message of an upload")
-        convert.check_upload_header(first.header, self._config.upload_max_bytes)
+        check_upload_header(first.header, self._config.upload_max_bytes)
         return first.header
 
     @contextlib.asynccontextmanager
     async def receive(self, header: adapters_pb2.UploadHeader, requests: Requests) -> AsyncIterator[Upload]:
-        """What `header` announced; the files are gone at the end unless somebody has taken them.
+        """Receives the files that `header` announced; at the end they are gone unless the engine took them.
 
         Raises:
             ResourceExhaustedError: too many uploads are under way.

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
-from loraplex_server import log
-from loraplex_server.api.answers import timings
-from loraplex_server.api.answers.generator import Generator
-from loraplex_server.api.answers.merging import as_finished, merged
-from loraplex_server.api.requests import convert
+from loraplex_server.api.answers.generator import Generator, WhyLeft
+from loraplex_server.api.answers.merging import as_finished
+from loraplex_server.api.answers.to_proto import to_generate_response, to_unary_response
+from loraplex_server.api.lifecycle import Lifecycle
+from loraplex_server.api.requests.check import check_batch
+from loraplex_server.api.requests.intake import Intake
 from loraplex_server.api.rpc.status import code_of_cancellation, to_message
 from loraplex_server.api.telemetry.metrics import Metrics
+from loraplex_server.core import log
 from loraplex_server.core.errors import ErrorInfo, InternalError, ServerError
 
 _log = logging.getLogger(__name__)
@@ -24,16 +26,25 @@ _MAX_ID_CHARS = 120
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
-    """Hands requests to the generator and its pieces to gRPC."""
+    """Writes answers to gRPC's clients."""
 
-    def __init__(self, generator: Generator, metrics: Metrics) -> None:
+    def __init__(self, lifecycle: Lifecycle, intake: Intake, generator: Generator, metrics: Metrics) -> None:
+        self._lifecycle = lifecycle
+        self._intake = intake
         self._generator = generator
         self._metrics = metrics
 
-    def Generate(  # noqa: N802
+    async def Generate(  # noqa: N802
         self, request: generation_pb2.GenerateRequest, context: Any
     ) -> AsyncGenerator[generation_pb2.GenerateResponse]:
-        return self._messages(request, context)
+        accepted = await self._intake.accept(request, remaining_s=context.time_remaining())
+        token_text = accepted.tokenizer.token_text
+        request_id = log.request_id.get()
+        outputs = self._generator.run([accepted], _why_left(context))
+        async with contextlib.aclosing(outputs):
+            async for index, piece, end in outputs:
+                yield to_generate_response(piece, end, token_text, request_id, index)
+                request_id = ""
 
     async def GenerateUnary(  # noqa: N802
         self, request: generation_pb2.GenerateUnaryRequest, context: Any
@@ -43,9 +54,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def GenerateBatch(  # noqa: N802
         self, request: generation_pb2.GenerateBatchRequest, context: Any
     ) -> AsyncGenerator[generation_pb2.GenerateBatchResponse]:
-        convert.check_batch(request)
+        check_batch(request)
         # More at a time would wait in the engine's queue, in the way of others.
-        limit = self._generator.backend.engine.info.max_num_requests
+        limit = self._lifecycle.backend.engine.info.max_num_requests
         jobs = (self._of_batch(position, each, context) for position, each in enumerate(request.requests))
         async with contextlib.aclosing(as_finished(jobs, limit)) as answers:
             async for answer in answers:
@@ -54,42 +65,21 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def Tokenize(  # noqa: N802
         self, request: generation_pb2.TokenizeRequest, context: Any
     ) -> generation_pb2.TokenizeResponse:
-        return generation_pb2.TokenizeResponse(token_ids=await self._generator.tokenize(request))
+        return generation_pb2.TokenizeResponse(token_ids=await self._intake.tokenize(request))
 
     async def CountTokens(  # noqa: N802
         self, request: generation_pb2.CountTokensRequest, context: Any
     ) -> generation_pb2.CountTokensResponse:
-        count = len(await self._generator.tokenize(request))
-        limit = self._generator.backend.limits.max_model_len
+        count = len(await self._intake.tokenize(request))
+        limit = self._lifecycle.backend.limits.max_model_len
         return generation_pb2.CountTokensResponse(count=count, max_model_len=limit)
-
-    async def _messages(
-        self, request: generation_pb2.GenerateRequest, context: Any
-    ) -> AsyncGenerator[generation_pb2.GenerateResponse]:
-        """The messages of all answers to one request."""
-        accepted = await self._generator.accept(request, remaining_s=context.time_remaining())
-        token_text = accepted[0].tokenizer.token_text
-        request_id = log.request_id.get()
-        why_left: Callable[[], str] = lambda: code_of_cancellation(context).lower()  # noqa: E731
-        outputs = merged([self._generator.run(each, why_left) for each in accepted])
-        async with contextlib.aclosing(outputs):
-            async for index, (piece, end) in outputs:
-                finish = None
-                if end is not None:
-                    timings.note(end)
-                    finish = convert.to_finish(end)
-                yield convert.to_generate_response(piece, finish, token_text, request_id, index)
-                request_id = ""
 
     async def _whole(
         self, request: generation_pb2.GenerateRequest, context: Any
     ) -> generation_pb2.GenerateUnaryResponse:
-        """All of one request's messages in one."""
-        whole = convert.WholeResponse()
-        async with contextlib.aclosing(self._messages(request, context)) as messages:
-            async for message in messages:
-                whole.add(message)
-        return whole.response()
+        accepted = await self._intake.accept(request, remaining_s=context.time_remaining())
+        answers = await self._generator.whole([accepted], _why_left(context))
+        return to_unary_response(answers, accepted.tokenizer.token_text, log.request_id.get())
 
     async def _of_batch(
         self, position: int, request: generation_pb2.GenerateRequest, context: Any
@@ -111,3 +101,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             code=status.code, message=status.message, details=status.details
         )
         return generation_pb2.GenerateBatchResponse(position=position, error=failure)
+
+
+def _why_left(context: Any) -> WhyLeft:
+    return lambda: code_of_cancellation(context).lower()

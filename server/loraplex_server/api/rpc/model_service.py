@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from loraplex.v1 import model_pb2, model_pb2_grpc
+from loraplex_server.api.answers.to_proto import to_model
 from loraplex_server.api.lifecycle import Lifecycle
-from loraplex_server.api.requests import convert
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
@@ -20,4 +20,4 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.GetModelRequest, context: Any
     ) -> model_pb2.GetModelResponse:
         info = self._lifecycle.backend.engine.info
-        return model_pb2.GetModelResponse(model=convert.to_model(info, self._server_version))
+        return model_pb2.GetModelResponse(model=to_model(info, self._server_version))

@@ -1,14 +1,4 @@
-"""From the server's errors to gRPC statuses with `google.rpc` details.
-
-code                  details beside ErrorInfo and RequestInfo
-INVALID_ARGUMENT      BadRequest, one violation a field
-NOT_FOUND             ResourceInfo
-ALREADY_EXISTS        ResourceInfo
-PERMISSION_DENIED     ResourceInfo
-FAILED_PRECONDITION   PreconditionFailure
-RESOURCE_EXHAUSTED    RetryInfo, QuotaFailure
-UNAVAILABLE           RetryInfo
-"""
+"""From the server's errors to gRPC statuses with `google.rpc` details."""
 
 from __future__ import annotations
 
@@ -40,7 +30,7 @@ def to_status(error: ErrorInfo, request_id: str) -> grpc.Status:
 def to_message(error: ErrorInfo, request_id: str) -> status_pb2.Status:
     """The status as a message, with its details.
 
-    An INTERNAL error's own text may name files and is for the log alone: the caller gets the id to ask
+    An INTERNAL error's own text may name files and is for the log alone: the client gets the id to ask
     about.
     """
     code = error.code if error.code in grpc.StatusCode.__members__ else "INTERNAL"
@@ -73,7 +63,7 @@ def retry_pushback(error: ErrorInfo) -> tuple[tuple[str, str], ...]:
 
 
 def code_of_cancellation(context: Any) -> str:
-    """Why a call was cancelled: DEADLINE_EXCEEDED or CANCELLED.
+    """The code of a call that was cancelled: DEADLINE_EXCEEDED or CANCELLED.
 
     A client's clock may end the call a moment before the server's would.
     """

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loraplex_server.core.adapter_cache import STAGING
 from loraplex_server.core.errors import (
     FailedPreconditionError,
     NotFoundError,
@@ -31,9 +32,6 @@ from loraplex_server.core.errors import (
     ResourceExhaustedError,
     disk_error,
 )
-
-STAGING = "staging"
-"""Folder in the cache's in which entries may be prepared."""
 
 _RECORD = "source.json"
 _RETRY_S = 5.0

@@ -30,8 +30,8 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
-from loraplex_server import log
 from loraplex_server.api.telemetry.tracing.spans import CallSpan, Generated, GenerationSpan
+from loraplex_server.core import log
 from loraplex_server.core.request import Request
 
 _log = logging.getLogger(__name__)

@@ -1,0 +1,129 @@
+"""The meaning of each status and reason, for people: when it is given, and what to do about it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from loraplex_server.core.errors import Reason
+
+REMEDIES = {
+    "INVALID_ARGUMENT": "correct the named fields",
+    "NOT_FOUND": "name something that exists",
+    "ALREADY_EXISTS": "choose another name, or load in place",
+    "UNAUTHENTICATED": "send a token that the server knows",
+    "PERMISSION_DENIED": "use a source that the operator allows",
+    "FAILED_PRECONDITION": "change the adapter, the request or the server",
+    "RESOURCE_EXHAUSTED": "try again after the delay",
+    "UNAVAILABLE": "try again after the delay",
+    "DEADLINE_EXCEEDED": "allow more time",
+    "CANCELLED": "nothing, or name another adapter",
+    "UNIMPLEMENTED": "use a method that this server has",
+    "INTERNAL": "report it; its text is in the server's log alone",
+}
+"""By status: what to do."""
+
+
+class Meaning(NamedTuple):
+    """A reason's meaning.
+
+    Attributes:
+        status: the one it comes with.
+        when: it is given.
+        remedy: what to do.
+    """
+
+    status: str
+    when: str
+    remedy: str
+
+
+MEANINGS = {
+    Reason.ADAPTER_NOT_FOUND: Meaning(
+        "NOT_FOUND", "no adapter is registered under the name", "load it, or name another"
+    ),
+    Reason.SOURCE_NOT_FOUND: Meaning(
+        "NOT_FOUND", "the source to load from does not exist", "check the path or address"
+    ),
+    Reason.ADAPTER_EXISTS: Meaning(
+        "ALREADY_EXISTS",
+        "the name is registered already",
+        "choose another name, or replace the adapter with `load_inplace`",
+    ),
+    Reason.SOURCE_NOT_ALLOWED: Meaning(
+        "PERMISSION_DENIED",
+        "the source is not under an allowed root or prefix, or a link in it leads elsewhere",
+        "use an allowed source; the operator sets `--adapter-root` and `--adapter-source`",
+    ),
+    Reason.UPLOADS_NOT_ALLOWED: Meaning(
+        "PERMISSION_DENIED",
+        "the server takes no adapters from clients",
+        "load it from a source; the operator allows uploads with `--allow-uploads`",
+    ),
+    Reason.ADAPTER_NOT_SERVABLE: Meaning(
+        "FAILED_PRECONDITION",
+        "the adapter does not fit the base model, or has a part that would not be applied",
+        "change the adapter as the text says",
+    ),
+    Reason.ADAPTERS_NOT_ADDABLE: Meaning(
+        "FAILED_PRECONDITION",
+        "the adapters of one request cannot be summed, or bring different tokenizers",
+        "name them in separate requests",
+    ),
+    Reason.NO_ROOM_TO_PIN: Meaning(
+        "FAILED_PRECONDITION",
+        "no more adapters fit on the device beside those that are pinned",
+        "unpin one, or give the server more adapter memory or slots",
+    ),
+    Reason.NO_CHAT_TEMPLATE: Meaning(
+        "FAILED_PRECONDITION",
+        "there is no chat template, it fails on these messages, or adapters bring different ones",
+        "send the prompt as text, or add a `chat_template.jinja` to the folder",
+    ),
+    Reason.QUEUE_FULL: Meaning(
+        "RESOURCE_EXHAUSTED", "as many requests wait as may (`--max-queue`)", "try again after the delay"
+    ),
+    Reason.TOO_MANY_JOBS: Meaning(
+        "RESOURCE_EXHAUSTED",
+        "as many uploads, downloads or compositions are under way as may be",
+        "try again after the delay",
+    ),
+    Reason.TOO_MANY_ADAPTERS: Meaning(
+        "RESOURCE_EXHAUSTED",
+        "as many uploaded adapters are registered as may be (`--max-uploaded-adapters`)",
+        "unload one",
+    ),
+    Reason.CACHE_FULL: Meaning(
+        "RESOURCE_EXHAUSTED",
+        "registered adapters and downloads fill the cache (`--adapter-cache-bytes`)",
+        "unload adapters, or try again after the delay",
+    ),
+    Reason.DISK_FULL: Meaning(
+        "RESOURCE_EXHAUSTED", "the disk of the adapters' cache is full", "tell the operator to make room"
+    ),
+    Reason.READER_TOO_SLOW: Meaning(
+        "RESOURCE_EXHAUSTED",
+        "the client does not read its stream (`--stall-seconds`, `--max-unread-tokens`)",
+        "read faster, or ask for fewer tokens",
+    ),
+    Reason.DEADLINE_TOO_SHORT: Meaning(
+        "DEADLINE_EXCEEDED",
+        "the answer cannot be there before the call's deadline; nothing was computed",
+        "allow more time, or ask for fewer tokens",
+    ),
+    Reason.ADAPTER_UNLOADED: Meaning(
+        "CANCELLED", "the request's adapter was unloaded under it", "name another adapter"
+    ),
+    Reason.SERVER_STARTING: Meaning("UNAVAILABLE", "the model is being loaded", "try again after the delay"),
+    Reason.SERVER_DRAINING: Meaning(
+        "UNAVAILABLE", "the server is shutting down", "try again: another server, or this one later"
+    ),
+    Reason.ENGINE_RESTARTING: Meaning(
+        "UNAVAILABLE", "the engine died and is being started again", "try again after the delay"
+    ),
+    Reason.ENGINE_LOST: Meaning(
+        "UNAVAILABLE",
+        "the engine died while it had the request",
+        "try again after the delay; tokens that have come are lost",
+    ),
+}
+"""By reason."""
