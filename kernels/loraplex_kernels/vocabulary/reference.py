@@ -20,7 +20,7 @@ def acts_at(pool: LoraPool, batch: LoraBatch, entry: int) -> bool:
 
 
 def added_tokens(pool: LoraPool, batch: LoraBatch, entry: int, vocabulary: int) -> np.ndarray:
-    """int64 ``[num_tokens]``: the number of ids that a token's adapter adds at `entry`, from `vocabulary` on."""
+    """The number of ids past `vocabulary` that a token's adapter has at `entry`: int64 ``[num_tokens]``."""
     added = np.zeros(batch.num_tokens, np.int64)
     for slot, first, end in batch.host.segment.tolist():
         tokens = pool.host.tokens.get((slot, entry))
