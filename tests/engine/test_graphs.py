@@ -116,23 +116,23 @@ class Steps:
             made.num_computed = length - 1 if computed else 0
             drafts = tuple(generator.integers(3, 200, count).tolist()) if computed else ()
             scheduled.append(Scheduled(made, 1 if computed else length - 1, drafts=drafts))
-        return build_plan(scheduled, BLOCK, self.engine.adapters.slot, ())
+        return build_plan(scheduled, BLOCK, self.engine.adapters.requests.slot, ())
 
     def handles(self, adapters: Sequence[tuple[str, float]]) -> Any:
         store = self.engine.adapters
-        handles = store.resolve([name for name, _ in adapters], [weight for _, weight in adapters])
-        readiness = store.reserve(handles)
+        handles = store.requests.resolve([name for name, _ in adapters], [weight for _, weight in adapters])
+        readiness = store.requests.reserve(handles)
         while readiness is Readiness.LOADING:
             store.wait_event(1.0)
             store.poll()
-            readiness = store.is_ready(handles)
+            readiness = store.requests.is_ready(handles)
         assert readiness is Readiness.READY
         self.held.append(handles)
         return handles
 
     def release(self) -> None:
         for handles in self.held:
-            self.engine.adapters.release(handles)
+            self.engine.adapters.requests.release(handles)
 
     def compare(
         self,

@@ -592,7 +592,7 @@ def test_a_soft_prompt_counts_towards_the_longest_sequence(tiny: Any, harness: A
     assert (len(fits.tokens), fits.finish) == (1, "length")
     assert "20 tokens with the adapter's soft prompt" in long.error.message
     assert "outside the vocabulary" in negative.error.message
-    assert served.engine.adapters.references() == 0
+    assert served.engine.adapters.requests.references() == 0
 
 
 def test_a_pairs_bias_is_weighted_in_a_composition(tiny: Any, harness: Any, saved: Any, judge: Any) -> None:
@@ -633,7 +633,7 @@ def test_what_scales_the_base_stands_alone_at_weight_1(
     answer = served.submit("a", (5, 6), named, max_tokens=2)
     assert answer.error.code == "FAILED_PRECONDITION"
     assert "alone, at weight 1" in answer.error.message
-    assert served.engine.adapters.references() == 0
+    assert served.engine.adapters.requests.references() == 0
 
 
 def test_in_8_bits_vectors_stay_exact_and_low_rank_pairs_near(

@@ -18,8 +18,8 @@ from typing import Protocol
 
 import msgspec
 
+from loraplex_server.adapters.residency.inspection import unloaded
 from loraplex_server.adapters.residency.record import AdapterHandle
-from loraplex_server.adapters.residency.registration import unloaded
 from loraplex_server.adapters.residency.store import AdapterStore
 from loraplex_server.config import EngineConfig
 from loraplex_server.core.errors import (
@@ -126,7 +126,7 @@ class Engine:
         self._max_queue = config.scheduler.max_queue
         self._max_adapters = config.adapters.max_per_request
         self._blocks = KvBlockPool(info.kv_blocks, info.kv_block_size)
-        self.scheduler = Scheduler(config.scheduler, self._blocks, adapters)
+        self.scheduler = Scheduler(config.scheduler, self._blocks, adapters.requests)
         self._sequences: dict[tuple[str, str], Sequence] = {}
         self._grammars = grammars or Grammars(no_tokens, info.vocab_size)
         # Requests that go to the scheduler once their structures are compiled.
@@ -228,7 +228,8 @@ class Engine:
         self._audit.worked()
         try:
             scheduled = sorted(schedule.scheduled, key=self._batch_position)
-            plan = build_plan(scheduled, self._blocks.block_size, self.adapters.slot, self.info.eos_token_ids)
+            slot, eos_token_ids = self.adapters.requests.slot, self.info.eos_token_ids
+            plan = build_plan(scheduled, self._blocks.block_size, slot, eos_token_ids)
             planned_s = time.monotonic()
             launched = self._runner.launch(plan)
         except Exception as error:
@@ -338,9 +339,9 @@ class Engine:
         """What happened since the last call, and the state now."""
         steps, self._steps = tuple(self._steps), []
         failed_steps, self._failed_steps = self._failed_steps, 0
-        adapters = self.adapters
-        hits, misses = adapters.hits - self._hits, adapters.misses - self._misses
-        self._hits, self._misses = adapters.hits, adapters.misses
+        adapters, activity = self.adapters, self.adapters.activity
+        hits, misses = activity.hits - self._hits, activity.misses - self._misses
+        self._hits, self._misses = activity.hits, activity.misses
         scheduler = self.scheduler
         prefix_queries = scheduler.prefix_queries - self._prefix_queries
         prefix_hits = scheduler.prefix_hits - self._prefix_hits
@@ -348,7 +349,7 @@ class Engine:
         return Stats(
             steps=steps,
             failed_steps=failed_steps,
-            swaps=tuple(adapters.drain_swaps()),
+            swaps=tuple(activity.drain_swaps()),
             waiting=self._num_waiting,
             running=len(self.scheduler.running),
             waiting_for_adapter=self.scheduler.num_waiting_for_adapter,
@@ -381,7 +382,7 @@ class Engine:
             running=len(self.scheduler.running),
             waiting=self._num_waiting,
             kv_blocks_used=self._blocks.num_used,
-            adapter_references=self.adapters.references(),
+            adapter_references=self.adapters.requests.references(),
             weight_checksum=checksum,
         )
 
@@ -389,10 +390,9 @@ class Engine:
         """A line for each disagreement between a pool and its holders."""
         problems = self.scheduler.check_integrity() + self.adapters.check_integrity()
         held = sum(len(sequence.handles) for sequence in self._sequences.values())
-        if self.adapters.references() != held:
-            problems.append(
-                f"the adapter store counts {self.adapters.references()} references, requests hold {held}"
-            )
+        counted = self.adapters.requests.references()
+        if counted != held:
+            problems.append(f"the adapter store counts {counted} references, requests hold {held}")
         return problems
 
     def _add(self, client: str, request: Request) -> None:
@@ -424,7 +424,7 @@ class Engine:
                 reason=Reason.QUEUE_FULL,
             )
         weights = [use.weight for use in request.adapters]
-        handles = self.adapters.resolve(names, weights)
+        handles = self.adapters.requests.resolve(names, weights)
         try:
             self._check_tokens(request, handles)
             public = self._prefix_cache and request.cache_prefix
@@ -438,7 +438,7 @@ class Engine:
                     f"fewer than {limit}",
                 )
         except BaseException:
-            self.adapters.release(handles)
+            self.adapters.requests.release(handles)
             raise
         self._sequences[client, request.request_id] = sequence
         if request.structure is None:
@@ -538,7 +538,7 @@ class Engine:
 
     def _batch_position(self, item: Scheduled) -> tuple[bool, list[int]]:
         """Decodes first, then chunks; within either, one adapter's rows together: fewer, larger tiles."""
-        return item.num_tokens > 1, [self.adapters.slot(handle) for handle in item.sequence.handles]
+        return item.num_tokens > 1, [self.adapters.requests.slot(handle) for handle in item.sequence.handles]
 
     def _commit(self, step: _Step, output: StepOutput) -> int:
         """Writes a step's tokens into the sequences, ends those that are complete, and emits.
@@ -671,7 +671,7 @@ class Engine:
             sequence.status = Status.FINISHED
         self.scheduler.finish(sequence)
         if self._sequences.pop((sequence.client, sequence.request.request_id), None) is not None:
-            self.adapters.release(sequence.handles)
+            self.adapters.requests.release(sequence.handles)
         assert sequence.status is Status.FINISHED
 
 
