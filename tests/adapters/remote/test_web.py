@@ -129,7 +129,7 @@ def test_what_is_left_of_a_failed_download_is_used_by_the_next(
     sources.close()
     published.break_after.clear()
     again = make_sources(f"{published.url}/a")
-    folder = again.requests.resolve(f"{published.url}/a/sql")
+    folder = again.resolve(f"{published.url}/a/sql")
     assert content(folder) == content(adapter)
     assert published.bodies(AT)[-1] == "bytes=30000-"
     assert partials(tmp_path) == []
@@ -231,7 +231,7 @@ def test_sizes_are_checked_before_the_download(
     sources.close()
     small = make_sources(f"{published.url}/a", cache_bytes=total - 1)
     with pytest.raises(FailedPreconditionError, match="--adapter-cache-bytes"):
-        small.requests.resolve(f"{published.url}/a/sql")
+        small.resolve(f"{published.url}/a/sql")
     assert published.bodies(AT) == published.bodies(f"/a/big/{CONFIG}") == []
 
 
