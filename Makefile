@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TRITON_DEFAULT_FP_FUSION ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: docs reference help install demo test test-fast test-kernels test-web screenshot fuzz faults lint bench face bench-gpu bench-peers tune-gpu soak protos sync train clean
+.PHONY: docs reference help install demo test test-fast test-kernels test-web screenshot fuzz faults lint bench api-cost bench-gpu bench-peers tune-gpu many-adapters swap-latency soak protos sync train clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[server,bench,dev]'
 	@touch $@
 
-demo: $(STAMP) ## Start a real server on the demo model and put eight adapters and the base to work at once
+demo: $(STAMP) ## Start a real server on the demo model and put twelve adapters and the base to work at once
 	$(VENV)/bin/loraplex demo
 
 faults: $(STAMP) ## Clients, connections, disks and steps that fail under a real server, at length
@@ -69,8 +69,8 @@ bench-peers: ## Fetch the 4-bit products that `bench-gpu` compares with into ben
 tune-gpu: ## Measure which variants of the LoRA kernels are fastest on the GPU at hand, and keep them (uses $(PYTHON) as it is)
 	PYTHONPATH=server:kernels:clients/python:bench $(PYTHON) -m loraplex_bench.tune_lora
 
-face: $(STAMP) ## What the API costs beside the engine: CPU a message, messages and tokens a second; results in bench/results
-	$(VENV)/bin/loraplex bench face --output bench/results
+api-cost: $(STAMP) ## What the API costs beside the engine: CPU a message, messages and tokens a second; results in bench/results
+	$(VENV)/bin/loraplex bench api-cost --output bench/results
 
 many-adapters: $(STAMP) ## 5,000 adapters through 32 slots: answers, memory, throughput, misses; results in bench/results
 	$(VENV)/bin/loraplex bench many-adapters --output bench/results
@@ -97,7 +97,7 @@ reference: $(STAMP) ## Write the reference pages in docs/reference anew from the
 	$(PY) -m loraplex_server.api.reference > docs/reference/errors.md
 
 train: $(STAMP) ## Train the demo model and its adapters anew (hours)
-	$(PY) -m loraplex_bench.demo.train
+	$(PY) -m demo_training.train all
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

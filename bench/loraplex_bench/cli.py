@@ -9,35 +9,35 @@ from importlib import import_module
 
 _COMMANDS = {
     "serve": (
-        "loraplex_bench.serve",
+        "loraplex_bench.load.serve",
         "measure a server under load: latencies, throughput, right and wrong answers",
     ),
     "soak": (
-        "loraplex_bench.soak",
+        "loraplex_bench.scenarios.soak",
         "minutes of hard use with cancellations and crashes, then look for leaks",
     ),
     "swap-latency": (
-        "loraplex_bench.swap_latency",
+        "loraplex_bench.scenarios.swap_latency",
         "what twice as many adapters as slots do to the time to the first token",
     ),
     "many-adapters": (
-        "loraplex_bench.many_adapters",
+        "loraplex_bench.scenarios.many_adapters",
         "thousands of adapters by Zipf's law through a few slots: answers, memory, throughput, misses",
     ),
     "prefix-cache": (
-        "loraplex_bench.prefix_cache",
+        "loraplex_bench.scenarios.prefix_cache",
         "time to the first token of prompts that begin alike, with and without the prefix cache",
     ),
     "speculation": (
-        "loraplex_bench.speculation",
+        "loraplex_bench.scenarios.speculation",
         "time of answers that copy their prompt, and of such that do not, with and without guessed tokens",
     ),
-    "face": (
-        "loraplex_bench.face",
+    "api-cost": (
+        "loraplex_bench.scenarios.api_cost",
         "what the server costs beside its engine: messages a second, CPU a message, time a token is held",
     ),
     "side-by-side": (
-        "loraplex_bench.side_by_side",
+        "loraplex_bench.scenarios.side_by_side",
         "compare loraplex with transformers + PEFT on this machine",
     ),
 }

@@ -35,10 +35,10 @@ from typing import Any
 
 import torch
 
-from loraplex_bench import lora_table, ops_attention, ops_fused, ops_quant_cuda
-from loraplex_bench.environment import environment
-from loraplex_bench.lora_table import Row
-from loraplex_bench.report import table, write_json
+from loraplex_bench.load.environment import environment
+from loraplex_bench.load.report import table, write_json
+from loraplex_bench.ops import lora_table, ops_attention, ops_fused, ops_quant_cuda
+from loraplex_bench.ops.lora_table import Row
 
 SECTIONS = ("tests", "lora", "quant", "attention", "fused", "step", "server")
 TINY_SECTIONS = ("step", "server")
@@ -218,7 +218,7 @@ def time_steps(
 ) -> None:
     """The section of whole decode steps, printed and written row by row."""
     # Here, not above: the kernels' sections run without the server's packages.
-    from loraplex_bench import step_table
+    from loraplex_bench.scenarios import decode_steps as step_table
 
     wanted = step_table.StepTable.tiny() if tiny else step_table.StepTable()
     wanted = dataclasses.replace(wanted, kv_cache_dtype=kv_cache_dtype, fused=fused)
@@ -244,8 +244,8 @@ def time_steps(
 def time_server(document: _Document, limit_s: float, device: torch.device, *, tiny: bool = False) -> None:
     """The section of the server, printed and written row by row."""
     from loraplex import LoraplexError
-    from loraplex_bench import server_table
-    from loraplex_bench.launcher import LaunchError
+    from loraplex_bench.load.launcher import LaunchError
+    from loraplex_bench.scenarios import gpu_server as server_table
 
     wanted = server_table.ServerTable.tiny() if tiny else server_table.ServerTable()
     rows: list[server_table.ServerRow] = []

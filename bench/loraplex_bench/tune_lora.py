@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from loraplex_bench.environment import environment
-from loraplex_bench.lora_cases import Case, Layers, make_layers, workload
-from loraplex_bench.lora_peers import OwnKernels
-from loraplex_bench.lora_table import COPIES, activations, agrees, graph_seconds, passes
-from loraplex_bench.ops_lora import MODELS
+from loraplex_bench.load.environment import environment
+from loraplex_bench.ops.lora_cases import Case, Layers, make_layers, workload
+from loraplex_bench.ops.lora_peers import OwnKernels
+from loraplex_bench.ops.lora_table import COPIES, activations, agrees, graph_seconds, passes
+from loraplex_bench.ops.ops_lora import MODELS
 from loraplex_kernels.lora import reference, tiles
 from loraplex_kernels.lora.tiles import Element, Family, LoraTiles, Table
 

@@ -74,6 +74,11 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
     assert (config.api.max_message_bytes, config.api.drain_s) == (4 << 20, 2.5)
 
 
+def test_a_setting_without_a_range_may_be_infinite() -> None:
+    config = parse("--model", "m", "--drain-seconds", "inf", "--max-adapter-wait", "inf")
+    assert config.api.drain_s == config.engine.scheduler.max_adapter_wait_s == float("inf")
+
+
 @pytest.mark.parametrize(
     ("argv", "complaint"),
     [
@@ -83,13 +88,13 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         (("--model", "m", "--adapter-device-dtype", "fp8"), "int8"),
         (("--model", "m", "--kv-cache-dtype", "int8"), "fp8"),
         (("--model", "m", "--gpu-memory-utilization", "1.5"), "gpu_memory_utilization: 1.5"),
-        (("--model", "m", "--adapters", "no-such-folder"), "no-such-folder is no folder"),
+        (("--model", "m", "--adapters", "no-such-folder"), "no-such-folder is not a folder"),
         (("--model", "m", "--max-batch-tokens", "0"), "max_batch_tokens"),
         (("--model", "m", "--port", "-2"), "port"),
         (("--model", "m", "--adapter-source", "http://host/a"), "use https"),
-        (("--model", "m", "--adapter-extra-file", "../x.json"), "extra_files"),
-        (("--model", "m", "--adapter-extra-file", "model.bin"), "extra_files"),
-        (("--model", "m", "--watch-adapters", "-1"), "watch_s"),
+        (("--model", "m", "--adapter-extra-file", "../x.json"), "adapter_extra_file"),
+        (("--model", "m", "--adapter-extra-file", "model.bin"), "adapter_extra_file"),
+        (("--model", "m", "--watch-adapters", "-1"), "watch_adapters: -1.0"),
         (("--model", "m", "--keepalive", "0"), "keepalive: 0.0"),
         (("--model", "m", "--stall-seconds", "-1"), "stall_seconds"),
         (("--model", "m", "--max-tokens-per-message", "0"), "max_tokens_per_message"),

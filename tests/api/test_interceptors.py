@@ -10,9 +10,9 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
-from loraplex_server.api.answers.stalls import StallWatch
 from loraplex_server.api.lifecycle import Backend, Lifecycle
 from loraplex_server.api.rpc.interceptors import CallInterceptor
+from loraplex_server.api.rpc.stalls import StallWatch
 from loraplex_server.api.rpc.status import retry_pushback
 from loraplex_server.api.security.authentication import Authenticator
 from loraplex_server.api.telemetry.metrics import Metrics

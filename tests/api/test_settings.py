@@ -74,18 +74,21 @@ def test_every_kind_of_value(write: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('model = "m"\nmax_batch_token = 1', "max_batch_token: is no setting; did you mean max_batch_tokens"),
-        ('model = "m"\n[scheduler]\nmax_queue = 1', "scheduler: is no setting"),
+        (
+            'model = "m"\nmax_batch_token = 1',
+            "max_batch_token: is not a setting; did you mean max_batch_tokens",
+        ),
+        ('model = "m"\n[scheduler]\nmax_queue = 1', "scheduler: is not a setting"),
         ('model = "m"\nmax_queue = "many"', "max_queue: 'many' is wrong"),
         ('model = "m"\nmax_queue = 0', "max_queue: 0 is less than 1"),
-        ('model = "m"\nmax_queue = [1]', "is no text and no number"),
-        ('model = "m"\nadapters = "a"', "adapters: 'a' is no array"),
-        ('model = "m"\nadapters = ["/no/such/folder"]', "is no folder"),
+        ('model = "m"\nmax_queue = [1]', "is neither text nor a number"),
+        ('model = "m"\nadapters = "a"', "adapters: 'a' is not an array"),
+        ('model = "m"\nadapters = ["/no/such/folder"]', "is not a folder"),
         ('model = "m"\ndouble_quant = "yes"', "neither true nor false"),
         ('model = "m"\nquantization = "int3"', "'int3' is none of nf4, int4, none"),
-        ('model = "m"\nconfig = "x"', "config: is no setting"),
-        ('model = "m"\nmodel = "n"', "is no TOML"),
-        ("\x00", "is no TOML"),
+        ('model = "m"\nconfig = "x"', "config: is not a setting"),
+        ('model = "m"\nmodel = "n"', "is not valid TOML"),
+        ("\x00", "is not valid TOML"),
     ],
 )
 def test_bad_files(write: Any, text: str, problem: str) -> None:
@@ -94,7 +97,7 @@ def test_bad_files(write: Any, text: str, problem: str) -> None:
 
 
 def test_bad_environment(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match="LORAPLEX_SERVE_MAX_QUEU: is no setting; did you mean"):
+    with pytest.raises(InvalidArgumentError, match="LORAPLEX_SERVE_MAX_QUEU: is not a setting; did you mean"):
         resolve("--model", "m", MAX_QUEU="1")
     with pytest.raises(InvalidArgumentError, match="LORAPLEX_SERVE_MAX_QUEUE: 'x' is wrong"):
         resolve("--model", "m", MAX_QUEUE="x")
@@ -131,7 +134,7 @@ class TestCommand:
 
     def test_check(self, write: Any, capsys: pytest.CaptureFixture[str]) -> None:
         assert config_main(["check", "--config", str(write('model = "m"\n'))]) == 0
-        assert "right" in capsys.readouterr().out
+        assert "valid" in capsys.readouterr().out
         for text in ('model = "m"\nprot = 1\n', 'model = "m"\nhost = "0.0.0.0"\n'):
             with pytest.raises(SystemExit) as caught:
                 config_main(["check", "--config", str(write(text))])

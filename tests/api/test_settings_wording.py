@@ -143,7 +143,7 @@ def error(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str:
     )
     text = text.partition("\n")[2]
     text = re.sub(r"choose from [^)]*", lambda match: match[0].replace("'", ""), text)
-    return re.sub(r"(no TOML: ).*", r"\1...", text)
+    return re.sub(r"(valid TOML: ).*", r"\1...", text)
 
 
 def test_wording(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

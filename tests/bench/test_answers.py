@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 
-from loraplex_bench.answers import AnswerBook, Verdict, checkable
 from loraplex_bench.demo.tasks import TASKS, expected, make_lines
-from loraplex_bench.workload import PlannedRequest
+from loraplex_bench.load.answers import AnswerBook, Verdict, checkable
+from loraplex_bench.load.workload import PlannedRequest
 
 LINES = make_lines(5, 20)
 TASK_NAMES = (None, *TASKS)

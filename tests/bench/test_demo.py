@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from loraplex_bench.answers import AnswerBook, Judgement, Verdict
-from loraplex_bench.demo.run import Answer, Lane, main
 from loraplex_bench.demo.tasks import TASKS, expected, make_lines
+from loraplex_bench.load.answers import AnswerBook, Judgement, Verdict
+from loraplex_bench.scenarios.demo import Answer, Lane, main
 
 
 def lane(*verdicts: Verdict | None) -> Lane:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from loraplex_bench.demo.tasks import TASKS, data_dir
-from loraplex_bench.derived import Derivation, demo_rank, derive_all, read_tensors, spread
+from loraplex_bench.scenarios.derived_adapters import Derivation, demo_rank, derive_all, read_tensors, spread
 
 
 def deltas(folder: Path) -> dict[str, np.ndarray]:

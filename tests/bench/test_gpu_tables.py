@@ -9,10 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraplex_bench import gpu, metrics, server_table
-from loraplex_bench.random_weights import RandomWeights, config_of, write
-from loraplex_bench.server_table import ServerTable
-from loraplex_bench.step_table import StepBench, StepRow, StepTable, cost_of_adapters, goals, measure
+from loraplex_bench import gpu
+from loraplex_bench.load import metrics
+from loraplex_bench.models.random_weights import RandomWeights, config_of, write
+from loraplex_bench.scenarios import gpu_server as server_table
+from loraplex_bench.scenarios.decode_steps import (
+    StepBench,
+    StepRow,
+    StepTable,
+    cost_of_adapters,
+    goals,
+    measure,
+)
+from loraplex_bench.scenarios.gpu_server import ServerTable
 
 CPU = torch.device("cpu")
 

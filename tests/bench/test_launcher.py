@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_bench.launcher import LaunchedServer, LaunchError, process_group
+from loraplex_bench.load.launcher import LaunchedServer, LaunchError, process_group
 
 READY = "print('warming up'); print('loraplex ready grpc=127.0.0.1:5 metrics=127.0.0.1:6', flush=True);"
 WAIT = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7));"

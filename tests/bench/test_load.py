@@ -11,12 +11,12 @@ import grpc
 import pytest
 
 from loraplex import AsyncClient
-from loraplex_bench.answers import Verdict
 from loraplex_bench.cli import main
 from loraplex_bench.demo.tasks import TASKS, expected
-from loraplex_bench.load import LoadResult, LoadRun
-from loraplex_bench.report import summarize
-from loraplex_bench.workload import PlannedRequest, WorkloadConfig, demo_prompts, make_workload
+from loraplex_bench.load.answers import Verdict
+from loraplex_bench.load.generator import LoadResult, LoadRun
+from loraplex_bench.load.report import summarize
+from loraplex_bench.load.workload import PlannedRequest, WorkloadConfig, demo_prompts, make_workload
 
 
 def requests(n: int, **settings: Any) -> list[PlannedRequest]:

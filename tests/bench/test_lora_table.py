@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraplex_bench import lora_cases, lora_peers, lora_table, ops_lora
-from loraplex_bench.lora_cases import Case
-from loraplex_bench.ops_lora import ModelShape
+from loraplex_bench.ops import lora_cases, lora_peers, lora_table, ops_lora
+from loraplex_bench.ops.lora_cases import Case
+from loraplex_bench.ops.ops_lora import ModelShape
 from loraplex_kernels import dispatch
 
 TINY = ModelShape(hidden=64, key_value=32, intermediate=96, layers=2)

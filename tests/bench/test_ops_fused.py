@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from loraplex_bench.ops_fused import OPS, SHAPES, Case, Inputs, Shape, Timing, cases, check
+from loraplex_bench.ops.ops_fused import OPS, SHAPES, Case, Inputs, Shape, Timing, cases, check
 
 TINY = Shape("tiny", 32, 4, 2, 8, 48)
 CPU = torch.device("cpu")

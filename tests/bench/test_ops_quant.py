@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraplex_bench import ops_quant_cuda
-from loraplex_bench.ops_quant_cuda import QuantTiming, measure_cuda, row
+from loraplex_bench.ops import ops_quant_cuda
+from loraplex_bench.ops.ops_quant_cuda import QuantTiming, measure_cuda, row
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loraplex_bench.cli import main
-from loraplex_bench.prefix_cache import Config, Record, judge, render, summarize
+from loraplex_bench.scenarios.prefix_cache import Config, Record, judge, render, summarize
 
 
 def records(different: bool = False, cached: int = 96) -> list[Record]:

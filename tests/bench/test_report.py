@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_bench.answers import Judgement, Verdict
-from loraplex_bench.load import LoadResult, Outcome
-from loraplex_bench.report import (
+from loraplex_bench.load.answers import Judgement, Verdict
+from loraplex_bench.load.generator import LoadResult, Outcome
+from loraplex_bench.load.report import (
     Distribution,
     jain,
     parse_goodput,
@@ -19,7 +19,7 @@ from loraplex_bench.report import (
     table,
     write_json,
 )
-from loraplex_bench.workload import PlannedRequest
+from loraplex_bench.load.workload import PlannedRequest
 
 
 def outcome(

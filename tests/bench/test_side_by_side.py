@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from loraplex_bench.cli import main
-from loraplex_bench.compare import BenchModel, Job
-from loraplex_bench.contender import Contender, ContenderError
-from loraplex_bench.side_by_side import Agreement, Row, find_goals
+from loraplex_bench.peers.contender import Contender, ContenderError
+from loraplex_bench.peers.jobs import BenchModel, Job
+from loraplex_bench.scenarios.side_by_side import Agreement, Row, find_goals
 
 
 def row(system: str, weights: str, rate: float, adapters: bool = True) -> Row:
@@ -44,7 +44,7 @@ def test_agreement_wants_equal_tokens_that_the_adapters_made():
 
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> BenchModel:
-    from loraplex_bench.random_llama import make_random_llama
+    from loraplex_bench.models.random_llama import make_random_llama
 
     return make_random_llama(tmp_path_factory.mktemp("small"), adapters=3, small=True)
 

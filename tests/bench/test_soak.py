@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loraplex_bench.soak import (
+from loraplex_bench.scenarios.soak import (
     MemorySample,
     SoakConfig,
     Version,

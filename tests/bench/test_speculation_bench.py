@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loraplex_bench.cli import main
-from loraplex_bench.speculation import OWNERS, Config, Record, judge, render, summarize
+from loraplex_bench.scenarios.speculation import OWNERS, Config, Record, judge, render, summarize
 
 LINE = "abcdefgh 12"
 

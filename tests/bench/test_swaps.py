@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from loraplex_bench import many_adapters, swap_latency
-from loraplex_bench.many_adapters import ManyConfig
-from loraplex_bench.swap_latency import SwapConfig
+from loraplex_bench.scenarios import many_adapters, swap_latency
+from loraplex_bench.scenarios.many_adapters import ManyConfig
+from loraplex_bench.scenarios.swap_latency import SwapConfig
 
 
 def test_settings_that_measure_nothing_are_refused() -> None:

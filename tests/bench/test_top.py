@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from loraplex_bench import top
-from loraplex_bench.metrics import parse
+from loraplex_bench.load.metrics import parse
 from loraplex_server.api.telemetry.metrics import Metrics
 from loraplex_server.core.adapter_status import SwapRecord
 from loraplex_server.core.errors import ErrorInfo

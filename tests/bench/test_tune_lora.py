@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex_bench import lora_cases, ops_lora, tune_lora
-from loraplex_bench.lora_table import activations
-from loraplex_bench.ops_lora import ModelShape
+from loraplex_bench import tune_lora
+from loraplex_bench.ops import lora_cases, ops_lora
+from loraplex_bench.ops.lora_table import activations
+from loraplex_bench.ops.ops_lora import ModelShape
 from loraplex_kernels.lora import tiles
 from loraplex_kernels.lora.tiles import LoraTiles
 from loraplex_kernels.pool import tile_rows

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from loraplex_bench.demo.tasks import TASKS, answers_differ
-from loraplex_bench.workload import (
+from loraplex_bench.load.workload import (
     LengthRange,
     PlannedRequest,
     WorkloadConfig,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from loraplex_bench.launcher import LaunchedServer
+from loraplex_bench.load.launcher import LaunchedServer
 
 _SCRIPT = Path(__file__).with_name("faulty_server.py")
 

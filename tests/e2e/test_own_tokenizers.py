@@ -15,7 +15,7 @@ import torch
 from loraplex import Client
 from loraplex.errors import FailedPreconditionError
 from loraplex_bench.demo.tasks import data_dir
-from loraplex_bench.launcher import LaunchedServer, demo_flags
+from loraplex_bench.load.launcher import LaunchedServer, demo_flags
 
 TOKENS = {"own": ["<|tool|>", "<|end|>"], "other": ["<|else|>"]}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from loraplex_bench.random_weights import RandomWeights, config_of
+from loraplex_bench.models.random_weights import RandomWeights, config_of
 from loraplex_kernels import dispatch
 from loraplex_server.config import ModelConfig
 from loraplex_server.core.errors import FailedPreconditionError

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loraplex_bench.exactness import measure
+from loraplex_bench.scenarios.exactness import measure
 
 # Of the logits' deviation: they must differ, and not by much.
 BOUNDS = {"adapters": (1e-4, 5e-3), "kv-cache": (1e-3, 1e-1)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from loraplex_bench.ops_attention import (
+from loraplex_bench.ops.ops_attention import (
     Ceilings,
     Workload,
     gpu_workloads,

@@ -22,12 +22,10 @@ from loraplex_bench.demo.tasks import (
     sure_lines,
 )
 
-check = pytest.importorskip("loraplex_bench.demo.check", reason="needs the dev extra: peft")
-adapter_training = pytest.importorskip(
-    "loraplex_bench.demo.adapter_training", reason="needs the dev extra: peft"
-)
-leaks = pytest.importorskip("loraplex_bench.demo.leaks", reason="needs the dev extra: peft")
-record = pytest.importorskip("loraplex_bench.demo.record", reason="needs the dev extra: peft")
+check = pytest.importorskip("demo_training.check", reason="needs the dev extra: peft")
+adapter_training = pytest.importorskip("demo_training.adapter_training", reason="needs the dev extra: peft")
+leaks = pytest.importorskip("demo_training.leaks", reason="needs the dev extra: peft")
+record = pytest.importorskip("demo_training.record", reason="needs the dev extra: peft")
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ import pytest
 from loraplex import Client, errors
 from loraplex_bench import top
 from loraplex_bench.demo.tasks import make_lines, prompt
-from loraplex_bench.metrics import Metrics
+from loraplex_bench.load.metrics import Metrics
 
 pytestmark = pytest.mark.web
 

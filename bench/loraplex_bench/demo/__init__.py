@@ -1,1 +1,1 @@
-"""The embedded demo model: text transformations with exact answers, their training and their check."""
+"""The embedded demo model: text transformations, each with one right answer, and the trained weights."""

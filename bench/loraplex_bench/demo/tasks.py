@@ -22,6 +22,9 @@ MAX_LINE_LENGTH = 28
 MAX_ANSWER_TOKENS = MAX_LINE_LENGTH + 1
 """Tokens of the longest right answer: one per character and the end-of-sequence token."""
 
+CHECK_SEED = 1_000_003
+"""Seed of the lines the shipped accuracies were measured on; training draws from other generators."""
+
 _VOWELS = "aeiou"
 _CONSONANTS = "".join(letter for letter in string.ascii_lowercase if letter not in _VOWELS)
 

@@ -44,7 +44,7 @@ COMMANDS = {
     "config": ExtraCommand("loraplex_server.config.cli", ("server",)),
     "top": ExtraCommand("loraplex_bench.top", ("bench",)),
     "bench": ExtraCommand("loraplex_bench.cli", ("bench",)),
-    "demo": ExtraCommand("loraplex_bench.demo.run", ("server", "bench")),
+    "demo": ExtraCommand("loraplex_bench.scenarios.demo", ("server", "bench")),
 }
 
 

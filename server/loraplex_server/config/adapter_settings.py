@@ -31,39 +31,39 @@ class AdapterConfig:
         ExistingFolders,
         _adapters(
             name="adapters",
-            help="each folder in DIR with an adapter_config.json is an adapter of that name",
-            detail="These are registered at start.",
+            help="each folder in DIR that has an adapter_config.json is an adapter of that name",
+            detail="The server registers them at start.",
         ),
     ] = ()
     roots: Annotated[
         ExistingFolders,
         _adapters(
             name="adapter_root",
-            help="adapters may be loaded from under DIR at run time",
-            detail="They may be loaded from under the folders of `--adapters` too.",
+            help="clients may load adapters from folders under DIR",
+            detail="They may load adapters from under the folders of `--adapters` too.",
         ),
     ] = ()
     device_bytes: Annotated[
-        Size, _adapters(name="adapter_device_bytes", help="room for adapters on the device", range=POSITIVE)
+        Size, _adapters(name="adapter_device_bytes", help="memory for adapters on the device", range=POSITIVE)
     ] = 256 << 20
     device_dtype: Annotated[
         AdapterDtype,
         _adapters(
             name="adapter_device_dtype",
-            help="type of adapters on the device; auto is that of the activations, int8 saves room and is "
-            "less exact",
+            help="type of adapters on the device; auto is the type of the activations, int8 saves memory and "
+            "is less exact",
             detail="Host memory holds them in the same type.",
         ),
     ] = "auto"
     host_bytes: Annotated[
-        Size, _adapters(name="adapter_host_bytes", help="room for adapters in host memory", range=POSITIVE)
+        Size, _adapters(name="adapter_host_bytes", help="host memory for adapters", range=POSITIVE)
     ] = 1 << 30
     max_bytes: Annotated[
         Size,
         _adapters(
             name="adapter_max_bytes",
-            help="most of either that one adapter may take, with whole weights or tables of its own; 0 is no "
-            "limit",
+            help="most memory that one adapter may take, on the device or on the host; 0 is no limit",
+            detail="Adapters with whole weights or token tables of their own can be large.",
             range=NOT_NEGATIVE,
         ),
     ] = 0
@@ -71,7 +71,7 @@ class AdapterConfig:
         Count,
         _adapters(
             name="max_adapters_on_device",
-            help="a cap on their number beyond the bytes; 0 is none",
+            help="most adapters on the device, whatever their size; 0 is no limit",
             range=NOT_NEGATIVE,
             unit="adapters",
         ),
@@ -80,7 +80,7 @@ class AdapterConfig:
         Count,
         _adapters(
             name="max_pinned_adapters",
-            help="a cap on pinned ones beyond being fewer than the slots; 0 is none",
+            help="most pinned adapters; 0 is all slots but one, which is the most possible",
             range=NOT_NEGATIVE,
             unit="adapters",
         ),
@@ -98,7 +98,7 @@ class AdapterConfig:
         Seconds,
         _adapters(
             name="watch_adapters",
-            help="every S seconds, follow what came to, changed in and went from --adapters",
+            help="look for new, changed and removed adapters in --adapters every S seconds",
             default="0, never",
             range=SECONDS,
         ),
@@ -108,7 +108,8 @@ class AdapterConfig:
         Texts,
         _remote(
             name="adapter_source",
-            help="adapters may be downloaded from under PREFIX: s3://, gs://, az://, https:// or hf://",
+            help="adapters may be downloaded from addresses under PREFIX: s3://, gs://, az://, https:// or "
+            "hf://",
             metavar="PREFIX",
             detail="Without it, no adapter is downloaded.",
         ),
@@ -117,16 +118,21 @@ class AdapterConfig:
         OptionalFolder,
         _remote(
             name="adapter_cache_dir",
-            help="where downloads are kept",
+            help="folder of downloaded and uploaded adapters",
             default="loraplex/adapters in the user's cache folder",
         ),
     ] = None
     cache_bytes: Annotated[
-        Size, _remote(name="adapter_cache_bytes", help="room for downloads", range=POSITIVE)
+        Size,
+        _remote(
+            name="adapter_cache_bytes", help="disk space for downloaded and uploaded adapters", range=POSITIVE
+        ),
     ] = 16 << 30
     download_max_bytes: Annotated[
         Size,
-        _remote(name="adapter_download_max_bytes", help="most that one adapter may have", range=POSITIVE),
+        _remote(
+            name="adapter_download_max_bytes", help="most bytes of one downloaded adapter", range=POSITIVE
+        ),
     ] = 4 << 30
     max_downloads: Annotated[
         Count,
@@ -145,23 +151,26 @@ class AdapterConfig:
         Texts,
         _remote(
             name="adapter_extra_file",
-            help="a small text file that is downloaded along with an adapter that has it: "
-            "chat_template.jinja, tokenizer.json",
+            help="small text file to download with each adapter that has it, such as chat_template.jinja or "
+            "tokenizer.json",
             metavar="NAME",
         ),
     ] = ()
 
-    allow_uploads: Annotated[bool, _uploads(help="clients may send adapters, which the cache keeps")] = False
-    upload_max_bytes: Annotated[Size, _uploads(help="most that one of them may have", range=POSITIVE)] = (
+    allow_uploads: Annotated[bool, _uploads(help="clients may upload adapters; the cache keeps them")] = False
+    upload_max_bytes: Annotated[Size, _uploads(help="most bytes of one uploaded adapter", range=POSITIVE)] = (
         1 << 30
     )
     max_uploads: Annotated[
-        Count, _uploads(help="how many are received at once", range=POSITIVE, unit="uploads")
+        Count, _uploads(help="uploads that run at once", range=POSITIVE, unit="uploads")
     ] = 4
     max_uploaded: Annotated[
         Count,
         _uploads(
-            name="max_uploaded_adapters", help="how many may be registered", range=POSITIVE, unit="adapters"
+            name="max_uploaded_adapters",
+            help="uploaded adapters that may be registered",
+            range=POSITIVE,
+            unit="adapters",
         ),
     ] = 256
 
@@ -171,7 +180,8 @@ class AdapterConfig:
         for name in self.extra_files:
             if _EXTRA_FILE.fullmatch(name) is None or name.startswith("adapter_"):
                 raise InvalidArgumentError.field(
-                    "extra_files", f"{name!r} is no name of a .json, .jinja or .txt file beside the adapter's"
+                    "adapter_extra_file",
+                    f"{name!r} is not the name of a .json, .jinja or .txt file, or begins with adapter_",
                 )
 
     @property

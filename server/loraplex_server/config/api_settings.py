@@ -15,12 +15,7 @@ from loraplex_server.core.errors import InvalidArgumentError
 
 _ENDPOINT = re.compile(r"https?://[^\s/@]+/?")
 # gRPC counts milliseconds in 32 bits.
-_MAX_KEEPALIVE_S = 2_000_000
-_KEEPALIVE = Range(
-    above=0,
-    below=_MAX_KEEPALIVE_S,
-    complaint=f"is no number of seconds above 0 and below {_MAX_KEEPALIVE_S}",
-)
+_KEEPALIVE = Range(above=0, below=2_000_000)
 
 _serving = partial(Setting, group=Group.SERVING)
 _access = partial(Setting, group=Group.ACCESS)
@@ -46,12 +41,12 @@ class TlsFiles:
             name="tls_certificate", help="PEM certificate chain of this server; read again when it changes"
         ),
     ]
-    key: Annotated[File, _access(name="tls_key", help="its PEM key, without a password")]
+    key: Annotated[File, _access(name="tls_key", help="PEM key of the certificate, without a password")]
     client_ca: Annotated[
         OptionalFile,
         _access(
             name="tls_client_ca",
-            help="clients need a certificate that an authority in this PEM file signed",
+            help="clients need a certificate signed by an authority in this PEM file",
         ),
     ] = None
 
@@ -62,18 +57,19 @@ class ApiConfig:
     or with `allow_insecure`.
     """
 
-    host: Annotated[Text, _serving(help="address to listen on")] = "127.0.0.1"
+    host: Annotated[Text, _serving(help="address to listen on", metavar="HOST")] = "127.0.0.1"
     port: Annotated[Count, _serving(help="gRPC port; 0 picks a free one", range=NOT_NEGATIVE)] = 50051
     http_port: Annotated[
         Count,
         _serving(
-            help="port of the OpenAI-compatible API; 0 picks a free one, -1 is none", range=Range(least=-1)
+            help="port of the OpenAI-compatible API; 0 picks a free one, -1 turns it off",
+            range=Range(least=-1),
         ),
     ] = -1
     model_name: Annotated[
         Text,
         _serving(
-            help="what HTTP callers name the base model",
+            help="name of the base model for HTTP clients",
             metavar="NAME",
             default="the last part of its folder, or its hub id",
         ),
@@ -81,19 +77,23 @@ class ApiConfig:
     metrics_host: Annotated[
         Text,
         _serving(
-            help="address of the metrics",
-            detail="The metrics are plain HTTP, and everybody who reaches the port may read them.",
+            help="address of the metrics port",
+            metavar="HOST",
+            detail="The metrics are plain HTTP. Everybody who reaches the port can read them.",
         ),
     ] = "127.0.0.1"
     metrics_port: Annotated[
         Count,
-        _serving(help="of Prometheus and a page; 0 picks a free one, -1 is none", range=Range(least=-1)),
+        _serving(
+            help="port of the Prometheus metrics and a status page; 0 picks a free one, -1 turns it off",
+            range=Range(least=-1),
+        ),
     ] = 9400
     max_message_bytes: Annotated[Size, _serving(help="longest gRPC message or HTTP body")] = 16 << 20
     max_tokens_per_message: Annotated[
         Count,
         _serving(
-            help="tokens that may come in one message while a client is behind; 1 never joins them",
+            help="most tokens joined into one message while a client reads too slowly; 1 joins none",
             range=POSITIVE,
             unit="tokens",
         ),
@@ -101,8 +101,7 @@ class ApiConfig:
     max_unread_tokens: Annotated[
         Count,
         _serving(
-            help="where more tokens wait for a client that reads too slowly, its call ends with "
-            "RESOURCE_EXHAUSTED",
+            help="a call ends with RESOURCE_EXHAUSTED when its client leaves more tokens than this unread",
             range=POSITIVE,
             unit="tokens",
         ),
@@ -111,7 +110,8 @@ class ApiConfig:
         Seconds,
         _serving(
             name="stall_seconds",
-            help="a stream that its client has not read for so long ends with RESOURCE_EXHAUSTED; 0 is never",
+            help="a stream ends with RESOURCE_EXHAUSTED when its client reads nothing for this long; 0 is "
+            "never",
             range=SECONDS,
         ),
     ] = 60.0
@@ -119,7 +119,7 @@ class ApiConfig:
         Seconds,
         _serving(
             name="keepalive",
-            help="a connection silent for so long is asked whether its client is there",
+            help="ping a connection that has been silent for this long",
             range=_KEEPALIVE,
         ),
     ] = 30.0
@@ -127,26 +127,26 @@ class ApiConfig:
         Seconds,
         _serving(
             name="keepalive_timeout",
-            help="one that does not answer in so long is closed, and its calls are cancelled",
+            help="close a connection that does not answer the ping within this time, and cancel its calls",
             range=_KEEPALIVE,
         ),
     ] = 10.0
     drain_s: Annotated[
-        Seconds, _serving(name="drain_seconds", help="time that running calls have after SIGTERM")
+        Seconds, _serving(name="drain_seconds", help="time that running calls get to finish after SIGTERM")
     ] = 30.0
     max_connection_age_s: Annotated[
         Seconds,
         _serving(
             name="max_connection_age",
-            help="connections older than this are asked to come anew, calls under way go on; 0 is never",
+            help="ask a client to reconnect when its connection is this old; running calls go on; 0 is never",
             range=SECONDS,
-            detail="So load balancers can spread clients over servers that came later.",
+            detail="So load balancers can move clients to servers that started later.",
         ),
     ] = 0.0
     max_engine_restarts: Annotated[
         Count,
         _serving(
-            help="how often in ten minutes an engine that died is started again; then the server ends",
+            help="how often in ten minutes the server may restart an engine that died; after that it exits",
             range=NOT_NEGATIVE,
         ),
     ] = 3
@@ -154,15 +154,15 @@ class ApiConfig:
         OffSwitch,
         _serving(
             name="no_reflection",
-            help="clients may not list the services",
-            detail="Turns off gRPC's server reflection, which tools such as grpcurl use.",
+            help="turn off gRPC reflection, with which clients list the services",
+            detail="Tools such as grpcurl need it.",
         ),
     ] = True
     otlp_endpoint: Annotated[
         Text,
         _serving(
-            help="send traces to the OpenTelemetry collector there (gRPC), http://127.0.0.1:4317 for one on "
-            "this machine; needs loraplex[tracing]",
+            help="send traces to the OpenTelemetry collector at this gRPC address, such as "
+            "http://127.0.0.1:4317; needs loraplex[tracing]",
             metavar="URL",
             default="none",
         ),
@@ -171,23 +171,23 @@ class ApiConfig:
     token_file: Annotated[
         OptionalFile,
         _access(
-            help="clients need a bearer token whose hash is in this file (see loraplex token --help); read "
-            "again when it changes"
+            help="clients need a bearer token whose hash is in this file; read again when it changes; see "
+            "loraplex token --help"
         ),
     ] = None
     allow_insecure: Annotated[
-        bool, _access(help="listen without TLS on an address that other machines reach")
+        bool, _access(help="listen without TLS on an address that other machines can reach")
     ] = False
 
     def __post_init__(self) -> None:
-        check(self, by_name=True)
+        check(self)
         if self.otlp_endpoint and _ENDPOINT.fullmatch(self.otlp_endpoint) is None:
             raise InvalidArgumentError.field(
-                "otlp_endpoint", f"{self.otlp_endpoint!r} is no URL such as http://127.0.0.1:4317"
+                "otlp_endpoint", f"{self.otlp_endpoint!r} is not a URL such as http://127.0.0.1:4317"
             )
         if self.tls is None and not self.allow_insecure and not is_loopback(self.host):
             raise InvalidArgumentError.field(
                 "host",
-                f"{self.host} is no loopback address, and calls would not be encrypted; give "
-                "--tls-certificate and --tls-key, or --allow-insecure where the network itself is trusted",
+                f"{self.host} is not a loopback address, and calls would not be encrypted; give "
+                "--tls-certificate and --tls-key, or --allow-insecure if you trust the network",
             )

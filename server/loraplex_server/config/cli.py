@@ -14,12 +14,12 @@ from loraplex_server.config.layers import Settings, known_settings, merge
 from loraplex_server.core.errors import ServerError
 
 _DESCRIPTION = """\
-Serves one base model and many PEFT adapters over gRPC, and over HTTP for OpenAI's clients. Each request
-names its own adapters, or none, and all of them share every batch. Prints one line on stdout when it is
-ready; ends in good order on SIGTERM or Ctrl-C, at once on the second."""
+Serves one base model and many PEFT adapters over gRPC, and over HTTP for OpenAI clients. Each request names
+its adapters, or none, and requests with different adapters share a batch. The server prints one line on
+stdout when it is ready. SIGTERM or Ctrl-C lets running calls finish, a second one ends them at once."""
 
 _EPILOG = """\
-SIZE is bytes, or a number with a unit: 512MiB, 2GB, 1.5g.
+SIZE is a number of bytes, or a number with a unit: 512MiB, 2GB, 1.5g. S is seconds.
 
   loraplex serve --model ./llama --adapters ./adapters
   loraplex serve --model ./llama --adapters ./adapters --http-port 8000
@@ -29,20 +29,20 @@ SIZE is bytes, or a number with a unit: 512MiB, 2GB, 1.5g.
 
 
 _CONFIG_DESCRIPTION = """\
-Shows or checks the configuration that `loraplex serve` would run with, from the same flags, environment and
-file. Every flag of `loraplex serve --help` is a setting:
+Shows or checks the settings that `loraplex serve` would run with, from the same flags, environment and file.
+Every flag of `loraplex serve --help` is a setting:
 
   --max-batch-tokens 512                      on the command line, which beats
   LORAPLEX_SERVE_MAX_BATCH_TOKENS=512         in the environment, which beats
   max_batch_tokens = 512                      in the TOML file of --config (or LORAPLEX_SERVE_CONFIG)
 
-Flags that may be repeated are arrays in the file, and separated by commas in the environment. What is called
-like no flag is an error."""
+A flag that may be repeated is an array in the file; in the environment, commas separate its values. An
+unknown name is an error."""
 
 _CONFIG_EPILOG = """\
-  loraplex config show --model ./llama > loraplex.toml     every setting with its default, to begin from
-  loraplex config check --config loraplex.toml             is it right? exit code 2 says no, and why
-  loraplex config show --changed --config loraplex.toml    what differs from the defaults, and why"""
+  loraplex config show --model ./llama > loraplex.toml     writes a file with every setting, to begin with
+  loraplex config check --config loraplex.toml             checks the file; exit code 2 if it is not valid
+  loraplex config show --changed --config loraplex.toml    shows what is not the default, and its origin"""
 
 
 def build_parser(*, require: bool = False) -> argparse.ArgumentParser:
@@ -64,7 +64,7 @@ def build_parser(*, require: bool = False) -> argparse.ArgumentParser:
         "--config",
         type=Path,
         metavar="FILE",
-        help="a TOML file of these flags by name: max_batch_tokens = 512; see loraplex config --help",
+        help="a TOML file with settings, such as max_batch_tokens = 512; see loraplex config --help",
     )
     for title, settings in itertools.groupby(known_settings().values(), lambda found: found.setting.group):
         group = parser.add_argument_group(title)
@@ -79,7 +79,7 @@ def resolve(
     """Every setting's value and where it came from.
 
     Raises:
-        InvalidArgumentError: file or environment name something that is no setting, or give it a bad value.
+        InvalidArgumentError: file or environment have an unknown name or a bad value.
         SystemExit: help is asked for, or `argv` is wrong; argparse has written which.
     """
     parser = parser or build_parser()
@@ -104,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("action", choices=("show", "check"))
-    parser.add_argument("--changed", action="store_true", help="show only what is not the default")
+    parser.add_argument(
+        "--changed", action="store_true", help="show only settings that are not at their default"
+    )
     own, flags = parser.parse_known_args(argv)
     serve = build_parser()
     serve.prog, serve.usage = parser.prog, parser.usage
@@ -116,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if own.action == "show":
         print(settings.to_toml(all_values=not own.changed))
     else:
-        print("the configuration is right")
+        print("the configuration is valid")
     return 0
 
 

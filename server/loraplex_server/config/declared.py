@@ -77,22 +77,23 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     return cls(**arguments)
 
 
-def check(config: object, *, by_name: bool = False) -> None:
+def check(config: object) -> None:
     """Checks choices and ranges of a configuration's own settings.
 
     Raises:
-        InvalidArgumentError: the first that is wrong, by name.
+        InvalidArgumentError: names the first that is wrong.
     """
     for found in _members(type(config)):
         if isinstance(found, _Part):
             continue
         value, kind = getattr(config, found.attribute), found.kind
-        label = found.name if by_name else found.attribute
         if isinstance(value, str) and kind.choices and value not in kind.choices:
-            raise InvalidArgumentError.field(label, f"{value!r} is none of {', '.join(kind.choices)}")
+            raise InvalidArgumentError.field(found.name, f"{value!r} is none of {', '.join(kind.choices)}")
+        if (allowed := found.setting.range) is None:
+            continue
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float) and number not in found.setting.range:
-                raise InvalidArgumentError.field(label, found.setting.range.problem(number))
+            if number not in allowed:
+                raise InvalidArgumentError.field(found.name, allowed.problem(number))
 
 
 def _is_given(part: _Part, values: Mapping[str, Any]) -> bool:

@@ -51,11 +51,11 @@ def parse_size(text: str) -> int:
     """Bytes from "512MiB", "2GB", "1.5g" or "1048576". A bare k, m, g or t is a power of 1024.
 
     Raises:
-        ValueError: `text` is no size.
+        ValueError: `text` is not a size.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"{text!r} is no size; write for example 512MiB, 2GB or 1048576")
+        raise ValueError(f"{text!r} is not a size; write for example 512MiB, 2GB or 1048576")
     number, unit, binary = match.groups()
     base = 1000 if unit and not binary and text.strip().lower().endswith("b") else 1024
     return int(float(number) * base ** " kmgt".index(unit.lower() or " "))
@@ -65,13 +65,13 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise ValueError(f"{text!r} is no list of numbers; write for example 1,2,4,8") from error
+        raise ValueError(f"{text!r} is not a list of numbers; write for example 1,2,4,8") from error
 
 
 def _existing_folder(text: str) -> Path:
     path = Path(text)
     if not path.is_dir():
-        raise ValueError(f"{text} is no folder")
+        raise ValueError(f"{text} is not a folder")
     return path
 
 

@@ -79,7 +79,7 @@ def merge(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
         flags: values by name from the command line; "config" names the file.
 
     Raises:
-        InvalidArgumentError: file or environment name something that is no setting, or give it a bad value.
+        InvalidArgumentError: file or environment have an unknown name or a bad value.
     """
     given = dict(flags)
     path = given.pop(_CONFIG, None) or environ.get(f"{ENVIRONMENT_PREFIX}{_CONFIG.upper()}")
@@ -105,7 +105,7 @@ def _from_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InvalidArgumentError.field("config", f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError.field("config", f"{path} is no TOML: {error}") from error
+        raise InvalidArgumentError.field("config", f"{path} is not valid TOML: {error}") from error
     values = {}
     for key, value in found.items():
         setting = _find(key.replace("-", "_"), f"{path}: {key}")
@@ -133,9 +133,9 @@ def _find(name: str, where: str) -> DeclaredSetting:
     known = known_settings()
     if name in known:
         return known[name]
-    nearest = difflib.get_close_matches(name, [_CONFIG, *known], n=1)
+    nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
-    raise InvalidArgumentError.field(where, f"is no setting{hint}")
+    raise InvalidArgumentError.field(where, f"is not a setting{hint}")
 
 
 def _convert(where: str, value: Any, setting: DeclaredSetting) -> Any:
@@ -146,14 +146,14 @@ def _convert(where: str, value: Any, setting: DeclaredSetting) -> Any:
         return value
     if setting.kind.repeatable:
         if not isinstance(value, list):
-            raise InvalidArgumentError.field(where, f"{value!r} is no array")
+            raise InvalidArgumentError.field(where, f"{value!r} is not an array")
         return [_convert_one(where, item, setting) for item in value]
     return _convert_one(where, value, setting)
 
 
 def _convert_one(where: str, value: Any, setting: DeclaredSetting) -> Any:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise InvalidArgumentError.field(where, f"{value!r} is no text and no number")
+        raise InvalidArgumentError.field(where, f"{value!r} is neither text nor a number")
     try:
         converted = setting.kind.parse(str(value))
     except ValueError as error:

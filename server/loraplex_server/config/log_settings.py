@@ -19,12 +19,11 @@ _log = partial(Setting, group=Group.LOG)
 class LogConfig:
     """The log on stderr, of the server and its engine alike."""
 
-    level: Annotated[LogLevel, _log(name="log_level", help="least severe lines of the log on stderr")] = (
-        "info"
-    )
+    level: Annotated[LogLevel, _log(name="log_level", help="least severe messages to log on stderr")] = "info"
     format: Annotated[
-        LogFormat, _log(name="log_format", help="json is one object a line, for collectors")
+        LogFormat,
+        _log(name="log_format", help="format of the log; json is one object per line, for collectors"),
     ] = "text"
 
     def __post_init__(self) -> None:
-        check(self, by_name=True)
+        check(self)

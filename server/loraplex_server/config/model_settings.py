@@ -27,22 +27,27 @@ class ModelConfig:
     model: Annotated[
         Text,
         _model(
-            help="a Hugging Face checkpoint",
+            help="a Hugging Face checkpoint: its folder, or its name on the hub",
             metavar="PATH|HUB_ID",
-            detail="A folder with the checkpoint, or the name of a repository on the Hugging Face hub.",
         ),
     ]
-    quantization: Annotated[Quantization, _model(help="type of the resident weights")] = "nf4"
+    quantization: Annotated[
+        Quantization, _model(help="4-bit format of the weights; none does not quantise")
+    ] = "nf4"
     double_quant: Annotated[
-        bool, _model(help="quantise the scales of nf4 as well, which saves 0.4 bits a weight")
+        bool, _model(help="quantise the scales of nf4 too, which saves 0.4 bits per weight")
     ] = False
-    device: Annotated[Device, _model(help="where to compute; auto is cuda where there is one")] = "auto"
-    dtype: Annotated[Dtype, _model(help="type of the activations")] = "auto"
-    kernels: Annotated[Kernels, _model(help="auto is triton on cuda, torch on cpu")] = "auto"
+    device: Annotated[Device, _model(help="where to compute; auto is cuda if there is one")] = "auto"
+    dtype: Annotated[
+        Dtype, _model(help="type of the activations; auto is float32 on a CPU, bfloat16 on a GPU that has it")
+    ] = "auto"
+    kernels: Annotated[
+        Kernels, _model(help="which kernels to run; auto is triton on cuda, torch on a CPU")
+    ] = "auto"
     generation_config: Annotated[
         GenerationDefaults,
         _model(
-            help="auto takes the defaults of sampling from the checkpoint's generation_config.json",
+            help="sampling defaults; auto takes them from the checkpoint's generation_config.json",
             detail="With `none`, requests that leave sampling parameters open get the server's own defaults.",
         ),
     ] = "auto"
@@ -53,10 +58,10 @@ class ModelConfig:
     cuda_graphs: Annotated[
         CudaGraphs,
         _model(
-            help="record decode steps at start and replay them; auto is where the device can, on is that or "
-            "no start",
-            detail="`auto` records where the Triton kernels run on CUDA. `on` also records under Triton's "
-            "interpreter, and the server does not start where it cannot.",
+            help="record decode steps at start and replay them; auto does so where the device can, on "
+            "refuses to start where it cannot",
+            detail="`auto` records where the Triton kernels run on CUDA. `on` records under Triton's "
+            "interpreter too.",
         ),
     ] = "auto"
     cuda_graph_sizes: Annotated[

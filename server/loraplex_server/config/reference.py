@@ -47,7 +47,11 @@ def _entry(setting: DeclaredSetting) -> str:
     value = declared.metavar or kind.metavar or "|".join(kind.choices) or ("" if kind.switch else "TEXT")
     text = f"{declared.help[0].upper()}{declared.help[1:]}."
     detail = f" {declared.detail}" if declared.detail else ""
-    facts = [declared.unit or kind.unit, _range(declared.range), "may be repeated" if kind.repeatable else ""]
+    facts = [
+        declared.unit or kind.unit,
+        _range(declared.range) if declared.range else "",
+        "may be repeated" if kind.repeatable else "",
+    ]
     remarks = "; ".join(fact for fact in facts if fact)
     return (
         f"### `{f'{setting.flag} {value}'.strip()}`\n\n{text}{detail}\n\n"

@@ -31,25 +31,25 @@ class SchedulerConfig:
         ),
     ] = 512
     max_num_requests: Annotated[
-        Count, _batching(help="requests running at once", range=POSITIVE, unit="requests")
+        Count, _batching(help="requests that run at once", range=POSITIVE, unit="requests")
     ] = 64
     max_scored_tokens: Annotated[
         Count,
         _batching(
-            help="tokens of prompts that get log-probabilities in one step",
+            help="prompt tokens that get log-probabilities in one step",
             range=POSITIVE,
             unit="tokens",
-            detail="Each takes a row of logits as wide as the vocabulary. Prompts that ask for "
-            "log-probabilities are therefore computed in smaller chunks.",
+            detail="Each needs a row of logits as wide as the vocabulary, so prompts that ask for "
+            "log-probabilities are computed in smaller chunks.",
         ),
     ] = 128
     max_queue: Annotated[
         Count,
         _batching(
-            help="requests that may wait; more are refused",
+            help="requests that may wait; the server refuses more",
             range=POSITIVE,
             unit="requests",
-            detail="They are refused with `RESOURCE_EXHAUSTED`.",
+            detail="It refuses them with `RESOURCE_EXHAUSTED`.",
         ),
     ] = 1024
     max_model_len: Annotated[
@@ -63,65 +63,71 @@ class SchedulerConfig:
     gpu_memory_utilization: Annotated[
         Share,
         _batching(
-            help="share of the GPU's memory for weights, steps, adapters and the KV cache, and for whatever "
-            "else is on it",
-            range=Range(above=0, most=1, complaint="is no share above 0 and up to 1"),
+            help="share of the GPU's memory that may be in use: by weights, steps, adapters, the KV cache, "
+            "and by other programs",
+            range=Range(above=0, most=1),
         ),
     ] = 0.9
     kv_cache_bytes: Annotated[
         Size,
         _batching(
-            help="memory of the KV cache; 0 takes what is left on a GPU, what is needed on a CPU",
+            help="memory for the KV cache; 0 takes what is left on a GPU, what the requests need on a CPU",
             range=NOT_NEGATIVE,
-            detail="On a CPU, 0 takes what `--max-num-requests` of moderate length need, within reason.",
+            detail="On a CPU, 0 is enough for `--max-num-requests` requests of moderate length, within "
+            "reason.",
         ),
     ] = 0
     kv_cache_dtype: Annotated[
         KvCacheDtype,
         _batching(
-            help="type of the KV cache; auto is that of the activations, fp8 saves room and is less exact",
+            help="type of the KV cache; auto is the type of the activations, fp8 saves memory and is less "
+            "exact",
             detail="fp8 is e4m3.",
         ),
     ] = "auto"
     kv_block_size: Annotated[
-        Count, _batching(help="tokens in a block of the KV cache", range=POSITIVE, unit="tokens")
+        Count, _batching(help="tokens in one block of the KV cache", range=POSITIVE, unit="tokens")
     ] = 16
     prefix_cache: Annotated[
         OnOff,
-        _batching(help="keep the KV of prompts and answers, as room allows, for requests that begin alike"),
+        _batching(
+            help="keep the KV cache of prompts and answers, while there is room, for requests that begin "
+            "alike"
+        ),
     ] = True
     speculative_tokens: Annotated[
         Count,
         _batching(
-            help="tokens guessed in a step from a request's own text, where it does not say; 0 to "
-            f"{MAX_SPECULATIVE_TOKENS}. Answers are the same",
-            range=Range(
-                least=0, most=MAX_SPECULATIVE_TOKENS, complaint=f"is none of 0 to {MAX_SPECULATIVE_TOKENS}"
-            ),
+            help="most draft tokens in a step for requests that do not say how many, up to "
+            f"{MAX_SPECULATIVE_TOKENS}; 0 is no speculation",
+            detail="Drafts come from the text of the request itself. Speculation does not change the "
+            "answers.",
+            range=Range(least=0, most=MAX_SPECULATIVE_TOKENS),
             unit="tokens",
         ),
     ] = 0
     speculation_max_load: Annotated[
         Share,
         _batching(
-            help="share of --max-num-requests beyond which running requests get no guesses; 0 is never any",
-            range=Range(least=0, most=1, complaint="is no share from 0 to 1"),
+            help="while more than this share of --max-num-requests run, no request gets drafts",
+            detail="With 0, no request ever gets drafts.",
+            range=Range(least=0, most=1),
         ),
     ] = 0.5
     max_adapter_wait_s: Annotated[
         Seconds,
         _batching(
             name="max_adapter_wait",
-            help="for a request that has waited so long for room on the device, adapters in use are freed "
-            "one by one",
-            detail="Such an adapter gets no new requests until it can be evicted. The longer the wait, the "
+            help="once a request has waited this long for room on the device, the server frees adapters in "
+            "use, one by one",
+            detail="A freed adapter gets no new requests until it can be evicted. The longer the wait, the "
             "more adapters are freed.",
         ),
     ] = 5.0
     fair_quantum: Annotated[
         Count,
         _batching(
-            help="tokens of a tenant, and of an adapter within it, before it is the next one's turn",
+            help="tokens that a tenant, and each adapter of a tenant, gets before the next one has its turn",
             range=POSITIVE,
             unit="tokens",
         ),
@@ -130,9 +136,9 @@ class SchedulerConfig:
         Seconds,
         _batching(
             name="fair_aging",
-            help="waiting time that counts as much as a quantum not given: more is fairer, less nearer to "
-            "first come first served",
-            range=Range(above=0, below=math.inf, complaint="is no positive number"),
+            help="waiting time that counts as one quantum; a longer one is fairer, a shorter one is closer "
+            "to first come, first served",
+            range=Range(above=0, below=math.inf),
         ),
     ] = 5.0
 

@@ -13,11 +13,11 @@ class Group(enum.StrEnum):
     MODEL = "base model"
     BATCHING = "batching"
     ADAPTERS = "adapters"
-    REMOTE = "adapters from elsewhere"
-    UPLOADS = "adapters that clients send"
+    REMOTE = "downloaded adapters"
+    UPLOADS = "uploaded adapters"
     SERVING = "serving"
     LOG = "log"
-    ACCESS = "who may call"
+    ACCESS = "access"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,19 +28,28 @@ class Range:
     most: float = math.inf
     above: float = -math.inf
     below: float = math.inf
-    complaint: str = ""
 
     def __contains__(self, value: float) -> bool:
         return self.least <= value <= self.most and self.above < value < self.below
 
     def problem(self, value: float) -> str:
-        """What is wrong with `value`, which is not in it."""
-        return f"{value} {self.complaint or f'is less than {self.least}'}"
+        """What is wrong with `value`, which is not in the range."""
+        if not math.isfinite(value):
+            return f"{value} is not a finite number"
+        if value < self.least:
+            return f"{value} is less than {self.least}"
+        if value <= self.above:
+            return f"{value} is not more than {self.above}"
+        return (
+            f"{value} is more than {self.most}"
+            if value > self.most
+            else f"{value} is not less than {self.below}"
+        )
 
 
 NOT_NEGATIVE = Range(least=0)
 POSITIVE = Range(least=1)
-SECONDS = Range(least=0, below=math.inf, complaint="is no number of seconds")
+SECONDS = Range(least=0, below=math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +61,7 @@ class Setting:
         name: what it is called outside, "" where that is the field's own name: `max_queue` is
             `--max-queue`, `LORAPLEX_SERVE_MAX_QUEUE`, and `max_queue` in the file.
         default: what the help says in place of the default value.
-        range: of the number, or of each of several.
+        range: of the number, or of each of several; None is any.
         unit: what a number counts, where its kind does not say.
         metavar: stands for the value in the help, where that of its kind says too little.
         detail: more than fits into the help.
@@ -62,7 +71,7 @@ class Setting:
     help: str
     name: str = ""
     default: str = ""
-    range: Range = Range()
+    range: Range | None = None
     unit: str = ""
     metavar: str = ""
     detail: str = ""

@@ -1,0 +1,1 @@
+"""Models made up for benches, with random weights."""

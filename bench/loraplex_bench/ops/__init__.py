@@ -1,0 +1,1 @@
+"""Timings of the kernels beside the same operation by other means."""

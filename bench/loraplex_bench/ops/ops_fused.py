@@ -1,0 +1,291 @@
+"""Time what runs between a layer's projections: sums and norms, rotations and KV writes, gates.
+
+    python -m loraplex_bench.ops.ops_fused [--only OP] [--json]          on a GPU, in bfloat16
+
+One row per op, model and number of tokens: microseconds of the fused kernel, in passes over several sets of
+inputs, replayed as CUDA graphs; beside them the fewest bytes that it must move, at the rate of a large copy
+on the same card. The peers do the same: `modules` is transformers' own code, `torch` adds and calls
+`F.rms_norm`, `compiled` is `torch.compile` of the reference, for one number of tokens, as it compiles anew
+for each. A peer that the machine cannot run is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from loraplex_bench.ops.ops_attention import COLD_BYTES, Ceilings, measure_ceilings, pass_us
+from loraplex_kernels import gated, norm
+from loraplex_kernels.attention import AttentionBatch, kv_cache_shape, rotary, write_kv
+from loraplex_kernels.attention.rotary.reference import rotate as plain_rotate
+from loraplex_kernels.gated.reference import gated as plain_gated
+from loraplex_kernels.norm import RmsNorm
+from loraplex_kernels.norm.reference import add_rms_norm as plain_add_rms_norm
+from loraplex_kernels.norm.reference import rms_norm as plain_rms_norm
+
+BLOCK_SIZE = 16
+COMPILED_TOKENS = 64
+MAX_SETS = 512
+
+Results = tuple[torch.Tensor, ...]
+Call = Callable[[], Results]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the ops of a model look like. `sandwich`: outputs are normed, too, before they are added."""
+
+    name: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    sandwich: bool = False
+
+
+SHAPES = (
+    Shape("llama-3-8b", 4096, 32, 8, 128, 14336),
+    Shape("gemma-2-9b", 3584, 16, 8, 256, 14336, sandwich=True),
+)
+TOKENS = (64, 1, 16, 256, 2048)
+OPS = ("norm", "sum and norm", "rotation and write", "gate")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row."""
+
+    op: str
+    shape: Shape
+    tokens: int
+
+    def least_bytes(self, element: int) -> int:
+        """Inputs once, results once; cos and sin are computed for all layers, and read by each."""
+        shape, tokens = self.shape, self.tokens
+        if self.op == "norm":
+            return (2 * tokens + 1) * shape.hidden * element
+        if self.op == "sum and norm":
+            return (4 * tokens + 1 + shape.sandwich) * shape.hidden * element
+        if self.op == "gate":
+            return 3 * tokens * shape.intermediate * element
+        heads = 2 * (shape.heads + 2 * shape.kv_heads)
+        return tokens * ((heads + 2) * shape.head_dim * element + 8)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median microseconds; `peers` by name, None where one cannot run."""
+
+    op: str
+    model: str
+    tokens: int
+    us: float
+    floor_us: float
+    peers: dict[str, float | None] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """For the printed table."""
+        peers = ", ".join(
+            f"{name} {us:.1f} us ({us / self.us:.1f}x)" for name, us in self.peers.items() if us is not None
+        )
+        return (
+            f"{self.op:18} {self.model:10} {self.tokens:5} tokens {self.us:8.2f} us, "
+            f"{self.floor_us / self.us:4.0%} of the roofline; {peers}"
+        )
+
+
+def cases() -> Iterator[Case]:
+    """The most wanted first."""
+    for tokens, shape, op in itertools.product(TOKENS, SHAPES, OPS):
+        yield Case(op, shape, tokens)
+
+
+class Inputs:
+    """Random tensors of one case, and its op, and the same by other means."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device) -> None:
+        self.case, self.dtype, self.device = case, dtype, device
+        shape, tokens = case.shape, case.tokens
+        form: norm.Form = "offset" if shape.sandwich else "rounded"
+
+        def draw(*sizes: int) -> torch.Tensor:
+            return torch.randn(sizes, dtype=dtype, device=device)
+
+        if case.op in ("norm", "sum and norm"):
+            self.x, self.residual = draw(1, tokens, shape.hidden), draw(1, tokens, shape.hidden)
+            self.norm = RmsNorm(draw(shape.hidden), 1e-5, form)
+            self.after = RmsNorm(draw(shape.hidden), 1e-5, form) if shape.sandwich else None
+        elif case.op == "gate":
+            # As one projection leaves them.
+            self.gate, self.up = draw(1, tokens, 2 * shape.intermediate).chunk(2, dim=-1)
+            self.activation: gated.Activation = "gelu_tanh" if shape.sandwich else "silu"
+        else:
+            widths = [heads * shape.head_dim for heads in (shape.heads, shape.kv_heads, shape.kv_heads)]
+            self.q, self.k, self.v = (
+                part.view(tokens, -1, shape.head_dim) for part in draw(tokens, sum(widths)).split(widths, 1)
+            )
+            angle = draw(tokens, shape.head_dim // 2).repeat(1, 2)
+            self.cos, self.sin = angle.cos(), angle.sin()
+            blocks = -(-tokens // BLOCK_SIZE)
+            self.cache = torch.zeros(
+                kv_cache_shape(blocks, BLOCK_SIZE, shape.kv_heads, shape.head_dim), dtype=dtype, device=device
+            )
+            self.batch = AttentionBatch.build(
+                [0, tokens],
+                [tokens],
+                [0, blocks],
+                list(range(blocks)),
+                list(range(tokens)),
+                block_size=BLOCK_SIZE,
+                device=device,
+            )
+
+    def own(self) -> Results:
+        """The op."""
+        if self.case.op == "norm":
+            return (norm.rms_norm(self.x, self.norm),)
+        if self.case.op == "sum and norm":
+            return norm.add_rms_norm(self.x, self.residual, self.norm, after=self.after)
+        if self.case.op == "gate":
+            return (gated.gated(self.gate, self.up, self.activation),)
+        rotary.rotate_and_write(self.q, self.k, self.v, self.cos, self.sin, self.cache, self.batch)
+        return self.q, self.cache
+
+    def peers(self) -> dict[str, Call]:
+        """The same by other means, as far as this machine has them."""
+        found: dict[str, Call] = {}
+        if (modules := self._modules()) is not None:
+            found["modules"] = modules
+        if self.case.op in ("norm", "sum and norm"):
+            found["torch"] = self._torch
+        if self.case.tokens == COMPILED_TOKENS and self.case.op != "rotation and write":
+            found["compiled"] = self._compiled()
+        return found
+
+    def _torch(self) -> Results:
+        """Norms in one call, which round once; sums and weights offset by one in others."""
+
+        def normed(x: torch.Tensor, by: RmsNorm) -> torch.Tensor:
+            weight = 1.0 + by.weight if by.form == "offset" else by.weight
+            return F.rms_norm(x, weight.shape, weight, by.eps)
+
+        if self.case.op == "norm":
+            return (normed(self.x, self.norm),)
+        total = self.residual + (self.x if self.after is None else normed(self.x, self.after))
+        return total, normed(total, self.norm)
+
+    def _modules(self) -> Call | None:
+        """transformers' own classes and functions."""
+        try:
+            from transformers.activations import ACT2FN
+            from transformers.models.gemma2 import modeling_gemma2
+            from transformers.models.llama import modeling_llama
+        except ImportError:
+            return None
+
+        def module(by: RmsNorm) -> torch.nn.Module:
+            kind = modeling_gemma2.Gemma2RMSNorm if by.form == "offset" else modeling_llama.LlamaRMSNorm
+            made: torch.nn.Module = kind(len(by.weight), by.eps)
+            made.weight = torch.nn.Parameter(by.weight, requires_grad=False)
+            return made
+
+        if self.case.op == "norm":
+            alone = module(self.norm)
+            return lambda: (alone(self.x),)
+        if self.case.op == "sum and norm":
+            following = module(self.norm)
+            first = torch.nn.Identity() if self.after is None else module(self.after)
+
+            def add() -> Results:
+                total = self.residual + first(self.x)
+                return total, following(total)
+
+            return add
+        if self.case.op == "gate":
+            activate = ACT2FN["gelu_pytorch_tanh" if self.activation == "gelu_tanh" else self.activation]
+            return lambda: (activate(self.gate) * self.up,)
+
+        def rotate() -> Results:
+            rows = (x.transpose(0, 1)[None] for x in (self.q, self.k))
+            q, k = modeling_llama.apply_rotary_pos_emb(*rows, self.cos[None], self.sin[None])
+            write_kv(k[0].transpose(0, 1), self.v, self.cache, self.batch)
+            return q[0].transpose(0, 1), self.cache
+
+        return rotate
+
+    def _compiled(self) -> Call:
+        if self.case.op == "norm":
+            return lambda: (_compile(plain_rms_norm)(self.x, self.norm),)
+        if self.case.op == "sum and norm":
+            add: Callable[..., Results] = _compile(plain_add_rms_norm)
+            return lambda: add(self.x, self.residual, self.norm, after=self.after)
+        return lambda: (_compile(plain_gated)(self.gate, self.up, self.activation),)
+
+    def rotated(self) -> torch.Tensor:
+        """Queries, as they should come out."""
+        return plain_rotate(self.q, self.cos, self.sin)
+
+
+@functools.cache
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Once for each function; shapes are compiled for as they come."""
+    compiled: Callable[..., Any] = torch.compile(function, dynamic=False)
+    return compiled
+
+
+def measure_on_gpu(case: Case, dtype: torch.dtype, device: torch.device, ceilings: Ceilings) -> Timing:
+    """Time one case, after checking that the peers compute the same."""
+    least = case.least_bytes(dtype.itemsize)
+    sets = [Inputs(case, dtype, device) for _ in range(min(MAX_SETS, -(-COLD_BYTES // least)))]
+    peers: dict[str, float | None] = {}
+    for name in sets[0].peers():
+        try:
+            check(sets[0], name)
+            peers[name] = pass_us([inputs.peers()[name] for inputs in sets], device)
+        except (RuntimeError, OSError) as error:
+            # A compiler that is not there, say.
+            print(f"not run: {name}: {str(error).splitlines()[0]}")
+            peers[name] = None
+    us = pass_us([inputs.own for inputs in sets], device)
+    return Timing(case.op, case.shape.name, case.tokens, us, least / ceilings.bytes_per_s * 1e6, peers)
+
+
+def check(inputs: Inputs, peer: str) -> None:
+    """The peer's results are the op's. Rotates the queries of `inputs`.
+
+    Raises:
+        AssertionError: they are not.
+    """
+    tolerance = 1e-5 if inputs.dtype == torch.float32 else 3e-2
+    wanted = [result.clone() for result in inputs.peers()[peer]()]
+    for found, result in zip(inputs.own(), wanted, strict=True):
+        torch.testing.assert_close(found, result, atol=tolerance, rtol=tolerance)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description="Time what runs between a layer's projections.")
+    parser.add_argument("--only", default="", help="run the ops whose name contains this")
+    parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
+    args = parser.parse_args()
+    device = torch.device("cuda")
+    with torch.inference_mode():
+        ceilings = measure_ceilings(device)
+        for case in cases():
+            if args.only in case.op:
+                timing = measure_on_gpu(case, torch.bfloat16, device, ceilings)
+                torch.cuda.empty_cache()
+                print(json.dumps(asdict(timing)) if args.json else timing.line(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

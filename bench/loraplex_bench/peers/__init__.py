@@ -1,0 +1,1 @@
+"""What loraplex is compared with, and what all contenders are given and give back."""
