@@ -23,7 +23,7 @@ def _no_floats() -> Floats:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepPlan:
-    """What the runner computes in one pass, as flat arrays. `to_bytes` puts them in one buffer for other ranks.
+    """What the runner computes in one pass, as flat arrays; `to_bytes` puts them in one buffer for others.
 
     `engine/planning.py` fills every field, from the schedule; `model/run/runner.py` reads them and changes
     none. Groups that few requests ask for are empty where no sequence of the step does.

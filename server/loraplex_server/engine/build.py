@@ -123,7 +123,7 @@ def _runner(
 def _register_folders(adapters: AdapterStore, folders: Iterable[Path]) -> None:
     for folder in folders:
         begin_s = time.perf_counter()
-        names = adapters.register_folder(folder)
+        names = adapters.intake.register_folder(folder)
         seconds = time.perf_counter() - begin_s
         _log.info("registered %d adapters from %s in %.3f s", len(names), folder, seconds)
 

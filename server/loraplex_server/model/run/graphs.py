@@ -210,7 +210,7 @@ class Rows(NamedTuple):
 
 
 def row_by_row(plan: StepPlan) -> Rows | None:
-    """A step whose every token is decoded, drafts included, row by row; None of any other."""
+    """A step whose every token is decoded, draft tokens included, row by row; None of any other."""
     count = plan.num_tokens
     if count == plan.num_sequences:
         if (np.diff(plan.query_start) != 1).any():
