@@ -11,7 +11,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
-from loraplex_server.api.answers.stalls import StallWatch
+from loraplex_server.api.rpc.stalls import StallWatch
 from loraplex_server.core.errors import ResourceExhaustedError
 from loraplex_server.core.request import Request
 from loraplex_server.wire.messages import TokenLogprobs, TopLogprob

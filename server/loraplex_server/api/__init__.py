@@ -1,1 +1,1 @@
-"""The gRPC face: validates, translates to `core.Request`, streams what the engine generates."""
+"""The API: checks requests, makes the engine's of them, and streams the answers, by gRPC and HTTP."""

@@ -7,9 +7,9 @@ import contextlib
 from collections.abc import Callable
 from typing import Protocol
 
+from loraplex_server.api.journal import AdapterJournal
 from loraplex_server.api.lifecycle import Backend
 from loraplex_server.api.requests.limits import Limits
-from loraplex_server.api.restarts import AdapterJournal
 from loraplex_server.api.telemetry.metrics import Metrics
 from loraplex_server.api.text.adapter_tokenizers import AdapterTokenizers
 from loraplex_server.api.text.chat.prompts import ChatPrompts

@@ -1,4 +1,4 @@
-"""What the server is doing now: starting, serving or draining; and the calls it still owes an answer."""
+"""The state of the server, starting, serving or draining, and the calls that it still owes an answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """What the services work with once the engine is ready.
+    """The engine that serves now, and what depends on it.
 
     Attributes:
         tokenizer: the base model's.
@@ -57,7 +57,7 @@ class Lifecycle:
 
     @property
     def serving(self) -> bool:
-        """Whether calls are let in."""
+        """True while calls are let in."""
         return self._open
 
     @property
@@ -87,7 +87,7 @@ class Lifecycle:
         self._draining.set()
 
     async def until_draining(self, items: AsyncGenerator[T]) -> AsyncGenerator[T]:
-        """What `items` yields, which never ends by itself, until the server drains.
+        """The items of `items`, which never ends by itself, until the server drains.
 
         Raises:
             UnavailableError: it does.

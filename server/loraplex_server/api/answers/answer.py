@@ -1,4 +1,4 @@
-"""From the engine's token deltas to the pieces of an answer that a caller sees."""
+"""From the engine's token deltas to the pieces of an answer that a client sees."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loraplex_server.wire.messages import Times, TokenDelta, TokenLogprobs
 
 @dataclasses.dataclass(frozen=True)
 class Finish:
-    """How an answer ended.
+    """The reason for which an answer ended.
 
     Attributes:
         stop_match: the stop string that ended it, or "".
@@ -51,7 +51,7 @@ class Piece(msgspec.Struct, frozen=True):
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """How an answer ended.
+    """The end of an answer, with its counts and times.
 
     Attributes:
         first_token_s, total_s: seconds since the arrival.
@@ -116,7 +116,7 @@ class Answer:
         return self._piece(text, Finish(delta.finish, "", delta.times))
 
     def _plain(self, delta: TokenDelta) -> Piece:
-        """Where nothing depends on which token brought which text."""
+        """The short way, for answers in which nothing depends on which token brought which text."""
         token_ids = delta.token_ids
         text = self._detokenizer.extend(token_ids[:-1] if delta.stop_token else token_ids)
         finish = None

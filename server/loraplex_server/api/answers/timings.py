@@ -1,4 +1,4 @@
-"""Where a call's time went, as it is told in trailing metadata: the form of HTTP's Server-Timing header.
+"""Times of a call for its trailing metadata, written as in HTTP's Server-Timing header.
 
     server-timing: total;dur=412.7, queue;dur=3.1, adapter;dur=0.0, ttft;dur=41.9
 

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible face: HTTP requests become the messages of `loraplex.v1` and run as those do."""
+"""The OpenAI-compatible API: HTTP requests become messages of `loraplex.v1` and run as those do."""

@@ -1,4 +1,4 @@
-"""Reads and checks the body of a request: bounded in size and time, JSON, of the form that `schema` says."""
+"""Reads and checks the body of a request: bounded in size and time, JSON, with the fields of `schema`."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class HttpError(ServerError):
 
 
 def status_of(error: ServerError) -> int:
-    """The HTTP status that fits."""
+    """The HTTP status of an error."""
     if isinstance(error, HttpError):
         return error.status
     return STATUSES.get(error.info.code, STATUSES["INTERNAL"]).status
@@ -87,7 +87,7 @@ def to_body(info: ErrorInfo, request_id: str, model: str = "") -> bytes:
 
 
 def under(error: InvalidArgumentError, field: str, instead: str) -> InvalidArgumentError:
-    """The error of a request that calls a field otherwise than `loraplex.v1` does."""
+    """The error with `field` called `instead`, as HTTP's request has it."""
     violations = tuple(
         msgspec.structs.replace(one, field=instead) if one.field == field else one
         for one in error.info.violations
@@ -96,7 +96,7 @@ def under(error: InvalidArgumentError, field: str, instead: str) -> InvalidArgum
 
 
 def headers_of(info: ErrorInfo) -> dict[str, str]:
-    """What goes with the body: when to try again, or how to say who one is."""
+    """Headers beside the body: when to try again, or how to authenticate."""
     if info.code in ("RESOURCE_EXHAUSTED", "UNAVAILABLE"):
         seconds = _DEFAULT_RETRY_S if info.retry_after_s is None else info.retry_after_s
         return {

@@ -22,11 +22,11 @@ ResultT = TypeVar("ResultT")
 
 
 class ClientGoneError(Exception):
-    """Nobody is there any more to answer to."""
+    """The client has hung up, or reads no more."""
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, ResultT]) -> ResultT:
-    """What `work` returns or raises. When the client hangs up, `work` is cancelled at once.
+    """Runs `work` and returns its result. When the client hangs up, `work` is cancelled at once.
 
     Raises:
         ClientGoneError: the client hung up.
@@ -71,7 +71,7 @@ class EventStream:
         await self._write(b"data: " + data + b"\n\n", more=True)
 
     async def end(self, last: bytes = DONE) -> None:
-        """Sends what comes last, and ends the response."""
+        """Sends `last` and ends the response."""
         await self._write(last, more=False)
 
     async def _write(self, body: bytes, *, more: bool) -> None:

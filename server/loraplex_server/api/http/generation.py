@@ -14,6 +14,8 @@ from starlette.responses import Response
 from loraplex.v1 import generation_pb2
 from loraplex_server.api.http import unserved
 from loraplex_server.api.http.body import BodyT, read_body
+from loraplex_server.api.http.chat_format import ChatFormat
+from loraplex_server.api.http.completion_format import CompletionFormat
 from loraplex_server.api.http.errors import to_body, under
 from loraplex_server.api.http.events import (
     ClientGoneError,
@@ -22,13 +24,7 @@ from loraplex_server.api.http.events import (
     Send,
     while_connected,
 )
-from loraplex_server.api.http.formats import (
-    ChatFormat,
-    CompletionFormat,
-    Format,
-    Heading,
-    usage_of,
-)
+from loraplex_server.api.http.formats import Format, Heading, usage_of, wants_usage
 from loraplex_server.api.http.schema import ChatBody, CompletionBody, GenerationBody
 from loraplex_server.api.http.translate import chat_messages, completion_messages
 from loraplex_server.api.http.unserved import Unserved
@@ -77,18 +73,8 @@ class Kind(Generic[BodyT]):
     formatted: Callable[[BodyT, Heading, Tokenizer], Format]
 
 
-def _completion_format(body: CompletionBody, heading: Heading, tokenizer: Tokenizer) -> Format:
-    return CompletionFormat(
-        heading, tokenizer, body.n or 1, body.logprobs, _wants_usage(body), echoes=bool(body.echo)
-    )
-
-
-def _chat_format(body: ChatBody, heading: Heading, tokenizer: Tokenizer) -> Format:
-    return ChatFormat(heading, tokenizer.token_text, bool(body.logprobs), _wants_usage(body))
-
-
-COMPLETIONS = Kind(CompletionBody, unserved.COMPLETION, completion_messages, _completion_format)
-CHAT = Kind(ChatBody, unserved.CHAT, chat_messages, _chat_format)
+COMPLETIONS = Kind(CompletionBody, unserved.COMPLETION, completion_messages, CompletionFormat)
+CHAT = Kind(ChatBody, unserved.CHAT, chat_messages, ChatFormat)
 
 
 class _Job(NamedTuple):
@@ -180,7 +166,7 @@ class GenerationEndpoint:
                     ends[index] = end
                 for event in job.format.events(index, piece, end):
                     await events.event(event)
-        if _wants_usage(job.body):
+        if wants_usage(job.body):
             usage = usage_of([ends[index] for index in sorted(ends)], job.body.n or 1)
             await events.event(job.format.usage_event(usage))
         await events.end()
@@ -189,7 +175,3 @@ class GenerationEndpoint:
 def _cancelled() -> str:
     """The outcome of an answer whose client hung up."""
     return "cancelled"
-
-
-def _wants_usage(body: GenerationBody) -> bool:
-    return bool(body.stream and body.stream_options is not None and body.stream_options.include_usage)

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 CERTIFICATE_KEY = "loraplex.certificate"
-"""Where a client's certificate is found in the scope, as `ssl.SSLSocket.getpeercert` gives it."""
+"""Key of the client's certificate in the scope, as `ssl.SSLSocket.getpeercert` gives it."""
 
 _KEEP_ALIVE_S = 75
 _MAX_HEADER_BYTES = 64 << 10

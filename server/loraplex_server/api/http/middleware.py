@@ -1,4 +1,4 @@
-"""Around every HTTP request: its id, who calls, the mapping of errors, and its metrics."""
+"""Around every HTTP request: its id, its tenant, the mapping of errors, and its metrics."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _CLIENT_GONE = 499
 
 
 class CallMiddleware:
-    """Wraps the application. A caller may send its own `x-request-id`; it is sent back so.
+    """Wraps the application. A client may send its own `x-request-id`; it is sent back so.
 
     Args:
         routes: by endpoint, the path that it has in the metrics.

@@ -19,7 +19,7 @@ _OWNER = "loraplex"
 
 
 class Models:
-    """The two endpoints that say what is served."""
+    """The two endpoints that list the models."""
 
     def __init__(self, lifecycle: Lifecycle, settings: HttpSettings) -> None:
         self._lifecycle = lifecycle

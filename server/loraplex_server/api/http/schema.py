@@ -46,7 +46,7 @@ class JsonObjectFormat(Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 
 
 class NamedSchema(Struct, frozen=True, forbid_unknown_fields=True):
-    """A JSON Schema. Name and description say nothing to this server, which is always strict."""
+    """A JSON Schema. Name and description are ignored; this server is always strict."""
 
     name: Text
     schema: dict[str, Any]
@@ -61,7 +61,7 @@ class JsonSchemaFormat(Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 
 
 class Structure(Struct, frozen=True, forbid_unknown_fields=True):
-    """The form of the answer, as `loraplex.v1.Structure` has it; exactly one of these."""
+    """What the answer is held to, as in `loraplex.v1.Structure`; exactly one of these."""
 
     json_schema: dict[str, Any] | None = None
     json_object: bool | None = None
@@ -71,16 +71,16 @@ class Structure(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What both kinds of request have.
+    """Fields of both kinds of request.
 
     Attributes:
         model: the base model's name, or an adapter's.
         adapters: with the base model's name: adapters to sum.
         logit_bias: token ids, as text since they are an object's keys, and what is added to their logits.
         seed: any integer; negative ones count from the top of 64 bits.
-        response_format: what OpenAI's API knows of forms.
-        structure: all the forms there are; not with `response_format`.
-        user: says nothing to this server.
+        response_format: structured output as OpenAI's API has it.
+        structure: structured output of every kind; not with `response_format`.
+        user: accepted and ignored.
     """
 
     model: Name
@@ -151,13 +151,13 @@ class ChatBody(GenerationBody, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class PromptTokensDetails(Struct, frozen=True):
-    """Of the prompt's tokens, those that the prefix cache had."""
+    """Tokens of the prompt that the prefix cache had."""
 
     cached_tokens: int
 
 
 class CompletionTokensDetails(Struct, frozen=True):
-    """Tokens that were guessed, by whether they were right; the wrong ones are in no other count."""
+    """Draft tokens that were accepted, and those rejected, which are in no other count."""
 
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int

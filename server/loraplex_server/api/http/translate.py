@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+from google.protobuf.message import Message as ProtoMessage
 
 from loraplex.v1 import generation_pb2
 from loraplex_server.api.http.schema import (
@@ -21,7 +22,18 @@ from loraplex_server.core.errors import InvalidArgumentError, NotFoundError
 from loraplex_server.core.request import SamplingDefaults
 
 _DEFAULT_TEMPERATURE = 1.0
-_SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+# Fields that `loraplex.v1` calls alike, by the message that has them; null leaves them unset.
+_SAMPLING = (
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "bad_words",
+)
+_STOPPING = ("min_tokens", "stop_token_ids", "ignore_eos")
+_REQUEST = ("n", "priority", "cache_prefix", "speculative_tokens")
 _DEFAULT_COMPLETION_TOKENS = 16
 
 
@@ -101,9 +113,28 @@ def adapter_of(model: str, base: str) -> str:
 def _message(
     body: GenerationBody, base: str, defaults: SamplingDefaults, max_tokens: int
 ) -> generation_pb2.GenerateRequest:
+    message = generation_pb2.GenerateRequest()
+    _name_adapters(message, body, base)
+    sampling, stopping = message.sampling, message.stopping
+    _copy(body, message, _REQUEST)
+    _copy(body, sampling, _SAMPLING)
+    _copy(body, stopping, _STOPPING)
     # A model whose files say nothing is sampled at 1, as OpenAI's API has it, not greedily.
     temperature = defaults.temperature or _DEFAULT_TEMPERATURE
-    message = generation_pb2.GenerateRequest(priority=body.priority)
+    sampling.temperature = temperature if body.temperature is None else body.temperature
+    for token, bias in (body.logit_bias or {}).items():
+        sampling.logit_bias[int(token)] = bias
+    if body.seed is not None:
+        sampling.seed = body.seed % (1 << 64)
+    stopping.max_tokens = max_tokens
+    if body.stop is not None:
+        stopping.stop.extend([body.stop] if isinstance(body.stop, str) else body.stop)
+    stopping.include_stop = bool(body.include_stop_str_in_output)
+    _set_structure(message, body)
+    return message
+
+
+def _name_adapters(message: generation_pb2.GenerateRequest, body: GenerationBody, base: str) -> None:
     adapter = adapter_of(body.model, base)
     if adapter and body.adapters:
         raise InvalidArgumentError.field(
@@ -113,33 +144,15 @@ def _message(
         message.adapters.add(adapter=adapter)
     for use in body.adapters or ():
         message.adapters.add(adapter=use.name, weight=use.weight)
-    sampling, stopping = message.sampling, message.stopping
-    sampling.temperature = temperature if body.temperature is None else body.temperature
-    for field in _SAMPLING:
+
+
+def _copy(body: GenerationBody, message: ProtoMessage, fields: Sequence[str]) -> None:
+    for field in fields:
         value = getattr(body, field)
-        if value is not None:
-            setattr(sampling, field, value)
-    for token, bias in (body.logit_bias or {}).items():
-        sampling.logit_bias[int(token)] = bias
-    sampling.bad_words.extend(body.bad_words or ())
-    if body.seed is not None:
-        sampling.seed = body.seed % (1 << 64)
-    stopping.max_tokens = max_tokens
-    if body.min_tokens is not None:
-        stopping.min_tokens = body.min_tokens
-    if body.stop is not None:
-        stopping.stop.extend([body.stop] if isinstance(body.stop, str) else body.stop)
-    stopping.stop_token_ids.extend(body.stop_token_ids or ())
-    stopping.ignore_eos = bool(body.ignore_eos)
-    stopping.include_stop = bool(body.include_stop_str_in_output)
-    if body.n is not None:
-        message.n = body.n
-    if body.cache_prefix is not None:
-        message.cache_prefix = body.cache_prefix
-    _set_structure(message, body)
-    if body.speculative_tokens is not None:
-        message.speculative_tokens = body.speculative_tokens
-    return message
+        if isinstance(value, list):
+            getattr(message, field).extend(value)
+        elif value is not None:
+            setattr(message, field, value)
 
 
 def _set_structure(message: generation_pb2.GenerateRequest, body: GenerationBody) -> None:

@@ -1,4 +1,4 @@
-"""Fields of OpenAI's API that this server does not serve: what they may say, which asks for nothing.
+"""Fields of OpenAI's API that this server does not serve; they may only have values that ask for nothing.
 
 A field leaves this table when it is served, and becomes one of `schema`. Fields in neither are unknown, and
 refused as well.
@@ -15,7 +15,12 @@ from loraplex_server.core.errors import InvalidArgumentError
 
 @dataclasses.dataclass(frozen=True)
 class Unserved:
-    """What asks for nothing (null always does), and what to do instead of asking for more."""
+    """A field that is not served.
+
+    Attributes:
+        neutral: values that ask for nothing; null always does.
+        remedy: what to do instead of asking for more.
+    """
 
     neutral: tuple[Any, ...]
     remedy: str = "is not served; leave it out"

@@ -73,7 +73,7 @@ class UploadDesk:
 
     @contextlib.asynccontextmanager
     async def receive(self, header: adapters_pb2.UploadHeader, requests: Requests) -> AsyncIterator[Upload]:
-        """What `header` announced; the files are gone at the end unless somebody has taken them.
+        """Receives the files that `header` announced; at the end they are gone unless the engine took them.
 
         Raises:
             ResourceExhaustedError: too many uploads are under way.

@@ -1,4 +1,4 @@
-"""Around every call of every kind: who calls, its request id, the mapping of errors, and its metrics."""
+"""Around every call of every kind: its tenant, its request id, the mapping of errors, and its metrics."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from loraplex_server.api.answers import timings
-from loraplex_server.api.answers.stalls import StallWatch
 from loraplex_server.api.lifecycle import Lifecycle
 from loraplex_server.api.requests.request_id import request_id_or_new
+from loraplex_server.api.rpc.stalls import StallWatch
 from loraplex_server.api.rpc.status import code_of_cancellation, retry_pushback, to_status
 from loraplex_server.api.security import authentication
 from loraplex_server.api.security.authentication import Authenticator
@@ -37,7 +37,7 @@ _REQUEST_ID_KEY = "x-request-id"
 _GUARDED = "/loraplex."
 _OPEN_TO_ALL = "/grpc.health."
 
-# Names that callers make up are no labels of metrics.
+# Names that clients make up are no labels of metrics.
 _NO_METHOD = "/unknown"
 
 _ABORT_S = 2.0
@@ -52,8 +52,8 @@ _Behavior = Callable[[Any, _Context], Any]
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the handlers of all services.
 
-    A caller may send its own request id as metadata `x-request-id`; it is sent back so, with the status, and
-    with where the time went (`api.timings`).
+    A client may send its own request id as metadata `x-request-id`; it is sent back so, with the status, and
+    with where the time went (`answers.timings`).
     """
 
     def __init__(
@@ -183,7 +183,7 @@ def _names(context: _Context) -> Iterator[str]:
 
 
 def _tolerant(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    """gRPC would answer INTERNAL, and log a stack trace, for what a caller got wrong."""
+    """gRPC would answer INTERNAL, and log a stack trace, for what a client got wrong."""
     if decode is None:
         return None
 

@@ -13,13 +13,13 @@ from grpc_reflection.v1alpha import reflection
 
 from loraplex.v1 import adapters_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
 from loraplex_server.api.address import address
-from loraplex_server.api.answers.stalls import StallWatch
 from loraplex_server.api.requests.uploads import UploadDesk
 from loraplex_server.api.rpc.adapter_service import AdapterService
 from loraplex_server.api.rpc.generation_service import GenerationService
 from loraplex_server.api.rpc.health import SERVICE_NAMES, Health
 from loraplex_server.api.rpc.interceptors import CallInterceptor
 from loraplex_server.api.rpc.model_service import ModelService
+from loraplex_server.api.rpc.stalls import StallWatch
 from loraplex_server.api.security import tls
 from loraplex_server.api.services import Services
 from loraplex_server.config import ApiConfig, ServerConfig

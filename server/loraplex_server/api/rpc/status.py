@@ -30,7 +30,7 @@ def to_status(error: ErrorInfo, request_id: str) -> grpc.Status:
 def to_message(error: ErrorInfo, request_id: str) -> status_pb2.Status:
     """The status as a message, with its details.
 
-    An INTERNAL error's own text may name files and is for the log alone: the caller gets the id to ask
+    An INTERNAL error's own text may name files and is for the log alone: the client gets the id to ask
     about.
     """
     code = error.code if error.code in grpc.StatusCode.__members__ else "INTERNAL"
@@ -63,7 +63,7 @@ def retry_pushback(error: ErrorInfo) -> tuple[tuple[str, str], ...]:
 
 
 def code_of_cancellation(context: Any) -> str:
-    """Why a call was cancelled: DEADLINE_EXCEEDED or CANCELLED.
+    """The code of a call that was cancelled: DEADLINE_EXCEEDED or CANCELLED.
 
     A client's clock may end the call a moment before the server's would.
     """

@@ -1,4 +1,4 @@
-"""Who calls: a bearer token from a file, else the client's certificate, else anyone who can connect."""
+"""The tenant of a call: by a bearer token, else by the client's certificate, else one for all."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from loraplex_server.api.security.reloaded import Reloaded
 from loraplex_server.core.errors import FailedPreconditionError, UnauthenticatedError
 
 ANYONE = "default"
-"""The tenant of every call where no one has to say who they are."""
+"""The tenant of every call where clients need not authenticate."""
 
 tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default=ANYONE)
-"""Whose call this is; part of every key of the KV cache, so nothing is shared between tenants."""
+"""The tenant of this call; part of every key of the KV cache, so nothing is shared between tenants."""
 
 _TENANT = re.compile(r"[A-Za-z0-9._@*-]{1,128}")
 _LINE = re.compile(r"(\S+)\s+sha256:([0-9a-f]{64})")
@@ -51,7 +51,7 @@ class Authenticator:
         """The tenant whose call it is.
 
         Args:
-            authorization: what the caller sent under that name, `Bearer TOKEN`.
+            authorization: the call's header or metadata of that name, `Bearer TOKEN`.
             names: those in the certificate that the connection has shown, the common name first.
 
         Raises:

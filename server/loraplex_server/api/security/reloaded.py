@@ -1,4 +1,4 @@
-"""What files hold, read again when they change: certificates and tokens are renewed under way."""
+"""Contents of files, read again when they change: certificates and tokens are renewed under way."""
 
 from __future__ import annotations
 

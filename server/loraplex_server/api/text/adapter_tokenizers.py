@@ -37,7 +37,7 @@ ValueT = TypeVar("ValueT")
 
 
 class _Recent(Generic[KeyT, ValueT]):
-    """What was used of late, up to a total size."""
+    """Values that were used lately, up to a total size."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -60,7 +60,7 @@ class _Recent(Generic[KeyT, ValueT]):
 
 @dataclasses.dataclass(frozen=True)
 class ChosenTokenizer:
-    """What a request's text is made into tokens with, and back.
+    """The tokenizer of one request.
 
     Attributes:
         end_token_ids: end the answer, beside the model's own.
@@ -142,7 +142,7 @@ class AdapterTokenizers:
             task = self._loading[source.files] = asyncio.create_task(self._fetch(source))
             task.add_done_callback(lambda _: self._loading.pop(source.files, None))
         try:
-            # Others may wait for it, too, when this caller leaves.
+            # Others may wait for it, too, when this request is cancelled.
             return await asyncio.shield(task)
         except _UnusableError as error:
             raise FailedPreconditionError(
@@ -172,7 +172,7 @@ class AdapterTokenizers:
 
 
 class _UnusableError(Exception):
-    """Why a tokenizer cannot be used, and what to do about it."""
+    """A tokenizer cannot be used; the text says why, and what to do about it."""
 
 
 def _is_whole(source: TokenizerSource) -> bool:

@@ -17,7 +17,7 @@ _MAX_TOKENS_PER_CHARACTER = 4
 
 
 class TokenDecoder(Protocol):
-    """What the detokeniser needs of a tokenizer."""
+    """The part of a tokenizer that the detokeniser uses."""
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
@@ -77,7 +77,7 @@ class Detokenizer:
         return "".join(map(self.push, shown))
 
     def flush(self) -> str:
-        """What is left at the end: an incomplete character as replacement characters."""
+        """The rest of the text: an incomplete character as replacement characters."""
         text = self._decoder.decode(self._window)[self._given :] if self._window else ""
         self._window, self._given, self._settled = [], 0, 0
         return text
@@ -155,7 +155,7 @@ class StopMatcher:
         return buffer[: len(buffer) - keep]
 
     def flush(self) -> str:
-        """What was held back, when the text ends without a match."""
+        """The text that was held back, when it ends without a match."""
         held, self._held = self._held, ""
         self._matched = [0] * len(self._stops)
         return held

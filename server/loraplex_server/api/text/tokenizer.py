@@ -22,7 +22,7 @@ class Tokenizer:
     Attributes:
         chat_template: jinja source, "" where the model has none.
         special_tokens: by name, such as "bos_token"; templates use them.
-        eos_token_id: the tokenizer's own idea of what ends a text; None where it has none.
+        eos_token_id: the tokenizer's end-of-sequence token; None where it has none.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -61,7 +61,7 @@ class Tokenizer:
 
     @functools.cached_property
     def cutting(self) -> str:
-        """How text is cut and put together, its vocabulary aside: rules, regular expressions among them."""
+        """Rules by which text is cut and put together, as JSON; the vocabulary is no part of them."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
             return uuid.uuid4().hex
@@ -96,7 +96,7 @@ class Tokenizer:
         return text
 
     def has_text(self, token_id: int) -> bool:
-        """Whether `decode` can show the token: it is in the vocabulary and not special."""
+        """True where `decode` can show the token: it is in the vocabulary and not special."""
         return token_id in self._text_ids
 
     def token_text(self, token_id: int) -> str:

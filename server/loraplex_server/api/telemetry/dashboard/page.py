@@ -17,7 +17,7 @@ def page() -> bytes:
 
 @functools.cache
 def headers() -> tuple[tuple[str, str], ...]:
-    """What is sent with it: only its own style and script may run, and it may ask this server alone."""
+    """Headers of the page: only its own style and script may run, and it may ask this server alone."""
     text = page().decode()
     policy = (
         "default-src 'none'",

@@ -1,4 +1,4 @@
-"""What is traced, for whoever traces it. Without a collector nobody does, and it costs next to nothing."""
+"""Spans of calls and generations. Without a collector there are none, which costs next to nothing."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from loraplex_server.wire.messages import Times
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """How a generation went.
+    """The outcome of a generation, for its span.
 
     Attributes:
         outcome: "stop", "length", or why it ended otherwise, in lower case.
-        completion_tokens: returned to the caller.
+        completion_tokens: returned to the client.
         times: the engine's last; None where it sent none.
         first_token_s: seconds from the arrival to the first token; None where there was none.
     """
@@ -31,10 +31,10 @@ class CallSpan(Protocol):
     """A call from its arrival on."""
 
     def end_rpc(self, code: str) -> None:
-        """It ended with the gRPC status `code`."""
+        """The call ended with the gRPC status `code`."""
 
     def end_http(self, route: str | None, status: int) -> None:
-        """It was answered with `status`; None is a path that is not served."""
+        """The request was answered with `status`; `route` is None for a path that is not served."""
 
 
 class GenerationSpan(Protocol):
@@ -44,7 +44,7 @@ class GenerationSpan(Protocol):
 
 
 class Tracing(Protocol):
-    """Takes calls and generations in. Nothing of it waits or raises."""
+    """Makes the spans of calls and generations. Nothing here waits or raises."""
 
     def rpc(self, method: str, metadata: Mapping[str, str]) -> CallSpan:
         """A gRPC call begins; generations of this task and its children are part of it.
@@ -58,7 +58,7 @@ class Tracing(Protocol):
         """The same of an HTTP request."""
 
     def generation(self, request: Request, *, chat: bool, request_id: str, seconds: float) -> GenerationSpan:
-        """A request goes to the engine, `seconds` after it arrived; `request_id` is the caller's."""
+        """A request goes to the engine, `seconds` after it arrived; `request_id` is the client's."""
 
     async def close(self) -> None:
         """Sends what is left, for a few seconds at most."""
@@ -79,7 +79,7 @@ NO_SPAN = _NoSpan()
 
 
 class NoTracing:
-    """Nobody wants to know."""
+    """Tracing that makes no spans."""
 
     def rpc(self, method: str, metadata: Mapping[str, str]) -> CallSpan:
         return NO_SPAN

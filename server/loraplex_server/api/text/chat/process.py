@@ -36,7 +36,7 @@ class RendererProcess:
         self._closed = False
 
     async def render(self, job: Render) -> Rendered:
-        """What the renderer makes of `job`.
+        """Renders `job` in the process.
 
         Raises:
             OverLimitError: it took too much time or memory; the process has been ended.
@@ -54,7 +54,7 @@ class RendererProcess:
                 await _end(process)
                 raise OverLimitError from error
             except BaseException:
-                # The caller is gone, and an answer that nobody takes would be the next one's.
+                # The client is gone, and an answer that nobody takes would be the next one's.
                 await _end(process)
                 raise
             self._process = process
@@ -106,5 +106,5 @@ async def _answer(process: asyncio.subprocess.Process) -> Rendered:
 async def _end(process: asyncio.subprocess.Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         process.kill()
-    # Shielded: a cancelled caller must not leave a zombie.
+    # Shielded: a call that is cancelled must not leave a zombie.
     await asyncio.shield(asyncio.ensure_future(process.communicate()))

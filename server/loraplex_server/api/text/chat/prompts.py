@@ -78,7 +78,7 @@ class ChatPrompts:
         await self._renderer.close()
 
     async def _template(self, adapters: list[str]) -> tuple[str, str]:
-        """Whose template it is, and its source."""
+        """The owner of the template, for the text of errors, and its source."""
         found = await asyncio.gather(*(self._engine.command(GetChatTemplate(name)) for name in adapters))
         own = {source: name for name, source in zip(adapters, found, strict=True) if source}
         if len(own) > 1:
@@ -102,7 +102,7 @@ class ChatPrompts:
 
 
 def variables_of(messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> dict[str, Any]:
-    """What a template finds defined; tools and documents are, as none, because templates test for them."""
+    """The names that a template finds defined. Tools and documents are None: templates test for them."""
     return {
         **special_tokens,
         "messages": list(messages),

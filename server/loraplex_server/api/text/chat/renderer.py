@@ -30,7 +30,7 @@ _MAX_FRAME = 64 << 20
 
 
 class Render(msgspec.Struct, frozen=True):
-    """What to render.
+    """One rendering.
 
     Attributes:
         variables: the conversation and the special tokens, as templates know them.
@@ -72,8 +72,8 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, 
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+def _now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
 
 
 @functools.lru_cache(maxsize=64)
@@ -89,7 +89,7 @@ def _compile(source: str) -> jinja2.Template:
 
 
 def render(job: Render) -> Rendered:
-    """Renders, and never raises but for what ends the process."""
+    """Renders; raises only MemoryError, which ends the process."""
     try:
         parts, length = [], 0
         for part in _compile(job.template).generate(**job.variables):
