@@ -66,7 +66,7 @@ def command(server: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 def test_generate_streams_to_stdout(command: Command, server: Any) -> None:
     code, out, err = command("generate", "Hallo", "--stats")
     assert (code, out) == (0, "Grüße\n")
-    assert err == "4 (2 cached) + 3 tokens (1 guessed) in 2.000 s, the first after 0.000 s; ended by stop\n"
+    assert err == "4 (2 cached) + 3 tokens (1 drafted) in 2.000 s, the first after 0.000 s; ended by stop\n"
     assert server.requests[0] == generation_pb2.GenerateRequest(text="Hallo")
 
 

@@ -102,7 +102,7 @@ def build_engine(
     memory.reserve_workspace(plan, device)
     for folder in config.adapters.folders:
         begin = time.perf_counter()
-        names = adapters.register_folder(folder)
+        names = adapters.intake.register_folder(folder)
         _log.info("registered %d adapters from %s in %.3f s", len(names), folder, time.perf_counter() - begin)
     _log.info(
         "base model: %.1f M parameters in %.1f MiB (%s, activations %s) on %s, kernels %s",
