@@ -27,7 +27,7 @@ import msgspec
 
 
 class Reason(enum.StrEnum):
-    """What a program may act on, finer than the code. An error without one has its code's name for a reason.
+    """Names that a program may act on, finer than the code. An error without one has its code's name.
 
     They are part of the API: one that callers know is never renamed, nor given another meaning.
     """

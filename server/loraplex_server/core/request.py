@@ -16,7 +16,7 @@ MAX_SPECULATIVE_TOKENS = 16
 
 
 class FinishReason(enum.StrEnum):
-    """Why a generation ended."""
+    """The reason for which a generation ended."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -30,7 +30,7 @@ class AdapterUse(msgspec.Struct, frozen=True):
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True):
-    """What the model's own files say about sampling, for what a caller leaves open."""
+    """Sampling parameters from the model's own files, for those that a request leaves open."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -40,7 +40,7 @@ class SamplingDefaults(msgspec.Struct, frozen=True):
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
-    """How tokens are chosen and when generation ends. The API has validated every field.
+    """The choice of tokens, and the end of the generation. The API has validated every field.
 
     Attributes:
         temperature: 0 is greedy.
@@ -80,7 +80,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
 
     @property
     def penalised(self) -> bool:
-        """Whether tokens so far have a say in the next."""
+        """True if a penalty makes the next token depend on those before."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
@@ -130,7 +130,7 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class RequestLimits(NamedTuple):
-    """What one model and one server can take.
+    """Limits of one model on one server.
 
     Attributes:
         vocab_size: tokens of the base model; adapters may add some.
@@ -144,7 +144,7 @@ class RequestLimits(NamedTuple):
 
 
 def check_request(request: Request, limits: RequestLimits) -> None:
-    """What holds of every request that is served, whoever made it.
+    """Checks what holds of every request that is served, whoever made it.
 
     Raises:
         InvalidArgumentError: names the field that breaks a rule.

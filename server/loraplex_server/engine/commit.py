@@ -22,7 +22,7 @@ from loraplex_server.wire.stats import StepRecord
 
 
 class Computed(NamedTuple):
-    """What a launched step computes of one sequence.
+    """One sequence's part in a launched step.
 
     Attributes:
         num_samples: tokens that are sampled after it.
@@ -57,7 +57,7 @@ class LaunchedStep:
 
 @dataclasses.dataclass
 class Committed:
-    """What a step has changed.
+    """The changes that a step has made.
 
     Attributes:
         deltas: for each client, what it is to be told.
@@ -152,7 +152,7 @@ class Committer:
         return _Extension(())
 
     def _why_ended(self, sequence: Sequence) -> FinishReason | None:
-        """Whether a sequence ends with its last token, as far as it takes no grammar to say so."""
+        """The reason for which a sequence ends with its last token, unless only its grammar knows one."""
         token_id, sampling = sequence.token_ids[-1], sequence.request.sampling
         held = sequence.matcher is not None
         if token_id in sampling.stop_token_ids or (

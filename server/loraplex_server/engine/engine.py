@@ -183,7 +183,7 @@ class Engine:
         return item.num_tokens > 1, [self.adapters.requests.slot(handle) for handle in item.sequence.handles]
 
     def _must_know(self, item: Scheduled) -> bool:
-        """Whether the host has to know a sequence's next token before there can be another."""
+        """True if the host has to know a sequence's next token before there can be another."""
         sequence, sampling = item.sequence, item.sequence.request.sampling
         return (
             sequence.is_full(more=1)
@@ -280,7 +280,7 @@ class Engine:
         return self._audit.idle()
 
     def stats(self) -> Stats:
-        """What happened since the last call, and the state now."""
+        """Counts of what happened since the last call, and the state now."""
         return self._recorder.take(len(self._structured.compiling))
 
     def check_integrity(self) -> IntegrityReport:

@@ -59,7 +59,7 @@ class StatsRecorder:
         )
 
     def take(self, num_compiling: int) -> Stats:
-        """What happened since the last call, and the state now.
+        """Counts of what happened since the last call, and the state now.
 
         Args:
             num_compiling: requests that wait for a grammar, beside those in the scheduler's queue.
