@@ -44,8 +44,12 @@ _log = logging.getLogger(__name__)
 
 _JOB = "loraplex_server.adapters.origins.composition_job"
 _LOOK_EVERY_S = 0.2
+"""Pause between two looks of a composition whether it is still wanted; it takes seconds."""
+
 _READ_BYTES = 1 << 20
+
 _MAX_WAITING = 8
+"""Compositions that are made or wait. One runs at a time, so the last waits for seven others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +132,7 @@ class Composer:
         self._stop.set()
 
     def _member(self, member: Member) -> dict[str, Any]:
-        """Where a member's files are, the SHA-256 of each, and which tensors are the base's own."""
+        """A member's folder, the SHA-256 of its files, and the tensors that are the base's own."""
         manifest = member.manifest
         content = hashlib.sha256(manifest.config.encode() + b"\0")
         digests = {}

@@ -14,9 +14,10 @@ from loraplex_server.config import AdapterConfig
 from loraplex_server.core.errors import InvalidArgumentError
 
 MAX_SLOTS = 256
-"""Adapters on the device where the operator set no cap."""
+"""Most adapters on the device where the operator set no cap; the tables have a row for each."""
 
 _STAGING_ELEMENTS = 1 << 22
+"""Elements that are moved at once within the arena where source and target overlap: 8 MiB in 16 bits."""
 
 
 class DeviceTier:
@@ -97,7 +98,7 @@ class DeviceTier:
         return self._arena.padded(num_elements)
 
     def could_fit(self, records: Iterable[Record]) -> bool:
-        """Whether all of these could be on the device together, with nothing else."""
+        """True if all of these could be on the device together, with nothing else."""
         together = set(records)
         return (
             sum(record.units for record in together) <= self.capacity_units
