@@ -3,7 +3,7 @@
 An op is a folder. ``__init__`` has the public names and the checks, and chooses the implementation;
 ``reference`` is plain torch: the specification, and the CPU path; ``kernel`` holds Triton kernels, and
 ``launch`` starts them where that takes more than a few lines. Ops without a kernel are torch on every device.
-Tests are ``tests/ops/test_<name>*.py``, benches ``bench/loraplex_bench/ops_<name>*.py``.
+Tests are ``tests/ops/test_<name>*.py``, benches ``bench/loraplex_bench/ops/<name>.py``.
 
 ==================  ===================================  ===============  =========  ===========  =========
 op                  meaning                              reference        kernel     test         bench
@@ -22,6 +22,6 @@ op                  meaning                              reference        kernel
 ==================  ===================================  ===============  =========  ===========  =========
 
 No op imports another. They share `pool` (the adapters' device memory and the step's metadata), `dispatch`
-(Triton or torch), `dense` (products on a CPU), `parallel` (threads) and ``_sparse``. Nothing here knows about
-requests, adapters on disk, or the server, and importing this package imports nothing else.
+(Triton or torch), `dense` (products on a CPU), `parallel` (threads), `strides` and ``_sparse``. Nothing here
+knows about requests, adapters on disk, or the server, and importing this package imports nothing else.
 """

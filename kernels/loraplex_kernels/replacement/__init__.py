@@ -5,8 +5,8 @@ For a packed projection (`LoraSite`) and the tokens t of a slot with a `WEIGHT` 
     y[t, slice s] = x[t] @ W[slot, s].T + b[slot, s]
 
 with b only where the adapter has one. What the base computed for those tokens is thrown away. Pairs' weights
-are ignored: who builds the batch sees to it that such an adapter stands alone, at weight 1. A product for
-each adapter and slice, plain torch on every device.
+are ignored: a token that has such an adapter must have no other, at weight 1. A product for each adapter and
+slice, plain torch on every device.
 """
 
 from __future__ import annotations
@@ -25,12 +25,8 @@ def linear(x: Tensor, y: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatc
 
     Raises `ValueError` where x or y does not fit the site or the batch.
     """
-    for rows, name, columns in ((x, "x", site.in_features), (y, "y", site.out_features)):
-        if rows.dim() != 2 or rows.shape[1] < columns or rows.shape[0] < batch.num_tokens:
-            raise ValueError(
-                f"{name} must be at least [{batch.num_tokens}, {columns}] as the batch and the site say, "
-                f"got {tuple(rows.shape)}"
-            )
+    batch.check_rows(x, "x", site.in_features)
+    batch.check_rows(y, "y", site.out_features)
     reference.linear(x, y, pool, site, batch)
 
 
