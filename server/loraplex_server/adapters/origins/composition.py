@@ -75,17 +75,17 @@ class Composer:
     """Makes compositions, one at a time. `make` may be called from any thread.
 
     Args:
-        registry: the sites of the base model, in the order of its modules.
+        sites: of the base model, in the order of its modules.
         sources: whose cache keeps the results.
     """
 
-    def __init__(self, registry: SiteRegistry, sources: Resolver) -> None:
+    def __init__(self, sites: SiteRegistry, sources: Resolver) -> None:
         # In the order of the model's modules, in which PEFT draws. Norms are no place for what it combines.
         kinds = (SiteKind.EMBEDDING, SiteKind.PROJECTION, SiteKind.HEAD)
         self._sites = [
             (entry.path, entry.in_features, entry.out_features, kind is SiteKind.EMBEDDING)
             for kind in kinds
-            for entry in registry.of_kind(kind)
+            for entry in sites.of_kind(kind)
         ]
         self._sources = sources
         self._turn = threading.Lock()

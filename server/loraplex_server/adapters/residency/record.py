@@ -35,7 +35,7 @@ class Readiness(enum.Enum):
     """Answers to a request that wants its adapters.
 
     READY: all are on the device. LOADING: room is set aside, ask `is_ready` after the next `poll`. BLOCKED:
-    there is no room now and nothing is held, reserve again later. FAILED: see `AdapterStore.failure`.
+    there is no room now and nothing is held, reserve again later. FAILED: see `Requests.failure`.
     """
 
     READY = "ready"
@@ -148,7 +148,7 @@ class Record:
 class AdapterHandle:
     """One request's reference to one version of an adapter.
 
-    Made by `AdapterStore.resolve` and ended by `release`; only the store looks inside.
+    Made by `Requests.resolve` and ended by `release`; only the store looks inside.
 
     Attributes:
         group: the versions that the request named together.
