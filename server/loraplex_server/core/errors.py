@@ -1,21 +1,22 @@
 """Errors a request, an adapter or an operator can meet.
 
-    ServerError                  code        what the caller should do
-    ├── InvalidArgumentError     INVALID_ARGUMENT      mend the named field
-    ├── NotFoundError            NOT_FOUND             name something that exists
-    ├── AlreadyExistsError       ALREADY_EXISTS        choose another name
-    ├── UnauthenticatedError     UNAUTHENTICATED       send a token the server knows
-    ├── PermissionDeniedError    PERMISSION_DENIED     use an allowed source
-    ├── FailedPreconditionError  FAILED_PRECONDITION   change the adapter or the server
-    ├── ResourceExhaustedError   RESOURCE_EXHAUSTED    try again after `retry_after_s`
-    ├── DeadlineExceededError    DEADLINE_EXCEEDED     allow more time
-    ├── CancelledError           CANCELLED             nothing
-    ├── UnavailableError         UNAVAILABLE           try again, the server starts or stops
-    ├── UnimplementedError       UNIMPLEMENTED         use a method that this server has
-    └── InternalError            INTERNAL              report it
+    ServerError                  code
+    ├── InvalidArgumentError     INVALID_ARGUMENT
+    ├── NotFoundError            NOT_FOUND
+    ├── AlreadyExistsError       ALREADY_EXISTS
+    ├── UnauthenticatedError     UNAUTHENTICATED
+    ├── PermissionDeniedError    PERMISSION_DENIED
+    ├── FailedPreconditionError  FAILED_PRECONDITION
+    ├── ResourceExhaustedError   RESOURCE_EXHAUSTED    with `retry_after_s`
+    ├── DeadlineExceededError    DEADLINE_EXCEEDED
+    ├── CancelledError           CANCELLED
+    ├── UnavailableError         UNAVAILABLE           with `retry_after_s`
+    ├── UnimplementedError       UNIMPLEMENTED
+    └── InternalError            INTERNAL
 
-An error travels from the engine to the API as an `ErrorInfo` and becomes the same class there.
-This module knows nothing of gRPC; `api/status.py` maps the codes.
+`core.reasons` says when each is raised and what to do about it. An error travels from the engine to the API
+as an `ErrorInfo` and becomes the same class there. This module knows nothing of gRPC and HTTP:
+`api.rpc.status` and `api.http.errors` map the codes.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ import msgspec
 
 
 class Reason(enum.StrEnum):
-    """What a program may act on, finer than the code. An error without one has its code's name for a reason.
+    """A reason that a program may act on, finer than the code; an error without one has its code's name.
 
-    They are part of the API: one that callers know is never renamed, nor given another meaning.
+    They are part of the API: one that clients know is never renamed, nor given another meaning.
     """
 
     ADAPTER_NOT_FOUND = "ADAPTER_NOT_FOUND"
