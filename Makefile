@@ -5,6 +5,10 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # One thread a test process: two beside a busy machine make single operations take milliseconds.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# A process for each core, which takes 1 to 2 GiB and starts servers of its own: not more than these. A file's
+# tests stay together, since many share what is dear to make; files go in order, so that no long one is left to the end.
+WORKERS ?= 4
+PARALLEL := -n logical --maxprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 export TRITON_DEFAULT_FP_FUSION ?= 1
 
 .DEFAULT_GOAL := help
@@ -34,10 +38,10 @@ lint: $(STAMP) ## ruff and mypy (strict)
 	$(PY) -m mypy
 
 test: lint ## Everything, on any machine: at most 15 minutes on two cores
-	$(TEST_ENV) $(PY) -m pytest -q --durations=15
+	$(TEST_ENV) $(PY) -m pytest -q $(PARALLEL) --durations=15
 
 test-fast: $(STAMP) ## The inner loop: two minutes
-	$(TEST_ENV) $(PY) -m pytest -q -x -m 'not slow and not kernels_wide and not gpu_bench and not web'
+	$(TEST_ENV) $(PY) -m pytest -q $(PARALLEL) -x -m 'not slow and not kernels_wide and not gpu_bench and not web'
 
 test-kernels: $(STAMP) ## The wide sweep of the Triton kernels, under the interpreter where there is no GPU
 	$(TEST_ENV) $(PY) -m pytest -q -m kernels_wide tests/ops tests/engine/test_fusion.py
@@ -94,6 +98,7 @@ docs: $(STAMP) ## The documentation as a site in build/docs; a broken link or a 
 reference: $(STAMP) ## Write the reference pages in docs/reference anew from the code
 	$(PY) tools/grpc_reference.py
 	$(PY) -m loraplex_server.config.reference > docs/reference/flags.md
+	$(PY) -m loraplex_server.api.telemetry.reference > docs/reference/metrics.md
 	$(PY) -m loraplex_server.api.reference > docs/reference/errors.md
 
 train: $(STAMP) ## Train the demo model and its adapters anew (hours)

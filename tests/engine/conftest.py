@@ -182,16 +182,16 @@ def guess_from() -> Callable[[Harness, Callable[[str], Sequence[int]]], None]:
     """
 
     def change(served: Harness, answer: Callable[[str], Sequence[int]]) -> None:
-        rng, original = random.Random(0), served.engine._drafter
+        rng, original = random.Random(0), served.engine._admission.drafter
 
-        def make(sequence: Any) -> Drafter | None:
-            if original(sequence) is None:
+        def make(sequence: Any, *, ahead: bool) -> Drafter | None:
+            if original(sequence, ahead=ahead) is None:
                 return None
             request = sequence.request
             limit = min(sequence.num_prompt + request.sampling.max_tokens, served.engine.info.max_model_len)
             return _Guesser(answer(request.request_id), sequence.num_prompt, limit, rng)
 
-        served.engine._drafter = make
+        served.engine._admission.drafter = make
 
     return change
 

@@ -12,7 +12,7 @@ import pytest
 from loraplex_server.core.random import uniform
 from loraplex_server.core.request import AdapterUse, FinishReason, Request, SamplingParams
 from loraplex_server.core.step import StepPlan
-from loraplex_server.wire import messages
+from loraplex_server.wire import frames, messages
 
 
 def _plan() -> StepPlan:
@@ -68,7 +68,7 @@ def test_messages_survive_the_wire() -> None:
         deadline_s=12.5,
     )
     submit = messages.Submit(request)
-    assert messages.decode_to_engine(messages.encode(submit)[4:]) == submit
+    assert frames.decode_to_engine(frames.encode(submit)[4:]) == submit
     delta = messages.TokenDelta(
         "r",
         (5,),
@@ -77,12 +77,12 @@ def test_messages_survive_the_wire() -> None:
         times=messages.Times(0.1, 0.0, 0.2, 0.3, 1),
     )
     tokens = messages.Tokens((delta,))
-    frame = messages.encode(tokens)
+    frame = frames.encode(tokens)
     assert int.from_bytes(frame[:4], "big") == len(frame) - 4
-    assert messages.decode_from_engine(frame[4:]) == tokens
+    assert frames.decode_from_engine(frame[4:]) == tokens
 
 
 def test_what_is_no_message_is_refused() -> None:
     for body in (b"", b"\x00", msgspec.msgpack.encode({"type": "Nonsense"})):
         with pytest.raises(msgspec.DecodeError):
-            messages.decode_to_engine(body)
+            frames.decode_to_engine(body)

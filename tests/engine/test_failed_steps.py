@@ -175,7 +175,7 @@ def test_a_message_that_fails_is_answered(served: Any, host_of: Any, monkeypatch
 
     host, sent = host_of(served.engine)
     with monkeypatch.context() as broken:
-        broken.setattr("loraplex_server.engine.engine.Sequence", lambda *_, **__: 1 // 0)
+        broken.setattr("loraplex_server.engine.admission.Sequence", lambda *_, **__: 1 // 0)
         request = Request("r", (8, 9), SamplingParams(max_tokens=2), (AdapterUse("r6", 1.0),))
         host._handle(served.engine, Received("api", Submit(request)))
         broken.setattr(served.engine.adapters, "list", lambda: 1 // 0)

@@ -16,7 +16,8 @@ from loraplex_server.adapters.residency.record import AdapterHandle, Readiness
 from loraplex_server.config import SchedulerConfig
 from loraplex_server.core.errors import ServerError
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams
-from loraplex_server.engine.fairness import Account, DeficitRoundRobin, Ledger
+from loraplex_server.engine.accounts import Account
+from loraplex_server.engine.fairness import DeficitRoundRobin, Ledger
 from loraplex_server.engine.kv_blocks import KvBlockPool
 from loraplex_server.engine.scheduler import AdmissionOrder, Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
@@ -75,6 +76,9 @@ class Device:
 
     def unreserve(self, handles: Seq[Any]) -> None:
         self.references.subtract(handle.name for handle in handles)
+
+    def device_references(self, name: str) -> int:
+        return self.references[name]
 
     def failure(self, handles: Seq[Any]) -> ServerError | None:
         return None

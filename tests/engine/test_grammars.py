@@ -20,8 +20,8 @@ import torch
 from loraplex_server.core.errors import FailedPreconditionError, InvalidArgumentError
 from loraplex_server.core.request import Structure
 from loraplex_server.core.step import StepPlan
-from loraplex_server.engine import engine, grammars
-from loraplex_server.engine.constraint import Constraint
+from loraplex_server.engine import grammars, structured_output
+from loraplex_server.engine.grammar_matcher import GrammarMatcher
 from loraplex_server.engine.grammars import Grammars
 from loraplex_server.engine.token_trie import load_token_trie
 from loraplex_server.model.run.sampler import sample
@@ -117,14 +117,14 @@ def text_of(spoken: Model) -> Callable[[list[int]], str]:
     return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def compiled(grammars: Grammars, structure: Structure) -> Constraint:
-    """A new answer's constraint."""
+def compiled(grammars: Grammars, structure: Structure) -> GrammarMatcher:
+    """A new answer's matcher."""
     return grammars.start(structure).result(60)
 
 
 def await_grammars(served: Any) -> None:
     """Returns once whoever waits for a grammar can be queued with the next step."""
-    for future in served.engine._compiling.values():
+    for future in served.engine._structured.compiling.values():
         future.result(60)
 
 
@@ -329,7 +329,7 @@ class Gate:
 def gated(spoken: Model, harness: Any, trie: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A harness whose structures are not compiled before the gate is opened; a queue of three."""
     one, gate = harness(spoken, scheduler={"max_queue": 3}), Gate(trie)
-    monkeypatch.setattr(one.engine, "_grammars", Grammars(gate, VOCABULARY))
+    monkeypatch.setattr(one.engine._structured, "_grammars", Grammars(gate, VOCABULARY))
     yield one, gate
     gate.open.set()
 
@@ -365,7 +365,7 @@ def test_a_client_that_is_gone_and_a_structure_that_takes_too_long(
     one.submit("gone", PROMPT, [("r6", 1.0)], structure=REGEX)
     one.engine.cancel_client("test")
     assert not one.engine.has_work
-    monkeypatch.setattr(engine, "COMPILE_S", 0.0)
+    monkeypatch.setattr(structured_output, "COMPILE_S", 0.0)
     slow = one.submit("slow", PROMPT, structure=REGEX)
     while slow.error is None:
         one.engine.step()
@@ -508,7 +508,7 @@ def test_what_breaks_in_a_thread_ends_its_request_alone(served: Any, monkeypatch
         good = served.submit("good", PROMPT, max_tokens=3, ignore_eos=True)
         served.run()
     with monkeypatch.context() as patch:
-        patch.setattr(Constraint, "follow", broken)
+        patch.setattr(GrammarMatcher, "follow", broken)
         broken_off = served.submit("broken off", PROMPT, structure=REGEX)
         served.run()
     assert (unborn.error.code, broken_off.error.code) == ("INTERNAL", "INTERNAL")

@@ -23,7 +23,7 @@ from loraplex_server.core.request import AdapterUse, Request
 from loraplex_server.core.step import StepPlan
 from loraplex_server.engine import sequence as sequences
 from loraplex_server.engine.planning import build_plan
-from loraplex_server.engine.scheduler import Scheduled
+from loraplex_server.engine.schedule import Scheduled
 from loraplex_server.model.run.graphs import GraphLimits, ladder, row_by_row
 from loraplex_server.model.run.runner import ModelRunner
 

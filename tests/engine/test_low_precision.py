@@ -19,7 +19,7 @@ from loraplex_server.adapters.residency.record import Readiness
 from loraplex_server.core.request import AdapterUse, Request
 from loraplex_server.core.step import StepPlan
 from loraplex_server.engine.planning import build_plan
-from loraplex_server.engine.scheduler import Scheduled
+from loraplex_server.engine.schedule import Scheduled
 from loraplex_server.engine.sequence import Sequence
 
 ARCHITECTURES = [

@@ -9,8 +9,8 @@ from loraplex_server.adapters.residency.record import AdapterHandle
 from loraplex_server.core.random import uniform
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams
 from loraplex_server.engine.planning import build_plan
-from loraplex_server.engine.scheduler import Scheduled
-from loraplex_server.engine.sequence import Composition, Sequence
+from loraplex_server.engine.schedule import Scheduled
+from loraplex_server.engine.sequence import Mix, Sequence
 
 
 class Handle:
@@ -71,7 +71,7 @@ def test_adapters_belong_to_tokens_not_to_requests() -> None:
         __slots__ = ()
         adapter_changes = (2, 5)
 
-        def adapters_at(self, position: int) -> Composition:
+        def adapters_at(self, position: int) -> Mix:
             both = super().adapters_at(position)
             return () if position < 2 else both[:1] if position < 5 else both
 

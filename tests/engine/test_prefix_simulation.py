@@ -16,7 +16,8 @@ from loraplex_server.adapters.residency.record import AdapterHandle, Readiness
 from loraplex_server.config import SchedulerConfig
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams
 from loraplex_server.engine.kv_blocks import KvBlockPool
-from loraplex_server.engine.scheduler import Schedule, Scheduler
+from loraplex_server.engine.schedule import Schedule
+from loraplex_server.engine.scheduler import Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
 
 INVOCATION = (1, 1)
@@ -61,6 +62,9 @@ class Adapters:
 
     def unreserve(self, handles: tuple[Any, ...]) -> None:
         pass
+
+    def device_references(self, name: str) -> int:
+        return 0
 
     def failure(self, handles: tuple[Any, ...]) -> None:
         return None

@@ -13,7 +13,7 @@ from loraplex_server.core.random import uniform
 from loraplex_server.core.request import Request, SamplingParams
 from loraplex_server.core.step import StepPlan
 from loraplex_server.engine.planning import build_plan
-from loraplex_server.engine.scheduler import Scheduled
+from loraplex_server.engine.schedule import Scheduled
 from loraplex_server.engine.sequence import Sequence
 from loraplex_server.engine.token_counts import TokenCounts
 from loraplex_server.model.run.sampler import sample

@@ -14,7 +14,8 @@ from loraplex_server.config import SchedulerConfig
 from loraplex_server.core.errors import DeadlineExceededError, NotFoundError, ServerError
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams
 from loraplex_server.engine.kv_blocks import KvBlockPool
-from loraplex_server.engine.scheduler import Schedule, Scheduler
+from loraplex_server.engine.schedule import Schedule
+from loraplex_server.engine.scheduler import Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
 
 
@@ -61,6 +62,9 @@ class Cache:
     def unreserve(self, handles: Seq[Any]) -> None:
         for handle in handles:
             self.references[handle.name] -= 1
+
+    def device_references(self, name: str) -> int:
+        return self.references.get(name, 0)
 
     def failure(self, handles: Seq[Any]) -> ServerError:
         return NotFoundError("it is broken")

@@ -7,6 +7,7 @@ import random
 import zlib
 from array import array
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -192,7 +193,7 @@ def test_the_server_may_say_what_a_request_leaves_open(make: Any) -> None:
 
 
 def test_answers_with_a_structure_are_not_guessed(make: Any) -> None:
-    drafter = make().engine._drafter
+    drafter = partial(make().engine._admission.drafter, ahead=False)
     request = Request("r", PROMPT, speculative_tokens=4)
     held = msgspec.structs.replace(request, structure=Structure("regex", "a+"))
     assert drafter(Sequence(request, "test", ())) is not None

@@ -74,4 +74,4 @@ def test_an_unload_ends_what_runs_on_after_its_grace(tiny: Any, harness: Callabl
     assert "r6" not in {status.name for status in adapters.list()}
     one.run()
     assert (other.finish, other.error) == ("length", None)
-    assert one.engine._drains == {}
+    assert one.engine._drains.pending == {}

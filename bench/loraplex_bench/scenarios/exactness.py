@@ -35,7 +35,7 @@ from loraplex_server.core.request import AdapterUse, Request, SamplingParams
 from loraplex_server.engine.build import build_engine
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.planning import build_plan
-from loraplex_server.engine.scheduler import Scheduled
+from loraplex_server.engine.schedule import Scheduled
 from loraplex_server.engine.sequence import Sequence as EngineSequence
 from loraplex_server.model.run.runner import ModelRunner
 from loraplex_server.wire.messages import FromEngine, Tokens

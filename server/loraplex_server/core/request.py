@@ -1,13 +1,18 @@
-"""What a caller asks for, as plain data: `Request` crosses from the API to the engine unchanged."""
+"""A generation as it is asked for, and what every such request has to be. Plain data: crosses from the API to
+the engine unchanged.
+"""
 
 from __future__ import annotations
 
 import enum
+from typing import NamedTuple
 
 import msgspec
 
+from loraplex_server.core.errors import InvalidArgumentError
+
 MAX_SPECULATIVE_TOKENS = 16
-"""Most tokens of an answer that are guessed in one step."""
+"""Most draft tokens of one answer in one step."""
 
 
 class FinishReason(enum.StrEnum):
@@ -18,7 +23,7 @@ class FinishReason(enum.StrEnum):
 
 
 class AdapterUse(msgspec.Struct, frozen=True):
-    """An adapter by name, with the weight its delta is added with."""
+    """One adapter of a mix by name, with the weight that its delta is multiplied by."""
 
     name: str
     weight: float = 1.0
@@ -80,7 +85,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
 
 
 class Structure(msgspec.Struct, frozen=True):
-    """The form that an answer has to have. The API has validated every field.
+    """The structure that an answer is held to. The API has validated every field.
 
     Attributes:
         kind: "json_schema", "json_object", "regex", "grammar" (Lark) or "choice".
@@ -99,15 +104,16 @@ class Request(msgspec.Struct, frozen=True):
     Attributes:
         request_id: unique among the live requests of one API process.
         prompt_token_ids: at least one.
-        adapters: summed with their weights; empty is the base model.
+        adapters: its mix, each adapter once; what they add is summed with their weights. Empty is the base
+            model.
         tenant: whose request it is; part of every KV block key.
         priority: higher goes first.
         deadline_s: `time.time()` after which the answer is of no use.
         cache_prefix: whether it may have, and leave, keys and values in the prefix cache.
         group: name, among those of one API process, of requests with this prompt that compute it once; "" for
             a request by itself.
-        structure: the form of the answer; None is free text.
-        speculative_tokens: most tokens that are guessed in a step; None is the server's default.
+        structure: what the answer is held to; None is free text.
+        speculative_tokens: most draft tokens in a step; None is the server's default.
     """
 
     request_id: str
@@ -121,3 +127,42 @@ class Request(msgspec.Struct, frozen=True):
     group: str = ""
     structure: Structure | None = None
     speculative_tokens: int | None = None
+
+
+class RequestLimits(NamedTuple):
+    """What one model and one server can take.
+
+    Attributes:
+        vocab_size: tokens of the base model; adapters may add some.
+        max_model_len: tokens of prompt and answer together.
+        max_adapters: adapters in one mix.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    max_adapters: int
+
+
+def check_request(request: Request, limits: RequestLimits) -> None:
+    """What holds of every request that is served, whoever made it.
+
+    Raises:
+        InvalidArgumentError: names the field that breaks a rule.
+    """
+    prompt, adapters = request.prompt_token_ids, request.adapters
+    if not prompt:
+        raise InvalidArgumentError.field("prompt", "is empty; give at least one token")
+    if len(prompt) >= limits.max_model_len:
+        raise InvalidArgumentError.field(
+            "prompt", f"has {len(prompt)} tokens; this server takes fewer than {limits.max_model_len}"
+        )
+    if min(prompt) < 0:
+        raise InvalidArgumentError.field(
+            "prompt", f"has a token id outside the vocabulary of {limits.vocab_size}"
+        )
+    if len(adapters) > limits.max_adapters:
+        raise InvalidArgumentError.field(
+            "adapters", f"{len(adapters)} named; this server takes {limits.max_adapters} at most"
+        )
+    if len({use.name for use in adapters}) < len(adapters):
+        raise InvalidArgumentError.field("adapters", "one adapter is named twice; add its weights up")

@@ -1,20 +1,33 @@
-"""Looking after the engine while it is idle: are the pools whole, are the weights what was loaded?"""
+"""Audits of an engine: its pools against their holders, and the base weights against their checksum."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Generator
+from typing import NamedTuple
+
+from loraplex_server.adapters.residency.store import AdapterStore
+from loraplex_server.engine.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 
-# Idle this long before an audit begins, and at least this long between two.
 _SETTLE_S = 0.5
+"""Idle time before an audit begins, so that not every short pause starts one."""
+
 _EVERY_S = 5.0
+"""Least time between two audits, each of which reads all weights."""
+
+
+class Findings(NamedTuple):
+    """One line for each broken invariant, and the SHA-256 over the resident base weights."""
+
+    problems: tuple[str, ...]
+    weight_checksum: str
 
 
 class Audit:
-    """One audit after each spell of work, in pieces of one tensor, so that a new request never waits for it.
+    """One audit after each spell of work, a tensor at a time, so that a new request never waits for it.
 
     Attributes:
         problems: lines of the last audit of the pools; empty when all is well.
@@ -59,6 +72,14 @@ class Audit:
             return False
         return True
 
+    def check_now(self) -> Findings:
+        """Checks everything at once, which takes as long as the weights take to read."""
+        problems = self._check_pools()
+        checksum = finish(self._weight_checksum())
+        if checksum != self._expected:
+            problems.append("the base weights have changed since they were loaded")
+        return Findings(tuple(problems), checksum)
+
     def _begin(self, now_s: float) -> bool:
         if self._idle_since_s is None:
             self._idle_since_s = now_s
@@ -72,8 +93,20 @@ class Audit:
         return True
 
 
+def pool_problems(scheduler: Scheduler, adapters: AdapterStore, held: int) -> list[str]:
+    """A line for each disagreement between a pool and its holders.
+
+    Args:
+        held: adapter references that requests hold.
+    """
+    problems = scheduler.check_integrity() + adapters.check_integrity()
+    if adapters.references() != held:
+        problems.append(f"the adapter store counts {adapters.references()} references, requests hold {held}")
+    return problems
+
+
 def finish(steps: Generator[None, None, str]) -> str:
-    """Runs what comes in pieces to its end."""
+    """Runs a checksum that comes in pieces to its end; the checksum."""
     while True:
         try:
             next(steps)

@@ -24,10 +24,10 @@ from loraplex_server.wire.messages import PROTOCOL_VERSION, FromEngine, Hello, T
 _log = logging.getLogger(__name__)
 
 _MAX_FRAME = 64 << 20
-"""Bytes of a message: a thousand times what the longest prompts take."""
+"""Largest message in bytes: a hundred times what a prompt of 100,000 tokens takes."""
 
 _MAX_BACKLOG = 100_000
-"""Messages that wait to be written to a client; at 64 tokens a step one that reads nothing has minutes."""
+"""Messages that wait to be written to a client that reads nothing: half an hour of steps of 20 ms."""
 
 
 class Connection:

@@ -1,6 +1,6 @@
 """Who is next: deficit round robin over tenants, and within each over its adapters, with aging.
 
-Every tenant, and every combination of adapters that a tenant asks for (a *flow*), has an account of the
+Every tenant, and every mix of adapters that a tenant asks for (a *flow*), has an account of the
 tokens computed for it. Turns come in rounds: in each, an account gets a quantum of tokens, so whoever was
 given less is in an earlier round and goes first. A second of waiting counts like tokens not given (aging),
 so nobody is overtaken for ever, whatever the others ask for. Priorities are strict and stand above all this.
@@ -19,66 +19,12 @@ import heapq
 import math
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from loraplex_server.engine.sequence import Sequence
+from loraplex_server.engine.accounts import Account
+from loraplex_server.engine.sequence import Sequence
 
 _MAX_IDLE_ACCOUNTS = 1024
-
-
-class Account:
-    """Tokens computed for a tenant, or for a flow within it. Only the ledger changes it.
-
-    Attributes:
-        parent: the tenant of a flow; the root of a tenant.
-        served: tokens; only differences between accounts of one parent mean anything.
-        round: of a parent: the latest round in which one of its parts had a turn.
-        waiting: sequences in the queue.
-        live: sequences in the engine.
-        wait_from_s, wait_until_s: since and until when its adapters were last waited for.
-    """
-
-    __slots__ = (
-        "live",
-        "name",
-        "parent",
-        "parts",
-        "round",
-        "served",
-        "wait_from_s",
-        "wait_until_s",
-        "waiting",
-    )
-
-    def __init__(self, name: object, parent: Account | None) -> None:
-        self.name = name
-        self.parent = parent
-        self.parts: dict[object, Account] = {}
-        self.served = 0.0
-        self.round = 0
-        self.waiting = 0
-        self.live = 0
-        self.wait_from_s: float | None = None
-        self.wait_until_s: float | None = None
-
-    @property
-    def awaits_adapters(self) -> bool:
-        return self.wait_from_s is not None and self.wait_until_s is None
-
-    def part(self, name: object) -> Account:
-        """The account of that name below this one, made if there is none."""
-        found = self.parts.get(name)
-        if found is None:
-            found = self.parts[name] = Account(name, self)
-        return found
-
-    def lineage(self) -> Iterator[tuple[Account, Account]]:
-        """(account, its parent) from this one up."""
-        account = self
-        while account.parent is not None:
-            yield account, account.parent
-            account = account.parent
+"""Accounts kept of those who have nothing in the engine: some 300 KB."""
 
 
 class Ledger:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from loraplex_server.core.errors import FailedPreconditionError, InvalidArgumentError
 from loraplex_server.core.request import Structure
-from loraplex_server.engine.constraint import Constraint, reason
+from loraplex_server.engine.grammar_matcher import GrammarMatcher, reason
 
 if TYPE_CHECKING:
     from llguidance import LLParserLimits, LLTokenizer
@@ -58,7 +58,7 @@ class Grammars:
         followers = min(_MAX_FOLLOWERS, max(1, (os.cpu_count() or 1) // 2))
         self._followers = ThreadPoolExecutor(followers, "grammar-follow")
 
-    def start(self, structure: Structure) -> Future[Constraint]:
+    def start(self, structure: Structure) -> Future[GrammarMatcher]:
         """The place before the first token of an answer that has this structure.
 
         The future may be cancelled; it ends with a ServerError where there is no such grammar, and with
@@ -66,7 +66,7 @@ class Grammars:
         """
         return self._told(self._compilers.submit(self._start, structure))
 
-    def follow(self, constraint: Constraint, token_id: int) -> Future[None]:
+    def follow(self, constraint: GrammarMatcher, token_id: int) -> Future[None]:
         """Has a constraint take a token, and see what may come next."""
         return self._told(self._followers.submit(constraint.follow, token_id))
 
@@ -81,7 +81,7 @@ class Grammars:
             future.add_done_callback(lambda _: wake())
         return future
 
-    def _start(self, structure: Structure) -> Constraint:
+    def _start(self, structure: Structure) -> GrammarMatcher:
         with self._lock:
             entry = self._known.setdefault(structure, _Entry())
             self._known.move_to_end(structure)
@@ -93,7 +93,7 @@ class Grammars:
             entry.answers += 1
             return entry.first.copy()
 
-    def _compile(self, structure: Structure) -> Constraint:
+    def _compile(self, structure: Structure) -> GrammarMatcher:
         field = f"structure.{structure.kind}"
         try:
             tokens = self._token_trie()
@@ -103,7 +103,7 @@ class Grammars:
             matcher = LLMatcher(tokens, source, log_level=0, limits=_limits())
             if matcher.is_error():
                 raise InvalidArgumentError.field(field, reason(matcher.get_error()))
-            first = Constraint(matcher, self._vocab_size, tokens.vocab_size)
+            first = GrammarMatcher(matcher, self._vocab_size, tokens.vocab_size)
             first.look()
         except ValueError as error:
             raise InvalidArgumentError.field(field, reason(str(error))) from error
@@ -128,7 +128,7 @@ class _Entry:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.first: Constraint | None = None
+        self.first: GrammarMatcher | None = None
         self.answers = 0
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from loraplex_server.adapters.residency.record import AdapterHandle
 from loraplex_server.core.random import uniform
 from loraplex_server.core.step import Ints, StepPlan
-from loraplex_server.engine.scheduler import Scheduled
+from loraplex_server.engine.schedule import Scheduled
 from loraplex_server.engine.sequence import Sequence
 
 SlotOf = Callable[[AdapterHandle], int]
@@ -169,9 +169,9 @@ def _masked(sampled: list[_Row], banned: list[tuple[int, ...]]) -> dict[str, np.
     """The sections of what grammars allow; left out where no row has one. Bans of their rows are in them."""
     rows, words = [], []
     for row, (sequence, _) in enumerate(sampled):
-        if sequence.constraint is not None:
+        if sequence.matcher is not None:
             rows.append(row)
-            words.append(sequence.constraint.allowed(banned[row]))
+            words.append(sequence.matcher.allowed(banned[row]))
             banned[row] = ()
     return {"masked_row": _ints(rows), "mask_words": np.concatenate(words)} if rows else {}
 
@@ -196,7 +196,7 @@ def _banned(sequence: Sequence, drafts: Drafts, eos_token_ids: tuple[int, ...]) 
     banned = [word[-1] for word in sampling.bad_words if _ends_with(sequence.token_ids, drafts, word[:-1])]
     if sequence.num_generated + len(drafts) < sampling.min_tokens:
         banned += [*eos_token_ids, *sampling.stop_token_ids]
-    elif sampling.ignore_eos and sequence.constraint is not None:
+    elif sampling.ignore_eos and sequence.matcher is not None:
         # A grammar is over with it, so it is put off for as long as there is something else.
         banned += eos_token_ids
     return tuple(dict.fromkeys(banned))

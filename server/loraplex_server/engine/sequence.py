@@ -10,16 +10,17 @@ from collections.abc import Iterator
 
 from loraplex_server.adapters.residency.record import AdapterHandle
 from loraplex_server.core.request import Request
-from loraplex_server.engine.constraint import Constraint
+from loraplex_server.engine.accounts import Account
 from loraplex_server.engine.drafts import Drafter
-from loraplex_server.engine.fairness import Account
+from loraplex_server.engine.grammar_matcher import GrammarMatcher
 from loraplex_server.engine.kv_blocks import block_key
 from loraplex_server.engine.token_counts import TokenCounts
 
 EFFECT_VERSION = 1
 """Grows when what an adapter's bytes mean for keys and values changes."""
 
-Composition = tuple[tuple[AdapterHandle, float], ...]
+Mix = tuple[tuple[AdapterHandle, float], ...]
+"""The weighted adapters of one token."""
 
 _NEVER = 1 << 62
 
@@ -40,6 +41,8 @@ class Sequence:
     Attributes:
         client: connection that submitted the request.
         handles: its adapters, resolved, in the request's order.
+        max_model_len: tokens that any sequence may have.
+        max_length: tokens, prompt included, that this one may have.
         token_ids: prompt and generated tokens known so far.
         num_prompt: those that were not generated, virtual ones included.
         num_virtual: rows of a soft prompt or a prefix, which come first.
@@ -57,14 +60,16 @@ class Sequence:
         reserved: it holds device references to its adapters.
         awaited: its last token is not known yet: it is this one of those that the step in flight samples.
         flow: the account of what it is given; the scheduler's ledger sets it.
-        constraint: where its answer stands in its grammar, None for free text.
-        drafter: guesses its next tokens; None does not.
+        matcher: follows its answer in its grammar; None for free text.
+        drafter: drafts its next tokens; None does not.
     """
 
     request: Request
     client: str
     handles: tuple[AdapterHandle, ...]
     arrival_s: float = dataclasses.field(default_factory=time.monotonic)
+    max_model_len: int = _NEVER
+    max_length: int = 0
     token_ids: list[int] = dataclasses.field(default_factory=list)
     num_prompt: int = 0
     num_virtual: int = 0
@@ -81,7 +86,7 @@ class Sequence:
     reserved: bool = False
     awaited: int | None = None
     flow: Account | None = None
-    constraint: Constraint | None = None
+    matcher: GrammarMatcher | None = None
     drafter: Drafter | None = None
     preemptions: int = 0
     adapter_wait_start_s: float | None = None
@@ -90,7 +95,7 @@ class Sequence:
     first_token_s: float | None = None
     token_counts: TokenCounts = dataclasses.field(default_factory=TokenCounts)
     _changes: tuple[int, ...] = ()
-    _compositions: tuple[Composition, ...] = ((),)
+    _mixes: tuple[Mix, ...] = ((),)
     _namespaces: dict[tuple[int, ...], bytes] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -100,13 +105,14 @@ class Sequence:
         self.num_prefix = sum(handle.num_prefix_tokens for handle in self.handles)
         self.token_ids = [*(-1 - row for row in range(self.num_virtual)), *prompt]
         self.num_prompt = len(self.token_ids)
+        self.max_length = min(self.num_prompt + self.request.sampling.max_tokens, self.max_model_len)
         scored = self.request.sampling.prompt_logprobs is not None
         self.scored_to = self.num_virtual if scored else self.num_prompt - 1
         uses = zip(self.handles, self.request.adapters, strict=True)
         spans = [(*_span(handle, prompt), handle, use.weight) for handle, use in uses]
         edges = {edge for start, end, *_ in spans for edge in (start, end)}
         self._changes = tuple(sorted(edge for edge in edges if 0 < edge < _NEVER))
-        self._compositions = tuple(
+        self._mixes = tuple(
             tuple((handle, weight) for start, end, handle, weight in spans if start <= position < end)
             for position in (0, *self._changes)
         )
@@ -114,7 +120,11 @@ class Sequence:
     @property
     def held_back(self) -> bool:
         """Whether its grammar has not said yet what may come next."""
-        return self.constraint is not None and not self.constraint.ready
+        return self.matcher is not None and not self.matcher.ready
+
+    def is_full(self, more: int = 0) -> bool:
+        """Whether with `more` tokens than it has it is as long as it may be."""
+        return len(self.token_ids) + more >= self.max_length
 
     @property
     def num_generated(self) -> int:
@@ -141,13 +151,13 @@ class Sequence:
             return self.num_pending
         return max(0, self.scored_to - self.num_computed) + scores
 
-    def adapters_at(self, position: int) -> Composition:
+    def adapters_at(self, position: int) -> Mix:
         """The adapters, with weights, that apply to the token at `position`.
 
         An adapter belongs to a token, not to a request: an activated LoRA begins in the middle of the row, a
         soft prompt is its own rows and nothing else.
         """
-        return self._compositions[bisect.bisect_right(self._changes, position)]
+        return self._mixes[bisect.bisect_right(self._changes, position)]
 
     @property
     def adapter_changes(self) -> tuple[int, ...]:

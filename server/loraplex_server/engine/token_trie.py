@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from loraplex_server.core.errors import FailedPreconditionError
-from loraplex_server.engine.constraint import WORD_BITS
+from loraplex_server.engine.grammar_matcher import WORD_BITS
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer, TokenizerWrapper

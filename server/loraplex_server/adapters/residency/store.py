@@ -651,6 +651,13 @@ class AdapterStore:
                 handle.record.device_references -= 1
                 self._settle(handle.record)
 
+    def device_references(self, name: str) -> int:
+        """Device references of all requests to the adapter of this name, all its versions together."""
+        versions = [record for record in self._retired if record.name == name]
+        if name in self._records:
+            versions.append(self._records[name])
+        return sum(record.device_references for record in versions)
+
     def failure(self, handles: Iterable[AdapterHandle]) -> ServerError | None:
         """Why a request cannot have its adapters."""
         return next((handle.record.error for handle in handles if handle.record.error), None)

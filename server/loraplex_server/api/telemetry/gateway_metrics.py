@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -19,6 +20,48 @@ from loraplex_server.wire.stats import Stats
 
 MAX_NAMES = 1000
 """Adapters named in one scrape, for each list: the label set must stay bounded."""
+
+
+class GatewayMetric(NamedTuple):
+    """A gauge of the protocol."""
+
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+    def family(self, *samples: tuple[tuple[str, ...], float]) -> GaugeMetricFamily:
+        """The gauge with its samples: labels' values and the number."""
+        made = GaugeMetricFamily(self.name, self.help, labels=self.labels)
+        for values, number in samples:
+            made.add_metric(values, number)
+        return made
+
+
+WAITING = GatewayMetric("vllm:num_requests_waiting", "Requests in the queue.")
+RUNNING = GatewayMetric("vllm:num_requests_running", "Requests being computed.")
+KV_USAGE = GatewayMetric("vllm:kv_cache_usage_perc", "KV blocks in use, of all, 0 to 1.")
+CACHE_CONFIG = GatewayMetric(
+    "vllm:cache_config_info",
+    "Size of a KV block in tokens, and how many there are.",
+    ("block_size", "num_gpu_blocks"),
+)
+LORA_REQUESTS = GatewayMetric(
+    "vllm:lora_requests_info",
+    "Adapters of running and of waiting requests; the value is the time of the last update.",
+    ("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+)
+ADAPTER_LOADED = GatewayMetric(
+    "vllm:lora_adapter_loaded",
+    "Where an adapter is: gpu (can run now) or cpu (in host memory).",
+    ("adapter_name", "level"),
+)
+ON_DEVICE = GatewayMetric("vllm:num_gpu_loaded_lora_adapters", "Adapters on the device.")
+ON_HOST = GatewayMetric("vllm:num_cpu_loaded_lora_adapters", "Adapters in host memory.")
+MAX_ON_DEVICE = GatewayMetric("vllm:max_gpu_lora_adapters", "Most adapters on the device at once.")
+GATEWAY_METRICS = (
+    *(WAITING, RUNNING, KV_USAGE, CACHE_CONFIG, LORA_REQUESTS, ADAPTER_LOADED),
+    *(ON_DEVICE, ON_HOST, MAX_ON_DEVICE),
+)
 
 
 class GatewayCollector(Collector):
@@ -49,52 +92,22 @@ class GatewayCollector(Collector):
         info, stats = self._info, self._stats
         if info is None or stats is None:
             return
-        yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests in the queue.", stats.waiting)
-        yield GaugeMetricFamily("vllm:num_requests_running", "Requests being computed.", stats.running)
-        usage = stats.kv_blocks_used / max(1, stats.kv_blocks)
-        yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "KV blocks in use, of all, 0 to 1.", usage)
-        yield _labelled(
-            "vllm:cache_config_info",
-            "Size of a KV block in tokens, and how many there are.",
-            [({"block_size": str(info.kv_block_size), "num_gpu_blocks": str(stats.kv_blocks)}, 1.0)],
-        )
-        lists = {
-            "max_lora": str(info.adapter_slots),
-            "running_lora_adapters": _names(stats.adapters_running),
-            "waiting_lora_adapters": _names(stats.adapters_waiting),
-        }
-        yield _labelled(
-            "vllm:lora_requests_info",
-            "Adapters of running and of waiting requests; the value is the time of the last update.",
-            [(lists, self._updated_s)],
-        )
+        yield WAITING.family(((), stats.waiting))
+        yield RUNNING.family(((), stats.running))
+        yield KV_USAGE.family(((), stats.kv_blocks_used / max(1, stats.kv_blocks)))
+        yield CACHE_CONFIG.family(((str(info.kv_block_size), str(stats.kv_blocks)), 1.0))
+        running, waiting = _names(stats.adapters_running), _names(stats.adapters_waiting)
+        yield LORA_REQUESTS.family(((str(info.adapter_slots), running, waiting), self._updated_s))
         on_device = frozenset(stats.adapters_on_device)
         host_only = [name for name in stats.adapters_on_host if name not in on_device]
-        levels = [(name, "gpu") for name in stats.adapters_on_device[-MAX_NAMES:]]
-        levels += [(name, "cpu") for name in host_only[-MAX_NAMES:]]
-        yield _labelled(
-            "vllm:lora_adapter_loaded",
-            "Where an adapter is: gpu (can run now) or cpu (in host memory).",
-            [({"adapter_name": name, "level": level}, 1.0) for name, level in levels],
+        yield ADAPTER_LOADED.family(
+            *(((name, "gpu"), 1.0) for name in stats.adapters_on_device[-MAX_NAMES:]),
+            *(((name, "cpu"), 1.0) for name in host_only[-MAX_NAMES:]),
         )
-        yield GaugeMetricFamily(
-            "vllm:num_gpu_loaded_lora_adapters", "Adapters on the device.", len(stats.adapters_on_device)
-        )
-        yield GaugeMetricFamily(
-            "vllm:num_cpu_loaded_lora_adapters", "Adapters in host memory.", len(stats.adapters_on_host)
-        )
-        yield GaugeMetricFamily(
-            "vllm:max_gpu_lora_adapters", "Most adapters on the device at once.", info.adapter_slots
-        )
+        yield ON_DEVICE.family(((), len(stats.adapters_on_device)))
+        yield ON_HOST.family(((), len(stats.adapters_on_host)))
+        yield MAX_ON_DEVICE.family(((), info.adapter_slots))
 
 
 def _names(names: Iterable[str]) -> str:
     return ",".join(sorted(names)[:MAX_NAMES])
-
-
-def _labelled(name: str, text: str, samples: list[tuple[dict[str, str], float]]) -> GaugeMetricFamily:
-    labels = list(samples[0][0]) if samples else []
-    family = GaugeMetricFamily(name, text, labels=labels)
-    for values, value in samples:
-        family.add_metric(list(values.values()), value)
-    return family

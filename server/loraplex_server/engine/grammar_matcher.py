@@ -16,7 +16,7 @@ WORD_BITS = 64
 _MAX_REASON_CHARS = 300
 
 
-class Constraint:
+class GrammarMatcher:
     """One answer's place in its grammar. What a token does to it stays done, so preemption changes nothing.
 
     `follow` may take long and belongs in a thread; while it runs, nothing here may be asked.
@@ -42,9 +42,9 @@ class Constraint:
         self.error = ""
         self.ready = True
 
-    def copy(self) -> Constraint:
+    def copy(self) -> GrammarMatcher:
         """Another answer at the same place."""
-        other = Constraint(self._matcher.deep_copy(), self._vocab_size, len(self._words) * WORD_BITS)
+        other = GrammarMatcher(self._matcher.deep_copy(), self._vocab_size, len(self._words) * WORD_BITS)
         other._words[:] = self._words
         return other
 
