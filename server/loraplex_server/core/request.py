@@ -154,7 +154,9 @@ def check_request(request: Request, limits: RequestLimits) -> None:
         raise InvalidArgumentError.field("prompt", "is empty; give at least one token")
     if len(prompt) >= limits.max_model_len:
         raise InvalidArgumentError.field(
-            "prompt", f"has {len(prompt)} tokens; this server takes fewer than {limits.max_model_len}"
+            "prompt",
+            f"has {len(prompt)} tokens, which leaves no room to generate: prompt and answer together may have "
+            f"{limits.max_model_len}",
         )
     if min(prompt) < 0:
         raise InvalidArgumentError.field(
@@ -162,7 +164,7 @@ def check_request(request: Request, limits: RequestLimits) -> None:
         )
     if len(adapters) > limits.max_adapters:
         raise InvalidArgumentError.field(
-            "adapters", f"{len(adapters)} named; this server takes {limits.max_adapters} at most"
+            "adapters", f"{len(adapters)} are more than the {limits.max_adapters} a request may name"
         )
     if len({use.name for use in adapters}) < len(adapters):
-        raise InvalidArgumentError.field("adapters", "one adapter is named twice; add its weights up")
+        raise InvalidArgumentError.field("adapters", "one adapter is named twice; add the weights up instead")
