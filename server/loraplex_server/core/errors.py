@@ -23,8 +23,12 @@ from __future__ import annotations
 
 import enum
 import errno
+from collections.abc import Sequence
 
 import msgspec
+
+# A status travels in HTTP/2 trailers, which clients limit to 8 KiB.
+_MAX_VIOLATIONS = 16
 
 
 class Reason(enum.StrEnum):
@@ -107,7 +111,16 @@ class InvalidArgumentError(ServerError):
     @classmethod
     def field(cls, field: str, description: str) -> InvalidArgumentError:
         """The usual case: one field, and what to do about it."""
-        return cls(f"{field}: {description}", violations=(FieldViolation(field, description),))
+        return cls.fields([FieldViolation(field, description)])
+
+    @classmethod
+    def fields(cls, found: Sequence[FieldViolation]) -> InvalidArgumentError:
+        """Several fields, of which the first 16 are told: clients limit a status to 8 KiB."""
+        shown = tuple(found[:_MAX_VIOLATIONS])
+        message = "; ".join(f"{violation.field}: {violation.description}" for violation in shown)
+        if len(found) > len(shown):
+            message += f"; and {len(found) - len(shown)} more"
+        return cls(message, violations=shown)
 
 
 class NotFoundError(ServerError):
