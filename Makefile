@@ -19,10 +19,10 @@ help: ## This list
 
 install: $(STAMP) ## Make .venv and install everything into it
 
-$(STAMP): pyproject.toml .ci/constraints.txt
+$(STAMP): pyproject.toml clients/python/pyproject.toml .ci/constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[server,bench,dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e clients/python -e '.[bench,dev]'
 	@touch $@
 
 demo: $(STAMP) ## Start a real server on the demo model and put twelve adapters and the base to work at once
@@ -47,7 +47,7 @@ test-kernels: $(STAMP) ## The wide sweep of the Triton kernels, under the interp
 	$(TEST_ENV) $(PY) -m pytest -q -m kernels_wide tests/ops tests/engine/test_fusion.py
 
 test-web: $(STAMP) ## The built-in page in headless Chromium, installed by apt or else by Playwright
-	$(PY) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[web-test]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e clients/python -e '.[web-test]'
 	@for name in chromium-headless-shell chromium google-chrome; do command -v $$name >/dev/null && exit 0; done; \
 	  sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	  { $$sudo apt-get -qq update && $$sudo apt-get -qq install -y --no-install-recommends chromium-headless-shell; } \

@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from loraplex_bench.ops.ops_quant_cuda import PEERS
+from loraplex_bench.peers.quant_layers import FOLDER
 
 GEMLITE, BITSANDBYTES = "gemlite>=0.5", "bitsandbytes>=0.50"
 """The first bitsandbytes with a fused product for several rows is 0.50."""
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cuda", default="13.0", metavar="X.Y", help="torch's CUDA there (default: 13.0)")
-    parser.add_argument("--folder", type=Path, default=PEERS, help="default: bench/.peers")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="default: bench/.peers")
     arguments = parser.parse_args(argv)
     try:
         with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:

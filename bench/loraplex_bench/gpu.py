@@ -5,14 +5,15 @@
 Seven sections, `--only` picks some:
 
 - tests      the op tests and the parity tests of the engine, on the GPU (they choose it by themselves)
-- lora       the LoRA op with cold adapters: whole steps of a Llama-3-8B, its share of a prefill, and tokens x
-             mixes x ranks beside the peers that are at hand (`lora_peers`)
-- quant      the 4-bit products beside cuBLAS, gemlite and bitsandbytes (`ops_quant_cuda`)
-- attention  paged attention beside torch's (`ops_attention`)
-- fused      sums and norms, rotations and KV writes, gates, beside transformers' modules (`ops_fused`)
-- step       whole decode steps of a random Llama-3-8B, by batch and number of adapters (`step_table`)
+- lora       the LoRA op with cold adapters: what it adds to a step of a Llama-3-8B and to a prefill, and
+             tokens x mixes x ranks beside the peers that are at hand (`ops.lora`)
+- quant      the 4-bit products beside cuBLAS, gemlite and bitsandbytes (`ops.quant`)
+- attention  paged attention beside torch's (`ops.attention`)
+- fused      sums and norms, rotations and KV writes, gates, beside transformers' modules (`ops.fused`)
+- step       whole decode steps of a random Llama-3-8B, by batch and number of adapters
+             (`scenarios.decode_steps`)
 - server     the server on that model under load, and transformers + PEFT with the same requests
-             (`server_table`)
+             (`scenarios.gpu_server`)
 
 Timings of kernels are of CUDA graphs. One JSON named after the card holds the environment and every section
 that was run, written anew after each row: a run cut short leaves what it has, and a later one adds to it.
@@ -25,23 +26,32 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loraplex_bench.load.environment import environment
-from loraplex_bench.load.report import table, write_json
-from loraplex_bench.ops import lora_table, ops_attention, ops_fused, ops_quant_cuda
-from loraplex_bench.ops.lora_table import Row
+from loraplex_bench.ops import lora_cases
+from loraplex_bench.ops.catalogue import OPS
+from loraplex_bench.ops.lora import empty_step_launches
+from loraplex_bench.ops.registry import Figure, Op, Row, Setting, rows
+from loraplex_bench.ops.report import Document, Printer, from_json, section
+from loraplex_bench.ops.timers import Ceilings, measure_ceilings
+from loraplex_bench.peers.quant_layers import BITSANDBYTES
 
-SECTIONS = ("tests", "lora", "quant", "attention", "fused", "step", "server")
-TINY_SECTIONS = ("step", "server")
+OP_SECTIONS = {
+    "lora": ("lora-share", "lora"),
+    "quant": ("bitsandbytes", "quant"),
+    "attention": ("attention",),
+    "fused": ("fused",),
+}
+"""The ops of each section of kernels."""
+
+SECTIONS = ("tests", *OP_SECTIONS, "step", "server")
 TESTS = (
     "tests/ops",
     "tests/engine/test_parity.py",
@@ -75,140 +85,73 @@ def run_tests(limit_s: float) -> dict[str, object]:
     }
 
 
-def whole_steps(ceiling: float, device: torch.device) -> dict[str, Any]:
-    """The figures that speak of a model and not of a layer."""
-    steps = []
-    for scaled in (False, True):
-        step = lora_table.whole_step("llama-3-8b", 64, 16, ceiling, device, scaled=scaled)
-        steps.append(asdict(step))
-        print(
-            f"{step.label}: {step.ms:.2f} ms a step, {step.floor_ms / step.ms:.0%} of the roofline",
-            flush=True,
-        )
-        torch.cuda.empty_cache()
-    share = lora_table.prefill_share("llama-3-8b", 4096, 8, 16, device)
+def time_ops(
+    document: Document,
+    name: str,
+    setting: Setting,
+    limit_s: float,
+    *,
+    quick: bool = False,
+    tiny: bool = False,
+) -> None:
+    """A section of kernels, printed and written row by row."""
+    end_s = time.monotonic() + limit_s
+    ceilings = measure_ceilings(setting.device)
     print(
-        f"prefill of {share.tokens} tokens, {share.adapters} adapters of rank {share.rank}: "
-        f"{share.lora_us:.0f} us a layer, {share.lora_us / share.dense_us:.1%} of the dense bf16 products",
+        f"a large copy moves {ceilings.bytes_per_s / 1e12:.2f} TB/s, read and written, "
+        f"a large product reaches {ceilings.flops_per_s / 1e12:.0f} TFLOP/s",
         flush=True,
     )
-    launches = lora_table.empty_step_launches(device)
-    print(f"a step without adapters: {launches} LoRA launches", flush=True)
-    torch.cuda.empty_cache()
-    return {"steps": steps, "prefill": asdict(share), "launches_without_adapters": launches}
+    content: dict[str, Any] = {}
+    show = Printer()
+    for op in (OPS[each] for each in OP_SECTIONS[name]):
+        wanted = op.tiny if tiny else op.cases["cuda"]()
+        if quick and op.name == "lora":
+            wanted = lora_cases.cases(quick=True)
+        left_s = end_s - time.monotonic()
+        found: list[Row] = []
+        for row in _rows(op, wanted, setting, ceilings, left_s):
+            found.append(row)
+            show(row, op.best)
+            content[op.name] = section(found, ceilings)
+            document.write(name, content)
+        for label, value in content.get(op.name, {}).get("summary", {}).items():
+            print(f"{op.name}, {label}: {value:.2f}")
+        if len(found) < len(wanted):
+            print(f"{op.name}: {len(found)} of {len(wanted)} rows within the time limit")
+    if name == "lora":
+        content["launches_without_adapters"] = empty_step_launches(setting.device)
+        print(f"a step without adapters: {content['launches_without_adapters']} LoRA launches", flush=True)
+        document.write(name, content)
 
 
-def line_of(row: Row, ceiling: float) -> tuple[str, ...]:
-    """One line of the printed table."""
-    own = row.us.get(lora_table.OWN)
-    ratios = ", ".join(
-        f"{peer} {row.speedup(peer):.2f}x" for peer in row.us if peer != lora_table.OWN and own is not None
-    )
-    return (
-        row.case.model,
-        str(row.case.tokens),
-        row.case.mix,
-        row.case.ranks,
-        f"{own:.1f}" if own else "-",
-        f"{row.bytes_per_layer / own / 1e3:.0f}" if own else "-",
-        f"{row.share(ceiling):.0%}" if own else "-",
-        ratios or "-",
-    )
+def _rows(
+    op: Op, wanted: Sequence[Any], setting: Setting, ceilings: Ceilings, left_s: float
+) -> Iterator[Row]:
+    if op.name == "bitsandbytes" and setting.device.type == "cuda":
+        return rows_apart(op, left_s / 3)
+    return rows(op, wanted, setting, ceilings, left_s)
 
 
-class _Document:
-    """The JSON on disk: sections of this run, and those of earlier ones on the same card."""
-
-    def __init__(self, folder: Path, card: str) -> None:
-        name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
-        self.path = folder / f"gpu-{name}.json"
-        self._sections: dict[str, Any] = {}
-        if self.path.exists():
-            self._sections = json.loads(self.path.read_text())
-
-    def write(self, section: str, content: object) -> None:
-        self._sections |= {section: {"environment": environment(), "result": content}}
-        write_json(self.path, self._sections)
-
-
-def time_lora(document: _Document, limit_s: float, quick: bool, device: torch.device) -> None:
-    """The LoRA section, printed and written row by row."""
-    deadline = time.monotonic() + limit_s
-    wanted = lora_table.cases(quick)
-    rows: list[Row] = []
-    ceiling = lora_table.copy_ceiling(device)
-    result: dict[str, Any] = {"copy_bytes_per_s": ceiling}
-    print(f"a large copy moves {ceiling / 1e12:.2f} TB/s, read and written", flush=True)
-    result["whole"] = whole_steps(ceiling, device)
-    document.write("lora", result)
-    reasons: dict[str, str] = {}
-    for row in lora_table.measure_all(wanted, torch.bfloat16, device, deadline):
-        rows.append(row)
-        print("  ".join(line_of(row, ceiling)), flush=True)
-        for peer, reason in row.not_run.items():
-            if reasons.get(peer) != reason:
-                reasons[peer] = reason
-                print(f"  not run: {peer}: {reason}", flush=True)
-        result["rows"] = [lora_table.as_json(each, ceiling) for each in rows]
-        result["summary"] = lora_table.summary(rows, ceiling)
-        document.write("lora", result)
-    columns = ("model", "tokens", "mix", "ranks", "us a layer", "GB/s", "roofline", "faster than")
-    print(table(columns, [line_of(row, ceiling) for row in rows]))
-    for label, value in result.get("summary", {}).items():
-        print(f"{label}: {value:.2f}")
-    if len(rows) < len(wanted):
-        print(f"{len(rows)} of {len(wanted)} rows within the time limit")
-
-
-def time_quant(document: _Document, limit_s: float) -> None:
-    """The section of the 4-bit products."""
-    timings = []
-    for timing in ops_quant_cuda.measure_cuda(limit_s):
-        timings.append(asdict(timing))
-        print(ops_quant_cuda.row(timing), flush=True)
-        document.write("quant", timings)
-
-
-def time_attention(document: _Document, limit_s: float, device: torch.device) -> None:
-    """The section of attention, bf16."""
-    deadline = time.monotonic() + limit_s
-    ceilings = ops_attention.measure_ceilings(device)
-    timings = []
-    for workload in ops_attention.gpu_workloads():
-        if time.monotonic() > deadline:
-            print(f"{workload.name}: {limit_s:.0f} s are over")
-            break
-        timing = ops_attention.measure_on_gpu(workload, torch.bfloat16, device, ceilings)
-        torch.cuda.empty_cache()
-        timings.append(asdict(timing))
-        print(
-            f"{timing.workload:46} {timing.attend:9.1f} us, "
-            f"{timing.floor / timing.attend:.0%} of the roofline, "
-            f"{timing.per_sequence / timing.attend:.2f}x SDPA one by one, "
-            f"{timing.padded / timing.attend:.2f}x padded",
-            flush=True,
-        )
-        document.write("attention", {"ceilings": asdict(ceilings), "timings": timings})
-
-
-def time_fused(document: _Document, limit_s: float, device: torch.device) -> None:
-    """The section of what runs between projections, bf16."""
-    deadline = time.monotonic() + limit_s
-    ceilings = ops_attention.measure_ceilings(device)
-    timings = []
-    for case in ops_fused.cases():
-        if time.monotonic() > deadline:
-            print(f"{case.op}, {case.shape.name}, {case.tokens} tokens: {limit_s:.0f} s are over")
-            break
-        timing = ops_fused.measure_on_gpu(case, torch.bfloat16, device, ceilings)
-        torch.cuda.empty_cache()
-        timings.append(asdict(timing))
-        print(timing.line(), flush=True)
-        document.write("fused", {"ceilings": asdict(ceilings), "timings": timings})
+def rows_apart(op: Op, limit_s: float) -> Iterator[Row]:
+    """Measures an op in a process of its own, and passes on what it printed, also when it did not finish."""
+    command = [sys.executable, "-m", "loraplex_bench.ops", op.name, "--json", "-"]
+    path = os.pathsep.join([*filter(None, sys.path), str(BITSANDBYTES)])
+    env = {**os.environ, "PYTHONPATH": path}
+    reason = ""
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=limit_s)
+        output, reason = done.stdout, done.stderr.strip()[-300:] if done.returncode else ""
+    except subprocess.TimeoutExpired as expired:
+        output = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
+        reason = f"{limit_s:.0f} s are over"
+    yield from (from_json(json.loads(line)) for line in output.splitlines() if line.startswith("{"))
+    if reason:
+        yield Row(op.name, "all", "", {}, (Figure(op.name, "own", not_run=reason),))
 
 
 def time_steps(
-    document: _Document,
+    document: Document,
     limit_s: float,
     device: torch.device,
     *,
@@ -218,18 +161,18 @@ def time_steps(
 ) -> None:
     """The section of whole decode steps, printed and written row by row."""
     # Here, not above: the kernels' sections run without the server's packages.
-    from loraplex_bench.scenarios import decode_steps as step_table
+    from loraplex_bench.scenarios import decode_steps
 
-    wanted = step_table.StepTable.tiny() if tiny else step_table.StepTable()
+    wanted = decode_steps.StepTable.tiny() if tiny else decode_steps.StepTable()
     wanted = dataclasses.replace(wanted, kv_cache_dtype=kv_cache_dtype, fused=fused)
     section = "step" if kv_cache_dtype == "auto" else f"step-{kv_cache_dtype}"
     section += "" if fused else "-unfused"
-    rows: list[step_table.StepRow] = []
-    for row in step_table.measure(wanted, device, limit_s):
+    rows: list[decode_steps.StepRow] = []
+    for row in decode_steps.measure(wanted, device, limit_s):
         rows.append(row)
         print(row.line(), flush=True)
         document.write(section, [each.as_json() for each in rows])
-    for goal in step_table.goals(rows):
+    for goal in decode_steps.goals(rows):
         print(goal.line())
     expected = [
         (quantization, batch, adapters)
@@ -241,27 +184,25 @@ def time_steps(
         print(f"{len(rows)} of {len(expected)} rows within the time limit")
 
 
-def time_server(document: _Document, limit_s: float, device: torch.device, *, tiny: bool = False) -> None:
+def time_server(document: Document, limit_s: float, device: torch.device, *, tiny: bool = False) -> None:
     """The section of the server, printed and written row by row."""
     from loraplex import LoraplexError
     from loraplex_bench.load.launcher import LaunchError
-    from loraplex_bench.scenarios import gpu_server as server_table
+    from loraplex_bench.scenarios import gpu_server
 
-    wanted = server_table.ServerTable.tiny() if tiny else server_table.ServerTable()
-    rows: list[server_table.ServerRow] = []
+    wanted = gpu_server.ServerTable.tiny() if tiny else gpu_server.ServerTable()
+    rows: list[gpu_server.ServerRow] = []
 
-    def say(row: server_table.ServerRow) -> None:
+    def say(row: gpu_server.ServerRow) -> None:
         rows.append(row)
         print(row.line(), flush=True)
-        document.write("server", server_table.as_json(rows, wanted))
+        document.write("server", gpu_server.as_json(rows, wanted))
 
     try:
-        server_table.measure(wanted, device, limit_s, say)
+        gpu_server.measure(wanted, device, limit_s, say)
     except (LaunchError, LoraplexError, OSError) as error:
-        say(
-            server_table.ServerRow("loraplex", wanted.quantization, "all at once", not_run=str(error)[-1500:])
-        )
-    if (line := server_table.goal_line(rows)) is not None:
+        say(gpu_server.ServerRow("loraplex", wanted.quantization, "all at once", not_run=str(error)[-1500:]))
+    if (line := gpu_server.goal_line(rows)) is not None:
         print(line)
 
 
@@ -294,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tiny",
         action="store_true",
-        help=f"try {' and '.join(TINY_SECTIONS)} out on a tiny model, on a CPU if need be",
+        help="try all but the tests out on tiny models, on a CPU if need be",
     )
     arguments = parser.parse_args(argv)
     if arguments.tiny:
@@ -305,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda")
     sections = arguments.only or SECTIONS
     card = torch.cuda.get_device_name()
-    document = _Document(arguments.output, card)
+    document = Document(arguments.output, card)
     passed = True
     if "tests" in sections:
         tests = run_tests(arguments.test_limit)
@@ -313,14 +254,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{card}: {tests['summary']}", flush=True)
         document.write("tests", tests)
     with torch.inference_mode():
-        if "lora" in sections:
-            time_lora(document, arguments.time_limit, arguments.quick, device)
-        if "quant" in sections:
-            time_quant(document, arguments.time_limit)
-        if "attention" in sections:
-            time_attention(document, arguments.time_limit, device)
-        if "fused" in sections:
-            time_fused(document, arguments.time_limit, device)
+        for name in OP_SECTIONS:
+            if name in sections:
+                time_ops(document, name, Setting.of(device), arguments.time_limit, quick=arguments.quick)
     torch.cuda.empty_cache()
     if "step" in sections:
         options = {"kv_cache_dtype": arguments.kv_cache_dtype, "fused": not arguments.unfused}
@@ -332,10 +268,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _try_out(arguments: argparse.Namespace) -> int:
-    """The sections that run anywhere, at their smallest."""
+    """All but the tests, at their smallest."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    document = _Document(arguments.output, f"tiny on {device.type}")
-    sections = arguments.only or TINY_SECTIONS
+    document = Document(arguments.output, f"tiny on {device.type}")
+    sections = arguments.only or SECTIONS
+    with torch.inference_mode():
+        for name in OP_SECTIONS:
+            if name in sections:
+                time_ops(document, name, Setting.dry(), arguments.time_limit, tiny=True)
     if "step" in sections:
         time_steps(document, arguments.time_limit, device, kv_cache_dtype=arguments.kv_cache_dtype, tiny=True)
     if "server" in sections:

@@ -24,15 +24,17 @@ from typing import Any
 import torch
 
 from loraplex_bench.load.environment import environment
-from loraplex_bench.ops.lora_cases import Case, Layers, make_layers, workload
-from loraplex_bench.ops.lora_peers import OwnKernels
-from loraplex_bench.ops.lora_table import COPIES, activations, agrees, graph_seconds, passes
-from loraplex_bench.ops.ops_lora import MODELS
-from loraplex_kernels.lora import reference, tiles
+from loraplex_bench.ops.lora import COPIES, deltas, passes
+from loraplex_bench.ops.lora_cases import MODELS, Case, Layers, activations, make_layers, workload
+from loraplex_bench.ops.lora_contenders import OwnKernels, Reference
+from loraplex_bench.ops.registry import TOLERANCE, largest_error
+from loraplex_bench.ops.timers import sample_graph
+from loraplex_kernels.lora import tiles
 from loraplex_kernels.lora.tiles import Element, Family, LoraTiles, Table
 
 MODEL = "llama-3-8b"
 RANKS = "16"
+REPLAYS = 7
 LEAST_GAIN = 0.01
 """A candidate must be faster by this much; less is noise."""
 
@@ -143,17 +145,18 @@ def scorer(layers: Layers, family: Family, element: Element, say: Callable[[str]
     for tokens, mix in BATCHES[family]:
         work = workload(Case(layers.model, tokens, mix, layers.ranks), shape, layers.copies)
         batches.append((work, activations(shape, tokens, layers.pool.dtype, device)))
-    truth = _Reference(layers)
+    truth = Reference(layers)
 
     def score(config: LoraTiles) -> float:
         total = 0.0
         with tiles.using({**tiles.BUILT_IN, (family, element): config}):
             try:
                 for work, data in batches:
-                    if not agrees(own, truth, work, data):
+                    error = largest_error(deltas(own, work, data), deltas(truth, work, data))
+                    if not error <= TOLERANCE:
                         say(f"  wrong results, left out: {config}")
                         return math.inf
-                    total += math.log(graph_seconds(passes(own, work, shape, data)) / len(work.passes))
+                    total += math.log(sample_graph(passes(own, work, data), REPLAYS).median_us * 1e-6)
             except Exception as error:
                 # Whatever Triton raises for a variant that the card cannot run.
                 reason = (str(error) or "no reason given").splitlines()[0][:120]
@@ -162,15 +165,6 @@ def scorer(layers: Layers, family: Family, element: Element, say: Callable[[str]
         return math.exp(total / len(batches))
 
     return score
-
-
-class _Reference(OwnKernels):
-    """The specification in plain torch, on the same pool."""
-
-    name = "reference"
-
-    def apply(self, x: torch.Tensor, y: torch.Tensor, name: str, copy: int, batch: Any) -> None:
-        reference.apply(x, y, self._pool, self._sites[name][copy], batch)
 
 
 def tune(

@@ -3,7 +3,7 @@
 An op is a folder. ``__init__`` has the public names and the checks, and chooses the implementation;
 ``reference`` is plain torch: the specification, and the CPU path; ``kernel`` holds Triton kernels, and
 ``launch`` starts them where that takes more than a few lines. Ops without a kernel are torch on every device.
-Tests are ``tests/ops/test_<name>*.py``, benches ``bench/loraplex_bench/ops_<name>*.py``.
+Tests are ``tests/ops/test_<name>*.py``, benches ``bench/loraplex_bench/ops/<name>.py``.
 
 ==================  ===================================  ===============  =========  ===========  =========
 op                  meaning                              reference        kernel     test         bench

@@ -30,7 +30,7 @@ Kernels = Literal["auto", "torch", "triton"]
 Backend = Literal["torch", "triton"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""What the kernels for activations compute with."""
+"""The dtypes that the kernels compute with."""
 
 launches: Counter[str] = Counter()
 
@@ -86,12 +86,12 @@ def backend(device: torch.device) -> Backend:
 
 @functools.cache
 def triton_installed() -> bool:
-    """Whether the triton package can be imported (it is not imported here)."""
+    """True if the triton package can be imported (it is not imported here)."""
     return importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
-    """Whether Triton runs its kernels through its interpreter, on CPU tensors."""
+    """True if Triton runs its kernels through its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

@@ -1,4 +1,4 @@
-"""How many CPU threads an op is worth.
+"""The number of CPU threads that an op is worth.
 
 torch splits most ops among all its threads, and each split ends in a barrier: a few microseconds while the
 other threads still spin at it, a hundred or more once they sleep, milliseconds where another process has
@@ -15,6 +15,9 @@ import torch
 
 MIN_US = 150.0
 """Ops that take one thread less than this are not split, in microseconds."""
+
+PRODUCTS_PER_US = 25_000
+"""Multiply-adds per microsecond of one core in a dense float32 product (50 GFLOP/s), about."""
 
 _NOTHING = nullcontext()
 

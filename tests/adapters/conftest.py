@@ -181,7 +181,7 @@ def make_store(registry: SiteRegistry) -> Iterator[Callable[..., AdapterStore]]:
         store = AdapterStore(registry, config, device="cpu", dtype=dtype, **options)
         stores.append(store)
         for folder in folders:
-            store.register_folder(folder)
+            store.intake.register_folder(folder)
         return store
 
     yield make
@@ -207,11 +207,11 @@ def bring(settle: Callable[[AdapterStore], None]) -> Callable[..., tuple[Adapter
     """`bring(store, *names)`: resolves and reserves until READY."""
 
     def run(store: AdapterStore, *names: str) -> tuple[AdapterHandle, ...]:
-        handles = store.resolve(names)
-        readiness = store.reserve(handles)
+        handles = store.requests.resolve(names)
+        readiness = store.requests.reserve(handles)
         assert readiness in (Readiness.READY, Readiness.LOADING)
         settle(store)
-        assert store.is_ready(handles) is Readiness.READY
+        assert store.requests.is_ready(handles) is Readiness.READY
         return handles
 
     return run
@@ -222,7 +222,7 @@ def served(registry: SiteRegistry) -> Callable[[AdapterStore, AdapterHandle, Pat
     """Whether a handle's slot serves the weights in the folder, bit for bit."""
 
     def check(store: AdapterStore, handle: AdapterHandle, folder: Path) -> bool:
-        slot = store.slot(handle)
+        slot = store.requests.slot(handle)
         tensors = load_file(folder / "adapter_model.safetensors")
         for entry in registry:
             prefix = f"base_model.model.{entry.path}"

@@ -199,7 +199,7 @@ def make(registry: SiteRegistry, members: Path, tmp_path: Path) -> Any:
         store = AdapterStore(registry, config, device="cpu", dtype=torch.float32)
         stores.append(store)
         for name in "abc":
-            store.register(name, members / name)
+            store.intake.register(name, members / name)
         return store
 
     yield build
@@ -235,13 +235,13 @@ def test_a_composition_is_an_adapter_like_any_other(
     both = of("dare_ties", ("a", 0.7), ("b", -0.4), density=0.5, seed=3)
     store = make()
     done = answer()
-    store.compose("both", both, done)
-    assert store.get("both").state == "loading"
+    store.intake.compose("both", both, done)
+    assert store.registry.status("both").state == "loading"
     status = run(store, done)
     assert (status.state, status.source, status.rank) == ("host", "dare_ties(a*0.7, b*-0.4)", 6)
     settle(store)
     (handle,) = bring(store, "both")
-    slot = store.slot(handle)
+    slot = store.requests.slot(handle)
     for entry in registry:
         key = f"base_model.model.{entry.path}.lora_A.weight"
         if key in expected:
@@ -250,32 +250,32 @@ def test_a_composition_is_an_adapter_like_any_other(
     assert list((members / "cache" / "staging").iterdir()) == []
 
     refused, missing = answer(), answer()
-    store.compose("bad", of("linear", ("a", 1.0), ("c", 1.0)), refused)
+    store.intake.compose("bad", of("linear", ("a", 1.0), ("c", 1.0)), refused)
     assert isinstance(run(store, refused), FailedPreconditionError)
     assert "same r value" in str(refused.value)
     with pytest.raises(NotFoundError):
-        store.compose("bad", of("linear", ("a", 1.0), ("zz", 1.0)), missing)
-    assert {status.name for status in store.list()} == {"a", "b", "c", "both"}
-    store.release([handle])
-    store._host.drop(handle.record)
+        store.intake.compose("bad", of("linear", ("a", 1.0), ("zz", 1.0)), missing)
+    assert {status.name for status in store.registry.statuses()} == {"a", "b", "c", "both"}
+    store.requests.release([handle])
+    store._versions.host.drop(handle.record)
     store._device.vacate(handle.record)
-    store.release(bring(store, "both"))
+    store.requests.release(bring(store, "both"))
     store.close()
 
     again = make()
-    monkeypatch.setattr(again._composer, "_run", lambda spec, unwanted: composition_job.combine(spec))
+    monkeypatch.setattr(again.intake._composer, "_run", lambda spec, unwanted: composition_job.combine(spec))
     store_hash = status.content_hash
     found = answer()
-    again.compose("both", both, found)
+    again.intake.compose("both", both, found)
     assert run(again, found).content_hash == store_hash
     assert len(list((members / "cache" / "entries").iterdir())) == 1, "found, not computed"
 
     shutil.copytree(members / "b", members / "a", dirs_exist_ok=True)
     taken_up, composed = answer(), answer()
-    again.load("a", str(members / "a"), taken_up, inplace=True)
+    again.intake.load("a", str(members / "a"), taken_up, inplace=True)
     run(again, taken_up)
-    assert again.get("both").content_hash == store_hash, "it does not follow its members"
-    again.compose("both", both, composed, inplace=True)
+    assert again.registry.status("both").content_hash == store_hash, "it does not follow its members"
+    again.intake.compose("both", both, composed, inplace=True)
     assert run(again, composed).content_hash != store_hash
 
 
@@ -287,10 +287,10 @@ def test_only_so_many_wait(make: Any, answer: Any, monkeypatch: pytest.MonkeyPat
         assert let_go.wait(60)
         composition_job.combine(spec)
 
-    monkeypatch.setattr(store._composer, "_run", slow)
+    monkeypatch.setattr(store.intake._composer, "_run", slow)
     answers = [answer() for _ in range(9)]
     for number, done in enumerate(answers):
-        store.compose(f"both{number}", of("cat", ("a", 1.0), ("b", 1.0 + number)), done)
+        store.intake.compose(f"both{number}", of("cat", ("a", 1.0), ("b", 1.0 + number)), done)
     while not any(done.calls for done in answers):
         assert store.wait_event(60)
         store.poll()
@@ -305,21 +305,21 @@ def test_an_unload_ends_the_computation(make: Any, members: Path, answer: Any) -
     """The process is killed, so that it holds up no other composition."""
     store = make()
     done, freed = answer(), answer()
-    store.compose("both", of("svd", ("a", 1.0), ("b", 1.0)), done)
+    store.intake.compose("both", of("svd", ("a", 1.0), ("b", 1.0)), done)
     store.unload("both", freed)
     assert freed.calls == 1
     assert isinstance(done.value, CancelledError)
-    assert store._composer._turn.acquire(timeout=60)
-    store._composer._turn.release()
+    assert store.intake._composer._turn.acquire(timeout=60)
+    store.intake._composer._turn.release()
     assert not list(members.glob("cache/entries/*"))
     with pytest.raises(NotFoundError):
-        store.get("both")
+        store.registry.status("both")
 
 
 def test_a_composition_ends_with_the_store(make: Any, answer: Any) -> None:
     store = make()
     done = answer()
-    store.compose("both", of("svd", ("a", 1.0), ("b", 1.0)), done)
+    store.intake.compose("both", of("svd", ("a", 1.0), ("b", 1.0)), done)
     store.close()
     assert isinstance(done.value, UnavailableError)
 
@@ -339,7 +339,7 @@ def test_a_composition_without_peft_says_what_to_install(
     monkeypatch.setattr(importlib.metadata, "version", without_peft)
     store = make()
     done = answer()
-    store.compose("both", of("cat", ("a", 1.0), ("b", 1.0)), done)
+    store.intake.compose("both", of("cat", ("a", 1.0), ("b", 1.0)), done)
     assert isinstance(run(store, done), FailedPreconditionError)
     assert "loraplex[compositions]" in str(done.value)
 
@@ -360,7 +360,7 @@ def test_what_was_sent_is_kept_and_served(make: Any, members: Path, answer: Any,
     for number, name in enumerate(("x", "y")):
         folder, sha256 = staged(cache, members / "a")
         done = answer()
-        store.adopt(name, folder, sha256, done)
+        store.intake.adopt(name, folder, sha256, done)
         status = run(store, done)
         assert status.content_hash == plain[0].content_hash
         assert status.source == f"upload#sha256={sha256['adapter_model.safetensors']}"
@@ -368,14 +368,14 @@ def test_what_was_sent_is_kept_and_served(make: Any, members: Path, answer: Any,
         shutil.rmtree(folder, ignore_errors=True)
     folder, sha256 = staged(cache, members / "b")
     with pytest.raises(Exception, match="--max-uploaded-adapters"):
-        store.adopt("z", folder, sha256, answer())
+        store.intake.adopt("z", folder, sha256, answer())
     replaced = answer()
-    store.adopt("x", folder, sha256, replaced, inplace=True)
+    store.intake.adopt("x", folder, sha256, replaced, inplace=True)
     assert run(store, replaced).content_hash != plain[0].content_hash
     freed = answer()
     store.unload("y", freed)
     assert freed.calls == 1
-    store.release(plain)
+    store.requests.release(plain)
 
 
 def test_what_was_sent_is_checked_like_any_other(make: Any, members: Path, answer: Any) -> None:
@@ -384,14 +384,14 @@ def test_what_was_sent_is_checked_like_any_other(make: Any, members: Path, answe
     (members / "spoiled" / "adapter_model.safetensors").write_bytes(b"\x80\x04pickle")
     folder, sha256 = staged(members / "cache", members / "spoiled")
     done = answer()
-    store.adopt("x", folder, sha256, done)
+    store.intake.adopt("x", folder, sha256, done)
     assert isinstance(run(store, done), FailedPreconditionError)
     with pytest.raises(NotFoundError):
-        store.get("x")
-    small = dataclasses.replace(store._config, cache_dir=members / "small", cache_bytes=1000)
-    tight = AdapterStore(store._registry, small, device="cpu", dtype=torch.float32)
+        store.registry.status("x")
+    small = dataclasses.replace(store._sources._config, cache_dir=members / "small", cache_bytes=1000)
+    tight = AdapterStore(store.intake._sites, small, device="cpu", dtype=torch.float32)
     folder, sha256 = staged(members / "small", members / "a")
     full = answer()
-    tight.adopt("x", folder, sha256, full)
+    tight.intake.adopt("x", folder, sha256, full)
     assert "--adapter-cache-bytes" in str(run(tight, full))
     tight.close()

@@ -56,16 +56,21 @@ def test_the_store_tells_what_comes_changes_and_goes(
     (tmp_path / "own" / "tokenizer.json").write_text("{}")
     store = make_store(tmp_path)
     first = find_tokenizer(tmp_path / "own", [tmp_path])
-    assert store.tokenizers == store.drain_tokenizers() == {"own": first}
-    assert store.drain_tokenizers() == {}
+    assert store.registry.tokenizers.known == store.registry.tokenizers.drain() == {"own": first}
+    assert store.registry.tokenizers.drain() == {}
 
     (tmp_path / "own" / "tokenizer.json").write_text("{ }")
     second = find_tokenizer(tmp_path / "own", [tmp_path])
-    store.load("own", str(tmp_path / "own"), answer(), inplace=True)
+    store.intake.load("own", str(tmp_path / "own"), answer(), inplace=True)
     settle(store)
-    assert store.tokenizers == store.drain_tokenizers() == {"own": second} != {"own": first}
+    assert (
+        store.registry.tokenizers.known
+        == store.registry.tokenizers.drain()
+        == {"own": second}
+        != {"own": first}
+    )
 
     store.unload("own", answer())
     settle(store)
-    assert store.drain_tokenizers() == {"own": None}
-    assert store.tokenizers == {}
+    assert store.registry.tokenizers.drain() == {"own": None}
+    assert store.registry.tokenizers.known == {}

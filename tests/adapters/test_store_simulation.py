@@ -52,7 +52,7 @@ class World:
 
     def submit(self) -> None:
         names = self.rng.choices(NAMES, k=self.rng.choice([1, 1, 1, 2, 3]))
-        self.requests.append(Running(self.store.resolve(names), self.rng.randint(1, 4)))
+        self.requests.append(Running(self.store.requests.resolve(names), self.rng.randint(1, 4)))
 
     def step(self) -> int:
         """One turn of the engine's loop; returns how many requests ran."""
@@ -60,9 +60,9 @@ class World:
         ran = 0
         for request in list(self.requests):
             if request.reserved:
-                readiness = self.store.is_ready(request.handles)
+                readiness = self.store.requests.is_ready(request.handles)
             else:
-                readiness = self.store.reserve(request.handles)
+                readiness = self.store.requests.reserve(request.handles)
                 request.reserved = readiness in (Readiness.READY, Readiness.LOADING)
             assert readiness is not Readiness.FAILED
             if readiness is not Readiness.READY:
@@ -85,13 +85,15 @@ class World:
 
     def check(self, request: Running) -> None:
         for handle in request.handles:
-            served = self.store.pool.b(self.store.slot(handle), self.entry.index, self.entry.out_features)
+            served = self.store.pool.b(
+                self.store.requests.slot(handle), self.entry.index, self.entry.out_features
+            )
             truth = self.truth[handle.record.source]
             assert torch.equal(served.T, 2 * truth), f"{handle.name} was served wrongly"
 
     def end(self, request: Running) -> None:
         self.requests.remove(request)
-        self.store.release(request.handles)
+        self.store.requests.release(request.handles)
 
 
 @pytest.fixture
@@ -116,9 +118,9 @@ def test_twelve_adapters_through_three_slots(
         if not world.step():
             assert store.busy, "nothing runs and nothing is on its way"
             assert store.wait_event(20)
-    assert (store.references(), len(world.requests)) == (0, 0)
-    assert store.hits + store.misses > 200
-    assert {status.references for status in store.list()} == {0}
+    assert (store.requests.references(), len(world.requests)) == (0, 0)
+    assert store.activity.hits + store.activity.misses > 200
+    assert {status.references for status in store.registry.statuses()} == {0}
     assert store.check_integrity() == []
 
 
@@ -155,7 +157,7 @@ def test_everything_at_once(
                     world.end(rng.choice(world.requests))
                 case 6 if world.requests:
                     request = rng.choice(world.requests)
-                    store.unreserve(request.handles)
+                    store.requests.unreserve(request.handles)
                     request.reserved = False
                 case 7:
                     store.pin(rng.choice(NAMES), rng.random() < 0.4, answer)
@@ -165,11 +167,11 @@ def test_everything_at_once(
                     asked += 1
                 case 9 | 10:
                     name = rng.choice(NAMES)
-                    store.load(name, name, answer)
+                    store.intake.load(name, name, answer)
                     asked += 1
                 case 11 | 12 | 13:
                     name = rng.choice(NAMES)
-                    store.load(name, rng.choice(["", "next/"]) + name, answer, inplace=True)
+                    store.intake.load(name, rng.choice(["", "next/"]) + name, answer, inplace=True)
                     asked += 1
                 case 14:
                     store.prefetch(rng.choices(NAMES, k=3), to_device=rng.random() < 0.7)
@@ -180,15 +182,15 @@ def test_everything_at_once(
         if rng.random() < 0.1:
             store.wait_event(0.05)
         assert store.check_integrity() == []
-    for status in store.list():
+    for status in store.registry.statuses():
         if status.pinned:
             store.pin(status.name, False, answer)
             asked += 1
     world.drain()
     settle(store)
     # Whatever it went through, it serves every adapter: those that were unloaded come back.
-    for name in {*NAMES} - {status.name for status in store.list()}:
-        store.load(name, name, answer)
+    for name in {*NAMES} - {status.name for status in store.registry.statuses()}:
+        store.intake.load(name, name, answer)
         asked += 1
     settle(store)
     completed = world.completed
@@ -199,7 +201,7 @@ def test_everything_at_once(
     assert answered == asked
     assert world.completed == completed + 20
     assert refused > 0
-    assert store.references() == 0
-    for status in store.list():
+    assert store.requests.references() == 0
+    for status in store.registry.statuses():
         store.unload(status.name, answer)
     assert (store.device_bytes_used, store.host_bytes_used) == (0, 0)

@@ -58,25 +58,28 @@ def test_running_requests_finish_on_the_old_version(
 ) -> None:
     store = make_store(folder)
     (running,) = bring(store, "a")
-    (waiting,) = store.resolve(["a"])
+    (waiting,) = store.requests.resolve(["a"])
     done = answer()
-    store.load("a", str(newer), done, inplace=True)
-    assert store.resolve(["a"])[0].record is running.record, "nothing changes before it is read"
+    store.intake.load("a", str(newer), done, inplace=True)
+    assert store.requests.resolve(["a"])[0].record is running.record, "nothing changes before it is read"
     settle(store)
     assert (done.calls, done.value.state, done.value.source) == (1, "host", str(newer))
     assert done.value.content_hash not in ("", running.content_hash)
     assert (running.draining, waiting.draining) == (True, True)
     (new,) = bring(store, "a")
     assert not new.draining
-    assert store.reserve([waiting]) is Readiness.READY
+    assert store.requests.reserve([waiting]) is Readiness.READY
     for handle, files in ((running, folder / "a"), (waiting, folder / "a"), (new, newer)):
         assert served(store, handle, files)
-    assert [(s.draining, s.references) for s in store.list() if s.name == "a"] == [(False, 1), (True, 3)]
-    assert not store.get("a").draining
+    assert [(s.draining, s.references) for s in store.registry.statuses() if s.name == "a"] == [
+        (False, 1),
+        (True, 3),
+    ]
+    assert not store.registry.status("a").draining
     used = store.device_bytes_used
-    store.release([handle for handle in store._handles if handle is not new])
+    store.requests.release([handle for handle in store.requests._handles if handle is not new])
     assert store.device_bytes_used == used - ROOM, "the old one is gone as its last request is"
-    assert [s.draining for s in store.list() if s.name == "a"] == [False]
+    assert [s.draining for s in store.registry.statuses() if s.name == "a"] == [False]
 
 
 def test_files_changed_under_a_name_are_taken_up(
@@ -94,7 +97,7 @@ def test_files_changed_under_a_name_are_taken_up(
     (old,) = bring(store, "a")
     write_adapter(folder / "a", seed=77)
     done = answer()
-    store.load("a", str(folder / "a"), done, inplace=True)
+    store.intake.load("a", str(folder / "a"), done, inplace=True)
     settle(store)
     (new,) = bring(store, "a")
     assert served(store, old, old_files)
@@ -125,16 +128,16 @@ def test_a_load_that_fails_leaves_the_old_version_serving(
         case "too large":
             write_adapter(newer, rank=64)
     failed = answer()
-    store.load("a", str(newer), failed, inplace=True)
+    store.intake.load("a", str(newer), failed, inplace=True)
     settle(store)
     assert isinstance(failed.value, NotFoundError if spoil == "missing" else FailedPreconditionError)
     assert failed.calls == 1
     assert not old.draining
     assert bring(store, "a")[0].record is old.record
     assert served(store, old, folder / "a")
-    assert [s.name for s in store.list()] == list("abcdef")
+    assert [s.name for s in store.registry.statuses()] == list("abcdef")
     assert store.host_bytes_used == HOST
-    assert store.broken() == {}
+    assert store.registry.errors() == {}
 
 
 def test_the_same_content_is_the_same_version(
@@ -143,7 +146,7 @@ def test_the_same_content_is_the_same_version(
     store = make_store(folder)
     (old,) = bring(store, "a")
     done = answer()
-    store.load("a", str(folder / "a"), done, inplace=True)
+    store.intake.load("a", str(folder / "a"), done, inplace=True)
     settle(store)
     assert isinstance(done.value, AdapterStatus)
     assert bring(store, "a")[0].record is old.record
@@ -155,11 +158,11 @@ def test_without_inplace_a_taken_name_is_refused_and_a_free_one_is_loaded(
 ) -> None:
     store = make_store(folder)
     with pytest.raises(AlreadyExistsError):
-        store.load("a", str(newer), answer())
+        store.intake.load("a", str(newer), answer())
     done = answer()
-    store.load("x", str(newer), done, inplace=True)
+    store.intake.load("x", str(newer), done, inplace=True)
     with pytest.raises(AlreadyExistsError):
-        store.load("x", str(newer), answer(), inplace=True)
+        store.intake.load("x", str(newer), answer(), inplace=True)
     settle(store)
     assert done.value.state == "host"
 
@@ -170,16 +173,16 @@ def test_of_two_loads_the_later_one_counts(
     store = make_store(folder)
     for polls in (0, 1):
         first, second = answer(), answer()
-        store.load("a", str(newer), first, inplace=True)
+        store.intake.load("a", str(newer), first, inplace=True)
         for _ in range(polls):
             assert store.wait_event(20)
             store.poll()
         source = str(folder / "bc"[polls])
-        store.load("a", source, second, inplace=True)
+        store.intake.load("a", source, second, inplace=True)
         assert isinstance(first.value, CancelledError)
         settle(store)
         assert (first.calls, second.calls, second.value.source) == (1, 1, source)
-        assert [s.name for s in store.list()] == list("abcdef")
+        assert [s.name for s in store.registry.statuses()] == list("abcdef")
 
 
 def test_an_unload_gives_up_what_was_to_replace(
@@ -189,7 +192,7 @@ def test_an_unload_gives_up_what_was_to_replace(
     for polls in (0, 1):
         held = bring(store, "a")
         replacing, unloaded = answer(), answer()
-        store.load("a", str(newer), replacing, inplace=True)
+        store.intake.load("a", str(newer), replacing, inplace=True)
         for _ in range(polls):
             assert store.wait_event(20)
             store.poll()
@@ -197,11 +200,11 @@ def test_an_unload_gives_up_what_was_to_replace(
         assert isinstance(replacing.value, CancelledError)
         settle(store)
         assert unloaded.calls == 0
-        store.release(held)
+        store.requests.release(held)
         settle(store)
         assert (replacing.calls, unloaded.calls) == (1, 1)
         assert (store.host_bytes_used, store.device_bytes_used) == (0, 0)
-        store.register("a", folder / "a")
+        store.intake.register("a", folder / "a")
 
 
 def test_an_unload_waits_for_every_version(
@@ -209,16 +212,16 @@ def test_an_unload_waits_for_every_version(
 ) -> None:
     store = make_store(folder)
     old = bring(store, "a")
-    store.load("a", str(newer), answer(), inplace=True)
+    store.intake.load("a", str(newer), answer(), inplace=True)
     settle(store)
     new = bring(store, "a")
     first, again = answer(), answer()
     store.unload("a", first)
     store.unload("a", again)
-    store.release(new)
+    store.requests.release(new)
     assert (first.calls, again.calls) == (0, 0)
-    assert next((s.name, s.draining) for s in store.list()) == ("a", True)
-    store.release(old)
+    assert next((s.name, s.draining) for s in store.registry.statuses()) == ("a", True)
+    store.requests.release(old)
     assert (first.calls, again.calls) == (1, 1)
     assert (store.device_bytes_used, store.host_bytes_used) == (0, 0)
     with pytest.raises(NotFoundError):
@@ -238,14 +241,14 @@ def test_what_cannot_be_read_again_leaves_memory_last(
     """The old version's files are overwritten, and a request still waits for it, in the face of others."""
     old_files = shutil.copytree(folder / "a", tmp_path / "old")
     store = make_store(folder, device_bytes=2 * ROOM, host_bytes=2 * HOST)
-    store.release(bring(store, "a"))
-    (waiting,) = store.resolve(["a"])
+    store.requests.release(bring(store, "a"))
+    (waiting,) = store.requests.resolve(["a"])
     write_adapter(folder / "a", seed=77)
-    store.load("a", str(folder / "a"), answer(), inplace=True)
+    store.intake.load("a", str(folder / "a"), answer(), inplace=True)
     settle(store)
     for name in "bcdef":
-        store.release(bring(store, name))
-    assert store.reserve([waiting]) in (Readiness.READY, Readiness.LOADING)
+        store.requests.release(bring(store, name))
+    assert store.requests.reserve([waiting]) in (Readiness.READY, Readiness.LOADING)
     settle(store)
     assert served(store, waiting, old_files)
     assert store.check_integrity() == []
@@ -261,21 +264,21 @@ def test_a_request_whose_version_is_gone_is_told_to_try_again(
 ) -> None:
     """Room for one adapter, which another request needs: better an error than the wrong weights."""
     store = make_store(folder, device_bytes=ROOM, host_bytes=HOST)
-    store.release(bring(store, "a"))
-    (waiting,) = store.resolve(["a"])
+    store.requests.release(bring(store, "a"))
+    (waiting,) = store.requests.resolve(["a"])
     write_adapter(folder / "a", seed=77)
-    store.load("a", str(folder / "a"), answer(), inplace=True)
+    store.intake.load("a", str(folder / "a"), answer(), inplace=True)
     settle(store)
-    store.release(bring(store, "b"))
-    assert store.reserve([waiting]) is Readiness.LOADING
+    store.requests.release(bring(store, "b"))
+    assert store.requests.reserve([waiting]) is Readiness.LOADING
     settle(store)
-    assert store.is_ready([waiting]) is Readiness.FAILED
-    error = store.failure([waiting])
+    assert store.requests.is_ready([waiting]) is Readiness.FAILED
+    error = store.requests.failure([waiting])
     assert isinstance(error, UnavailableError)
     assert "send the request again" in str(error)
-    store.release([waiting])
+    store.requests.release([waiting])
     (again,) = bring(store, "a")
-    assert again.content_hash == store.get("a").content_hash
+    assert again.content_hash == store.registry.status("a").content_hash
 
 
 def test_a_pin_goes_over_to_the_new_version(
@@ -285,14 +288,14 @@ def test_a_pin_goes_over_to_the_new_version(
     store.pin("a", True, answer())
     settle(store)
     old = bring(store, "a")
-    store.load("a", str(newer), answer(), inplace=True)
+    store.intake.load("a", str(newer), answer(), inplace=True)
     settle(store)
-    status = store.get("a")
+    status = store.registry.status("a")
     assert (status.source, status.pinned, status.state) == (str(newer), True, "device")
-    other = store.resolve(["b"])
-    assert store.reserve(other) is Readiness.BLOCKED
-    store.release(old)
-    assert store.reserve(other) is Readiness.LOADING
+    other = store.requests.resolve(["b"])
+    assert store.requests.reserve(other) is Readiness.BLOCKED
+    store.requests.release(old)
+    assert store.requests.reserve(other) is Readiness.LOADING
     settle(store)
     assert set(store.on_device) == {"a", "b"}
 
@@ -304,20 +307,20 @@ def test_a_pin_waits_where_it_would_shut_a_request_out(
     store = make_store(folder, device_bytes=2 * ROOM)
     store.pin("a", True, answer())
     settle(store)
-    both = store.resolve(["a", "b"])
-    store.load("a", str(newer), answer(), inplace=True)
+    both = store.requests.resolve(["a", "b"])
+    store.intake.load("a", str(newer), answer(), inplace=True)
     settle(store)
-    assert not store.get("a").pinned
-    store.load("a", str(folder / "c"), answer(), inplace=True)
+    assert not store.registry.status("a").pinned
+    store.intake.load("a", str(folder / "c"), answer(), inplace=True)
     settle(store)
-    assert not store.get("a").pinned, "nor does a yet newer one shut it out"
-    assert store.reserve(both) is Readiness.LOADING
+    assert not store.registry.status("a").pinned, "nor does a yet newer one shut it out"
+    assert store.requests.reserve(both) is Readiness.LOADING
     settle(store)
-    assert store.is_ready(both) is Readiness.READY
-    store.release(both)
+    assert store.requests.is_ready(both) is Readiness.READY
+    store.requests.release(both)
     store.poll()
     settle(store)
-    assert (store.get("a").pinned, store.get("a").state) == (True, "device")
+    assert (store.registry.status("a").pinned, store.registry.status("a").state) == (True, "device")
 
 
 def test_pins_are_fewer_than_the_slots(
@@ -336,7 +339,7 @@ def test_pins_are_fewer_than_the_slots(
 
     config = AdapterConfig(folders=(folder,), device_bytes=1 << 20, host_bytes=1 << 20, max_pinned=1)
     capped = AdapterStore(registry, config, device="cpu", dtype=torch.float32)
-    capped.register_folder(folder)
+    capped.intake.register_folder(folder)
     capped.pin("a", True, answer())
     with pytest.raises(FailedPreconditionError, match="--max-pinned-adapters"):
         capped.pin("b", True, answer())
@@ -353,10 +356,10 @@ def test_a_hint_brings_adapters_to_the_device(make_store: MakeStore, folder: Pat
     assert [status.name for status in statuses] == ["b", "a"]
     settle(store)
     assert set(store.on_device) == {"a", "b"}
-    assert [swap.kind for swap in store.drain_swaps()].count("load") == 2
-    handles = store.resolve(["a"])
-    assert store.reserve(handles) is Readiness.READY
-    assert (store.hits, store.misses) == (1, 0)
+    assert [swap.kind for swap in store.activity.drain_swaps()].count("load") == 2
+    handles = store.requests.resolve(["a"])
+    assert store.requests.reserve(handles) is Readiness.READY
+    assert (store.activity.hits, store.activity.misses) == (1, 0)
     assert [status.state for status in store.prefetch(["a", "b"])] == ["device", "device"]
     assert not store.busy
 
@@ -382,12 +385,12 @@ def test_a_hint_takes_no_room_from_who_is_wanted(
     settle(store)
     running = bring(store, "b")
     waiting = bring(store, "c")
-    store.unreserve(waiting)
+    store.requests.unreserve(waiting)
     store.prefetch(["d", "e"])
     settle(store)
     assert set(store.on_device) == {"a", "b", "c"}
     assert set(store.on_host) >= {"b", "c"}, "nor in host memory, where a may go: it is on the device"
-    store.release([*running, *waiting])
+    store.requests.release([*running, *waiting])
     store.prefetch(["d", "e"])
     settle(store)
     assert set(store.on_device) == {"a", "d", "e"}
@@ -399,7 +402,7 @@ def test_hints_do_not_drive_each_other_out(make_store: MakeStore, folder: Path, 
     store.prefetch("abcdef")
     settle(store)
     assert set(store.on_device) == {"a", "b"}
-    assert sum(swap.kind == "load" for swap in store.drain_swaps()) == 2
+    assert sum(swap.kind == "load" for swap in store.activity.drain_swaps()) == 2
     store.prefetch("cd")
     settle(store)
     assert set(store.on_device) == {"c", "d"}, "a later hint counts more than an earlier one"
@@ -408,12 +411,16 @@ def test_hints_do_not_drive_each_other_out(make_store: MakeStore, folder: Path, 
 def test_requests_go_before_hints(make_store: MakeStore, folder: Path, settle: Settle) -> None:
     store = make_store(folder, device_bytes=2 * ROOM, host_bytes=2 * HOST)
     store.prefetch("abcd")
-    handles = store.resolve(["e", "f"])
-    readiness = store.reserve(handles)
+    handles = store.requests.resolve(["e", "f"])
+    readiness = store.requests.reserve(handles)
     assert readiness in (Readiness.LOADING, Readiness.BLOCKED)
     while readiness is not Readiness.READY:
         settle(store)
-        readiness = store.reserve(handles) if readiness is Readiness.BLOCKED else store.is_ready(handles)
+        readiness = (
+            store.requests.reserve(handles)
+            if readiness is Readiness.BLOCKED
+            else store.requests.is_ready(handles)
+        )
     assert set(store.on_device) == {"e", "f"}
     with pytest.raises(NotFoundError):
         store.prefetch(["a", "zz"])

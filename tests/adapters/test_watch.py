@@ -62,7 +62,7 @@ def test_a_folder_that_is_away_takes_nothing_with_it(folder: Path) -> None:
 def watching(registry: SiteRegistry, folder: Path) -> Any:
     config = AdapterConfig(folders=(folder,), device_bytes=1 << 20, host_bytes=1 << 20, watch_s=0.02)
     store = AdapterStore(registry, config, device="cpu", dtype=torch.float32)
-    store.register_folder(folder)
+    store.intake.register_folder(folder)
     yield store
     store.close()
     assert store.check_integrity() == []
@@ -77,7 +77,7 @@ def until(store: AdapterStore, condition: Callable[[], bool]) -> None:
 
 
 def names(store: AdapterStore) -> set[str]:
-    return {status.name for status in store.list() if not status.draining and status.rank}
+    return {status.name for status in store.registry.statuses() if not status.draining and status.rank}
 
 
 def test_adapters_come_and_go_with_their_folders(
@@ -89,18 +89,18 @@ def test_adapters_come_and_go_with_their_folders(
     store = watching
     write_adapter(folder / "c", rank=2)
     until(store, lambda: names(store) == {"a", "b", "c"})
-    assert store.get("c").state == "unloaded", "its weights are read when somebody wants them"
+    assert store.registry.status("c").state == "unloaded", "its weights are read when somebody wants them"
 
     held = bring(store, "b")
     shutil.rmtree(folder / "b")
     until(store, lambda: names(store) == {"a", "c"})
     with pytest.raises(NotFoundError):
-        store.resolve(["b"])
-    assert [status.draining for status in store.list() if status.name == "b"] == [True]
-    slot = store.slot(held[0])
+        store.requests.resolve(["b"])
+    assert [status.draining for status in store.registry.statuses() if status.name == "b"] == [True]
+    slot = store.requests.slot(held[0])
     assert int(store.pool.rank[slot].max()) == 4, "who holds it keeps it"
-    store.release(held)
-    assert "b" not in {status.name for status in store.list()}
+    store.requests.release(held)
+    assert "b" not in {status.name for status in store.registry.statuses()}
 
 
 def test_a_change_replaces_what_is_served(
@@ -118,17 +118,17 @@ def test_a_change_replaces_what_is_served(
             folder / "a", rank=6, change=lambda tensors: next(iter(tensors.values())).fill_(torch.nan)
         )
         until(store, lambda: "NaN" in caplog.text)
-    assert store.get("a").content_hash == before, "what cannot be served replaces nothing"
+    assert store.registry.status("a").content_hash == before, "what cannot be served replaces nothing"
     write_adapter(folder / "a", rank=6, seed=99)
-    until(store, lambda: store.get("a").content_hash not in ("", before))
+    until(store, lambda: store.registry.status("a").content_hash not in ("", before))
     [new] = bring(store, "a")
-    assert (old.content_hash, store.pool.rank[store.slot(old)].max()) == (before, 4)
-    assert store.pool.rank[store.slot(new)].max() == 6
-    store.release([old, new])
+    assert (old.content_hash, store.pool.rank[store.requests.slot(old)].max()) == (before, 4)
+    assert store.pool.rank[store.requests.slot(new)].max() == 6
+    store.requests.release([old, new])
 
     write_adapter(folder / "b", rank=8, seed=98)
-    until(store, lambda: store.get("b").rank == 8)
-    assert store.get("b").state == "unloaded", "nobody has asked for it yet"
+    until(store, lambda: store.registry.status("b").rank == 8)
+    assert store.registry.status("b").state == "unloaded", "nobody has asked for it yet"
 
 
 def test_a_bad_one_is_known_with_its_error_and_heals(
@@ -136,16 +136,16 @@ def test_a_bad_one_is_known_with_its_error_and_heals(
 ) -> None:
     store = watching
     write_adapter(folder / "bad", config={"layer_replication": [[0, 1]]})
-    until(store, lambda: "bad" in store.broken())
+    until(store, lambda: "bad" in store.registry.errors())
     with pytest.raises(FailedPreconditionError, match="layer_replication"):
-        store.resolve(["bad"])
+        store.requests.resolve(["bad"])
     write_adapter(folder / "bad", seed=5)
     until(store, lambda: "bad" in names(store))
-    assert store.broken() == {}
+    assert store.registry.errors() == {}
     write_adapter(folder / "bad too", seed=5)
     write_adapter(folder / "late", seed=5)
     until(store, lambda: "late" in names(store))
-    assert "bad too" not in store.broken()
+    assert "bad too" not in store.registry.errors()
 
 
 def test_what_a_client_unloaded_stays_unloaded(
@@ -156,5 +156,5 @@ def test_what_a_client_unloaded_stays_unloaded(
     write_adapter(folder / "c")
     until(store, lambda: "c" in names(store))
     assert names(store) == {"b", "c"}
-    store.load("c2", str(folder / "b"), lambda _: None)
+    store.intake.load("c2", str(folder / "b"), lambda _: None)
     until(store, lambda: "c2" in names(store))

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from loraplex.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, model_pb2, model_pb2_grpc
+from loraplex_server.api.app import served_name
 from loraplex_server.config import EngineConfig
 from loraplex_server.core.adapter_status import AdapterChanges, AdapterStatus, SwapRecord
 from loraplex_server.core.errors import ErrorInfo, FailedPreconditionError
@@ -516,3 +518,19 @@ def test_request_ids_come_back(serving: Any) -> None:
             assert dict(await spaced.trailing_metadata())["x-request-id"] not in ("", "a b")
 
     asyncio.run(main())
+
+
+def test_a_model_is_named_as_its_operator_wrote_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "snapshots/0a1b2c").mkdir(parents=True)
+    (tmp_path / "llama").symlink_to(tmp_path / "snapshots/0a1b2c")
+    monkeypatch.chdir(tmp_path)
+    for model, name in (
+        ("./llama", "llama"),
+        ("llama/", "llama"),
+        (str(tmp_path / "llama"), "llama"),
+        ("./snapshots/../llama", "llama"),
+        ("snapshots/0a1b2c", "0a1b2c"),
+        (".", tmp_path.name),
+        ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B"),
+    ):
+        assert served_name(model) == name, model

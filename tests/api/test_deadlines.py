@@ -89,7 +89,7 @@ def test_what_cannot_be_done_in_time_is_refused_before_the_engine_hears_of_it(se
             await generate(ask(max_tokens=200, ignore_eos=True, stop=["\n"]), timeout=40)
             await generate(long, timeout=300)
             await generate(long)
-            # Right guesses would make it five times as fast.
+            # Accepted drafts would make it five times as fast.
             long.request.speculative_tokens = 4
             await generate(long, timeout=40)
             assert len(server.engine.submitted) == asked + 5

@@ -12,7 +12,7 @@ import torch
 from loraplex_bench import gpu
 from loraplex_bench.load import metrics
 from loraplex_bench.models.random_weights import RandomWeights, config_of, write
-from loraplex_bench.scenarios import gpu_server as server_table
+from loraplex_bench.scenarios import gpu_server
 from loraplex_bench.scenarios.decode_steps import (
     StepBench,
     StepRow,
@@ -82,12 +82,12 @@ def test_goals_are_told_from_the_rows_that_are_there() -> None:
         .endswith("wanted at least 0.95: missed, by a factor of 1.14")
     )
     peers = [
-        server_table.ServerRow("p", w, "batch", speedup=s) for w, s in (("a", 30.0), ("b", 12.0), ("c", None))
+        gpu_server.ServerRow("p", w, "batch", speedup=s) for w, s in (("a", 30.0), ("b", 12.0), ("c", None))
     ]
     assert (
-        server_table.goal_line(peers) == "server over transformers + PEFT: 12.0x, wanted at least 20x: missed"
+        gpu_server.goal_line(peers) == "server over transformers + PEFT: 12.0x, wanted at least 20x: missed"
     )
-    assert server_table.goal_line(peers[2:]) is None
+    assert gpu_server.goal_line(peers[2:]) is None
 
 
 def test_random_weights_are_a_checkpoint(tmp_path: Path) -> None:
@@ -131,15 +131,15 @@ def test_the_devices_idle_time_is_a_share_of_what_passed_between_two_scrapes() -
         lines = [f"{name}_sum {factor * value}" for name, value in zip(names, (30, 3.0, 1.0), strict=True)]
         return metrics.parse("\n".join([*lines, *(f"{name}_count {factor * 10}" for name in names)]))
 
-    found = server_table.steps_between(scraped(1), scraped(3))
+    found = gpu_server.steps_between(scraped(1), scraped(3))
     assert found == (3, pytest.approx(0.3), pytest.approx(0.25))
 
 
 def test_both_systems_are_asked_the_same() -> None:
     wanted = ServerTable.tiny()
-    model = server_table.BenchModel("m", Path(), Path(), ("a", "b"), 320)
-    at_once, again = (server_table.requests(wanted, model, 0, float("inf")) for _ in range(2))
-    stream = server_table.requests(wanted, model, 0, 5.0)
+    model = gpu_server.BenchModel("m", Path(), Path(), ("a", "b"), 320)
+    at_once, again = (gpu_server.requests(wanted, model, 0, float("inf")) for _ in range(2))
+    stream = gpu_server.requests(wanted, model, 0, 5.0)
     assert at_once == again
     assert [(r.prompt, r.adapters) for r in at_once] == [(r.prompt, r.adapters) for r in stream]
     assert all(len(r.prompt) == wanted.prompt_tokens and r.ignore_eos for r in at_once)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from loraplex_bench.ops import lora_cases, lora_peers, lora_table, ops_lora
-from loraplex_bench.ops.lora_cases import Case
-from loraplex_bench.ops.ops_lora import ModelShape
+from loraplex_bench.ops import lora, lora_cases, lora_contenders, registry
+from loraplex_bench.ops.lora_cases import MODELS, Case
+from loraplex_bench.ops.registry import Figure, Row, Setting
+from loraplex_bench.ops.report import as_json, summary
+from loraplex_bench.ops.timers import Ceilings
+from loraplex_bench.peers.lora_kernels import PeerFilesError
 from loraplex_kernels import dispatch
 
-TINY = ModelShape(hidden=64, key_value=32, intermediate=96, layers=2)
+TINY = MODELS["tiny"]
 
 
 @pytest.fixture(autouse=True)
-def tiny_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(ops_lora.MODELS, "tiny", TINY)
+def _in_torch() -> Iterator[None]:
     with dispatch.using("torch"):
         yield
 
@@ -50,7 +51,7 @@ def test_tokens_of_one_adapter_stand_together(mix: str, tokens: int) -> None:
 @pytest.mark.parametrize("ranks", ["8", "mixed 6-64"])
 @pytest.mark.parametrize("mix", lora_cases.MIXES)
 def test_passes_keep_adapters_cold_and_count_their_bytes(mix: str, ranks: str) -> None:
-    shape = ops_lora.MODELS["llama-3-8b"]
+    shape = MODELS["llama-3-8b"]
     case = Case("llama-3-8b", 64, mix, ranks)
     work = lora_cases.workload(case, shape, copies=4)
     rank_row_bytes = 2 * (3 * 4096 + 6144 + 4096 + 4096 + 2 * 4096 + 2 * 14336 + 14336 + 4096)
@@ -66,79 +67,77 @@ def test_passes_keep_adapters_cold_and_count_their_bytes(mix: str, ranks: str) -
 @pytest.mark.parametrize("ranks", ["16", "mixed 6-64"])
 def test_contenders_agree(ranks: str) -> None:
     layers = lora_cases.make_layers("tiny", ranks, 2, torch.float32, torch.device("cpu"))
-    own, other = lora_peers.OwnKernels(layers), lora_peers.TorchBmm(layers)
+    own, other = lora_contenders.OwnKernels(layers), lora_contenders.TorchBmm(layers)
     case = Case("tiny", 20, "zipf-1.5", ranks)
     work = lora_cases.workload(case, TINY, copies=2)
-    data = lora_table.activations(TINY, 20, torch.float32, torch.device("cpu"))
-    assert lora_table.agrees(other, own, work, data)
+    data = lora_cases.activations(TINY, 20, torch.float32, torch.device("cpu"))
+
+    def error() -> float:
+        return registry.largest_error(lora.deltas(other, work, data), lora.deltas(own, work, data))
+
+    assert error() <= registry.TOLERANCE
     layers.pool.a(0, 0, TINY.hidden).mul_(2)
-    assert not lora_table.agrees(other, own, work, data), "a wrong contender passed"
+    assert error() > registry.TOLERANCE, "a wrong contender passed"
 
 
 def test_a_peer_whose_files_are_not_there_says_so(tmp_path: Path) -> None:
     layers = lora_cases.make_layers("tiny", "8", 1, torch.float32, torch.device("cpu"))
-    with pytest.raises(lora_peers.PeerUnavailableError, match="vllm lacks kernel_utils"):
-        lora_peers.VllmPeer(layers, tmp_path)
-    with pytest.raises(lora_peers.PeerUnavailableError, match="sglang lacks lora_tuning"):
-        lora_peers.SglangPeer(layers, tmp_path)
+    with pytest.raises(PeerFilesError, match="vllm lacks kernel_utils"):
+        lora_contenders.VllmPeer(layers, tmp_path)
+    with pytest.raises(PeerFilesError, match="sglang lacks lora_tuning"):
+        lora_contenders.SglangPeer(layers, tmp_path)
 
 
 def test_bmm_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_peers.TorchBmm, "max_bytes", 1 << 20)
+    monkeypatch.setattr(lora_contenders.TorchBmm, "max_bytes", 1 << 20)
     layers = lora_cases.make_layers("tiny", "64", 1, torch.float32, torch.device("cpu"))
-    peer = lora_peers.TorchBmm(layers)
+    peer = lora_contenders.TorchBmm(layers)
     peer.prepare([0])
-    with pytest.raises(lora_peers.PeerUnavailableError, match="gathers"):
+    with pytest.raises(registry.UnavailableError, match="gathers"):
         peer.prepare([0] * 4096)
 
 
 def test_rows_come_one_by_one_until_the_deadline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """All but the clock, on CPU: contenders that cannot run say why, the others are timed."""
-    runs: list[object] = []
-
-    def seconds(run: Callable[[], object]) -> float:
-        runs.append(run())
-        return 1e-3
-
-    monkeypatch.setattr(lora_table, "graph_seconds", seconds)
-    monkeypatch.setattr(lora_peers.VllmPeer.__init__, "__defaults__", (tmp_path,))
-    monkeypatch.setattr(lora_peers.SglangPeer.__init__, "__defaults__", (tmp_path,))
+    """Contenders that cannot run say why, the others are timed."""
+    monkeypatch.setattr(lora_contenders.VllmPeer.__init__, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(lora_contenders.SglangPeer.__init__, "__defaults__", (tmp_path,))
     wanted = [Case("tiny", 5, "distinct", ranks) for ranks in ("8", "mixed 6-64")]
-    device = torch.device("cpu")
-    rows = list(lora_table.measure_all(wanted, torch.float32, device, deadline=math.inf))
-    assert [row.case for row in rows] == wanted
+    op, setting, ceilings = lora.OPS[1], Setting.dry(), Ceilings(1e9, 1e12)
+    rows = list(registry.rows(op, wanted, setting, ceilings, limit_s=math.inf))
+    assert [row.case for row in rows] == list(map(str, wanted))
     for row in rows:
-        assert set(row.us) == {"loraplex", "torch bmm"}
-        assert set(row.not_run) == {"vLLM", "SGLang csgmv"}
-        assert row.speedup("torch bmm") == 1
-    assert len(runs) == 4
-    assert not list(lora_table.measure_all(wanted, torch.float32, device, deadline=-1))
+        assert {figure.contender for figure in row.figures if figure.us} == {"loraplex", "torch bmm"}
+        assert {figure.contender for figure in row.figures if figure.not_run} == {"vLLM", "SGLang csgmv"}
+        assert row.speedup("loraplex", "torch bmm") is not None
+    assert not list(registry.rows(op, wanted, setting, ceilings, limit_s=-1))
 
 
 def test_summary_is_the_geometric_mean() -> None:
-    case = Case("llama-3-8b", 64, "distinct", "16")
-    rows = [
-        lora_table.Row(case, 3e6, {"loraplex": 10.0, "other": 20.0}),
-        lora_table.Row(case, 3e6, {"loraplex": 10.0, "other": 80.0}),
-        lora_table.Row(dataclasses.replace(case, ranks="mixed 6-64"), 3e6, {"loraplex": 10.0, "other": 50.0}),
-    ]
-    found = lora_table.summary(rows, ceiling=3e12)
-    assert found["other, same ranks"] == pytest.approx(math.sqrt(16))
-    assert found["other, mixed ranks"] == pytest.approx(5)
-    assert found["largest share of the roofline"] == pytest.approx(0.1)
-    assert lora_table.as_json(rows[0], 3e12)["gb_per_s"] == pytest.approx(300)
+    def row(group: str, peer_us: float) -> Row:
+        figures = (
+            Figure("loraplex", "own", 10.0, 10.0, roofline=0.1),
+            Figure("other", "peer", peer_us, peer_us),
+        )
+        return Row("lora", "a case", group, {}, figures)
+
+    rows = [row("same ranks", 20.0), row("same ranks", 80.0), row("mixed ranks", 50.0)]
+    found = summary(rows)
+    assert found["loraplex over other, same ranks"] == pytest.approx(math.sqrt(16))
+    assert found["loraplex over other, mixed ranks"] == pytest.approx(5)
+    assert found["loraplex, largest share of the roofline"] == pytest.approx(0.1)
+    assert as_json(rows[0])["speedup"] == {"loraplex": {"other": 2.0}}
 
 
 def test_the_table_holds_every_case_that_the_targets_speak_of() -> None:
-    wanted = lora_table.cases()
+    wanted = lora_cases.cases()
     assert len(set(wanted)) == len(wanted)
     big = {(case.tokens, case.mix, case.ranks) for case in wanted if case.model == "llama-3-8b"}
     for ranks in lora_cases.RANK_SETS:
         for tokens in lora_cases.TOKENS[1:]:
             assert {(tokens, mix, ranks) for mix in lora_cases.MIXES} <= big
     assert wanted[0].tokens == 64
-    assert len(lora_table.cases(quick=True)) == 12
+    assert len(lora_cases.cases(quick=True)) == 12
 
 
 def test_no_launch_without_adapters() -> None:
-    assert lora_table.empty_step_launches(torch.device("cpu")) == 0
+    assert lora.empty_step_launches(torch.device("cpu")) == 0

@@ -9,16 +9,8 @@ import pytest
 
 from loraplex_bench.load.answers import Judgement, Verdict
 from loraplex_bench.load.generator import LoadResult, Outcome
-from loraplex_bench.load.report import (
-    Distribution,
-    jain,
-    parse_goodput,
-    raw_outcome,
-    render,
-    summarize,
-    table,
-    write_json,
-)
+from loraplex_bench.load.report import jain, parse_goodput, raw_outcome, render, summarize
+from loraplex_bench.load.results import Distribution, table, write_json
 from loraplex_bench.load.workload import PlannedRequest
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from loraplex_bench import tune_lora
-from loraplex_bench.ops import lora_cases, ops_lora
-from loraplex_bench.ops.lora_table import activations
-from loraplex_bench.ops.ops_lora import ModelShape
+from loraplex_bench.ops import lora_cases
+from loraplex_bench.ops.lora_cases import ModelShape, activations
+from loraplex_bench.ops.timers import Sample
 from loraplex_kernels.lora import tiles
 from loraplex_kernels.lora.tiles import LoraTiles
 from loraplex_kernels.pool import tile_rows
@@ -64,8 +64,8 @@ def test_the_time_limit_keeps_what_was_found() -> None:
 
 def test_the_scorer_checks_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CPU, with a clock made up: right results are timed, wrong ones left out."""
-    monkeypatch.setitem(ops_lora.MODELS, "tiny", ModelShape(64, 32, 96, 1))
-    monkeypatch.setattr(tune_lora, "graph_seconds", lambda run: 1e-3)
+    monkeypatch.setitem(lora_cases.MODELS, "tiny", ModelShape(64, 32, 96, 1))
+    monkeypatch.setattr(tune_lora, "sample_graph", lambda calls, repeats: Sample(500.0, 500.0))
     layers = lora_cases.make_layers("tiny", "8", 2, torch.float32, torch.device("cpu"))
     said: list[str] = []
     score = tune_lora.scorer(layers, "decode", "single", said.append)

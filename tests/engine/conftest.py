@@ -156,7 +156,7 @@ def module_harness() -> Iterator[MakeHarness]:
         yield make
 
 
-class _Guesser(Drafter):
+class _KnowingDrafter(Drafter):
     """Knows the answer, and now and then says something else."""
 
     def __init__(self, answer: Sequence[int], num_prompt: int, limit: int, rng: random.Random) -> None:
@@ -169,15 +169,15 @@ class _Guesser(Drafter):
     def propose(self, token_ids: Sequence[int], most: int) -> tuple[int, ...]:
         rng, done = self._rng, len(token_ids) - self._num_prompt
         count = min(most, rng.randint(0, 4), self._end - len(token_ids) - 1)
-        guess = list(self._answer[done : done + max(count, 0)])
-        if guess and rng.random() < 0.5:
-            guess[rng.randrange(len(guess))] = rng.randrange(3, 200)
-        return tuple(guess)
+        draft = list(self._answer[done : done + max(count, 0)])
+        if draft and rng.random() < 0.5:
+            draft[rng.randrange(len(draft))] = rng.randrange(3, 200)
+        return tuple(draft)
 
 
 @pytest.fixture(scope="session")
-def guess_from() -> Callable[[Harness, Callable[[str], Sequence[int]]], None]:
-    """`guess_from(harness, answer)`: who speculates is given, often enough, tokens that are right, and often
+def draft_from() -> Callable[[Harness, Callable[[str], Sequence[int]]], None]:
+    """`draft_from(harness, answer)`: who speculates is given, often enough, tokens that are right, and often
     enough such that are not; `answer` gives a request's by its name.
     """
 
@@ -189,7 +189,7 @@ def guess_from() -> Callable[[Harness, Callable[[str], Sequence[int]]], None]:
                 return None
             request = sequence.request
             limit = min(sequence.num_prompt + request.sampling.max_tokens, served.engine.info.max_model_len)
-            return _Guesser(answer(request.request_id), sequence.num_prompt, limit, rng)
+            return _KnowingDrafter(answer(request.request_id), sequence.num_prompt, limit, rng)
 
         served.engine._admission.drafter = make
 

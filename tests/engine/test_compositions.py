@@ -113,12 +113,12 @@ def test_answers_are_those_of_pefts_own_combination(
         expected = with_peft(model.base, folder)
         one = harness(model, adapters={"folders": (folder,), "cache_dir": tmp_path / "cache"})
         # What the process of its own runs, run here: the process is tested with the store.
-        composer = one.engine.adapters._composer
+        composer = one.engine.adapters.intake._composer
         monkeypatch.setattr(composer, "_run", lambda spec, unwanted: composition_job.combine(spec))
         uses = tuple(AdapterUse(*use) for use in WEIGHTS.items())
         outcomes: list[Any] = []
         for kind, settings in COMPOSITIONS.items():
-            one.engine.adapters.compose(kind, Composition(kind, uses, **settings), outcomes.append)
+            one.engine.adapters.intake.compose(kind, Composition(kind, uses, **settings), outcomes.append)
         while len(outcomes) < len(COMPOSITIONS):
             assert one.engine.adapters.wait_event(60)
             one.engine.adapters.poll()

@@ -178,7 +178,7 @@ def test_a_message_that_fails_is_answered(served: Any, host_of: Any, monkeypatch
         broken.setattr("loraplex_server.engine.admission.Sequence", lambda *_, **__: 1 // 0)
         request = Request("r", (8, 9), SamplingParams(max_tokens=2), (AdapterUse("r6", 1.0),))
         host._handle(served.engine, Received("api", Submit(request)))
-        broken.setattr(served.engine.adapters, "list", lambda: 1 // 0)
+        broken.setattr(served.engine.adapters.registry, "statuses", lambda: 1 // 0)
         host._handle(served.engine, Received("api", Call(5, ListAdapters())))
     refused, reply = sent
     assert isinstance(refused, Failed)

@@ -65,7 +65,7 @@ def test_a_step_of_one_token_has_room_for_all_its_adapters() -> None:
 
 
 def test_a_row_that_is_sampled_can_stand_alone() -> None:
-    """Two guesses after the sixth token of one sequence, none after the third of another, blocks of four."""
+    """Two drafts after the sixth token of one sequence, none after the third of another, blocks of four."""
 
     def sequence(length: int, table: list[int]) -> sequences.Sequence:
         made = sequences.Sequence(Request("r", tuple(range(length))), "test", ())
@@ -100,14 +100,12 @@ class Steps:
     engine: Any
     held: list[Any] = dataclasses.field(default_factory=list)
 
-    def plan(
-        self, rows: Sequence[Row], seed: int, *, computed: bool, guesses: Sequence[int] = ()
-    ) -> StepPlan:
-        """Decodes of `rows`, each in blocks of its own and with so many guesses, or the steps before them."""
+    def plan(self, rows: Sequence[Row], seed: int, *, computed: bool, drafts: Sequence[int] = ()) -> StepPlan:
+        """Decodes of `rows`, each in blocks of its own and with so many drafts, or the steps before them."""
         generator = np.random.default_rng(seed)
         order = generator.permutation(BLOCKS).tolist()
         scheduled = []
-        for (length, adapters), count in zip_longest(rows, guesses, fillvalue=0):
+        for (length, adapters), count in zip_longest(rows, drafts, fillvalue=0):
             tokens = tuple(generator.integers(3, 200, length).tolist())
             uses = tuple(AdapterUse(name, weight) for name, weight in adapters)
             handles = self.handles(adapters)
@@ -116,23 +114,23 @@ class Steps:
             made.num_computed = length - 1 if computed else 0
             drafts = tuple(generator.integers(3, 200, count).tolist()) if computed else ()
             scheduled.append(Scheduled(made, 1 if computed else length - 1, drafts=drafts))
-        return build_plan(scheduled, BLOCK, self.engine.adapters.slot, ())
+        return build_plan(scheduled, BLOCK, self.engine.adapters.requests.slot, ())
 
     def handles(self, adapters: Sequence[tuple[str, float]]) -> Any:
         store = self.engine.adapters
-        handles = store.resolve([name for name, _ in adapters], [weight for _, weight in adapters])
-        readiness = store.reserve(handles)
+        handles = store.requests.resolve([name for name, _ in adapters], [weight for _, weight in adapters])
+        readiness = store.requests.reserve(handles)
         while readiness is Readiness.LOADING:
             store.wait_event(1.0)
             store.poll()
-            readiness = store.is_ready(handles)
+            readiness = store.requests.is_ready(handles)
         assert readiness is Readiness.READY
         self.held.append(handles)
         return handles
 
     def release(self) -> None:
         for handles in self.held:
-            self.engine.adapters.release(handles)
+            self.engine.adapters.requests.release(handles)
 
     def compare(
         self,
@@ -141,15 +139,15 @@ class Steps:
         tolerance: float,
         *,
         replays: bool = True,
-        guesses: Sequence[int] = (),
+        drafts: Sequence[int] = (),
     ) -> None:
         """Both ways from one cache: the same logits, the same keys and values, nothing written elsewhere."""
         runner = self.engine._runner
         caches = runner._kv_caches
-        before = self.plan(rows, seed, computed=False, guesses=guesses)
+        before = self.plan(rows, seed, computed=False, drafts=drafts)
         if before.num_tokens:
             runner.run(before)
-        plan = self.plan(rows, seed, computed=True, guesses=guesses)
+        plan = self.plan(rows, seed, computed=True, drafts=drafts)
         kept = [cache.clone() for cache in caches]
         with torch.inference_mode():
             truth = runner._eager(plan)().clone()
@@ -218,10 +216,10 @@ class TestReplay:
         made = steps("Gemma2", cuda_graph_sizes=(4,))
         made.compare([(14, R6), (3, ()), (11, BOTH)], 0, 1e-5)
 
-    def test_guessed_tokens_are_rows_like_others(self, steps: Any) -> None:
+    def test_draft_tokens_are_rows_like_others(self, steps: Any) -> None:
         made = steps()
-        made.compare([(5, R6), (7, ())], 0, 1e-5, guesses=(0, 2))
-        made.compare([(6, R7), (3, ())], 2, 1e-5, guesses=(3, 1), replays=False)
+        made.compare([(5, R6), (7, ())], 0, 1e-5, drafts=(0, 2))
+        made.compare([(6, R7), (3, ())], 2, 1e-5, drafts=(3, 1), replays=False)
 
     def test_packed_weights(self, steps: Any) -> None:
         made = steps(quantization="nf4", cuda_graph_sizes=(2,))

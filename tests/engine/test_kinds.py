@@ -234,7 +234,7 @@ class Column:
         repeated: all are asked twice, after the base alone, and find their prompts cached the second time.
         preempted: the KV cache is too small for those that run.
         fused: what lies between the projections is fused, by the references of the kernels.
-        guessed: tokens are guessed, many of them right.
+        drafted: tokens are drafted, many of them right.
     """
 
     quantization: str = "none"
@@ -242,7 +242,7 @@ class Column:
     repeated: bool = False
     preempted: bool = False
     fused: bool = False
-    guessed: bool = False
+    drafted: bool = False
     scheduler: dict[str, Any] = dataclasses.field(default_factory=dict)
     adapters: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -261,7 +261,7 @@ COLUMNS = {
     "chunked prefill": Column(**_TIGHT),
     "preemption": Column(preempted=True, scheduler={"max_num_requests": 6, "kv_cache_bytes": 24 * 2048}),
     "speculation": Column(
-        guessed=True,
+        drafted=True,
         scheduler={"max_batch_tokens": 24, "max_num_requests": 6, "speculation_max_load": 1.0},
         adapters=_TIGHT["adapters"],
     ),
@@ -381,16 +381,16 @@ def truth(
 
 @pytest.fixture(scope="module")
 def column(
-    tiny: Any, saved: Any, truth: Any, prompts: Prompts, module_harness: Any, guess_from: Any
+    tiny: Any, saved: Any, truth: Any, prompts: Prompts, module_harness: Any, draft_from: Any
 ) -> Callable[[str, str], list[dict[tuple[str | None, int], Any]]]:
     """The answers of a column's engine, asked once for all kinds; twice where the column says so."""
 
     def serve(architecture: str, column: Column) -> Any:
         served = _serve(tiny(architecture), saved(architecture), column, module_harness)
-        if column.guessed:
+        if column.drafted:
             expected = truth(architecture, column.quantization)
             by_name = {_name(0, *which): tokens for which, (tokens, _) in expected.items()}
-            guess_from(served, by_name.__getitem__)
+            draft_from(served, by_name.__getitem__)
         return served
 
     made: dict[tuple[str, str], list[dict[tuple[str | None, int], Any]]] = {}
@@ -430,7 +430,7 @@ def _ask(served: Any, column: Column, prompts: Prompts) -> list[dict[tuple[str |
     wanted = [(kind, length) for length in LENGTHS for kind in (*KINDS, None)]
     random.Random(8).shuffle(wanted)
     options = {"max_tokens": MAX_TOKENS, "ignore_eos": True, "logprobs": 0}
-    if column.guessed:
+    if column.drafted:
         options["speculative_tokens"] = 4
     if column.repeated:
         for length, prompt in prompts.items():
@@ -449,7 +449,7 @@ def _ask(served: Any, column: Column, prompts: Prompts) -> list[dict[tuple[str |
     steps = served.engine.stats().steps
     assert bool(sum(step.preemptions for step in steps)) == column.preempted
     accepted = sum(step.accepted_tokens for step in steps)
-    assert bool(accepted) == column.guessed
+    assert bool(accepted) == column.drafted
     assert sum(step.drafted_tokens for step in steps) >= accepted
     return passes
 
@@ -592,7 +592,7 @@ def test_a_soft_prompt_counts_towards_the_longest_sequence(tiny: Any, harness: A
     assert (len(fits.tokens), fits.finish) == (1, "length")
     assert "20 tokens with the adapter's soft prompt" in long.error.message
     assert "outside the vocabulary" in negative.error.message
-    assert served.engine.adapters.references() == 0
+    assert served.engine.adapters.requests.references() == 0
 
 
 def test_a_pairs_bias_is_weighted_in_a_composition(tiny: Any, harness: Any, saved: Any, judge: Any) -> None:
@@ -633,7 +633,7 @@ def test_what_scales_the_base_stands_alone_at_weight_1(
     answer = served.submit("a", (5, 6), named, max_tokens=2)
     assert answer.error.code == "FAILED_PRECONDITION"
     assert "alone, at weight 1" in answer.error.message
-    assert served.engine.adapters.references() == 0
+    assert served.engine.adapters.requests.references() == 0
 
 
 def test_in_8_bits_vectors_stay_exact_and_low_rank_pairs_near(

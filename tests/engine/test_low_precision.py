@@ -48,12 +48,12 @@ def planned(engine: Any, rows: list[tuple[str | None, tuple[int, ...]]]) -> Iter
     sequences = []
     for index, (adapter, tokens) in enumerate(rows):
         names = [] if adapter is None else [adapter]
-        handles = store.resolve(names)
-        readiness = store.reserve(handles)
+        handles = store.requests.resolve(names)
+        readiness = store.requests.reserve(handles)
         while readiness is Readiness.LOADING:
             store.wait_event(1.0)
             store.poll()
-            readiness = store.is_ready(handles)
+            readiness = store.requests.is_ready(handles)
         assert readiness is Readiness.READY
         sequence = Sequence(
             Request(str(index), tokens, adapters=tuple(map(AdapterUse, names))), "test", handles
@@ -61,10 +61,10 @@ def planned(engine: Any, rows: list[tuple[str | None, tuple[int, ...]]]) -> Iter
         size = -(-len(tokens) // BLOCK)
         sequence.block_table = list(range(index * size, (index + 1) * size))
         sequences.append(sequence)
-    plan = build_plan([Scheduled(s, s.num_pending) for s in sequences], BLOCK, store.slot, ())
+    plan = build_plan([Scheduled(s, s.num_pending) for s in sequences], BLOCK, store.requests.slot, ())
     yield dataclasses.replace(plan, sample_row=np.arange(plan.num_tokens))
     for sequence in sequences:
-        store.release(sequence.handles)
+        store.requests.release(sequence.handles)
 
 
 def served_logits(harness: Any, tiny_model: Any, rows: Any, quantization: str, dtype: str) -> torch.Tensor:

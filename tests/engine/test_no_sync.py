@@ -105,16 +105,16 @@ class Launches:
 def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """The meta device takes Triton's kernels; each launch is counted under the kernel's name."""
     pytest.importorskip("triton")
-    from loraplex_kernels.attention import kernel as attention_kernels
-    from loraplex_kernels.attention.rotary import kernel as rotary_kernels
-    from loraplex_kernels.gated import kernel as gated_kernels
-    from loraplex_kernels.lora import launch as lora_kernels
-    from loraplex_kernels.norm import kernel as norm_kernels
-    from loraplex_kernels.quant import launch as quant_kernels
+    from loraplex_kernels.attention import launch as attention_launch
+    from loraplex_kernels.attention.rotary import launch as rotary_launch
+    from loraplex_kernels.gated import launch as gated_launch
+    from loraplex_kernels.lora import launch as lora_launch
+    from loraplex_kernels.norm import launch as norm_launch
+    from loraplex_kernels.quant import launch as quant_launch
 
     counts: Counter[str] = Counter()
     for module in (
-        attention_kernels, quant_kernels, gated_kernels, lora_kernels, norm_kernels, rotary_kernels
+        attention_launch, quant_launch, gated_launch, lora_launch, norm_launch, rotary_launch
     ):  # fmt: skip
         names = [name for name in vars(module) if name.endswith("_kernel")]
         assert names
@@ -462,7 +462,7 @@ def test_the_watch_sees_what_it_is_to_see(launches: Counter[str]) -> None:
         with pytest.raises((RuntimeError, NotImplementedError)):
             device[device > 0]
         assert watch.faults == ["_local_scalar_dense", "index by a mask"]
-    from loraplex_kernels.attention import kernel
+    from loraplex_kernels.attention import launch
 
     with pytest.raises(AssertionError):
-        kernel.attend_kernel[(1,)](device, torch.zeros(3))
+        launch.attend_kernel[(1,)](device, torch.zeros(3))

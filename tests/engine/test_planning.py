@@ -99,7 +99,7 @@ def test_draws_and_masks_follow_the_request() -> None:
     assert (plan.banned_start.tolist(), plan.banned_ids.tolist()) == ([0, 3, 3], [2, 9, 8])
 
 
-def test_guesses_are_rows_as_if_they_were_known() -> None:
+def test_drafts_are_rows_as_if_they_were_known() -> None:
     """Positions, draws, bans, minima and counts of each row are those of decoding up to it one by one."""
     made = sequence(
         4,

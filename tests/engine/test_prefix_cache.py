@@ -198,7 +198,7 @@ def test_new_weights_under_one_name_never_get_the_old_ones_keys_and_values(
     for turn, (content, expected) in enumerate([("r6", 0), ("r14", 0), ("r6", WHOLE), ("r14", WHOLE)]):
         shutil.rmtree(tmp_path / "adapter", ignore_errors=True)
         shutil.copytree(contents[content], tmp_path / "adapter")
-        store.register("tenant", tmp_path / "adapter")
+        store.intake.register("tenant", tmp_path / "adapter")
         answer = ask(served, f"q{turn}", PROMPT, [("tenant", 1.0)])
         truth, _ = oracle("Llama", "none").generate(PROMPT, [(content, 1.0)], GREEDY["max_tokens"])
         assert answer.tokens == truth

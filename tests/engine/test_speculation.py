@@ -109,8 +109,8 @@ def ask(served: Any, wanted: list[dict[str, Any]], **more: Any) -> dict[str, Any
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["step by step", "a step ahead"])
-def test_answers_are_those_without(ahead: bool, make: Any, guess_from: Any) -> None:
-    """Random traffic in too little memory, guesses from the rows themselves and guesses often right."""
+def test_answers_are_those_without(ahead: bool, make: Any, draft_from: Any) -> None:
+    """Random traffic in too little memory, drafts from the rows themselves and drafts often right."""
     seen = {"preemptions": 0, "drafted": 0, "accepted": 0, "hits": 0}
     for seed in range(2):
         rng = random.Random(seed)
@@ -127,7 +127,7 @@ def test_answers_are_those_without(ahead: bool, make: Any, guess_from: Any) -> N
         truth = ask(make(**scheduler), wanted, speculative_tokens=0)
         served = make(ahead=ahead, **scheduler)
         if seed:
-            guess_from(served, lambda name, truth=truth: truth[name][0])
+            draft_from(served, lambda name, truth=truth: truth[name][0])
         assert ask(served, wanted) == truth
         assert {"stop", "length"} <= {finish for _, finish, _ in truth.values()}
         stats = served.engine.stats()
@@ -168,7 +168,7 @@ def test_a_step_ahead_it_takes_fewer_steps_too(make: Any) -> None:
     found = served.submit("r", PROMPT, **REPEATS, speculative_tokens=8)
     served.run()
     assert len(served.engine.stats().steps) == 60 - found.times.accepted_tokens < 40
-    # Where nothing is guessed the engine is a step ahead as before.
+    # Where nothing is drafted the engine is a step ahead as before.
     served.submit("r", PROMPT, max_tokens=40, ignore_eos=True, temperature=5.0, seed=1, speculative_tokens=8)
     fed, launch = 0, served.engine._runner.runner.launch
 
@@ -192,7 +192,7 @@ def test_the_server_may_say_what_a_request_leaves_open(make: Any) -> None:
     assert said.tokens == unsaid.tokens
 
 
-def test_answers_with_a_structure_are_not_guessed(make: Any) -> None:
+def test_answers_with_a_structure_are_not_drafted(make: Any) -> None:
     drafter = partial(make().engine._admission.drafter, ahead=False)
     request = Request("r", PROMPT, speculative_tokens=4)
     held = msgspec.structs.replace(request, structure=Structure("regex", "a+"))
@@ -201,15 +201,15 @@ def test_answers_with_a_structure_are_not_guessed(make: Any) -> None:
 
 
 def drafted(served: Any, count: int, **options: Any) -> list[int]:
-    """Guessed tokens of each step of `count` requests that repeat themselves."""
+    """Draft tokens of each step of `count` requests that repeat themselves."""
     for index in range(count):
         served.submit(str(index), (7 + index, *PROMPT), **{**REPEATS, **options}, speculative_tokens=8)
     served.run()
     return [step.drafted_tokens for step in served.engine.stats().steps]
 
 
-def test_a_full_batch_gets_no_guesses(make: Any) -> None:
-    """As many rows are sampled as there may be requests, and no guess is made where half of these run."""
+def test_a_full_batch_gets_no_drafts(make: Any) -> None:
+    """As many rows are sampled as there may be requests, and no draft is made where half of these run."""
     assert sum(drafted(make(max_num_requests=8), 4)) > 0
     assert sum(drafted(make(max_num_requests=8), 5, max_tokens=12)) == 0
     assert sum(drafted(make(max_num_requests=8, speculation_max_load=0.0), 1)) == 0
@@ -219,10 +219,10 @@ def test_a_full_batch_gets_no_guesses(make: Any) -> None:
     assert max(drafted(make(max_num_requests=8, max_batch_tokens=3), 1)) == 2
 
 
-def test_wrong_guesses_leave_no_block_behind(make: Any, guess_from: Any) -> None:
+def test_wrong_drafts_leave_no_block_behind(make: Any, draft_from: Any) -> None:
     """After each step a request holds the blocks of the tokens that it has."""
     served = make()
-    guess_from(served, lambda name: [9] * 60)
+    draft_from(served, lambda name: [9] * 60)
     answer = served.submit("r", PROMPT, **GREEDY, speculative_tokens=8)
     most = 0
     while served.engine.has_work:
@@ -240,12 +240,12 @@ def test_wrong_guesses_leave_no_block_behind(make: Any, guess_from: Any) -> None
     assert answer.tokens == plain.answers["r"].tokens
 
 
-def test_an_end_among_the_right_guesses_is_the_end(make: Any, guess_from: Any) -> None:
+def test_an_end_among_the_right_drafts_is_the_end(make: Any, draft_from: Any) -> None:
     plain = make()
     whole = plain.submit("r", PROMPT, max_tokens=12, ignore_eos=True)
     plain.run()
     served = make()
-    guess_from(served, lambda name: whole.tokens)
+    draft_from(served, lambda name: whole.tokens)
     for place in range(1, 12):
         stop = whole.tokens[place]
         options = {"max_tokens": 12, "ignore_eos": True, "stop_token_ids": (stop,), "min_tokens": place}
@@ -265,7 +265,7 @@ class Memory:
         self.asynchronous = asynchronous
         self._cells: dict[int, int] = {}
         self._last: list[int] = []
-        self.guessed_rows = 0
+        self.draft_rows = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
@@ -282,7 +282,7 @@ class Memory:
             tokens[row] = self._last[place]
         self._cells.update(zip(plan.slot_mapping.tolist(), tokens.tolist(), strict=True))
         owner = np.searchsorted(plan.query_start, plan.sample_row, "right") - 1
-        self.guessed_rows += len(owner) - len(set(owner.tolist()))
+        self.draft_rows += len(owner) - len(set(owner.tolist()))
         self._last = []
         for row, sequence in zip(plan.sample_row.tolist(), owner.tolist(), strict=True):
             table = plan.blocks[plan.block_start[sequence] :]
@@ -295,7 +295,7 @@ class Memory:
 @pytest.mark.parametrize("ahead", [False, True], ids=["step by step", "a step ahead"])
 def test_nothing_is_read_but_what_is_known(ahead: bool, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random traffic that shares prompts and answers, is cancelled and preempted, over simulated memory."""
-    seen = {"guessed": 0, "right": 0, "preempted": 0, "hits": 0}
+    seen = {"drafted": 0, "right": 0, "preempted": 0, "hits": 0}
     for seed in range(6):
         rng = random.Random(seed)
         served = make(
@@ -336,13 +336,13 @@ def test_nothing_is_read_but_what_is_known(ahead: bool, make: Any, monkeypatch: 
             end = len(answer.tokens) if name in gone else None
             assert answer.tokens == expected[name][:end]
         stats = served.engine.stats()
-        assert memory.guessed_rows == sum(step.drafted_tokens for step in stats.steps)
-        seen["guessed"] += memory.guessed_rows
+        assert memory.draft_rows == sum(step.drafted_tokens for step in stats.steps)
+        seen["drafted"] += memory.draft_rows
         seen["right"] += sum(step.accepted_tokens for step in stats.steps)
         seen["preempted"] += sum(step.preemptions for step in stats.steps)
         seen["hits"] += stats.prefix_hits
     print(f"\n{seen}")
-    assert seen["guessed"] > seen["right"] > 100, seen
+    assert seen["drafted"] > seen["right"] > 100, seen
     assert seen["preempted"] > 10, seen
     assert seen["hits"] > 100, seen
 
@@ -373,7 +373,7 @@ class Chain:
 
 
 def test_what_is_drawn_follows_the_distribution(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """20,000 tokens with guesses, half of them right, against the chain that they are drawn from."""
+    """20,000 tokens with drafts, half of them right, against the chain that they are drawn from."""
     letters = 5
     logits = torch.full((211, 211), -1e9)
     generator = torch.Generator().manual_seed(2)
@@ -393,6 +393,6 @@ def test_what_is_drawn_follows_the_distribution(make: Any, monkeypatch: pytest.M
     accepted = sum(step.accepted_tokens for step in steps)
     assert 2_000 < accepted < sum(step.drafted_tokens for step in steps) - 2_000
     chi_square = ((counts - expected) ** 2 / expected).sum()
-    print(f"\nchi-square {chi_square:.1f} of 20 degrees of freedom; {accepted} of 20,000 tokens were guessed")
+    print(f"\nchi-square {chi_square:.1f} of 20 degrees of freedom; {accepted} of 20,000 tokens were drafted")
     # Exceeded once in 10,000 times.
     assert chi_square < 52.4

@@ -29,7 +29,7 @@ def test_a_swap_in_the_middle_of_an_answer(tiny: Any, harness: Callable[..., Any
     assert keys
     outcomes: list[AdapterStatus | ServerError] = []
     shutil.copytree(model.adapters / "r8", published / "x", dirs_exist_ok=True)
-    one.engine.adapters.load("x", str(published / "x"), outcomes.append, inplace=True)
+    one.engine.adapters.intake.load("x", str(published / "x"), outcomes.append, inplace=True)
     before = one.submit("before", prompt, [("x", 1.0)], max_tokens=24)
     while not outcomes:
         one.engine.step()
@@ -46,7 +46,7 @@ def test_a_swap_in_the_middle_of_an_answer(tiny: Any, harness: Callable[..., Any
     one.run()
     assert running.tokens == before.tokens == expected["r6"].tokens
     assert after.tokens == expected["r8"].tokens
-    assert [status.rank for status in one.engine.adapters.list() if status.name == "x"] == [8]
+    assert [status.rank for status in one.engine.adapters.registry.statuses() if status.name == "x"] == [8]
 
 
 def test_an_unload_ends_what_runs_on_after_its_grace(tiny: Any, harness: Callable[..., Any]) -> None:
@@ -71,7 +71,7 @@ def test_an_unload_ends_what_runs_on_after_its_grace(tiny: Any, harness: Callabl
         assert answer.error.code == "CANCELLED"
         assert "'r6' was unloaded" in answer.error.message
     assert adapters.device_bytes_used < held
-    assert "r6" not in {status.name for status in adapters.list()}
+    assert "r6" not in {status.name for status in adapters.registry.statuses()}
     one.run()
     assert (other.finish, other.error) == ("length", None)
     assert one.engine._drains.pending == {}

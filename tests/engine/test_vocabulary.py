@@ -288,7 +288,7 @@ def test_every_kind_in_one_batch_equals_peft(
         scheduler={"max_batch_tokens": 16, "max_num_requests": 6, "kv_block_size": 4},
         adapters={"folders": tuple(folders.values()), "max_on_device": 4},
     )
-    assert served.engine.adapters.broken() == {}
+    assert served.engine.adapters.registry.errors() == {}
     names = list(truth)
     random.Random(1).shuffle(names)
     for name in names:
@@ -361,7 +361,7 @@ def test_what_replaces_stands_alone_at_weight_1(
         answer = served.submit(kind, (5, 6), named, max_tokens=2)
         assert answer.error.code == "FAILED_PRECONDITION"
         assert "alone, at weight 1" in answer.error.message
-    assert served.engine.adapters.references() == 0
+    assert served.engine.adapters.requests.references() == 0
 
 
 def test_added_tokens_are_valid_with_their_adapter_alone(tiny: Any, harness: Any, saved: Any) -> None:
@@ -378,7 +378,7 @@ def test_added_tokens_are_valid_with_their_adapter_alone(tiny: Any, harness: Any
         assert answer.error.code == "INVALID_ARGUMENT"
         assert "outside the vocabulary" in answer.error.message
     assert f"of {last + 1}, the adapter's added tokens included" in refused["beyond"].error.message
-    assert served.engine.adapters.references() == 0
+    assert served.engine.adapters.requests.references() == 0
     # Greedy, drawn, and with end tokens masked; beside requests whose vocabulary is smaller.
     drawn = {"temperature": 1.5, "seed": 3, "min_tokens": 5, "logprobs": 5}
     for name in ("added_copies", "plain"):
@@ -440,7 +440,7 @@ def test_an_adapter_over_the_limit_is_refused_with_its_bytes(tiny: Any, harness:
         "none",
         adapters={"folders": (folders["copies"], folders["plain"]), "max_bytes": 100_000},
     )
-    (name, error), *others = served.engine.adapters.broken().items()
+    (name, error), *others = served.engine.adapters.registry.errors().items()
     assert (name, error.code, others) == ("copies", "FAILED_PRECONDITION", [])
     # Two tables of 211 rows alone.
     needed = int(str(error).partition("takes ")[2].split()[0])

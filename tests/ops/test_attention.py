@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loraplex_kernels.attention import AttentionBatch, kv_cache_shape, paged_attention, write_kv
-from loraplex_kernels.attention.layouts import DECODE_SPLIT_GAIN, split
+from loraplex_kernels.attention.groups import DECODE_SPLIT_GAIN, split
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}

@@ -196,7 +196,8 @@ def test_attend_wide(
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("head_dim", "rows"), [(80, 128), (128, 16)])
 def test_merge(capability: int, head_dim: int, rows: int, tmp_path: Path) -> None:
-    from loraplex_kernels.attention.kernel import MERGE_ROWS, merge_kernel
+    from loraplex_kernels.attention.kernel import merge_kernel
+    from loraplex_kernels.attention.launch import MERGE_ROWS
 
     elements = {"plane_ptr": "fp32", "weight_ptr": "fp32", "out_ptr": "bf16"}
     constants = {

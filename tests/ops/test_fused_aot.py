@@ -92,7 +92,8 @@ def compile_for(
     ],
 )
 def test_sum_and_norm(capability: int, width: int, form: str, after: str | None, tmp_path: Path) -> None:
-    from loraplex_kernels.norm.kernel import add_rms_norm_kernel, tile
+    from loraplex_kernels.norm.kernel import add_rms_norm_kernel
+    from loraplex_kernels.norm.launch import tile
 
     rows, block, warps = tile(width)
     constants = {"WIDTH": width, "AFTER": after, "FORM": form, "ROWS": rows, "BLOCK": block}
@@ -107,7 +108,8 @@ def test_sum_and_norm(capability: int, width: int, form: str, after: str | None,
 )
 def test_norm(capability: int, width: int, tmp_path: Path) -> None:
     """Of hidden states, and of single heads."""
-    from loraplex_kernels.norm.kernel import rms_norm_kernel, tile
+    from loraplex_kernels.norm.kernel import rms_norm_kernel
+    from loraplex_kernels.norm.launch import tile
 
     rows, block, warps = tile(width)
     constants = {"WIDTH": width, "FORM": "rounded", "ROWS": rows, "BLOCK": block}
@@ -128,7 +130,8 @@ def test_norm(capability: int, width: int, tmp_path: Path) -> None:
     ],
 )
 def test_gate(capability: int, width: int, activation: str, tmp_path: Path) -> None:
-    from loraplex_kernels.gated.kernel import BLOCK, gated_kernel
+    from loraplex_kernels.gated.kernel import gated_kernel
+    from loraplex_kernels.gated.launch import BLOCK
 
     constants = {"WIDTH": width, "ACTIVATION": activation, "COLUMNS": BLOCK}
     compiled = compile_for(capability, gated_kernel, constants, 4, tmp_path)
@@ -150,7 +153,8 @@ def test_gate(capability: int, width: int, activation: str, tmp_path: Path) -> N
 def test_rotation_and_write(
     capability: int, heads: tuple[int, int], head_dim: int, rotary: int, cache: str, tmp_path: Path
 ) -> None:
-    from loraplex_kernels.attention.rotary.kernel import constants, rotate_write_kernel
+    from loraplex_kernels.attention.rotary.kernel import rotate_write_kernel
+    from loraplex_kernels.attention.rotary.launch import constants
 
     narrow = cache != "bf16"
     chosen = {

@@ -66,7 +66,7 @@ def command(server: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 def test_generate_streams_to_stdout(command: Command, server: Any) -> None:
     code, out, err = command("generate", "Hallo", "--stats")
     assert (code, out) == (0, "Grüße\n")
-    assert err == "4 (2 cached) + 3 tokens (1 guessed) in 2.000 s, the first after 0.000 s; ended by stop\n"
+    assert err == "4 (2 cached) + 3 tokens (1 drafted) in 2.000 s, the first after 0.000 s; ended by stop\n"
     assert server.requests[0] == generation_pb2.GenerateRequest(text="Hallo")
 
 
@@ -210,6 +210,26 @@ def test_adapters(command: Command, server: Any, line: str, request_: Any) -> No
     assert (code, adapter["name"], adapter["state"]) == (0, "sql", "device")
 
 
+def test_load_takes_a_folder_as_the_caller_sees_it(
+    command: Command, server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server on this machine runs in another folder: a folder that is here goes to it as a whole path."""
+    (tmp_path / "adapters/sql").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for source, sent in (
+        ("./adapters/sql", f"{tmp_path}/adapters/sql"),
+        ("adapters/sql/", f"{tmp_path}/adapters/sql"),
+        ("../elsewhere/sql", "../elsewhere/sql"),
+        ("sql", "sql"),
+        ("hf://owner/sql", "hf://owner/sql"),
+    ):
+        assert command("adapters", "load", "sql", source)[0] == 0
+        assert server.requests[-1].source == sent
+    monkeypatch.setattr("loraplex._channel.is_local", lambda target: False)
+    assert command("adapters", "load", "sql", "./adapters/sql")[0] == 0
+    assert server.requests[-1].source == "./adapters/sql", "another machine's folders are not these"
+
+
 def test_watch(command: Command, server: Any) -> None:
     server.answers["Watch"] = lambda request, context: iter(
         [adapters_pb2.WatchResponse(adapters=[SQL]), adapters_pb2.WatchResponse(removed=["old"])]
@@ -341,13 +361,23 @@ def test_the_base_install_says_what_to_install(
 
 
 def test_the_extras_are_those_of_the_package() -> None:
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    root = Path(__file__).parents[2]
+    client = tomllib.loads((root / "clients/python/pyproject.toml").read_text())["project"]
+    server = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     imported_as = {"grpcio-health-checking": "grpc_health", "grpcio-reflection": "grpc_reflection"}
-    for extra in ("server", "bench"):
-        names = [re.split(r"[<>=; ]", line)[0] for line in project["optional-dependencies"][extra]]
-        modules = {imported_as.get(name, name.replace("-", "_")) for name in names}
-        modules -= {"triton", "starlette", "uvicorn", "llguidance"}
-        assert modules == set(_extras.MODULES[extra])
+
+    def modules(lines: list[str]) -> set[str]:
+        names = [re.split(r"[<>=; ]", line)[0] for line in lines]
+        return {imported_as.get(name, name.replace("-", "_")) for name in names}
+
+    optional = {"triton", "starlette", "uvicorn", "llguidance"}
+    own = {"loraplex", *modules(client["dependencies"])}
+    assert modules(server["dependencies"]) - own - optional | {"loraplex_server"} == {
+        *_extras.MODULES["server"]
+    }
+    bench = modules(server["optional-dependencies"]["bench"]) | {"loraplex_bench"}
+    assert bench == {*_extras.MODULES["bench"]}
+    assert _extras.MODULES.keys() <= client["optional-dependencies"].keys()
 
 
 @pytest.fixture

@@ -121,6 +121,15 @@ def test_the_documentation_names_every_option(pytestconfig: pytest.Config) -> No
     assert named == get_type_hints(GenerateOptions).keys()
 
 
+def test_there_are_no_other_options() -> None:
+    options: dict[str, Any] = {"temprature": 0.5}
+    with Client("127.0.0.1:1") as client:
+        with pytest.raises(TypeError, match="'temprature'"):
+            client.generate("x", **options)
+        with pytest.raises(TypeError, match="'temprature'"):
+            client.stream_batch(["x"], **options)
+
+
 HEAVY = ("torch", "transformers", "numpy", "loraplex_server")
 
 

@@ -129,19 +129,19 @@ def test_a_step_is_taken_apart(server: Any, tab: Callable[..., Any]) -> None:
     assert sum(widths) == pytest.approx(100, abs=0.1)
 
 
-def test_guesses_are_shown_where_there_are_any(server: Any, tab: Callable[..., Any]) -> None:
+def test_drafts_are_shown_where_there_are_any(server: Any, tab: Callable[..., Any]) -> None:
     text = "loraplex_build_info 1.0\nloraplex_drafted_tokens_total {}\nloraplex_accepted_tokens_total {}\n"
-    guesses = iter([(0, 0), (0, 0), (40, 30)])
+    drafted = iter([(0, 0), (0, 0), (40, 30)])
     last = [(0, 0)]
 
     def answer(route: Any) -> None:
-        last.append(next(guesses, last[-1]))
+        last.append(next(drafted, last[-1]))
         route.fulfill(body=text.format(*last[-1]), content_type="text/plain")
 
     shown = tab(server.url + FAST, lambda page: page.route("**/metrics", answer))
     shown.until("live")
-    shown.page.wait_for_selector("#guesses:visible", timeout=60_000)
-    assert shown.page.inner_text("#guesses") == "75% of guessed tokens right, 30 in all"
+    shown.page.wait_for_selector("#drafts:visible", timeout=60_000)
+    assert shown.page.inner_text("#drafts") == "75% of draft tokens accepted, 30 in all"
     assert shown.said == []
 
 

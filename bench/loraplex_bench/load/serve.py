@@ -19,15 +19,8 @@ from loraplex_bench.load.environment import environment
 from loraplex_bench.load.generator import LoadResult, LoadRun
 from loraplex_bench.load.launcher import LaunchedServer, LaunchError, demo_flags
 from loraplex_bench.load.progress import describe, live
-from loraplex_bench.load.report import (
-    Summary,
-    parse_goodput,
-    raw_outcome,
-    render,
-    summarize,
-    table,
-    write_json,
-)
+from loraplex_bench.load.report import Summary, parse_goodput, raw_outcome, render, summarize
+from loraplex_bench.load.results import table, write_json
 from loraplex_bench.load.workload import (
     ADAPTER_CHOICES,
     LengthRange,

@@ -15,7 +15,7 @@ from itertools import groupby
 
 import torch
 
-from loraplex_bench.ops.ops_lora import MODELS, ModelShape, make_pool
+from loraplex_bench.models.random_pool import random_pool
 from loraplex_kernels.pool import LoraPool, LoraSite, Run
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -32,6 +32,62 @@ MAX_PASSES = 128
 
 
 @dataclass(frozen=True)
+class ModelShape:
+    """The linear layers of a Llama: the sizes that decide the op's cost."""
+
+    hidden: int
+    key_value: int
+    intermediate: int
+    layers: int
+
+    def sites(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Site name → (in_features, widths of its slices)."""
+        return {
+            "qkv": (self.hidden, (self.hidden, self.key_value, self.key_value)),
+            "o": (self.hidden, (self.hidden,)),
+            "gate_up": (self.hidden, (self.intermediate, self.intermediate)),
+            "down": (self.intermediate, (self.hidden,)),
+        }
+
+
+MODELS = {
+    "tiny": ModelShape(hidden=64, key_value=32, intermediate=96, layers=2),
+    "demo": ModelShape(hidden=192, key_value=192, intermediate=512, layers=4),
+    "llama-100m": ModelShape(hidden=768, key_value=256, intermediate=2048, layers=12),
+    "llama-3-1b": ModelShape(hidden=2048, key_value=512, intermediate=8192, layers=16),
+    "llama-3-8b": ModelShape(hidden=4096, key_value=1024, intermediate=14336, layers=32),
+}
+
+Sites = dict[str, list[LoraSite]]
+"""The sites of a layer by name, each once for every copy of the layer."""
+
+
+def make_sites(shape: ModelShape) -> Sites:
+    """Where the layers' projections lie among the entries of a pool, one after the other."""
+    sites: Sites = {name: [] for name in shape.sites()}
+    entry = 0
+    for _ in range(shape.layers):
+        for name, (in_features, widths) in shape.sites().items():
+            slices = tuple((sum(widths[:index]), width) for index, width in enumerate(widths))
+            sites[name].append(LoraSite(entry, in_features, slices))
+            entry += len(widths)
+    return sites
+
+
+def make_pool(
+    shape: ModelShape,
+    ranks: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    scaled: bool = False,
+) -> LoraPool:
+    """One adapter per rank on every site of every layer. `scaled`: in 8 bits."""
+    layer = [(inner, width) for inner, widths in shape.sites().values() for width in widths]
+    return random_pool(layer * shape.layers, ranks, dtype, device, scaled=scaled)
+
+
+@dataclass(frozen=True)
 class Case:
     """One row of the table."""
 
@@ -42,6 +98,29 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.model} {self.tokens} tokens, {self.mix}, rank {self.ranks}"
+
+
+def cases(quick: bool = False) -> list[Case]:
+    """All cases, those that the targets speak of first: what a time limit cuts off matters least."""
+    big = [
+        Case("llama-3-8b", tokens, mix, ranks)
+        for ranks in ("16", "mixed 6-64", "8", "64")
+        for tokens in sorted(TOKENS, key=lambda tokens: (tokens != 64, tokens))
+        for mix in MIXES
+        if not (tokens == 1 and mix != "identical")
+    ]
+    small = [
+        Case("llama-3-1b", tokens, mix, ranks)
+        for ranks in ("16", "mixed 6-64")
+        for tokens in (1, 64, 1024)
+        for mix in ("identical", "distinct", "zipf-1.5")
+        if not (tokens == 1 and mix != "identical")
+    ]
+    if quick:
+        return [case for case in big if case.tokens in (16, 64, 1024) and case.ranks != "64"][:12]
+    # The small model's rows stand before the big one's least telling ranks.
+    middle = sum(case.ranks in ("16", "mixed 6-64") for case in big)
+    return [*big[:middle], *small, *big[middle:]]
 
 
 def adapters_of_tokens(mix: str, tokens: int, seed: int = 0) -> list[int]:
@@ -90,8 +169,10 @@ class Workload:
     """Adapters at their true ranks once, x once for a site, y read and written once."""
 
 
-def workload(case: Case, shape: ModelShape, copies: int, itemsize: int = 2) -> Workload:
-    """The passes that keep adapters cold, with `copies` copies of the layer in the pool."""
+def workload(
+    case: Case, shape: ModelShape, copies: int, itemsize: int = 2, cold_bytes: int = COLD_BYTES
+) -> Workload:
+    """The passes between which `cold_bytes` are read, with `copies` copies of the layer in the pool."""
     drawn = adapters_of_tokens(case.mix, case.tokens)
     dense = {adapter: index for index, adapter in enumerate(dict.fromkeys(drawn))}
     adapters, distinct = [dense[adapter] for adapter in drawn], len(dense)
@@ -102,7 +183,7 @@ def workload(case: Case, shape: ModelShape, copies: int, itemsize: int = 2) -> W
     shifts = POOL_ADAPTERS // (1 << (distinct - 1).bit_length())
     # Even where all is cold at once, some passes in a row hide the launch of the graph.
     while len(passes) < min(max(4, copies), MAX_PASSES) or (
-        adapter_bytes < COLD_BYTES and len(passes) < min(copies * shifts, MAX_PASSES)
+        adapter_bytes < cold_bytes and len(passes) < min(copies * shifts, MAX_PASSES)
     ):
         copy, shift = len(passes) % copies, len(passes) // copies % shifts
         slots = tuple((slot + shift * (POOL_ADAPTERS // shifts)) % POOL_ADAPTERS for slot in adapters)
@@ -122,7 +203,7 @@ class Layers:
     model: str
     ranks: str
     pool: LoraPool
-    sites: dict[str, list[LoraSite]]
+    sites: Sites
 
     @property
     def copies(self) -> int:
@@ -139,5 +220,20 @@ def make_layers(
     shape = MODELS[model]
     of_slot = [rank_of_slot(ranks, slot) for slot in range(POOL_ADAPTERS)]
     layer = ModelShape(shape.hidden, shape.key_value, shape.intermediate, copies)
-    pool, sites = make_pool(layer, of_slot, dtype, device, scaled=scaled)
-    return Layers(model, ranks, pool, sites)
+    pool = make_pool(layer, of_slot, dtype, device, scaled=scaled)
+    return Layers(model, ranks, pool, make_sites(layer))
+
+
+Activations = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""x ``[tokens, in]`` and y ``[tokens, out]`` of each site."""
+
+
+def activations(shape: ModelShape, tokens: int, dtype: torch.dtype, device: torch.device) -> Activations:
+    """Random ones."""
+    return {
+        name: (
+            torch.randn(tokens, inner, dtype=torch.float32, device=device).to(dtype),
+            torch.randn(tokens, sum(widths), dtype=torch.float32, device=device).to(dtype),
+        )
+        for name, (inner, widths) in shape.sites().items()
+    }

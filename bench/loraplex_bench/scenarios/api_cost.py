@@ -16,7 +16,7 @@ from pathlib import Path
 from loraplex_bench.load.environment import environment
 from loraplex_bench.load.launcher import LaunchedServer, LaunchError, child_environment
 from loraplex_bench.load.options import add_count, add_output
-from loraplex_bench.load.report import Distribution, milliseconds, table, write_result
+from loraplex_bench.load.results import Distribution, milliseconds, table, write_result
 from loraplex_bench.scenarios.api_cost_client import TEXTS_FILE, Order, Sample
 from loraplex_bench.scenarios.api_cost_engine import PID_FILE, TOKENS_FILE
 

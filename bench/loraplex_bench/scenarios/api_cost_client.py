@@ -22,7 +22,7 @@ from typing import Any
 import grpc
 
 from loraplex.v1 import generation_pb2
-from loraplex_bench.load.report import Distribution
+from loraplex_bench.load.results import Distribution
 from loraplex_bench.scenarios.api_cost_engine import STAMPS_FILE, STRIDE, TOKENS_FILE
 from loraplex_bench.scenarios.api_cost_server import METHOD
 

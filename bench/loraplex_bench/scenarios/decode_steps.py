@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from loraplex_bench.models.random_pool import random_pool
 from loraplex_bench.models.random_weights import RandomWeights, config_of
-from loraplex_bench.ops.ops_quant_cuda import measure_ceilings
+from loraplex_bench.ops.timers import measure_ceilings
 from loraplex_kernels import dispatch
-from loraplex_kernels.pool import EntryShape, LoraPool, adapter_layout, extent_alignment
+from loraplex_kernels.pool import MAX_RANK, LoraPool
 from loraplex_server.core.step import StepPlan
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.layers.weights import WeightFormat
@@ -313,23 +314,6 @@ def _adapters(
     base: BaseModel, count: int, rank: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[LoraPool, int]:
     """A pool of random adapters on every projection, and the bytes of one of them at its true rank."""
-    entries = [
-        EntryShape(index, projection.in_features, projection.out_features, rank)
-        for index, projection in enumerate(base.projections)
-    ]
-    lengths = {length for shape in entries for length in (shape.in_features, shape.width)}
-    alignment = extent_alignment(lengths)
-    layout = adapter_layout(entries, alignment)
-    pitch = -(-layout.num_elements // alignment) * alignment
-    pool = LoraPool.allocate(
-        num_elements=pitch * max(count, 1),
-        num_slots=max(count, 1),
-        num_entries=len(entries),
-        dtype=dtype,
-        device=device,
-    )
-    pool.arena.normal_(std=0.02)
-    for slot in range(count):
-        pool.bind(slot, slot * pitch, layout)
-    per_adapter = sum(shape.rank * (shape.in_features + shape.width) for shape in entries)
-    return pool, per_adapter * dtype.itemsize
+    entries = [(projection.in_features, projection.out_features) for projection in base.projections]
+    pool = random_pool(entries, [rank] * max(count, 1), dtype, device, max_rank=MAX_RANK)
+    return pool, sum(rank * sum(widths) for widths in entries) * dtype.itemsize

@@ -24,7 +24,7 @@ from loraplex_bench.demo.tasks import MAX_ANSWER_TOKENS, MAX_LINE_LENGTH, TASKS,
 from loraplex_bench.load.answers import UNCHECKED, AnswerBook, Judgement, Verdict
 from loraplex_bench.load.launcher import LaunchedServer, LaunchError, demo_flags
 from loraplex_bench.load.metrics import Metrics, scrape
-from loraplex_bench.load.report import Distribution, milliseconds, table
+from loraplex_bench.load.results import Distribution, milliseconds, table
 from loraplex_bench.load.workload import adapters_label
 
 DESCRIPTION = """\

@@ -89,14 +89,15 @@ class _Server:
     def logits(self, adapter: str, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
         """Of every position of every row, one after the other: float32 ``[positions, vocabulary]``."""
         store = self.engine.adapters
+        requests = store.requests
         parts = []
         for first in range(0, len(rows), _BATCH):
-            handles = store.resolve([adapter])
-            readiness = store.reserve(handles)
+            handles = requests.resolve([adapter])
+            readiness = requests.reserve(handles)
             while readiness is Readiness.LOADING:
                 store.wait_event(1.0)
                 store.poll()
-                readiness = store.is_ready(handles)
+                readiness = requests.is_ready(handles)
             sequences = []
             block = 0
             for index, tokens in enumerate(rows[first : first + _BATCH]):
@@ -106,10 +107,10 @@ class _Server:
                 sequence.block_table = list(range(block, block + blocks))
                 block += blocks
                 sequences.append(sequence)
-            plan = build_plan([Scheduled(s, s.num_pending) for s in sequences], _BLOCK, store.slot, ())
+            plan = build_plan([Scheduled(s, s.num_pending) for s in sequences], _BLOCK, requests.slot, ())
             plan = dataclasses.replace(plan, sample_row=np.arange(plan.num_tokens))
             parts.append(cast(ModelRunner, self.engine._runner).logits(plan).float().cpu())
-            store.release(handles)
+            requests.release(handles)
         return torch.cat(parts)
 
     def answers(self, adapter: str, prompts: Sequence[tuple[int, ...]]) -> list[list[int]]:

@@ -28,14 +28,8 @@ from loraplex_bench.load.generator import LoadResult, LoadRun, Outcome
 from loraplex_bench.load.launcher import LaunchedServer, LaunchError, demo_flags
 from loraplex_bench.load.options import add_quantization
 from loraplex_bench.load.progress import live
-from loraplex_bench.load.report import (
-    Distribution,
-    milliseconds,
-    raw_outcome,
-    summarize,
-    table,
-    write_result,
-)
+from loraplex_bench.load.report import raw_outcome, summarize
+from loraplex_bench.load.results import Distribution, milliseconds, table, write_result
 from loraplex_bench.load.workload import PlannedRequest, WorkloadConfig, make_workload, sure_prompts
 from loraplex_bench.scenarios.derived_adapters import Derivation, derive_all, spread
 from loraplex_bench.scenarios.soak import Check, MemorySample, memory_check

@@ -19,7 +19,7 @@ from loraplex import Client, LoraplexError
 from loraplex_bench.load.environment import environment
 from loraplex_bench.load.launcher import LaunchedServer, LaunchError
 from loraplex_bench.load.options import add_count, add_output, add_quantization
-from loraplex_bench.load.report import milliseconds, percentile, table, write_result
+from loraplex_bench.load.results import milliseconds, percentile, table, write_result
 from loraplex_bench.peers.jobs import BenchModel
 
 DESCRIPTION = """\

@@ -24,7 +24,7 @@ from loraplex import AsyncClient, LoraplexError
 from loraplex_bench.demo.tasks import TASKS, data_dir
 from loraplex_bench.load.environment import environment
 from loraplex_bench.load.launcher import LaunchedServer, LaunchError
-from loraplex_bench.load.report import table, write_json
+from loraplex_bench.load.results import table, write_json
 from loraplex_bench.peers.contender import Contender, ContenderError
 from loraplex_bench.peers.jobs import MAX_BATCH_TOKENS, PEFT_WEIGHTS, Answered, BenchModel, Job
 

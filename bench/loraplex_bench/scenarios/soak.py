@@ -42,7 +42,7 @@ from loraplex_bench.load.launcher import LaunchedServer, LaunchError, child_envi
 from loraplex_bench.load.metrics import Metrics, scrape
 from loraplex_bench.load.options import add_quantization
 from loraplex_bench.load.progress import live
-from loraplex_bench.load.report import table, write_json
+from loraplex_bench.load.results import table, write_json
 from loraplex_bench.load.workload import zipf_weights
 
 DESCRIPTION = """\

@@ -15,7 +15,7 @@ from loraplex_bench.demo.tasks import TASKS, expected, prompt, sure_lines
 from loraplex_bench.load.environment import environment
 from loraplex_bench.load.launcher import LaunchedServer, LaunchError, demo_flags
 from loraplex_bench.load.options import add_count, add_output, add_quantization
-from loraplex_bench.load.report import milliseconds, table, write_result
+from loraplex_bench.load.results import milliseconds, table, write_result
 
 DESCRIPTION = """\
 A server on the embedded demo model is asked the same lines with and without guessed tokens, in turns and one

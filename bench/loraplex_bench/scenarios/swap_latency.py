@@ -23,15 +23,8 @@ from loraplex_bench.demo.tasks import TASKS
 from loraplex_bench.load.environment import environment
 from loraplex_bench.load.generator import LoadResult, LoadRun, Outcome
 from loraplex_bench.load.launcher import LaunchedServer, LaunchError, demo_flags
-from loraplex_bench.load.report import (
-    Distribution,
-    Summary,
-    milliseconds,
-    raw_outcome,
-    summarize,
-    table,
-    write_result,
-)
+from loraplex_bench.load.report import Summary, raw_outcome, summarize
+from loraplex_bench.load.results import Distribution, milliseconds, table, write_result
 from loraplex_bench.load.workload import PlannedRequest, WorkloadConfig, make_workload, sure_prompts
 from loraplex_bench.scenarios.derived_adapters import Derivation, demo_rank, derive_all
 

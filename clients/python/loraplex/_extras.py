@@ -12,9 +12,11 @@ from importlib.util import find_spec
 # it uses torch, without starlette and uvicorn it serves gRPC alone, without llguidance free text alone.
 MODULES = {
     "server": (
+        "loraplex_server",
         "torch",
         "transformers",
         "safetensors",
+        "huggingface_hub",
         "numpy",
         "msgspec",
         "regex",
@@ -24,7 +26,7 @@ MODULES = {
         "grpc_reflection",
         "jinja2",
     ),
-    "bench": ("rich",),
+    "bench": ("loraplex_bench", "rich", "tokenizers"),
     "dev": ("peft", "bitsandbytes"),
 }
 

@@ -14,8 +14,9 @@ import torch
 
 from loraplex_kernels import dispatch
 from loraplex_kernels.attention import reference
+from loraplex_kernels.attention.batch import AttentionBatch
 from loraplex_kernels.attention.buffers import AttentionBuffers
-from loraplex_kernels.attention.layouts import AttentionBatch, head_cells, kv_cache_shape
+from loraplex_kernels.attention.cache import head_cells, kv_cache_shape
 from loraplex_kernels.attention.tiles import MAX_HEAD_DIM, LayerShape, narrow_floats
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 CACHE_DTYPES = (*dispatch.FLOATS, torch.float8_e4m3fn)
+"""Dtypes of a KV cache."""
 
 
 def write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch) -> None:
@@ -46,9 +48,9 @@ def write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, batch: At
     if not batch.num_tokens:
         return
     if _backend(k, kv_cache) == "triton":
-        from loraplex_kernels.attention.kernel import write_kv as launch_write
+        from loraplex_kernels.attention import launch
 
-        launch_write(k, v, kv_cache, batch.slots)
+        launch.write_kv(k, v, kv_cache, batch.slots)
     else:
         reference.write_kv(k, v, kv_cache, batch)
 
@@ -66,9 +68,9 @@ def write_cells(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slots:
             f"k {tuple(k.shape)} and v {tuple(v.shape)} must be {expected}, as the cells and the cache say"
         )
     if _backend(k, kv_cache) == "triton":
-        from loraplex_kernels.attention.kernel import write_kv as launch_write
+        from loraplex_kernels.attention import launch
 
-        launch_write(k, v, kv_cache, slots)
+        launch.write_kv(k, v, kv_cache, slots)
     else:
         cells = head_cells(slots.unsqueeze(1), block_size, num_kv_heads).view(-1)
         reference.write_rows(k, v, kv_cache, cells)
@@ -109,10 +111,10 @@ def paged_attention(
     if not batch.num_tokens:
         return torch.empty_like(q)
     if _backend(q, kv_cache) == "triton":
-        from loraplex_kernels.attention.kernel import paged_attention as launch_attention
+        from loraplex_kernels.attention import launch
 
         shape = LayerShape(q.shape[1], num_kv_heads, head_dim, q.dtype, sliding_window)
-        return launch_attention(
+        return launch.paged_attention(
             q,
             kv_cache,
             batch.tables.blocks,

@@ -10,7 +10,7 @@ import torch
 
 from loraplex_kernels import dispatch
 from loraplex_kernels.attention import packed, plan, tiles
-from loraplex_kernels.attention.layouts import AttentionBatch, check_step
+from loraplex_kernels.attention.batch import AttentionBatch, check_step
 from loraplex_kernels.attention.packed import DeviceTables
 from loraplex_kernels.attention.plan import Capacity, Cut, Queries, TilePlan
 from loraplex_kernels.attention.tiles import AttentionTiles, LayerShape

@@ -1,4 +1,4 @@
-"""Triton kernels of paged ragged attention, and their launch.
+"""Triton kernels of paged ragged attention.
 
 write    grid (token, block of key heads). Copies a token's keys and values to its cell.
 attend   grid (tile, key head). A tile is up to `ROWS` rows of one sequence, a row being one query of one of
@@ -15,28 +15,13 @@ lies in other cells cannot matter. Where a tile's queries see all keys of a bloc
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from loraplex_kernels import dispatch
-from loraplex_kernels.attention.plan import MERGE_FIELDS, TILE_FIELDS, TilePlan
-from loraplex_kernels.attention.tiles import column_block
-
-# The interpreter multiplies bfloat16 wrongly; the same products in float32 are exact.
-_UPCAST = dispatch.interpreting()
-
-_LOG2_E = 1.4426950408889634
-
-# In place of zero, which would turn the -inf of a hidden key into NaN.
-_LEAST_SCALE = 1e-30
+from loraplex_kernels.attention.plan import MERGE_FIELDS, TILE_FIELDS
 
 _TILE_FIELDS = tl.constexpr(TILE_FIELDS)
 _MERGE_FIELDS = tl.constexpr(MERGE_FIELDS)
-
-MERGE_ROWS = 8
-_WRITE_ELEMENTS = 4096
 
 
 @triton.jit
@@ -302,101 +287,3 @@ def merge_kernel(
     head = kv_head * GROUP + row % GROUP
     out_rows = out_ptr + (token * (KV_HEADS * GROUP) + head) * HEAD_DIM
     tl.store(out_rows[:, None] + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def write_kv(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
-    """Launch the write of k and v ``[T, Hkv, D]`` to `slots` int64 ``[T]``; a negative slot is skipped."""
-    k, v = _rows(k), _rows(v)
-    num_kv_heads, block_size, head_dim = kv_cache.shape[2:]
-    columns = column_block(head_dim)
-    heads = min(triton.next_power_of_2(num_kv_heads), max(1, _WRITE_ELEMENTS // columns))
-    narrow = kv_cache.dtype.itemsize == 1
-    write_kernel[(k.shape[0], triton.cdiv(num_kv_heads, heads))](
-        k,
-        v,
-        kv_cache,
-        slots,
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_SIZE=block_size,
-        HEADS=heads,
-        COLUMNS=columns,
-        LARGEST=torch.finfo(kv_cache.dtype).max if narrow else None,
-        num_warps=4,
-    )
-    dispatch.count("attention.write", "triton")
-
-
-def paged_attention(
-    q: Tensor,
-    kv_cache: Tensor,
-    blocks: Tensor,
-    plan: TilePlan,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """Launch the attention of q ``[T, Hq, D]`` over the block tables `blocks` (int32), as `plan` cuts it."""
-    if scale < 0:
-        q, scale = -q, -scale
-    scale = max(scale, _LEAST_SCALE)
-    q = _rows(q)
-    num_heads = q.shape[1]
-    num_kv_heads, block_size, head_dim = kv_cache.shape[2:]
-    group, tiles = num_heads // num_kv_heads, plan.tiles
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    shape = (plan.num_planes, num_kv_heads, tiles.rows)
-    planes = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
-    weights = torch.empty((*shape, 2), dtype=torch.float32, device=q.device)
-    common = {"GROUP": group, "KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim}
-    columns = column_block(head_dim)
-    attend_kernel[(plan.num_tiles, num_kv_heads)](
-        q,
-        kv_cache,
-        blocks,
-        plan.tile,
-        out,
-        planes,
-        weights,
-        q.stride(0),
-        q.stride(1),
-        0 if sliding_window is None else sliding_window,
-        scale * _LOG2_E if softcap is None else scale * _LOG2_E * 2 / softcap,
-        0.0 if softcap is None else softcap * _LOG2_E,
-        **common,
-        BLOCK_SIZE=block_size,
-        ROWS=tiles.rows,
-        KEYS=tiles.keys,
-        COLUMNS=columns,
-        WINDOW=sliding_window is not None,
-        SOFTCAP=softcap is not None,
-        PHASES=tiles.phases,
-        UPCAST=_UPCAST,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
-    dispatch.count("attention", "triton")
-    if plan.num_merges:
-        merge_kernel[(plan.num_merges, num_kv_heads, triton.cdiv(tiles.rows, MERGE_ROWS))](
-            plan.merge,
-            planes,
-            weights,
-            out,
-            **common,
-            TILE_ROWS=tiles.rows,
-            ROWS=MERGE_ROWS,
-            COLUMNS=columns,
-            num_warps=4,
-        )
-        dispatch.count("attention.merge", "triton")
-    return out
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """`tensor` with contiguous heads; any other stride will do."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -9,15 +9,14 @@ import numpy.typing as npt
 import torch
 
 from loraplex_kernels.attention import plan, tiles
-from loraplex_kernels.attention.plan import Cut, Queries, TilePlan
+from loraplex_kernels.attention.plan import Cut, Ints, Queries, TilePlan
 from loraplex_kernels.attention.tiles import AttentionTiles, LayerShape
 
-Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.int32]
 
 
 class DeviceTables:
-    """What the Triton kernels read of one step. Whatever was not sent with `send` is sent on first use."""
+    """The tables of one step that the Triton kernels read. What `send` leaves out is sent on first use."""
 
     def __init__(
         self,
@@ -86,7 +85,7 @@ def tile_plan(variant: AttentionTiles, cut: Cut, tile: torch.Tensor, merge: torc
 
 
 def windows(sizes: Sequence[int]) -> tuple[list[slice], int]:
-    """Where arrays of `sizes` int32 words lie in one buffer, each at a multiple of 16 bytes; and its size."""
+    """Places of arrays of `sizes` int32 words in one buffer, each at a multiple of 16 bytes; and its size."""
     starts = np.concatenate(([0], np.cumsum([-(-size // 4) * 4 for size in sizes])))
     places = [slice(int(start), int(start) + size) for start, size in zip(starts, sizes, strict=False)]
     return places, int(starts[-1])

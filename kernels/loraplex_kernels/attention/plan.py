@@ -33,10 +33,14 @@ from loraplex_kernels.attention.tiles import AttentionTiles, LayerShape
 Ints = npt.NDArray[np.int64]
 
 TILE_FIELDS = 8
+"""Numbers of a tile, as drawn above: 32 bytes."""
+
 MERGE_FIELDS = 8
+"""Numbers of a merge: the five drawn above, padded to 32 bytes."""
 
 MIN_PART = 256
 """Keys of a part at least: a plane costs about as much traffic as a few keys."""
+
 DIVIDE_GAIN = 256
 """Ranges are divided only where that takes more keys off the longest: what a further launch costs."""
 
@@ -49,7 +53,7 @@ class Queries(NamedTuple):
     query_len: Ints
     context_len: Ints
     table: Ints
-    """Where its block table begins."""
+    """Index of its block table's first entry."""
 
     @classmethod
     def of(cls, query_start: Ints, context_len: Ints, block_start: Ints) -> Queries:

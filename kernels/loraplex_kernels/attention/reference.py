@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from loraplex_kernels.attention.layouts import AttentionBatch, QueryGroup
+from loraplex_kernels.attention.batch import AttentionBatch
+from loraplex_kernels.attention.groups import QueryGroup
 
-# Scores are materialised only where the logits are soft-capped; a slice of queries holds about this many.
 MAX_SCORES = 1 << 22
+"""Scores (16 MiB in float32) of a slice of queries, about, where soft-capped logits are written out."""
 
 
 def write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch) -> None:

@@ -13,21 +13,24 @@ from dataclasses import dataclass
 import torch
 
 DECODE_ROWS = 16
+"""Rows of a small tile: the least that a tensor core product takes."""
 
 MAX_HEAD_DIM = 256
+"""The widest heads of the kernel, which holds a tile's running sums in registers."""
 
-# What a key of a tall tile costs against one of a small tile: fewer programs fit a multiprocessor.
 TALL_COST = 1.5
+"""The cost of a key of a tall tile against one of a small tile: fewer programs fit a multiprocessor."""
 
 _PROGRAMS_PER_PROCESSOR = 4
+"""Programs in flight on each multiprocessor, so that a step is cut into enough of them."""
 
-# Compute capabilities whose programs may use 227 KiB of shared memory; the others' have 99 KiB at least.
 _ROOMY = (9, 10)
+"""Compute capabilities whose programs may use 227 KiB of shared memory; the others have 99 KiB at least."""
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a layer asks for; layers of one shape share a plan. `dtype` is the queries'."""
+    """The shape of a layer's attention; layers of one shape share a plan. `dtype` is the queries'."""
 
     num_heads: int
     num_kv_heads: int
@@ -37,7 +40,7 @@ class LayerShape:
 
     @property
     def group(self) -> int:
-        """How many query heads share a key head."""
+        """Query heads that share a key head."""
         return self.num_heads // self.num_kv_heads
 
 
@@ -61,8 +64,8 @@ def column_block(head_dim: int) -> int:
 
 @dataclass(frozen=True)
 class Device:
-    """What of a device decides on tiles. `roomy`: it has a Hopper's shared memory. `programs`: how many keep
-    it busy to the end of a launch.
+    """The properties of a device that decide on tiles. `roomy`: it has a Hopper's shared memory. `programs`:
+    as many keep it busy to the end of a launch.
     """
 
     roomy: bool
@@ -83,7 +86,7 @@ def device_of(device: torch.device) -> Device:
 
 @functools.cache
 def narrow_floats(device: torch.device) -> bool:
-    """Whether Triton's kernels can convert 8-bit floats there."""
+    """True if Triton's kernels can convert 8-bit floats there."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
@@ -94,11 +97,18 @@ def variants(head_dim: int, dtype: torch.dtype, *, roomy: bool) -> tuple[Attenti
     """
     columns = column_block(head_dim)
     if dtype == torch.float32:
-        return (AttentionTiles(DECODE_ROWS, 32 if columns <= 64 else 16, 4, 2, False),)
+        return (_small(keys=32 if columns <= 64 else 16, stages=2),)
     if columns <= 64:
-        return (AttentionTiles(DECODE_ROWS, 64, 4, 4, False), AttentionTiles(128, 64, 8, 3, True))
+        return (_small(keys=64, stages=4), _tall(rows=128, keys=64, stages=3))
     if columns <= 128:
-        tall = AttentionTiles(128, 64, 8, 3, True) if roomy else AttentionTiles(128, 32, 8, 3, True)
-        return (AttentionTiles(DECODE_ROWS, 64, 4, 3, False), tall)
-    tall = AttentionTiles(128, 32, 8, 3, True) if roomy else AttentionTiles(64, 32, 8, 2, True)
-    return (AttentionTiles(DECODE_ROWS, 32, 4, 3, False), tall)
+        return (_small(keys=64, stages=3), _tall(rows=128, keys=64 if roomy else 32, stages=3))
+    tall = _tall(rows=128, keys=32, stages=3) if roomy else _tall(rows=64, keys=32, stages=2)
+    return (_small(keys=32, stages=3), tall)
+
+
+def _small(*, keys: int, stages: int) -> AttentionTiles:
+    return AttentionTiles(rows=DECODE_ROWS, keys=keys, warps=4, stages=stages, phases=False)
+
+
+def _tall(*, rows: int, keys: int, stages: int) -> AttentionTiles:
+    return AttentionTiles(rows=rows, keys=keys, warps=8, stages=stages, phases=True)

@@ -6,8 +6,8 @@ and the tokens t of an adapter that has width b there::
     y[t] += U.T f(D v[t] + d) + u        D, U [b, H], d [b], u [H], v one of y, y + r, r (`BottleneckReads`)
 
 as Houlsby et al. (2019), Pfeiffer et al. (2020) and He et al. (2021, parallel) place it. A factor on the
-whole is part of U and u. Pairs' weights are ignored: who builds the batch sees to it that such an adapter
-stands alone, at weight 1. Two products for each adapter and site, plain torch on every device.
+whole is part of U and u. Pairs' weights are ignored: a token that has such an adapter must have no other, at
+weight 1. Two products for each adapter and site, plain torch on every device.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ __all__ = ["NON_LINEARITIES", "add", "any_networks", "reads_residual"]
 
 
 def any_networks(pool: LoraPool, batch: LoraBatch) -> bool:
-    """Whether any adapter of the batch has a network anywhere; if not, `add` need not be called."""
+    """True if any adapter of the batch has a network anywhere; if not, `add` need not be called."""
     return reference.any_networks(pool, batch)
 
 
 def reads_residual(pool: LoraPool, batch: LoraBatch, site: LoraSite) -> bool:
-    """Whether `add` needs the residual stream at this site."""
+    """True if `add` needs the residual stream at this site."""
     return any(network.reads_residual for network in reference.networks(pool, batch, site))
 
 

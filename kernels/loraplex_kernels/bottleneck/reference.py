@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loraplex_kernels import dense, dispatch
-from loraplex_kernels.parallel import threads_for
+from loraplex_kernels.parallel import PRODUCTS_PER_US, threads_for
 from loraplex_kernels.pool import BottleneckReads, LoraBatch, LoraPool, LoraSite, VectorKind
-
-_PRODUCTS_PER_US = 25_000
 
 
 def _tanh_gelu(x: Tensor) -> Tensor:
@@ -39,7 +37,7 @@ NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
-"""What f may be, by the names that transformers has for it."""
+"""The functions that f may be, by their names in transformers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +66,9 @@ def any_networks(pool: LoraPool, batch: LoraBatch) -> bool:
 
 
 def networks(pool: LoraPool, batch: LoraBatch, site: LoraSite) -> tuple[Network, ...]:
-    """Those of the batch's adapters at a site; kept with the batch."""
+    """The networks of the batch's adapters at a site; kept with the batch."""
     key = ("bottleneck", pool, site)
-    cached = batch.cache.get(key)
-    if cached is None or cached[0] != pool.host.version:
-        cached = batch.cache[key] = (pool.host.version, _networks(pool, batch, site))
-    found: tuple[Network, ...] = cached[1]
-    return found
+    return batch.derived(key, pool.host.version, lambda: _networks(pool, batch, site))
 
 
 def _networks(pool: LoraPool, batch: LoraBatch, site: LoraSite) -> tuple[Network, ...]:
@@ -111,6 +105,6 @@ def add(y: Tensor, residual: Tensor | None, network: Network) -> None:
         read = residual.index_select(0, tokens)
         if network.reads is BottleneckReads.SUM:
             read = read + rows
-    with threads_for(2 * len(tokens) * network.down.numel() / _PRODUCTS_PER_US):
+    with threads_for(2 * len(tokens) * network.down.numel() / PRODUCTS_PER_US):
         narrow = network.non_linearity(dense.linear(read, network.down, network.down_bias))
         y.index_copy_(0, tokens, rows + dense.linear(narrow, network.up.t(), network.up_bias))

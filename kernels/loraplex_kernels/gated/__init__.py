@@ -28,8 +28,8 @@ def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
             "must be of one shape and dtype"
         )
     if gate.numel() and gate.dtype in dispatch.FLOATS and dispatch.backend(gate.device) == "triton":
-        from loraplex_kernels.gated.kernel import gated as launch
+        from loraplex_kernels.gated import launch
 
-        return launch(gate, up, activation)
+        return launch.gated(gate, up, activation)
     dispatch.count("gated", "torch")
     return reference.gated(gate, up, activation)

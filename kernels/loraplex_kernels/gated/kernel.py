@@ -1,4 +1,4 @@
-"""The Triton kernel of the gate, and its launch: a program has a piece of one row of gate and of up."""
+"""The Triton kernel of the gate: a program has a piece of one row of gate and of up."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -6,13 +6,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from loraplex_kernels import dispatch
-from loraplex_kernels.gated.reference import Activation
-
-# 16 bytes of half precision for each thread of four warps.
-BLOCK = 1024
 
 
 @triton.jit
@@ -47,28 +40,3 @@ def gated_kernel(
     rounded = _activated(gate.to(tl.float32), ACTIVATION).to(gate.dtype)
     product = rounded.to(tl.float32) * up.to(tl.float32)
     tl.store(out_ptr + row * WIDTH + column, product.to(gate.dtype), mask=mask)
-
-
-def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """Launch the gate for gate and up ``[..., N]``."""
-    width = gate.shape[-1]
-    rows = [_unit(each.reshape(-1, width)) for each in (gate, up)]
-    out = gate.new_empty(gate.shape)
-    columns = min(BLOCK, triton.next_power_of_2(width))
-    gated_kernel[(rows[0].shape[0], triton.cdiv(width, columns))](
-        *rows,
-        out,
-        rows[0].stride(0),
-        rows[1].stride(0),
-        WIDTH=width,
-        ACTIVATION=activation,
-        COLUMNS=columns,
-        num_warps=4,
-    )
-    dispatch.count("gated", "triton")
-    return out
-
-
-def _unit(rows: Tensor) -> Tensor:
-    """`rows` with contiguous values; any other stride will do."""
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()

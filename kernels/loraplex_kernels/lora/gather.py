@@ -5,7 +5,7 @@ sparse ops do the whole site at once, ragged ranks included, straight from the a
 adapter's rank rows are rows of the arena seen as a matrix:
 
 - expand: a bag's weighted sum of rows, ``Σ_r h[r] · B[r]``, is an embedding bag with per-sample weights. The
-  members of a token's composition fill its bag one after the other. Slices of different widths share one call
+  members of a token's mix fill its bag one after the other. Slices of different widths share one call
   by cutting rows into *granules* as wide as the widths' greatest common divisor.
 - shrink: ``h[r] = x · A[r]`` is one entry of ``x @ arena.T``, a dense product sampled at a sparse pattern.
 
@@ -18,31 +18,31 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from loraplex_kernels._sparse import csr
-from loraplex_kernels.parallel import threads_for
+from loraplex_kernels.parallel import PRODUCTS_PER_US, threads_for
 from loraplex_kernels.pool import HostSegments, LoraBatch, LoraPool, LoraSite, padded_rank
-from loraplex_kernels.pool.segments import ranges
+from loraplex_kernels.pool.segments import Group, ranges
 
 MATMUL_ROWS = 8
-"""Stretches of one composition with more tokens than this are multiplied per adapter."""
+"""Stretches of one mix with more tokens than this are multiplied per adapter."""
 
 MIN_GRANULE = 32
 """Slices whose widths have a smaller common divisor are multiplied per adapter."""
 
-_Stretch = tuple[int, int, tuple[tuple[int, int], ...]]
-"""As `HostSegments.group`: first row, end row, ((slot, pair shift), ...), but for consecutive tokens."""
-
-# Multiply-adds per microsecond of one core, rank rows read from memory or used for many tokens.
 _BAG_PRODUCTS_PER_US = 3_000
-_PRODUCTS_PER_US = 25_000
+"""Multiply-adds per microsecond of one core whose rank rows are read from memory for a token or two."""
 
 _SUM = 0
+"""`torch.embedding_bag`'s mode for sums."""
+
 _MAX_INDEX = 2**31 - 1
+"""Rows of the arena are named in int32."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,28 @@ class _Bags:
             _add(y if whole else y[:, self.columns], self.tokens, delta)
 
 
+class _Part(NamedTuple):
+    """One slice of a stack: its columns of the shrink's result, those of y, and B ``[rank, width]``."""
+
+    ranks: slice
+    columns: slice
+    b: Tensor
+
+
+class _Stack(NamedTuple):
+    """An adapter's A of neighbouring slices as one view ``[rows, in_features]``, zero rows between them."""
+
+    a: Tensor
+    parts: tuple[_Part, ...]
+
+
 @dataclass(frozen=True)
 class _Term:
-    """One member of a group: its A of neighbouring slices as one view, and for each slice its part of the
-    shrink's result, and B."""
+    """One member of a group: a stack of its slices, and its weight, ``[tokens, 1]`` where they differ."""
 
     a: Tensor
     weight: float | Tensor
-    slices: tuple[tuple[slice, slice, Tensor], ...]
+    parts: tuple[_Part, ...]
 
 
 @dataclass(frozen=True)
@@ -99,14 +113,14 @@ class _Product:
     def add(self, x: Tensor, y: Tensor) -> None:
         rows, out = x[self.tokens], y[self.tokens]
         for term in self.terms:
-            with threads_for(rows.numel() * len(term.a) / _PRODUCTS_PER_US):
+            with threads_for(rows.numel() * len(term.a) / PRODUCTS_PER_US):
                 h = rows @ term.a.T
                 alpha = 1.0
                 if isinstance(term.weight, float):
                     alpha = term.weight
                 else:
                     h *= term.weight
-                for ranks, columns, b in term.slices:
+                for ranks, columns, b in term.parts:
                     out[:, columns].addmm_(h[:, ranks], b, alpha=alpha)
 
 
@@ -149,11 +163,8 @@ class _Samples:
 
 def apply(x: Tensor, y: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> None:
     """`reference.apply` for float32 and float64 on CPU."""
-    version = pool.host.version
-    cached = batch.cache.get((pool, site))
-    if cached is None or cached[0] != version:
-        cached = batch.cache[pool, site] = (version, _plan(pool, site, batch))
-    for part in cached[1]:
+    parts = batch.derived((pool, site), pool.host.version, lambda: _plan(pool, site, batch))
+    for part in parts:
         part.add(x, y)
 
 
@@ -163,18 +174,19 @@ def _plan(pool: LoraPool, site: LoraSite, batch: LoraBatch) -> list[_Bags | _Pro
     bags, few = _bags(pool, site, batch)
     if bags is not None:
         parts.append(bags)
-    for first, end, members in _stretches(batch):
-        if end - first > few:
-            product = _product(pool, site, host, first, end, members)
+    for stretch in _stretches(batch):
+        if stretch.end_row - stretch.first_row > few:
+            product = _product(pool, site, host, stretch)
             if product.terms:
                 parts.append(product)
     return parts
 
 
-def _stretches(batch: LoraBatch) -> list[_Stretch]:
-    """The groups of `batch.host`, cut where their tokens are not consecutive: decodes and a chunk of one
-    adapter are a group, yet lie apart."""
-    found: list[_Stretch] | None = batch.cache.get("stretches")
+def _stretches(batch: LoraBatch) -> list[Group]:
+    """The groups of `batch.host`, cut where their tokens are not consecutive: an adapter's decodes and its
+    prompt's chunk are a group, yet lie apart.
+    """
+    found: list[Group] | None = batch.cache.get("stretches")
     if found is None:
         token = batch.host.group_token
         breaks = np.flatnonzero(np.diff(token) != 1) + 1
@@ -182,7 +194,7 @@ def _stretches(batch: LoraBatch) -> list[_Stretch]:
         for first, end, members in batch.host.group:
             inner = breaks[np.searchsorted(breaks, first, "right") : np.searchsorted(breaks, end)]
             bounds = [first, *inner.tolist(), end]
-            found += [(start, stop, members) for start, stop in pairwise(bounds)]
+            found += [Group(start, stop, members) for start, stop in pairwise(bounds)]
     return found
 
 
@@ -304,48 +316,40 @@ def _samples(batch: LoraBatch, order: _Order, rank: np.ndarray, dtype: torch.dty
     )
 
 
-def _product(
-    pool: LoraPool,
-    site: LoraSite,
-    host: HostSegments,
-    first: int,
-    end: int,
-    members: tuple[tuple[int, int], ...],
-) -> _Product:
+def _product(pool: LoraPool, site: LoraSite, host: HostSegments, stretch: Group) -> _Product:
+    first, end, members = stretch
     terms: list[_Term] = []
     for slot, shift in members:
         weights = host.pair_weight[first + shift : end + shift]
         weight: float | Tensor = float(weights[0])
         if (weights != weights[0]).any():
             weight = torch.from_numpy(weights).to(pool.arena.dtype)[:, None]
-        terms += [_Term(a, weight, slices) for a, slices in _shrinks(pool, site, slot)]
+        terms += [_Term(stack.a, weight, stack.parts) for stack in _stacks(pool, site, slot)]
     token = int(host.group_token[first])
     return _Product(slice(token, token + end - first), tuple(terms))
 
 
-def _shrinks(
-    pool: LoraPool, site: LoraSite, slot: int
-) -> list[tuple[Tensor, tuple[tuple[slice, slice, Tensor], ...]]]:
-    """An adapter's A of each stretch of slices that lie one behind the other in the arena, as one view with
-    the zero rows between them, and per slice (its rows, its columns, its B)."""
+def _stacks(pool: LoraPool, site: LoraSite, slot: int) -> list[_Stack]:
+    """An adapter's A of the site, those slices together that lie one behind the other in the arena."""
     tables, length = pool.host, site.in_features
-    stretches: list[tuple[int, int, list[tuple[slice, slice, Tensor]]]] = []
+    stacks: list[_Stack] = []
+    end = -1  # where the last stack's zero rows end
     for s, (column, width) in enumerate(site.slices):
         entry = site.first_entry + s
         rank, offset = int(tables.rank[slot, entry]), int(tables.a_offset[slot, entry])
         if not rank:
             continue
-        if not stretches or offset != stretches[-1][0] + padded_rank(stretches[-1][1]) * length:
-            stretches.append((offset, 0, []))
-        start, rows, parts = stretches.pop()
-        before = padded_rank(rows)
-        b = pool.b(slot, entry, width)
-        parts.append((slice(before, before + rank), slice(column, column + width), b))
-        stretches.append((start, before + rank, parts))
-    return [
-        (pool.arena.as_strided((rows, length), (length, 1), start), tuple(parts))
-        for start, rows, parts in stretches
-    ]
+        before = 0
+        parts: tuple[_Part, ...] = ()
+        if offset == end:
+            stack = stacks.pop()
+            before, parts = padded_rank(len(stack.a)), stack.parts
+        rows = before + rank
+        a = pool.arena.as_strided((rows, length), (length, 1), offset - before * length)
+        part = _Part(slice(before, rows), slice(column, column + width), pool.b(slot, entry, width))
+        stacks.append(_Stack(a, (*parts, part)))
+        end = offset + padded_rank(rank) * length
+    return stacks
 
 
 def _add(y: Tensor, tokens: slice | Tensor, delta: Tensor) -> None:

@@ -1,7 +1,5 @@
 """The launch of the LoRA kernels: what a variant of `tiles` means in grids and compile-time arguments."""
 
-# mypy: allow-untyped-calls
-
 from __future__ import annotations
 
 import torch

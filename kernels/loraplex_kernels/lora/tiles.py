@@ -1,4 +1,4 @@
-"""Which variant of the LoRA kernels a batch takes: three families by shape, one small table.
+"""The variants of the LoRA kernels: three families by the shape of the batch, one small table.
 
 =========  ======================================  ==========================================================
 family     batch                                   limited by
@@ -41,9 +41,10 @@ ELEMENTS: tuple[Element, ...] = get_args(Element)
 """Adapters in bfloat16 or float16; anything beside float32 activations; adapters in int8 with scales."""
 
 PLANES = (1, 2, 4, 8, 16)
+"""Partial sums of the shrink, powers of two: each number is a variant of the expand."""
 
 TUNED = Path(__file__).parent / "tuned"
-"""Where `load` looks for tables of particular cards."""
+"""The folder of tables of particular cards."""
 
 _SHARED_PAIRS = 512
 """Above so many pairs reading x and y outweighs the launches: eight tiles of `PREFILL_ROWS`."""
@@ -179,7 +180,7 @@ def family(rows: int, num_pairs: int) -> Family:
 
 
 def element(adapters: torch.dtype, compute: torch.dtype) -> Element:
-    """How adapters of dtype `adapters`, beside activations of dtype `compute`, are looked up in a table."""
+    """The table's key for adapters of dtype `adapters`, beside activations of dtype `compute`."""
     if compute == torch.float32:
         return "single"
     return "int8" if adapters == torch.int8 else "half"

@@ -33,9 +33,9 @@ def rms_norm(x: Tensor, norm: RmsNorm) -> Tensor:
     """The norm of x ``[..., N]``, contiguous, in x's dtype. Raises `ValueError` where it does not fit."""
     _check(x, norm)
     if x.numel() and _backend(x) == "triton":
-        from loraplex_kernels.norm.kernel import rms_norm as launch
+        from loraplex_kernels.norm import launch
 
-        return launch(x, norm)
+        return launch.rms_norm(x, norm)
     dispatch.count("norm.rms", "torch")
     return reference.rms_norm(x, norm)
 
@@ -56,9 +56,9 @@ def add_rms_norm(
     for each in (norm,) if after is None else (after, norm):
         _check(x, each)
     if x.numel() and _backend(x) == "triton":
-        from loraplex_kernels.norm.kernel import add_rms_norm as launch
+        from loraplex_kernels.norm import launch
 
-        return launch(x, residual, norm, after)
+        return launch.add_rms_norm(x, residual, norm, after)
     dispatch.count("norm.add_rms", "torch")
     return reference.add_rms_norm(x, residual, norm, after=after)
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the RMS norm, and their launch.
+"""Triton kernels of the RMS norm.
 
 A program has whole rows in registers, several where they are short: it reads each value once and writes each
 result once, and nothing passes through memory between the addition and the norm.
@@ -10,15 +10,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from loraplex_kernels import dispatch
-from loraplex_kernels.norm.reference import RmsNorm
-
-# Per program: enough for every thread of four warps to have 16 bytes of half precision.
-_ELEMENTS = 1024
-_ELEMENTS_PER_WARP = 512
-_MAX_WARPS = 16
 
 
 @triton.jit
@@ -94,71 +85,3 @@ def add_rms_norm_kernel(
     tl.store(sum_ptr + target, total, mask=mask)
     y = _normed(total.to(tl.float32), weight_ptr, column, in_row, eps, WIDTH, FORM)
     tl.store(out_ptr + target, y.to(dtype), mask=mask)
-
-
-def tile(width: int) -> tuple[int, int, int]:
-    """Rows of a program, their length rounded up to a power of two, and its warps."""
-    block = triton.next_power_of_2(width)
-    rows = max(1, _ELEMENTS // block)
-    return rows, block, min(_MAX_WARPS, max(4, rows * block // _ELEMENTS_PER_WARP))
-
-
-def rms_norm(x: Tensor, norm: RmsNorm) -> Tensor:
-    """Launch the norm of x ``[..., N]``."""
-    width = x.shape[-1]
-    # Heads within the packed output of several projections: two strides, no copy.
-    rows = _unit(x.reshape(-1, x.shape[-2] if x.ndim > 1 else 1, width))
-    out = x.new_empty(x.shape)
-    count = rows.shape[0] * rows.shape[1]
-    per_program, block, warps = tile(width)
-    rms_norm_kernel[(triton.cdiv(count, per_program),)](
-        rows,
-        norm.weight,
-        out,
-        count,
-        rows.shape[1],
-        rows.stride(0),
-        rows.stride(1),
-        norm.eps,
-        WIDTH=width,
-        FORM=norm.form,
-        ROWS=per_program,
-        BLOCK=block,
-        num_warps=warps,
-    )
-    dispatch.count("norm.rms", "triton")
-    return out
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, norm: RmsNorm, after: RmsNorm | None) -> tuple[Tensor, Tensor]:
-    """Launch the sum and its norm, for x and residual ``[..., N]``."""
-    width = x.shape[-1]
-    added, stream = (_unit(each.reshape(-1, width)) for each in (x, residual))
-    total, out = x.new_empty(x.shape), x.new_empty(x.shape)
-    per_program, block, warps = tile(width)
-    add_rms_norm_kernel[(triton.cdiv(added.shape[0], per_program),)](
-        added,
-        stream,
-        norm.weight if after is None else after.weight,
-        norm.weight,
-        total,
-        out,
-        added.shape[0],
-        added.stride(0),
-        stream.stride(0),
-        0.0 if after is None else after.eps,
-        norm.eps,
-        WIDTH=width,
-        AFTER=None if after is None else after.form,
-        FORM=norm.form,
-        ROWS=per_program,
-        BLOCK=block,
-        num_warps=warps,
-    )
-    dispatch.count("norm.add_rms", "triton")
-    return total, out
-
-
-def _unit(rows: Tensor) -> Tensor:
-    """`rows` with contiguous values; any other stride will do."""
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()

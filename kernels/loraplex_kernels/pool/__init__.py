@@ -4,7 +4,7 @@
 - `layout`    the offset of each block of one adapter in its extent
 - `tables`    the index tables on the host: what each slot has at each entry, and where
 - `pool`      the device memory: an arena, and the tables that the kernels read
-- `segments`  a step's runs of tokens, sorted by adapter and by composition
+- `segments`  a step's runs of tokens, sorted by adapter and by mix
 - `batch`     the step's metadata on the device, cut into tiles
 """
 

@@ -1,12 +1,12 @@
 """The metadata of one step: which token meets which adapter, sorted and cut into tiles on the host.
 
 A batch arrives as *runs*: ``(token_start, token_end, ((slot, weight), ...))``, contiguous tokens that share
-one composition of adapters, ascending and disjoint; tokens in no run have no adapter. Two views of it are
+one mix of adapters, ascending and disjoint; tokens in no run have no adapter. Two views of it are
 made:
 
 - *pairs* (token, slot, weight), sorted by slot: the shrink's rows. A tile of the shrink is up to
   ``tile_rows`` pairs of one slot, so it reads one adapter.
-- *groups* of tokens whose compositions name the same slots in the same order (weights may differ): the
+- *groups* of tokens whose mixes name the same slots in the same order (weights may differ): the
   expand's rows. A tile of the expand is up to ``tile_rows`` tokens of one group; it adds the group's
   *members* one after the other into one accumulator, so each output row is read, added to and written once.
 
@@ -28,9 +28,9 @@ end, tiles are neutral: slot -1, or an empty range of rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ from torch import Tensor
 
 from loraplex_kernels.pool import segments
 from loraplex_kernels.pool.segments import HostSegments, Run
+
+_Derived = TypeVar("_Derived")
 
 _FIELDS = ("pair_token", "pair_weight", "shrink_tile", "group_token", "expand_tile", "member")
 # Numbers of one row of the tables that have several, as the module's docstring draws them.
@@ -53,7 +55,7 @@ class LoraBatch:
     `num_tokens` is one past the last token of the runs. `shrink_tiles` and `expand_tiles` are the grids
     (with neutral tiles at the end, where the buffers have a fixed grid), `pair_rows` the rows of the
     intermediate result.
-    `cache` holds what the CPU path derives from this batch.
+    `cache` holds what ops derive from this batch.
     """
 
     num_tokens: int
@@ -70,6 +72,14 @@ class LoraBatch:
     member: Tensor
     host: HostSegments = field(repr=False)
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def derived(self, key: Hashable, version: int, derive: Callable[[], _Derived]) -> _Derived:
+        """``derive()``, kept with the batch under `key` until the pool's tables have another `version`."""
+        kept = self.cache.get(key)
+        if kept is None or kept[0] != version:
+            kept = self.cache[key] = (version, derive())
+        derived: _Derived = kept[1]
+        return derived
 
     @classmethod
     def build(cls, runs: Sequence[Run], device: torch.device | str = "cpu") -> LoraBatch:

@@ -1,4 +1,4 @@
-"""How one adapter lies in device memory: the offset of each of its blocks in its extent.
+"""The layout of one adapter in device memory: the offset of each of its blocks in its extent.
 
 An adapter is one contiguous *extent* of the arena, so bringing it in is one copy, and an entry that it does
 not touch takes no room.
@@ -47,8 +47,7 @@ SCALE_BYTES = 4
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """Where an adapter's blocks lie, in elements from the start of its extent; entries of rank 0 are left
-    out.
+    """The offsets of an adapter's blocks, in elements from the start of its extent; none of rank 0.
 
     `alignment`: the extent must begin at a multiple of this many elements of the arena. A store serves all
     adapters of a model with one value, `extent_alignment` over all row lengths of the model.
@@ -133,7 +132,7 @@ def adapter_layout(
 
 
 def _place(blocks: Sequence[_Block], alignment: int) -> tuple[list[int], int]:
-    """Where each block begins, and where the last one ends: blocks follow each other by row length.
+    """The beginning of each block, and the end of the last one: blocks follow each other by row length.
 
     A block begins at a multiple of its row length where extents do, that is, where it divides `alignment`.
     """

@@ -69,7 +69,7 @@ class LoraPool:
 
     @property
     def scaled(self) -> bool:
-        """Whether adapters are held in 8 bits, with scales."""
+        """True if adapters are held in 8 bits, with scales."""
         return self.arena.dtype == torch.int8
 
     @property

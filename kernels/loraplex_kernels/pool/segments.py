@@ -19,14 +19,14 @@ PREFILL_ROWS = 64
 
 
 class Member(NamedTuple):
-    """One adapter of a group's composition: its slot, and what to add to a row to get its pair."""
+    """One adapter of a group's mix: its slot, and what to add to a row to get its pair."""
 
     slot: int
     shift: int
 
 
 class Group(NamedTuple):
-    """Rows ``first_row .. end_row``, whose tokens' compositions name the same slots in the same order."""
+    """Rows ``first_row .. end_row``, whose tokens' mixes name the same slots in the same order."""
 
     first_row: int
     end_row: int

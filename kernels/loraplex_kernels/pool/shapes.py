@@ -71,8 +71,9 @@ class EntryShape:
 
 
 class VectorKind(enum.IntEnum):
-    """What a vector does at its entry. Scales are stored less 1, and `loraplex_kernels.vectors` applies them;
-    `replacement` takes weights and their biases, `vocabulary` the rows of tokens.
+    """The effect of a vector at its entry. Scales are stored less 1. The op `vectors` applies most of them;
+    `bottleneck` takes the parts of its networks, `replacement` weights and their biases, `vocabulary` the
+    rows of tokens.
     """
 
     INPUT_SCALE = 0
@@ -105,7 +106,7 @@ class VectorShape:
 
 
 class BottleneckReads(enum.Enum):
-    """What a bottleneck's network is applied to: y, the output of its projection; y and the residual stream
+    """The input of a bottleneck's network: y, the output of its projection; y and the residual stream
     that y will be added to; or the stream alone.
     """
 

@@ -18,20 +18,19 @@ from torch import Tensor
 
 from loraplex_kernels.quant import lookup
 from loraplex_kernels.quant.int4 import Int4Weight
-from loraplex_kernels.quant.nf4 import NestedAbsmax, Nf4Weight
+from loraplex_kernels.quant.nf4 import NESTED_BLOCK, NestedAbsmax, Nf4Weight
 
 BLOCK = 64
 """Input columns of a block of codes."""
 
 _HALF = BLOCK // 2
-_NESTED_BLOCK = 256
 # Output rows repacked at once: bounds the temporaries.
 _ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class NestedScale:
-    """What double-quantised NF4 scales are made of: ``levels[code] * absmax + offset``.
+    """The parts of double-quantised NF4 scales: ``levels[code] * absmax + offset``.
 
     Attributes:
         absmax: fp32 [ceil(N * blocks / 256)], of 256 codes each, counted along a row's blocks, row by row.
@@ -70,7 +69,7 @@ class BlockedWeight:
 
     @property
     def device(self) -> torch.device:
-        """Where the codes live."""
+        """The device of the codes."""
         return self.codes.device
 
     @property
@@ -109,7 +108,7 @@ class BlockedWeight:
 
 
 def joinable_nf4(weights: Sequence[Nf4Weight]) -> bool:
-    """Whether `arrange_nf4` takes these weights, as one.
+    """True if `arrange_nf4` takes these weights, as one.
 
     Widths must be equal multiples of 64, cut into blocks of 64. Double-quantised scales share their own scale
     by 256, which must not straddle two weights.
@@ -120,14 +119,14 @@ def joinable_nf4(weights: Sequence[Nf4Weight]) -> bool:
     nested = [isinstance(w.absmax, NestedAbsmax) for w in weights]
     if not any(nested):
         return True
-    return all(nested) and all(w.num_blocks % _NESTED_BLOCK == 0 for w in weights[:-1])
+    return all(nested) and all(w.num_blocks % NESTED_BLOCK == 0 for w in weights[:-1])
 
 
 def arrange_nf4(weights: Sequence[Nf4Weight]) -> BlockedWeight:
     """Repack NF4 weights of one input width, as one weight whose output rows follow each other.
 
     Raises:
-        ValueError: if `joinable_nf4` says no.
+        ValueError: if `joinable_nf4` does not allow it.
     """
     if not joinable_nf4(weights):
         shapes = [w.shape for w in weights]
@@ -221,6 +220,6 @@ def _nf4_scale(w: BlockedWeight) -> Tensor:
     if w.nested is None:
         return w.scale
     n = w.shape[0]
-    index = torch.arange(n * w.blocks, device=w.device).view(n, w.blocks).t() // _NESTED_BLOCK
+    index = torch.arange(n * w.blocks, device=w.device).view(n, w.blocks).t() // NESTED_BLOCK
     codes = w.scale.t().contiguous().view(torch.uint8)[:, : w.blocks].t()
     return w.nested.levels[codes.int()] * w.nested.absmax[index] + w.nested.offset

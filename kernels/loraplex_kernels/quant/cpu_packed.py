@@ -53,7 +53,7 @@ class PackedInt4Weight:
         rounding.
 
         Raises:
-            ValueError: if the weight is not on a CPU or `supported` says no.
+            ValueError: if the weight is not on a CPU or not `supported`.
         """
         if w.device.type != "cpu" or not supported(w.shape, w.group):
             raise ValueError(
@@ -71,7 +71,7 @@ class PackedInt4Weight:
 
     @property
     def device(self) -> torch.device:
-        """Where the codes live: a CPU."""
+        """The device of the codes: a CPU."""
         return self.packed.device
 
     @property
@@ -85,7 +85,7 @@ class PackedInt4Weight:
 
 
 def supported(shape: tuple[int, int], group: int) -> bool:
-    """Whether torch's packed CPU kernel takes a weight of ``shape`` = (N, K) in groups of ``group``."""
+    """True if torch's packed CPU kernel takes a weight of ``shape`` = (N, K) in groups of ``group``."""
     n, k = shape
     return (
         hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")

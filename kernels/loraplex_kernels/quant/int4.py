@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ GROUPS = (128, 64, 32)
 """Group sizes, the preferred one first."""
 
 STEPS: tuple[float, ...] = tuple(float(code - 8) for code in range(16))
-"""What the codes 0..15 stand for, in units of the scale above the zero."""
+"""Values of the codes 0..15, in units of the scale above the zero."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,14 +136,22 @@ def quantize(weight: Tensor, *, group: int | None = None) -> Int4Weight:
     return Int4Weight(packed, scale, zero, (n, k), group)
 
 
-def _quantize_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8, scale and zero fp32 [rows, num_groups] of fp32 [rows, num_groups, group]."""
+class _Codes(NamedTuple):
+    """Quantised groups: codes uint8 [rows, num_groups, group], scale and zero fp32 [rows, num_groups]."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+def _quantize_groups(groups: Tensor) -> _Codes:
+    """The codes of fp32 groups [rows, num_groups, group]."""
     low, high = groups.aminmax(dim=2)
     zero = (low + (high - low) * (8 / 15)).bfloat16().float()
     scale = _round_up_to_bf16(torch.maximum((high - zero) / 7, (zero - low) / 8))
     step = torch.where(scale > 0, scale, 1)[..., None]
     codes = ((groups - zero[..., None]) / step).round_().clamp_(-8, 7).add_(8)
-    return codes.to(torch.uint8), scale, zero
+    return _Codes(codes.to(torch.uint8), scale, zero)
 
 
 def _round_up_to_bf16(values: Tensor) -> Tensor:

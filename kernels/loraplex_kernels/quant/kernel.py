@@ -24,6 +24,7 @@ import triton.language as tl
 from loraplex_kernels import dispatch
 from loraplex_kernels.quant import lookup
 from loraplex_kernels.quant.blocked import BLOCK
+from loraplex_kernels.quant.nf4 import NESTED_BLOCK
 
 # The interpreter multiplies bfloat16 wrongly (the same products in float32 are exact), cuts float32 off to
 # bfloat16 instead of rounding it, and runs no PTX.
@@ -31,7 +32,7 @@ _INTERPRETED = tl.constexpr(dispatch.interpreting())
 
 _HALF = tl.constexpr(BLOCK // 2)
 _BLOCK = tl.constexpr(BLOCK)
-_NESTED_SHIFT = tl.constexpr(8)
+_NESTED_SHIFT = tl.constexpr(NESTED_BLOCK.bit_length() - 1)
 _NF4_BF16 = tl.constexpr(lookup.nf4_ptx(torch.bfloat16))
 _NF4_FP16 = tl.constexpr(lookup.nf4_ptx(torch.float16))
 _NF4_CONSTRAINTS = tl.constexpr(lookup.NF4_CONSTRAINTS)
@@ -64,8 +65,8 @@ def _look_up(label, levels_ptr, LOOKUP: tl.constexpr):
 
 
 @triton.jit
-def _decode_nf4(codes, levels_ptr, w0, w1, w2, w3, w4, w5, w6, w7, dtype: tl.constexpr, LOOKUP: tl.constexpr):
-    """Levels of the low and of the high nibbles, unscaled, in dtype."""
+def _decode_nf4(codes, levels_ptr, words, dtype: tl.constexpr, LOOKUP: tl.constexpr):
+    """Levels of the low and of the high nibbles, unscaled, in dtype; `words`: those of `lookup.planes`."""
     if LOOKUP != "permute":
         low = _rounded(_look_up(codes & 15, levels_ptr, LOOKUP), dtype)
         high = _rounded(_look_up(codes >> 4, levels_ptr, LOOKUP), dtype)
@@ -73,7 +74,7 @@ def _decode_nf4(codes, levels_ptr, w0, w1, w2, w3, w4, w5, w6, w7, dtype: tl.con
         low, high = tl.inline_asm_elementwise(
             _NF4_BF16,
             _NF4_CONSTRAINTS,
-            [codes, w0, w1, w2, w3, w4, w5, w6, w7],
+            [codes, words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7]],
             dtype=(tl.bfloat16, tl.bfloat16),
             is_pure=True,
             pack=4,
@@ -82,7 +83,7 @@ def _decode_nf4(codes, levels_ptr, w0, w1, w2, w3, w4, w5, w6, w7, dtype: tl.con
         low, high = tl.inline_asm_elementwise(
             _NF4_FP16,
             _NF4_CONSTRAINTS,
-            [codes, w0, w1, w2, w3, w4, w5, w6, w7],
+            [codes, words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7]],
             dtype=(tl.float16, tl.float16),
             is_pure=True,
             pack=4,
@@ -136,11 +137,10 @@ def _decode_int4(
 
 
 @triton.jit
-def _nf4_scale(
-    scale_ptr, absmax_ptr, nested_levels_ptr, offset, block, column, n, blocks, mask, NESTED: tl.constexpr
-):
-    """Float32 scales of one block (or several, broadcast) of the given columns."""
+def _nf4_scale(scale_ptr, nested, block, column, n, blocks, mask, NESTED: tl.constexpr):
+    """Float32 scales of one block, or several, of the given columns; `nested`: as in `NestedScale`."""
     if NESTED:
+        absmax_ptr, nested_levels_ptr, offset = nested
         word = tl.load(scale_ptr + (block >> 2) * n + column, mask=mask, other=0)
         absmax = tl.load(absmax_ptr + ((column * blocks + block) >> _NESTED_SHIFT), mask=mask, other=0.0)
         scale = tl.load(nested_levels_ptr + ((word >> ((block & 3) * 8)) & 255)) * absmax + offset
@@ -171,6 +171,98 @@ def _products(low, high, x_low, x_high, accumulator):
         x_high = x_high.to(tl.float32)
     accumulator = tl.dot(low, x_low, acc=accumulator, input_precision="ieee")
     return tl.dot(high, x_high, acc=accumulator, input_precision="ieee")
+
+
+@triton.jit
+def _int4_weights(
+    codes,
+    scale_ptr,
+    zero_ptr,
+    block,
+    column,
+    ones,
+    n,
+    mask,
+    dtype: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Weights of the low and of the high nibbles of blocks; a block has one group, or two."""
+    group = block * _BLOCK // GROUP * n + column
+    low_scale, low_zero = _int4_affine(scale_ptr, zero_ptr, group, mask, ZERO)
+    high_scale = low_scale
+    high_zero = low_zero
+    if GROUP < _BLOCK:
+        high_scale, high_zero = _int4_affine(scale_ptr, zero_ptr, group + n, mask, ZERO)
+    return _decode_int4(codes, low_scale, low_zero, high_scale, high_zero, ones, dtype, LOOKUP, SPLIT)
+
+
+@triton.jit
+def _add_product(
+    total,
+    codes,
+    x_low,
+    x_high,
+    scale_ptr,
+    zero_ptr,
+    nested,
+    levels_ptr,
+    words,
+    block,
+    column,
+    n,
+    blocks,
+    mask,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    NESTED: tl.constexpr,
+    ZERO: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    APART: tl.constexpr,
+):
+    """``total + weight @ x`` for one block of 64 inputs, or for one in each of the first dimension.
+
+    codes ``[..., COLUMNS, 32]``; x_low and x_high ``[..., 32, ROWS]``; total ``[..., COLUMNS, ROWS]``; block,
+    column and mask broadcast to ``[..., COLUMNS]``. `APART`: int4's products are summed up before they are
+    added, as NF4's are, whose scale comes after the sum.
+    """
+    if FORMAT == "nf4":
+        low, high = _decode_nf4(codes, levels_ptr, words, x_low.dtype, LOOKUP)
+        scale = _nf4_scale(scale_ptr, nested, block, column, n, blocks, mask, NESTED)
+        total += _products(low, high, x_low, x_high, tl.zeros_like(total)) * tl.expand_dims(scale, -1)
+    else:
+        low, high = _int4_weights(
+            codes,
+            scale_ptr,
+            zero_ptr,
+            block,
+            column,
+            words[0],
+            n,
+            mask,
+            x_low.dtype,
+            GROUP,
+            ZERO,
+            LOOKUP,
+            SPLIT,
+        )
+        if APART:
+            total += _products(low, high, x_low, x_high, tl.zeros_like(total))
+        else:
+            total = _products(low, high, x_low, x_high, total)
+    return total
+
+
+@triton.jit
+def _store_rows(y_ptr, y, bias_ptr, row, column, n, row_mask, column_mask, HAS_BIAS: tl.constexpr):
+    """Add the bias to y ``[COLUMNS, ROWS]``, round, and write it transposed; `row` is int64."""
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(tl.float32)[:, None]
+    y_tile = y_ptr + row[None, :] * n + column[:, None]
+    tl.store(y_tile, _rounded(y, y_ptr.dtype.element_ty), mask=column_mask[:, None] & row_mask[None, :])
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -219,6 +311,8 @@ def split_kernel(
     offset = 0.0
     if NESTED:
         offset = tl.load(offset_ptr + column, mask=column_mask, other=0.0)[None, :]
+    nested = (absmax_ptr, nested_levels_ptr, offset)
+    words = (w0, w1, w2, w3, w4, w5, w6, w7)
     codes_tile = codes_ptr + column[None, :, None] * _HALF + lane[None, None, :]
     x_tile = x_ptr + row[None, None, :].to(tl.int64) * x_stride + lane[None, :, None]
 
@@ -237,40 +331,13 @@ def split_kernel(
         if PARTIAL:
             x_mask = x_mask & (start + _HALF < k)[:, None, None]
         x_high = tl.load(x_block + _HALF, mask=x_mask, other=0.0)
-        if FORMAT == "nf4":
-            low, high = _decode_nf4(
-                codes, levels_ptr, w0, w1, w2, w3, w4, w5, w6, w7, x_ptr.dtype.element_ty, LOOKUP
-            )
-            scale = _nf4_scale(
-                scale_ptr,
-                absmax_ptr,
-                nested_levels_ptr,
-                offset,
-                block[:, None],
-                column[None, :],
-                n,
-                blocks,
-                mask,
-                NESTED,
-            )
-            zeros = tl.zeros((WARPS, COLUMNS, ROWS), dtype=tl.float32)
-            total += _products(low, high, x_low, x_high, zeros) * scale[:, :, None]
-        else:
-            low_group = (start // GROUP)[:, None] * n + column[None, :]
-            low_scale, low_zero = _int4_affine(scale_ptr, zero_ptr, low_group, mask, ZERO)
-            high_scale = low_scale
-            high_zero = low_zero
-            if GROUP < _BLOCK:
-                high_scale, high_zero = _int4_affine(scale_ptr, zero_ptr, low_group + n, mask, ZERO)
-            low, high = _decode_int4(
-                codes, low_scale, low_zero, high_scale, high_zero, w0, x_ptr.dtype.element_ty, LOOKUP, True
-            )
-            total = _products(low, high, x_low, x_high, total)
+        total = _add_product(
+            total, codes, x_low, x_high, scale_ptr, zero_ptr, nested, levels_ptr, words,
+            block[:, None], column[None, :], n, blocks, mask,
+            FORMAT, GROUP, NESTED, ZERO, LOOKUP, True, False,
+        )  # fmt: skip
     y = tl.sum(total, axis=0)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(tl.float32)[:, None]
-    y_tile = y_ptr + row[None, :].to(tl.int64) * n + column[:, None]
-    tl.store(y_tile, _rounded(y, y_ptr.dtype.element_ty), mask=column_mask[:, None] & row_mask[None, :])
+    _store_rows(y_ptr, y, bias_ptr, row.to(tl.int64), column, n, row_mask, column_mask, HAS_BIAS)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -319,14 +386,15 @@ def tile_kernel(
     offset = 0.0
     if NESTED:
         offset = tl.load(offset_ptr + column, mask=column_mask, other=0.0)
+    nested = (absmax_ptr, nested_levels_ptr, offset)
+    words = (w0, w1, w2, w3, w4, w5, w6, w7)
     codes_tile = codes_ptr + column[:, None] * _HALF + lane[None, :]
     x_tile = x_ptr + row[None, :].to(tl.int64) * x_stride + lane[:, None]
     span = tl.cdiv(blocks, tl.num_programs(2))
     first_block = plane * span
     end_block = tl.minimum(first_block + span, blocks)
 
-    zeros = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
-    total = zeros
+    total = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
     # Where a step takes several blocks, their number divides every plane's (see `matmul`).
     for first in tl.range(first_block, end_block, UNROLL, num_stages=STAGES):
         for step in tl.static_range(UNROLL):
@@ -337,53 +405,14 @@ def tile_kernel(
             if PARTIAL:
                 x_mask = x_mask & (block * _BLOCK + _HALF + lane < k)[:, None]
             x_high = tl.load(x_tile + block * _BLOCK + _HALF, mask=x_mask, other=0.0)
-            if FORMAT == "nf4":
-                low, high = _decode_nf4(
-                    codes, levels_ptr, w0, w1, w2, w3, w4, w5, w6, w7, x_ptr.dtype.element_ty, LOOKUP
-                )
-                scale = _nf4_scale(
-                    scale_ptr,
-                    absmax_ptr,
-                    nested_levels_ptr,
-                    offset,
-                    block,
-                    column,
-                    n,
-                    blocks,
-                    column_mask,
-                    NESTED,
-                )
-                total += _products(low, high, x_low, x_high, zeros) * scale[:, None]
-            else:
-                low_group = block * _BLOCK // GROUP * n + column
-                low_scale, low_zero = _int4_affine(scale_ptr, zero_ptr, low_group, column_mask, ZERO)
-                high_scale = low_scale
-                high_zero = low_zero
-                if GROUP < _BLOCK:
-                    high_scale, high_zero = _int4_affine(
-                        scale_ptr, zero_ptr, low_group + n, column_mask, ZERO
-                    )
-                low, high = _decode_int4(
-                    codes,
-                    low_scale,
-                    low_zero,
-                    high_scale,
-                    high_zero,
-                    w0,
-                    x_ptr.dtype.element_ty,
-                    LOOKUP,
-                    False,
-                )
-                # ptxas may wait after every wgmma of a running sum, not after those of a short one.
-                if ROWS <= 64:
-                    total += _products(low, high, x_low, x_high, zeros)
-                else:
-                    total = _products(low, high, x_low, x_high, total)
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(tl.float32)[:, None]
+            # ptxas may wait after every wgmma of a running sum, not after those of a short one.
+            total = _add_product(
+                total, codes, x_low, x_high, scale_ptr, zero_ptr, nested, levels_ptr, words,
+                block, column, n, blocks, column_mask,
+                FORMAT, GROUP, NESTED, ZERO, LOOKUP, False, ROWS <= 64,
+            )  # fmt: skip
     y_row = plane.to(tl.int64) * rows + row
-    y_tile = y_ptr + y_row[None, :] * n + column[:, None]
-    tl.store(y_tile, _rounded(total, y_ptr.dtype.element_ty), mask=column_mask[:, None] & row_mask[None, :])
+    _store_rows(y_ptr, total, bias_ptr, y_row, column, n, row_mask, column_mask, HAS_BIAS)
 
 
 @triton.jit
@@ -433,19 +462,26 @@ def dequantize_kernel(
         offset = 0.0
         if NESTED:
             offset = tl.load(offset_ptr + column, mask=column_mask, other=0.0)
-        scale = _nf4_scale(
-            scale_ptr, absmax_ptr, nested_levels_ptr, offset, block, column, n, blocks, column_mask, NESTED
-        )[:, None]
-        low, high = _decode_nf4(codes, levels_ptr, 0, 0, 0, 0, 0, 0, 0, 0, tl.float32, "load")
+        nested = (absmax_ptr, nested_levels_ptr, offset)
+        scale = _nf4_scale(scale_ptr, nested, block, column, n, blocks, column_mask, NESTED)[:, None]
+        low, high = _decode_nf4(codes, levels_ptr, (0, 0, 0, 0, 0, 0, 0, 0), tl.float32, "load")
         low *= scale
         high *= scale
     else:
-        low_group = block * _BLOCK // GROUP * n + column
-        high_group = (block * _BLOCK + _HALF) // GROUP * n + column
-        low_scale, low_zero = _int4_affine(scale_ptr, zero_ptr, low_group, column_mask, ZERO)
-        high_scale, high_zero = _int4_affine(scale_ptr, zero_ptr, high_group, column_mask, ZERO)
-        low, high = _decode_int4(
-            codes, low_scale, low_zero, high_scale, high_zero, 0, tl.float32, "load", False
+        low, high = _int4_weights(
+            codes,
+            scale_ptr,
+            zero_ptr,
+            block,
+            column,
+            0,
+            n,
+            column_mask,
+            tl.float32,
+            GROUP,
+            ZERO,
+            "load",
+            False,
         )
     out = out_ptr + (column - first_row)[:, None].to(tl.int64) * k + block * _BLOCK + lane[None, :]
     tl.store(out, _rounded(low, out_ptr.dtype.element_ty), mask=mask)

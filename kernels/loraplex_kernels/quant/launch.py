@@ -1,7 +1,5 @@
 """The launch of the 4-bit kernels: what a plan means in grids and compile-time arguments."""
 
-# mypy: allow-untyped-calls
-
 from __future__ import annotations
 
 import functools
@@ -79,7 +77,7 @@ def matmul(rows: Tensor, w: BlockedWeight, bias: Tensor | None, plan: Plan | Non
 
 
 def _permutes(dtype: torch.dtype, w: BlockedWeight) -> bool:
-    """Whether the byte permutes (int4: the bit patterns) can decode this weight to `dtype`."""
+    """True if the byte permutes (int4: the bit patterns) can decode this weight to `dtype`."""
     if _INTERPRETED or dtype == torch.float32:
         return False
     return w.format == "nf4" or (dtype == torch.bfloat16 and w.zero is None)

@@ -1,4 +1,4 @@
-"""How the matrix unit's operands are made of 4-bit codes: tables, and the PTX that reads them.
+"""Decoding of 4-bit codes to operands of the matrix unit: tables, and the PTX that reads them.
 
 A table of 16 half-precision levels is 32 bytes: two planes (low and high bytes) of 16. ``prmt`` picks four
 bytes out of eight by four 3-bit numbers, so a plane takes two of them, for four codes at once. Where the

@@ -21,7 +21,7 @@ from loraplex_kernels.quant import reference
 from loraplex_kernels.quant.nibbles import decode, encode, scratch
 from loraplex_kernels.quant.reference import QuantWeight, check_matrix, dequantize, matmul
 
-__all__ = ["NF4_LEVELS", "NestedAbsmax", "Nf4Weight", "dequantize", "matmul", "quantize"]
+__all__ = ["NESTED_BLOCK", "NF4_LEVELS", "NestedAbsmax", "Nf4Weight", "dequantize", "matmul", "quantize"]
 
 # Quantiles of the standard normal, scaled to [-1, 1] (QLoRA, Dettmers et al. 2023, appendix E).
 _LEVELS = (
@@ -48,8 +48,11 @@ NF4_LEVELS: Tensor = torch.tensor(_LEVELS, dtype=torch.float32)
 # Midpoints between neighbouring levels.
 _BOUNDS: tuple[float, ...] = tuple(((NF4_LEVELS[:-1] + NF4_LEVELS[1:]) / 2).tolist())
 
-_NESTED_BLOCK = 256
+NESTED_BLOCK = 256
+"""Block scales that share a scale of their own in double quantisation: bitsandbytes' number."""
+
 _GRID = 32767.5
+"""Half the steps of the grid to which bitsandbytes' CPU code rounds first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +73,9 @@ class NestedAbsmax:
 
     def slice(self, start: int, stop: int) -> Tensor:
         """Block scales ``start:stop``, fp32 [stop - start]."""
-        nested = self.absmax[start // _NESTED_BLOCK : -(-stop // _NESTED_BLOCK)]
-        scale = nested.repeat_interleave(_NESTED_BLOCK)
-        skip = start % _NESTED_BLOCK
+        nested = self.absmax[start // NESTED_BLOCK : -(-stop // NESTED_BLOCK)]
+        scale = nested.repeat_interleave(NESTED_BLOCK)
+        skip = start % NESTED_BLOCK
         levels = torch.index_select(self.levels, 0, self.codes[start:stop].to(torch.int32))
         return levels.mul_(scale[skip : skip + stop - start]).add_(self.offset)
 
@@ -236,8 +239,8 @@ def _nest(absmax: Tensor) -> NestedAbsmax:
     """Quantise block scales to 8 bits around their mean."""
     levels = _dynamic_levels().to(absmax.device)
     offset = absmax.mean()
-    centred = torch.nn.functional.pad(absmax - offset, (0, -absmax.numel() % _NESTED_BLOCK))
-    blocks = centred.view(-1, _NESTED_BLOCK)
+    centred = torch.nn.functional.pad(absmax - offset, (0, -absmax.numel() % NESTED_BLOCK))
+    blocks = centred.view(-1, NESTED_BLOCK)
     scale = blocks.abs().amax(dim=1)
     scaled = (blocks * scale.clamp(min=1e-38).reciprocal_()[:, None]).clamp_(-1, 1)
     if absmax.device.type == "cpu":

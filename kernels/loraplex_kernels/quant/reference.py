@@ -36,7 +36,7 @@ class QuantWeight(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the codes live."""
+        """The device of the codes."""
         return self.packed.device
 
     @property

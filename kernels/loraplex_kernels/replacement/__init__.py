@@ -5,8 +5,8 @@ For a packed projection (`LoraSite`) and the tokens t of a slot with a `WEIGHT` 
     y[t, slice s] = x[t] @ W[slot, s].T + b[slot, s]
 
 with b only where the adapter has one. What the base computed for those tokens is thrown away. Pairs' weights
-are ignored: who builds the batch sees to it that such an adapter stands alone, at weight 1. A product for
-each adapter and slice, plain torch on every device.
+are ignored: a token that has such an adapter must have no other, at weight 1. A product for each adapter and
+slice, plain torch on every device.
 """
 
 from __future__ import annotations

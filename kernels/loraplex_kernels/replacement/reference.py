@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels import dense, dispatch
-from loraplex_kernels.parallel import threads_for
+from loraplex_kernels.parallel import PRODUCTS_PER_US, threads_for
 from loraplex_kernels.pool import LoraBatch, LoraPool, LoraSite, VectorKind
-
-_PRODUCTS_PER_US = 25_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +26,7 @@ class OwnWeight:
 
 
 def any_weights(pool: LoraPool, batch: LoraBatch) -> bool:
-    """Whether any adapter of the batch has a weight anywhere; if not, the op need not be called."""
+    """True if any adapter of the batch has a weight anywhere; if not, the op need not be called."""
     slots = batch.host.segment[:, 0]
     return bool((pool.host.vector_offset[slots, VectorKind.WEIGHT] >= 0).any())
 
@@ -37,12 +35,7 @@ def own_weights(
     pool: LoraPool, batch: LoraBatch, entry: int, rows: int, length: int
 ) -> tuple[OwnWeight, ...]:
     key = ("replacement", pool, entry)
-    cached = batch.cache.get(key)
-    if cached is None or cached[0] != pool.host.version:
-        found = _own_weights(pool, batch, entry, rows, length)
-        cached = batch.cache[key] = (pool.host.version, found)
-    result: tuple[OwnWeight, ...] = cached[1]
-    return result
+    return batch.derived(key, pool.host.version, lambda: _own_weights(pool, batch, entry, rows, length))
 
 
 def _own_weights(
@@ -70,6 +63,6 @@ def linear(x: Tensor, y: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatc
     for index, (column, width) in enumerate(site.slices):
         for own in own_weights(pool, batch, site.first_entry + index, width, site.in_features):
             dispatch.count("replacement.linear", "torch")
-            with threads_for(len(own.tokens) * own.weight.numel() / _PRODUCTS_PER_US):
+            with threads_for(len(own.tokens) * own.weight.numel() / PRODUCTS_PER_US):
                 rows = dense.linear(x.index_select(0, own.tokens), own.weight, own.bias)
             y[:, column : column + width].index_copy_(0, own.tokens, rows)

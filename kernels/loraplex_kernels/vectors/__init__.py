@@ -8,8 +8,8 @@ For a packed projection (`LoraSite`) and tokens t with pairs p = (t, adapter slo
 
 IA3 is made of the first two (Liu et al., 2022), DoRA needs the last two beside its low-rank pair (Liu et al.,
 2024). A scale is stored as d, its difference from 1, which half precision holds exactly enough near 1. Scales
-ignore weights: who builds the batch sees to it that such an adapter stands alone, at weight 1. Tokens without
-a vector keep their bits. Plain torch on every device, a handful of calls for each site that has vectors.
+ignore weights: a token that has such an adapter must have no other, at weight 1. Tokens without a vector keep
+their bits. Plain torch on every device, a handful of calls for each site that has vectors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["add_bias", "any_vectors", "place_soft_prompts", "prefix", "scale_inp
 
 
 def any_vectors(pool: LoraPool, batch: LoraBatch) -> bool:
-    """Whether any adapter of the batch has a vector anywhere; if not, the ops need not be called."""
+    """True if any adapter of the batch has a vector anywhere; if not, the ops need not be called."""
     return bool(pool.host.has_vectors[batch.host.pair_slot].any())
 
 

@@ -31,11 +31,7 @@ def gather(
 ) -> TokenRows | None:
     """The rows for one slice of `site`, None where no pair has such a vector; kept with the batch."""
     key = ("vectors", pool, site, kind, slice_index)
-    cached = batch.cache.get(key)
-    if cached is None or cached[0] != pool.host.version:
-        cached = batch.cache[key] = (pool.host.version, _gather(pool, site, batch, kind, slice_index))
-    rows: TokenRows | None = cached[1]
-    return rows
+    return batch.derived(key, pool.host.version, lambda: _gather(pool, site, batch, kind, slice_index))
 
 
 def _gather(

@@ -1,4 +1,4 @@
-"""What adapters do where token ids are: at the embedding, and at the rows of the head.
+"""Adapters of the vocabulary layers: rows and low-rank pairs of token ids, at the embedding and the head.
 
 The embedding is a site with ``in_features`` tokens of the base's vocabulary and one slice, the hidden size.
 With E the base's table and s its scale (1 for most models), the embedding of token id i at position t is::
@@ -10,8 +10,8 @@ At the head, whose one slice is the vocabulary, an adapter's rows give its token
 
     replace_logits  y[t, i] = x[t] @ R[slot, i]           for each token id i that t's adapter has a row for
 
-Ids from the base's vocabulary on are an adapter's added tokens: nobody else has them. Rows ignore weights:
-who builds the batch sees to it that such an adapter stands alone, at weight 1. Plain torch on every device,
+Ids from the base's vocabulary on are tokens that an adapter added: only its own tokens may have them. Rows
+ignore weights: a token that has such an adapter must have no other, at weight 1. Plain torch on every device,
 for the adapters of the batch that act there.
 """
 

@@ -9,20 +9,18 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels import dense, dispatch
-from loraplex_kernels.parallel import threads_for
+from loraplex_kernels.parallel import PRODUCTS_PER_US, threads_for
 from loraplex_kernels.pool import LoraBatch, LoraPool, LoraSite, VectorKind
-
-_PRODUCTS_PER_US = 25_000
 
 
 def acts_at(pool: LoraPool, batch: LoraBatch, entry: int) -> bool:
-    """Whether any adapter of the batch has a pair or a vector at `entry`; if not, no op need be called."""
+    """True if any adapter of the batch has a pair or a vector at `entry`; if not, no op need be called."""
     slots, host = batch.host.segment[:, 0], pool.host
     return bool(host.rank[slots, entry].any() or (host.vector_offset[slots, :, entry] >= 0).any())
 
 
 def added_tokens(pool: LoraPool, batch: LoraBatch, entry: int, vocabulary: int) -> np.ndarray:
-    """int64 ``[num_tokens]``: for how many ids from `vocabulary` on a token's adapter has rows at `entry`."""
+    """The number of ids past `vocabulary` that a token's adapter has at `entry`: int64 ``[num_tokens]``."""
     added = np.zeros(batch.num_tokens, np.int64)
     for slot, first, end in batch.host.segment.tolist():
         tokens = pool.host.tokens.get((slot, entry))
@@ -104,7 +102,7 @@ def replace_logits(x: Tensor, y: Tensor, pool: LoraPool, site: LoraSite, batch: 
         dispatch.count("vocabulary.replace_logits", "torch")
         rows = torch.from_numpy(host.pair_token[first:end]).to(x.device)
         own = pool.matrix(slot, VectorKind.TOKEN_ROWS, entry, len(tokens), hidden).to(x.dtype)
-        with threads_for(len(rows) * own.numel() / _PRODUCTS_PER_US):
+        with threads_for(len(rows) * own.numel() / PRODUCTS_PER_US):
             logits = dense.linear(x.index_select(0, rows), own, None)
         begin, end_token = int(tokens[0]), int(tokens[-1]) + 1
         if end_token - begin == len(tokens):
@@ -117,9 +115,5 @@ def replace_logits(x: Tensor, y: Tensor, pool: LoraPool, site: LoraSite, batch: 
 def _tokens(pool: LoraPool, batch: LoraBatch, slot: int, entry: int) -> Tensor:
     """The tokens of a slot's rows on the device, kept with the batch."""
     key = ("token rows", pool, slot, entry)
-    cached = batch.cache.get(key)
-    if cached is None or cached[0] != pool.host.version:
-        copied = torch.from_numpy(pool.host.tokens[slot, entry]).to(pool.arena.device)
-        cached = batch.cache[key] = (pool.host.version, copied)
-    tokens: Tensor = cached[1]
-    return tokens
+    tokens = pool.host.tokens[slot, entry]
+    return batch.derived(key, pool.host.version, lambda: torch.from_numpy(tokens).to(pool.arena.device))

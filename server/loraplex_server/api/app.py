@@ -7,6 +7,7 @@ import contextlib
 import gc
 import importlib.metadata
 import logging
+import os
 import signal
 from pathlib import Path
 
@@ -71,7 +72,7 @@ class _Server:
         self._stack = stack
         self._engine_stack = contextlib.AsyncExitStack()
         stack.push_async_exit(self._engine_stack)
-        self._model_name = api.model_name or _model_name(config.engine.model.model)
+        self._model_name = api.model_name or served_name(config.engine.model.model)
         self._health = Health()
         authenticator = Authenticator(api.token_file, certificates=asks_for_certificates(api))
         tracing = start_tracing(api.otlp_endpoint, self._model_name, version)
@@ -221,10 +222,12 @@ class _Server:
         return EXIT_FAILED
 
 
-def _model_name(model: str) -> str:
-    """A hub id as it is; of a folder its name, since the rest says where it lies."""
-    folder = Path(model)
-    return folder.resolve().name if folder.is_dir() else model
+def served_name(model: str) -> str:
+    """The name of the base model for HTTP clients: a hub id as it is; of a folder the last part of its path.
+
+    A symbolic link is not followed: it has the name that the operator wrote.
+    """
+    return Path(os.path.abspath(model)).name if Path(model).is_dir() else model
 
 
 def _version() -> str:

@@ -1,4 +1,4 @@
-"""Settings of adapters: where they come from, and the room that they get."""
+"""Settings of adapters: their origins, and the memory and disk space that they get."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _uploads = partial(Setting, group=Group.UPLOADS)
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """Where adapters come from, and the room that they get."""
+    """Folders, addresses and uploads of adapters, and the memory and disk space that they get."""
 
     folders: Annotated[
         ExistingFolders,

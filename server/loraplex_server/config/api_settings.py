@@ -1,4 +1,4 @@
-"""Settings of the API: where the server listens, and for whom."""
+"""Settings of the API: addresses, limits and access."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _access = partial(Setting, group=Group.ACCESS)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` surely is this machine alone."""
+    """True if only this machine can reach `host`; False if that is not sure."""
     if host == "localhost":
         return True
     try:
@@ -53,8 +53,9 @@ class TlsFiles:
 
 @dataclasses.dataclass(frozen=True)
 class ApiConfig:
-    """Where the server listens, and for whom. `tls` may be None, plain text, under loopback addresses alone,
-    or with `allow_insecure`.
+    """Addresses and limits of the API, and the access to it.
+
+    `tls` may be None, which is plain text, only on a loopback address or with `allow_insecure`.
     """
 
     host: Annotated[Text, _serving(help="address to listen on", metavar="HOST")] = "127.0.0.1"

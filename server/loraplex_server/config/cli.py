@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _options(setting: DeclaredSetting, *, require: bool) -> dict[str, Any]:
-    """What argparse wants to know of a flag."""
+    """Arguments of `add_argument` for a setting."""
     kind = setting.kind
     # argparse formats the help with `%`.
     options: dict[str, Any] = {"help": f"{setting.setting.help}{_default(setting)}".replace("%", "%%")}

@@ -97,7 +97,11 @@ def check(config: object) -> None:
 
 
 def _is_given(part: _Part, values: Mapping[str, Any]) -> bool:
-    """Whether any setting of an optional part has a value; then those without a default must."""
+    """True if any setting of an optional part has a value.
+
+    Raises:
+        InvalidArgumentError: one has, and another without a default has none.
+    """
     if all(values[found.name] is None for found in _walk(part.cls)):
         return False
     required = [found for found in _walk(part.cls) if found.required]

@@ -21,7 +21,7 @@ def _same(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """How values are written and read.
+    """A way to write and read values.
 
     Attributes:
         parse: makes a value of text; raises ValueError, which says what to write.

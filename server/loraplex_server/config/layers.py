@@ -28,7 +28,7 @@ _MAX_FILE_BYTES = 1 << 20
 
 
 class Origin(enum.StrEnum):
-    """Where a value came from."""
+    """The layer that a value came from."""
 
     DEFAULT = "default"
     FILE = "file"

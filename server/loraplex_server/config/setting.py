@@ -1,4 +1,4 @@
-"""What a field of the configuration says of itself: the one declaration that everything else is made from."""
+"""The remarks on a field of the configuration, from which all else about a setting is made."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Range:
         return self.least <= value <= self.most and self.above < value < self.below
 
     def problem(self, value: float) -> str:
-        """What is wrong with `value`, which is not in the range."""
+        """The bound that `value` breaks; it is not in the range."""
         if not math.isfinite(value):
             return f"{value} is not a finite number"
         if value < self.least:
@@ -54,7 +54,7 @@ SECONDS = Range(least=0, below=math.inf)
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a field of the configuration is for.
+    """The remark that makes a field of the configuration a setting.
 
     Attributes:
         help: what `loraplex serve --help` says, without the default.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraplex_server.adapters.residency.record import AdapterHandle
-from loraplex_server.adapters.residency.store import AdapterStore
+from loraplex_server.adapters.residency.requests import Requests
 from loraplex_server.config import EngineConfig
 from loraplex_server.core.errors import InvalidArgumentError, Reason, ResourceExhaustedError
 from loraplex_server.core.request import Request
@@ -16,7 +16,7 @@ from loraplex_server.wire.messages import EngineInfo
 class Admission:
     """Judges requests by what only the engine knows: its queue, its adapters and the tokens that they add."""
 
-    def __init__(self, config: EngineConfig, info: EngineInfo, adapters: AdapterStore) -> None:
+    def __init__(self, config: EngineConfig, info: EngineInfo, adapters: Requests) -> None:
         self._adapters = adapters
         self._limits = RequestLimits(info.vocab_size, info.max_model_len, config.adapters.max_per_request)
         self._max_queue = config.scheduler.max_queue
@@ -33,7 +33,7 @@ class Admission:
         Raises:
             InvalidArgumentError: the request breaks a limit.
             ResourceExhaustedError: the queue is full.
-            ServerError: its adapters cannot be had; see `AdapterStore.resolve`.
+            ServerError: its adapters cannot be had; see `Requests.resolve`.
         """
         check_request(request, self._limits)
         if num_waiting >= self._max_queue:

@@ -100,8 +100,9 @@ def pool_problems(scheduler: Scheduler, adapters: AdapterStore, held: int) -> li
         held: adapter references that requests hold.
     """
     problems = scheduler.check_integrity() + adapters.check_integrity()
-    if adapters.references() != held:
-        problems.append(f"the adapter store counts {adapters.references()} references, requests hold {held}")
+    counted = adapters.requests.references()
+    if counted != held:
+        problems.append(f"the adapter store counts {counted} references, requests hold {held}")
     return problems
 
 

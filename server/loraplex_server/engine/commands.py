@@ -29,17 +29,17 @@ def execute(engine: Engine, command: AnyCommand, reply: Callable[[Answer | Serve
     try:
         match command:
             case LoadAdapter(name, source, inplace):
-                adapters.load(name, source, reply, inplace=inplace)
+                adapters.intake.load(name, source, reply, inplace=inplace)
             case ComposeAdapter(name, composition, inplace):
-                adapters.compose(name, composition, reply, inplace=inplace)
+                adapters.intake.compose(name, composition, reply, inplace=inplace)
             case AdoptAdapter(name, staged, sha256, inplace):
-                adapters.adopt(name, Path(staged), sha256, reply, inplace=inplace)
+                adapters.intake.adopt(name, Path(staged), sha256, reply, inplace=inplace)
             case UnloadAdapter(name, grace_s):
-                engine.unload(name, grace_s, lambda: reply(tuple(adapters.list())))
+                engine.unload(name, grace_s, lambda: reply(tuple(adapters.registry.statuses())))
             case ListAdapters():
-                reply(tuple(adapters.list()))
+                reply(tuple(adapters.registry.statuses()))
             case GetAdapter(name):
-                reply(adapters.get(name))
+                reply(adapters.registry.status(name))
             case PinAdapter(name, pinned):
                 adapters.pin(name, pinned, reply)
             case PrefetchAdapters(names, to_device):

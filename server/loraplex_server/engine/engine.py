@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
-from loraplex_server.adapters.residency.registration import unloaded
+from loraplex_server.adapters.residency.inspection import unloaded
 from loraplex_server.adapters.residency.store import AdapterStore
 from loraplex_server.config import EngineConfig
 from loraplex_server.core.errors import InternalError, InvalidArgumentError, ServerError
@@ -58,8 +58,8 @@ class Engine:
         self._sequences: dict[tuple[str, str], Sequence] = {}
         blocks = KvBlockPool(info.kv_blocks, info.kv_block_size)
         self._blocks = blocks
-        self.scheduler = Scheduler(config.scheduler, blocks, adapters)
-        self._admission = Admission(config, info, adapters)
+        self.scheduler = Scheduler(config.scheduler, blocks, adapters.requests)
+        self._admission = Admission(config, info, adapters.requests)
         self._structured = StructuredOutput(grammars or Grammars(no_tokens, info.vocab_size))
         self._committer = Committer(self.scheduler, self._structured, info.eos_token_ids)
         self._drains = Drains(adapters)
@@ -108,7 +108,8 @@ class Engine:
         self._audit.worked()
         try:
             scheduled = sorted(schedule.scheduled, key=self._batch_position)
-            plan = build_plan(scheduled, self._blocks.block_size, self.adapters.slot, self.info.eos_token_ids)
+            slot, eos_token_ids = self.adapters.requests.slot, self.info.eos_token_ids
+            plan = build_plan(scheduled, self._blocks.block_size, slot, eos_token_ids)
             planned_s = time.monotonic()
             launched = self._runner.launch(plan)
         except Exception as error:
@@ -179,7 +180,7 @@ class Engine:
 
     def _batch_position(self, item: Scheduled) -> tuple[bool, list[int]]:
         """Decodes first, then chunks; within either, one adapter's rows together: fewer, larger tiles."""
-        return item.num_tokens > 1, [self.adapters.slot(handle) for handle in item.sequence.handles]
+        return item.num_tokens > 1, [self.adapters.requests.slot(handle) for handle in item.sequence.handles]
 
     def _must_know(self, item: Scheduled) -> bool:
         """Whether the host has to know a sequence's next token before there can be another."""
@@ -256,7 +257,7 @@ class Engine:
             sequence.status = Status.FINISHED
         self.scheduler.finish(sequence)
         if self._sequences.pop((sequence.client, sequence.request.request_id), None) is not None:
-            self.adapters.release(sequence.handles)
+            self.adapters.requests.release(sequence.handles)
         assert sequence.status is Status.FINISHED
 
     def unload(self, name: str, grace_s: float | None, done: Callable[[], None]) -> None:
@@ -290,7 +291,7 @@ class Engine:
             running=len(self.scheduler.running),
             waiting=self._num_waiting,
             kv_blocks_used=self._blocks.num_used,
-            adapter_references=self.adapters.references(),
+            adapter_references=self.adapters.requests.references(),
             weight_checksum=checksum,
         )
 

@@ -101,7 +101,7 @@ class EngineHost:
                 pass
             case Connected(client):
                 self._clients[client.id] = client
-                client.send(Welcome(PROTOCOL_VERSION, engine.info, engine.adapters.tokenizers))
+                client.send(Welcome(PROTOCOL_VERSION, engine.info, engine.adapters.registry.tokenizers.known))
             case Gone(client_id):
                 engine.cancel_client(client_id)
                 self._unwatch(engine, client_id)
@@ -151,24 +151,24 @@ class EngineHost:
         """Tells a client of all adapters, and from now on of changes."""
         self._send_changes(engine)
         self._watchers.add(client)
-        engine.adapters.watch(True)
-        self.emit(client, AdapterChanges(tuple(engine.adapters.list()), all=True))
+        engine.adapters.registry.changes.watch(True)
+        self.emit(client, AdapterChanges(tuple(engine.adapters.registry.statuses()), all=True))
 
     def _unwatch(self, engine: Engine, client: str) -> None:
         if client in self._watchers:
             self._watchers.remove(client)
             if not self._watchers:
-                engine.adapters.watch(False)
+                engine.adapters.registry.changes.watch(False)
 
     def _send_tokenizers(self, engine: Engine) -> None:
-        changed = engine.adapters.drain_tokenizers()
+        changed = engine.adapters.registry.tokenizers.drain()
         if changed:
             for client in self._clients.values():
                 client.send(TokenizersChanged(changed))
 
     def _send_changes(self, engine: Engine) -> None:
         if self._watchers:
-            changes = engine.adapters.drain_changes()
+            changes = engine.adapters.registry.changes.drain()
             if changes.adapters or changes.removed:
                 for client in self._watchers:
                     self.emit(client, changes)

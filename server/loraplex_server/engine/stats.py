@@ -68,7 +68,7 @@ class StatsRecorder:
         stats = Stats(
             steps=tuple(self.steps),
             failed_steps=self.failed_steps,
-            swaps=tuple(adapters.drain_swaps()),
+            swaps=tuple(adapters.activity.drain_swaps()),
             waiting=len(scheduler.waiting) + num_compiling,
             running=len(scheduler.running),
             waiting_for_adapter=scheduler.num_waiting_for_adapter,
@@ -78,8 +78,8 @@ class StatsRecorder:
             adapter_host_bytes_used=adapters.host_bytes_used,
             adapters_on_device=adapters.on_device,
             adapters_on_host=adapters.on_host,
-            adapter_hits=adapters.hits - self._hits,
-            adapter_misses=adapters.misses - self._misses,
+            adapter_hits=adapters.activity.hits - self._hits,
+            adapter_misses=adapters.activity.misses - self._misses,
             integrity_problems=len(audit.problems),
             weights_ok=audit.weights_ok,
             audits=audit.passes,
@@ -90,7 +90,7 @@ class StatsRecorder:
             prefix_hits=scheduler.prefix_hits - self._prefix_hits,
         )
         self.steps, self.failed_steps = [], 0
-        self._hits, self._misses = adapters.hits, adapters.misses
+        self._hits, self._misses = adapters.activity.hits, adapters.activity.misses
         self._prefix_queries, self._prefix_hits = scheduler.prefix_queries, scheduler.prefix_hits
         return stats
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex_server.adapters.residency import store as store_module
+from loraplex_server.adapters.residency import intake
 from loraplex_server.adapters.residency.store import AdapterStore
 from loraplex_server.adapters.spec.sites import SiteRegistry
 from loraplex_server.config import AdapterConfig
@@ -57,7 +57,7 @@ def make(registry: SiteRegistry, published: Any, local: Path, tmp_path: Path) ->
         )
         store = AdapterStore(registry, config, device="cpu", dtype=torch.float32)
         stores.append(store)
-        store.register_folder(local)
+        store.intake.register_folder(local)
         return store
 
     yield start
@@ -81,22 +81,22 @@ def test_loaded_served_unloaded(
     store: AdapterStore = make()
     source = published.url.replace("//", "//me:s3cret@") + "/a/a"
     found, done = answers()
-    store.load("sql", source, done)
-    assert store.get("sql").state == "loading"
+    store.intake.load("sql", source, done)
+    assert store.registry.status("sql").state == "loading"
     settle(store)
     assert isinstance(found[0], AdapterStatus)
     assert found[0].source == f"{published.url}/a/a", "no credentials in what clients see"
     same = write_adapter(tmp_path / "local" / "same", rank=16, seed=0)
-    store.register("same", same)
+    store.intake.register("same", same)
     remote, near = bring(store, "sql", "same")
     assert remote.content_hash == near.content_hash != ""
-    store.release([remote, near])
+    store.requests.release([remote, near])
     with pytest.raises(AlreadyExistsError) as caught:
-        store.load("sql", source + "?sig=t0ken", done)
+        store.intake.load("sql", source + "?sig=t0ken", done)
     assert not {"s3cret", "t0ken"} & set(str(caught.value).replace("=", " ").split())
     store.unload("sql", lambda: None)
     with pytest.raises(NotFoundError):
-        store.resolve(["sql"])
+        store.requests.resolve(["sql"])
 
 
 def test_new_content_at_an_old_address_is_swapped_in(
@@ -105,14 +105,14 @@ def test_new_content_at_an_old_address_is_swapped_in(
     store: AdapterStore = make()
     found, done = answers()
     source = f"{published.url}/a/a"
-    store.load("sql", source, done)
+    store.intake.load("sql", source, done)
     settle(store)
     (old,) = bring(store, "sql")
-    store.load("sql", source, done, inplace=True)
+    store.intake.load("sql", source, done, inplace=True)
     settle(store)
-    assert store.resolve(["sql"])[0].record is old.record, "nothing has changed there"
+    assert store.requests.resolve(["sql"])[0].record is old.record, "nothing has changed there"
     published.publish(write_adapter(tmp_path / "origin" / "next", rank=8, seed=77), "/a/a")
-    store.load("sql", source, done, inplace=True)
+    store.intake.load("sql", source, done, inplace=True)
     settle(store)
     (new,) = bring(store, "sql")
     assert [type(answer) for answer in found] == [AdapterStatus] * 3
@@ -120,7 +120,7 @@ def test_new_content_at_an_old_address_is_swapped_in(
     assert old.content_hash != new.content_hash
     assert len(entries(tmp_path)) == 2, "the old version's files stay while it is in use"
     published.files.pop("/a/a/adapter_model.safetensors")
-    store.load("sql", source, done, inplace=True)
+    store.intake.load("sql", source, done, inplace=True)
     settle(store)
     assert isinstance(found[-1], NotFoundError)
     assert bring(store, "sql")[0].record is new.record
@@ -131,14 +131,14 @@ def test_what_is_registered_is_never_evicted(make: Any, published: Any, settle: 
     store: AdapterStore = make(cache_bytes=2 * total + 2000)
     found, done = answers()
     for name in "abc":
-        store.load(name, f"{published.url}/a/{name}", done)
+        store.intake.load(name, f"{published.url}/a/{name}", done)
         settle(store)
     assert [type(answer) for answer in found] == [AdapterStatus, AdapterStatus, ResourceExhaustedError]
     kept = entries(tmp_path)
     drained: list[None] = []
     store.unload("a", lambda: drained.append(None))
     assert drained
-    store.load("c", f"{published.url}/a/c", done)
+    store.intake.load("c", f"{published.url}/a/c", done)
     settle(store)
     assert isinstance(found[-1], AdapterStatus)
     assert len(entries(tmp_path) & kept) == 1
@@ -149,11 +149,11 @@ def test_what_is_refused_holds_nothing(make: Any, published: Any, settle: Any, t
     published.files["/a/a/adapter_config.json"] = b'{"peft_type": "LORA", "use_dora": true}'
     store: AdapterStore = make(cache_bytes=total + 1000)
     found, done = answers()
-    store.load("a", f"{published.url}/a/a", done)
+    store.intake.load("a", f"{published.url}/a/a", done)
     settle(store)
     assert isinstance(found[0], FailedPreconditionError)
     refused = entries(tmp_path)
-    store.load("b", f"{published.url}/a/b", done)
+    store.intake.load("b", f"{published.url}/a/b", done)
     settle(store)
     assert isinstance(found[1], AdapterStatus)
     assert not refused & entries(tmp_path)
@@ -163,21 +163,21 @@ def test_a_slow_download_holds_up_nobody(make: Any, published: Any, bring: Any, 
     store: AdapterStore = make()
     published.gate.clear()
     found, done = answers()
-    store.load("a", f"{published.url}/a/a", done)
+    store.intake.load("a", f"{published.url}/a/a", done)
     published.waiting.acquire()
-    handles = store.resolve(["near"])
-    store.reserve(handles)
-    while store.get("near").state != "device":
+    handles = store.requests.resolve(["near"])
+    store.requests.reserve(handles)
+    while store.registry.status("near").state != "device":
         assert store.wait_event(20)
         store.poll()
     assert found == []
-    store.release(handles)
+    store.requests.release(handles)
     store.unload("a", lambda: None)
     assert isinstance(found[0], CancelledError)
     with pytest.raises(NotFoundError):
-        store.get("a")
+        store.registry.status("a")
     again, done_again = answers()
-    store.load("a", f"{published.url}/a/a", done_again)
+    store.intake.load("a", f"{published.url}/a/a", done_again)
     published.gate.set()
     settle(store)
     assert isinstance(again[0], AdapterStatus)
@@ -187,14 +187,14 @@ def test_a_slow_download_holds_up_nobody(make: Any, published: Any, bring: Any, 
 def test_loads_under_way_are_limited_and_end_with_the_store(
     make: Any, published: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "_MAX_FETCHES", 2)
+    monkeypatch.setattr(intake, "_MAX_FETCHES", 2)
     store: AdapterStore = make()
     published.gate.clear()
     found, done = answers()
     for name in "ab":
-        store.load(name, f"{published.url}/a/{name}", done)
+        store.intake.load(name, f"{published.url}/a/{name}", done)
     with pytest.raises(ResourceExhaustedError):
-        store.load("c", f"{published.url}/a/c", done)
+        store.intake.load("c", f"{published.url}/a/c", done)
     published.waiting.acquire()
     store.close()
     assert [type(answer) for answer in found] == [UnavailableError] * 2
@@ -205,16 +205,16 @@ def test_a_copy_that_is_gone_is_named_and_heals_by_a_new_load(
 ) -> None:
     store: AdapterStore = make()
     found, done = answers()
-    store.load("a", f"{published.url}/a/a", done)
+    store.intake.load("a", f"{published.url}/a/a", done)
     # Registered, but its weights are yet to be read.
-    while not (store._records.get("a") or found):
+    while not (store.registry.served.get("a") or found):
         assert store.wait_event(20)
         store.poll()
     settle(store)
     [entry] = entries(tmp_path)
     store.unload("a", lambda: None)
     (entry / WEIGHTS).unlink()
-    store.load("a", f"{published.url}/a/a", done)
+    store.intake.load("a", f"{published.url}/a/a", done)
     settle(store)
     assert all(isinstance(answer, AdapterStatus) for answer in found)
-    store.release(bring(store, "a"))
+    store.requests.release(bring(store, "a"))

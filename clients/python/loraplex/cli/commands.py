@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import secrets
 import sys
@@ -139,7 +140,18 @@ def get(client: Client, args: argparse.Namespace) -> AdapterInfo:
 
 
 def load(client: Client, args: argparse.Namespace) -> AdapterInfo:
-    return client.adapters.load(args.name, args.source, load_inplace=args.load_inplace)
+    source = _seen_from_the_server(args.source, client.server)
+    return client.adapters.load(args.name, source, load_inplace=args.load_inplace)
+
+
+def _seen_from_the_server(source: str, server: str) -> str:
+    """A folder of this machine as an absolute path, for a server on it, which runs in another folder.
+
+    Other sources are the server's to find: under its own roots, on the hub, in a store.
+    """
+    from loraplex._channel import is_local
+
+    return os.path.abspath(source) if is_local(server) and os.path.isdir(source) else source
 
 
 def compose(client: Client, args: argparse.Namespace) -> AdapterInfo:

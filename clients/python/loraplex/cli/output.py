@@ -63,7 +63,7 @@ def print_stats(last: GenerationChunk) -> None:
     """Prints the tokens and seconds of a finished answer on stderr."""
     if last.usage is None or last.timing is None:
         return
-    accepted = f" ({last.usage.accepted_tokens} guessed)" if last.usage.accepted_tokens else ""
+    accepted = f" ({last.usage.accepted_tokens} drafted)" if last.usage.accepted_tokens else ""
     print(
         f"{last.usage.prompt_tokens} ({last.usage.cached_prompt_tokens} cached) + "
         f"{last.usage.completion_tokens} tokens{accepted} in "

@@ -243,7 +243,12 @@ def _add_adapters(names: Any) -> None:
         action="store_true",
         help="replace an adapter of that name; its running requests finish on the old one",
     )
-    load.add_argument("source", metavar="FOLDER", help="where PEFT saved it, on the server's machine")
+    load.add_argument(
+        "source",
+        metavar="FOLDER",
+        help="where PEFT saved it, on the server's machine: relative to this folder if that is this machine, "
+        "else to an --adapter-root; or a source such as hf://owner/name",
+    )
     _add_compose(actions)
     upload = _add_action(
         actions, "upload", commands.upload, "send an adapter from this machine to the server and register it"

@@ -48,9 +48,9 @@ def rotate_and_write(
             "they must be of one dtype"
         )
     if batch.num_tokens and _backend(q, kv_cache) == "triton":
-        from loraplex_kernels.attention.rotary.kernel import rotate_and_write as launch
+        from loraplex_kernels.attention.rotary import launch
 
-        launch(q, k, v, cos, sin, kv_cache, batch.slots)
+        launch.rotate_and_write(q, k, v, cos, sin, kv_cache, batch.slots)
         return
     dispatch.count("rotary.write", "torch")
     q.copy_(reference.rotate(q, cos, sin))

@@ -1,4 +1,4 @@
-"""The Triton kernel of rotation and write, and its launch.
+"""The Triton kernel of rotation and write.
 
 grid (token, block of query heads, then of key heads). A program reads both halves of its heads before it
 writes either, so that queries can be rotated where they lie. Key heads go to their token's cell, if it has
@@ -9,15 +9,8 @@ one.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from loraplex_kernels import dispatch
-
-# Of one half of the heads of a program: 16 bytes of half precision for each thread of four warps.
-_ELEMENTS = 1024
 
 
 @triton.jit
@@ -112,59 +105,3 @@ def rotate_write_kernel(
         v = v_ptr + token * v_token_stride + head[:, None].to(tl.int64) * v_head_stride + value[None, :]
         target += KV_HEADS * BLOCK_SIZE * HEAD_DIM
         _stored(target + value[None, :], tl.load(v, mask=in_head, other=0.0), in_head, LARGEST)
-
-
-def constants(num_heads: int, num_kv_heads: int, head_dim: int, rotary: int) -> dict[str, int]:
-    """The kernel's constants for heads of this number and width, rotated in their first `rotary` values."""
-    columns = triton.next_power_of_2(max(rotary // 2, 1))
-    rest = head_dim - rotary
-    return {
-        "Q_HEADS": num_heads,
-        "KV_HEADS": num_kv_heads,
-        "HEAD_DIM": head_dim,
-        "HALF": rotary // 2,
-        "HEADS": min(triton.next_power_of_2(num_heads), max(1, _ELEMENTS // columns)),
-        "COLUMNS": columns,
-        "REST": triton.next_power_of_2(rest) if rest else 0,
-        "VALUES": triton.next_power_of_2(head_dim),
-    }
-
-
-def rotate_and_write(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, slots: Tensor
-) -> None:
-    """Launch the rotation of q and k, and the write of k and v to `slots` int64 ``[T]``, none if negative."""
-    if q.stride(-1) != 1:
-        raise ValueError(f"q is rotated in place: its heads must be contiguous, not of strides {q.stride()}")
-    k, v, cos, sin = (_unit(each) for each in (k, v, cos, sin))
-    num_kv_heads, block_size, head_dim = kv_cache.shape[2:]
-    found = constants(q.shape[1], num_kv_heads, head_dim, cos.shape[1])
-    blocks = triton.cdiv(q.shape[1], found["HEADS"]) + triton.cdiv(num_kv_heads, found["HEADS"])
-    narrow = kv_cache.dtype.itemsize == 1
-    rotate_write_kernel[(q.shape[0], blocks)](
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        kv_cache,
-        slots,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        cos.stride(0),
-        sin.stride(0),
-        **found,
-        BLOCK_SIZE=block_size,
-        LARGEST=torch.finfo(kv_cache.dtype).max if narrow else None,
-        num_warps=4,
-    )
-    dispatch.count("rotary.write", "triton")
-
-
-def _unit(rows: Tensor) -> Tensor:
-    """`rows` with contiguous values; any other stride will do."""
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()

@@ -22,7 +22,7 @@ _COUNT_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 @dataclass(frozen=True)
 class Metric:
-    """What the declaration of a metric says.
+    """The declaration of a metric, without its name and kind.
 
     Attributes:
         buckets: upper bounds, of a histogram.

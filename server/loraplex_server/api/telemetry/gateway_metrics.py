@@ -76,7 +76,7 @@ class GatewayCollector(Collector):
         self._updated_s = 0.0
 
     def set_info(self, info: EngineInfo) -> None:
-        """What is served, once it is known."""
+        """Takes in what is served, once it is known."""
         self._info = info
 
     def observe(self, stats: Stats) -> None:

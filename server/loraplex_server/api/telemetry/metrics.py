@@ -28,7 +28,7 @@ class Metrics:
         self._collectors = make_collectors(self.registry)
 
     def set_info(self, info: EngineInfo, version: str) -> None:
-        """What is served, once it is known."""
+        """Takes in what is served, once it is known."""
         self._collectors.build.info(
             {
                 "version": version,

@@ -4,7 +4,7 @@ A step in which every sequence computes one token is hundreds of small kernels, 
 one takes longer than running them. Recorded, they are one launch. A recording's inputs lie at fixed
 addresses: token ids, positions, the attention's tables, the adapters' segments. A step fills them, in three
 copies, and replays. Tokens past the step's own have the id 0, are written to no cell and belong to no
-adapter. Guessed tokens are rows like others: each attends on its own to the blocks of its sequence, which
+adapter. Draft tokens are rows like others: each attends on its own to the blocks of its sequence, which
 have all of the step's keys and values by then.
 
 There are two recordings for each size: for steps without adapters, which launch nothing for them, and for
@@ -210,7 +210,7 @@ class Rows(NamedTuple):
 
 
 def row_by_row(plan: StepPlan) -> Rows | None:
-    """A step whose every token is decoded, guessed ones included, row by row; None of any other."""
+    """A step whose every token is decoded, draft tokens included, row by row; None of any other."""
     count = plan.num_tokens
     if count == plan.num_sequences:
         if (np.diff(plan.query_start) != 1).any():

@@ -1,4 +1,4 @@
-"""Adapters on their way into the store, those that cannot be served, and how both are answered."""
+"""Adapters whose files are being looked at, those that cannot be served, and how both are answered."""
 
 from __future__ import annotations
 

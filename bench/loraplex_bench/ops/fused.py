@@ -1,28 +1,22 @@
-"""Time what runs between a layer's projections: sums and norms, rotations and KV writes, gates.
+"""What runs between a layer's projections: sums and norms, rotations and KV writes, gates.
 
-    python -m loraplex_bench.ops.ops_fused [--only OP] [--json]          on a GPU, in bfloat16
-
-One row per op, model and number of tokens: microseconds of the fused kernel, in passes over several sets of
-inputs, replayed as CUDA graphs; beside them the fewest bytes that it must move, at the rate of a large copy
-on the same card. The peers do the same: `modules` is transformers' own code, `torch` adds and calls
-`F.rms_norm`, `compiled` is `torch.compile` of the reference, for one number of tokens, as it compiles anew
-for each. A peer that the machine cannot run is left out.
+The peers do the same: `modules` is transformers' own code, `torch` adds and calls `F.rms_norm`, `compiled` is
+`torch.compile` of the reference, for one number of tokens, as it compiles anew for each.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import functools
 import itertools
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from loraplex_bench.ops.ops_attention import COLD_BYTES, Ceilings, measure_ceilings, pass_us
+from loraplex_bench.ops.registry import Contender, Op, Results, Setting
 from loraplex_kernels import gated, norm
 from loraplex_kernels.attention import AttentionBatch, kv_cache_shape, rotary, write_kv
 from loraplex_kernels.attention.rotary.reference import rotate as plain_rotate
@@ -33,9 +27,7 @@ from loraplex_kernels.norm.reference import rms_norm as plain_rms_norm
 
 BLOCK_SIZE = 16
 COMPILED_TOKENS = 64
-MAX_SETS = 512
 
-Results = tuple[torch.Tensor, ...]
 Call = Callable[[], Results]
 
 
@@ -68,6 +60,9 @@ class Case:
     shape: Shape
     tokens: int
 
+    def __str__(self) -> str:
+        return f"{self.op}, {self.shape.name}, {self.tokens} tokens"
+
     def least_bytes(self, element: int) -> int:
         """Inputs once, results once; cos and sin are computed for all layers, and read by each."""
         shape, tokens = self.shape, self.tokens
@@ -81,32 +76,17 @@ class Case:
         return tokens * ((heads + 2) * shape.head_dim * element + 8)
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Median microseconds; `peers` by name, None where one cannot run."""
-
-    op: str
-    model: str
-    tokens: int
-    us: float
-    floor_us: float
-    peers: dict[str, float | None] = field(default_factory=dict)
-
-    def line(self) -> str:
-        """For the printed table."""
-        peers = ", ".join(
-            f"{name} {us:.1f} us ({us / self.us:.1f}x)" for name, us in self.peers.items() if us is not None
-        )
-        return (
-            f"{self.op:18} {self.model:10} {self.tokens:5} tokens {self.us:8.2f} us, "
-            f"{self.floor_us / self.us:4.0%} of the roofline; {peers}"
-        )
-
-
-def cases() -> Iterator[Case]:
+def cases() -> list[Case]:
     """The most wanted first."""
-    for tokens, shape, op in itertools.product(TOKENS, SHAPES, OPS):
-        yield Case(op, shape, tokens)
+    return [Case(op, shape, tokens) for tokens, shape, op in itertools.product(TOKENS, SHAPES, OPS)]
+
+
+_TINY = Shape("tiny", 32, 4, 2, 8, 48)
+TINY = [
+    Case(op, dataclasses.replace(_TINY, sandwich=sandwich), COMPILED_TOKENS)
+    for op in OPS
+    for sandwich in (False, True)
+]
 
 
 class Inputs:
@@ -149,6 +129,14 @@ class Inputs:
                 device=device,
             )
 
+    def copy(self) -> Inputs:
+        """The same numbers; what a call changes is of its own."""
+        copied = object.__new__(Inputs)
+        copied.__dict__.update(self.__dict__)
+        if self.case.op == "rotation and write":
+            copied.q, copied.cache = self.q.clone(), self.cache.clone()
+        return copied
+
     def own(self) -> Results:
         """The op."""
         if self.case.op == "norm":
@@ -159,6 +147,17 @@ class Inputs:
             return (gated.gated(self.gate, self.up, self.activation),)
         rotary.rotate_and_write(self.q, self.k, self.v, self.cos, self.sin, self.cache, self.batch)
         return self.q, self.cache
+
+    def reference(self) -> Results:
+        """The specification in plain torch."""
+        if self.case.op == "norm":
+            return (plain_rms_norm(self.x, self.norm),)
+        if self.case.op == "sum and norm":
+            return plain_add_rms_norm(self.x, self.residual, self.norm, after=self.after)
+        if self.case.op == "gate":
+            return (plain_gated(self.gate, self.up, self.activation),)
+        write_kv(plain_rotate(self.k, self.cos, self.sin), self.v, self.cache, self.batch)
+        return plain_rotate(self.q, self.cos, self.sin), self.cache
 
     def peers(self) -> dict[str, Call]:
         """The same by other means, as far as this machine has them."""
@@ -223,69 +222,52 @@ class Inputs:
         return rotate
 
     def _compiled(self) -> Call:
+        make = functools.partial(_compile, device=self.device.type)
         if self.case.op == "norm":
-            return lambda: (_compile(plain_rms_norm)(self.x, self.norm),)
+            return lambda: (make(plain_rms_norm)(self.x, self.norm),)
         if self.case.op == "sum and norm":
-            add: Callable[..., Results] = _compile(plain_add_rms_norm)
+            add: Callable[..., Results] = make(plain_add_rms_norm)
             return lambda: add(self.x, self.residual, self.norm, after=self.after)
-        return lambda: (_compile(plain_gated)(self.gate, self.up, self.activation),)
-
-    def rotated(self) -> torch.Tensor:
-        """Queries, as they should come out."""
-        return plain_rotate(self.q, self.cos, self.sin)
+        return lambda: (make(plain_gated)(self.gate, self.up, self.activation),)
 
 
 @functools.cache
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Once for each function; shapes are compiled for as they come."""
-    compiled: Callable[..., Any] = torch.compile(function, dynamic=False)
+def _compile(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """Once for each function; shapes are compiled for as they come. On a CPU, where the bench is only tried
+    out, without a C++ compiler."""
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    compiled: Callable[..., Any] = torch.compile(function, dynamic=False, backend=backend)
     return compiled
 
 
-def measure_on_gpu(case: Case, dtype: torch.dtype, device: torch.device, ceilings: Ceilings) -> Timing:
-    """Time one case, after checking that the peers compute the same."""
-    least = case.least_bytes(dtype.itemsize)
-    sets = [Inputs(case, dtype, device) for _ in range(min(MAX_SETS, -(-COLD_BYTES // least)))]
-    peers: dict[str, float | None] = {}
-    for name in sets[0].peers():
-        try:
-            check(sets[0], name)
-            peers[name] = pass_us([inputs.peers()[name] for inputs in sets], device)
-        except (RuntimeError, OSError) as error:
-            # A compiler that is not there, say.
-            print(f"not run: {name}: {str(error).splitlines()[0]}")
-            peers[name] = None
-    us = pass_us([inputs.own for inputs in sets], device)
-    return Timing(case.op, case.shape.name, case.tokens, us, least / ceilings.bytes_per_s * 1e6, peers)
+def prepare(case: Case, setting: Setting) -> Iterator[Contender]:
+    """The op and its peers, in passes over several sets of inputs."""
+    least = case.least_bytes(setting.dtype.itemsize)
+    sets = [Inputs(case, setting.dtype, setting.device) for _ in range(setting.copies(least))]
+    first = sets[0]
+    yield Contender(
+        "loraplex",
+        lambda: [inputs.own for inputs in sets],
+        lambda: first.copy().own(),
+        lambda: first.copy().reference(),
+        least_bytes=least,
+        role="own",
+    )
+    for name in first.peers():
+        yield Contender(
+            name,
+            functools.partial(_calls, sets, name),
+            functools.partial(_results, first, name),
+            lambda: first.copy().reference(),
+        )
 
 
-def check(inputs: Inputs, peer: str) -> None:
-    """The peer's results are the op's. Rotates the queries of `inputs`.
-
-    Raises:
-        AssertionError: they are not.
-    """
-    tolerance = 1e-5 if inputs.dtype == torch.float32 else 3e-2
-    wanted = [result.clone() for result in inputs.peers()[peer]()]
-    for found, result in zip(inputs.own(), wanted, strict=True):
-        torch.testing.assert_close(found, result, atol=tolerance, rtol=tolerance)
+def _calls(sets: Sequence[Inputs], name: str) -> list[Call]:
+    return [inputs.peers()[name] for inputs in sets]
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description="Time what runs between a layer's projections.")
-    parser.add_argument("--only", default="", help="run the ops whose name contains this")
-    parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
-    args = parser.parse_args()
-    device = torch.device("cuda")
-    with torch.inference_mode():
-        ceilings = measure_ceilings(device)
-        for case in cases():
-            if args.only in case.op:
-                timing = measure_on_gpu(case, torch.bfloat16, device, ceilings)
-                torch.cuda.empty_cache()
-                print(json.dumps(asdict(timing)) if args.json else timing.line(), flush=True)
+def _results(inputs: Inputs, name: str) -> Results:
+    return inputs.copy().peers()[name]()
 
 
-if __name__ == "__main__":
-    main()
+OP = Op("fused", {"cuda": cases}, TINY, prepare, group=lambda case: case.op)
