@@ -1,4 +1,4 @@
-"""What the tensors of a bottleneck adapter's file do, checked against its configuration.
+"""Checks of a bottleneck adapter's tensors against its configuration.
 
 The tensors in the file are the truth, the configuration must agree with them, as for PEFT's (`checks`).
 """
@@ -90,13 +90,13 @@ def _entries(sub_block: SubBlock, settings: BottleneckSettings, registry: SiteRe
         if settings.reads is not BottleneckReads.OUTPUT and known != sub_block.norm:
             raise UnsupportedError(
                 f"the residual stream at {quoted(entry.path)} is not known to be what goes into "
-                f"{quoted(sub_block.norm)}, so what its network reads would be a guess"
+                f"{quoted(sub_block.norm)}, so it is not known what its network reads"
             )
     return [found[layer] for layer in sorted(layers - settings.left_out)]
 
 
 def _in_layer(path: str, layer: int) -> str:
-    """What a path is within its layer."""
+    """The rest of a path after its layer."""
     return path.partition(f".{layer}.")[2]
 
 
