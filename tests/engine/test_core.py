@@ -15,10 +15,9 @@ from loraplex_server.core.request import (
     AdapterUse,
     FinishReason,
     Request,
-    RequestLimits,
     SamplingParams,
-    check_request,
 )
+from loraplex_server.core.request_rules import RequestLimits, check_request
 from loraplex_server.core.step import StepPlan
 from loraplex_server.wire import frames, messages
 
@@ -97,7 +96,7 @@ def test_a_request_keeps_to_the_limits_whoever_made_it() -> None:
         (Request("r", ()), "prompt", "is empty"),
         (Request("r", (1, 2, 3, 4)), "prompt", "has 4 tokens"),
         (Request("r", (1, -1)), "prompt", "outside the vocabulary of 100"),
-        (Request("r", (1,), adapters=tuple(map(AdapterUse, "abc"))), "adapters", "3 named"),
+        (Request("r", (1,), adapters=tuple(map(AdapterUse, "abc"))), "adapters", "3 are more than the 2"),
         (Request("r", (1,), adapters=(AdapterUse("a"), AdapterUse("a", 0.5))), "adapters", "named twice"),
     ):
         with pytest.raises(InvalidArgumentError, match=said) as caught:
