@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex import AdapterInfo, AdapterState, AsyncClient, LoraplexError, ModelInfo
+from loraplex.cli.exposition import Metrics, scrape
 from loraplex.errors import DeadlineExceededError, NotFoundError, PermissionDeniedError
 from loraplex_bench.demo.tasks import (
     MAX_ANSWER_TOKENS,
@@ -39,7 +40,6 @@ from loraplex_bench.demo.tasks import (
 from loraplex_bench.load.answers import AnswerBook, Judgement, Verdict
 from loraplex_bench.load.environment import environment
 from loraplex_bench.load.launcher import LaunchedServer, LaunchError, child_environment, demo_flags
-from loraplex_bench.load.metrics import Metrics, scrape
 from loraplex_bench.load.options import add_quantization
 from loraplex_bench.load.progress import live
 from loraplex_bench.load.results import table, write_json
