@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from loraplex_server.config import EngineConfig
@@ -36,13 +37,19 @@ STRIDE = 97
 _TIMES = Times(queue_s=0.0, adapter_wait_s=0.0, first_token_s=0.0, total_s=0.0, preemptions=0)
 
 
+class _NoTokenizers:
+    """No adapter has a tokenizer of its own."""
+
+    known: Mapping[str, Any] = {}
+
+    def drain(self) -> Mapping[str, Any]:
+        return {}
+
+
 class _NoAdapters:
     """As much of an adapter store as a host asks of one where there are none."""
 
-    tokenizers: Mapping[str, Any] = {}
-
-    def drain_tokenizers(self) -> Mapping[str, Any]:
-        return {}
+    registry = SimpleNamespace(tokenizers=_NoTokenizers())
 
     def close(self) -> None:
         pass
