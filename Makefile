@@ -100,6 +100,7 @@ reference: $(STAMP) ## Write the reference pages in docs/reference anew from the
 	$(PY) -m loraplex_server.config.reference > docs/reference/flags.md
 	$(PY) -m loraplex_server.api.telemetry.reference > docs/reference/metrics.md
 	$(PY) -m loraplex_server.api.reference > docs/reference/errors.md
+	$(PY) -m loraplex_server.adapters.spec.reference > docs/reference/adapter-kinds.md
 
 train: $(STAMP) ## Train the demo model and its adapters anew (hours)
 	$(PY) -m demo_training.train all

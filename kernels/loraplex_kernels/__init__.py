@@ -22,6 +22,6 @@ op                  meaning                              reference        kernel
 ==================  ===================================  ===============  =========  ===========  =========
 
 No op imports another. They share `pool` (the adapters' device memory and the step's metadata), `dispatch`
-(Triton or torch), `dense` (products on a CPU), `parallel` (threads) and ``_sparse``. Nothing here knows about
-requests, adapters on disk, or the server, and importing this package imports nothing else.
+(Triton or torch), `dense` (products on a CPU), `parallel` (threads), `strides` and ``_sparse``. Nothing here
+knows about requests, adapters on disk, or the server, and importing this package imports nothing else.
 """

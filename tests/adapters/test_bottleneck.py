@@ -210,7 +210,7 @@ def test_a_model_of_another_kind_is_refused(folder: Any, refused: Any) -> None:
     ("settings", "named"),
     [
         ({"layer_pre_ffn": None}, "is_parallel needs a residual stream"),
-        ({"layer_pre_ffn": "mlp"}, "would be a guess"),
+        ({"layer_pre_ffn": "mlp"}, "not known what its network reads"),
         ({"layer_output_proj": "mlp.out"}, "has no 'mlp.out'"),
         ({"layer_output_proj": "mlp.up_proj"}, "that ends in the hidden size"),
         ({"layer_output_proj": None}, "does not say where attention and MLP end"),

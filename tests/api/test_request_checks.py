@@ -17,8 +17,9 @@ from loraplex_server.api.requests.to_core import to_request as convert_request
 from loraplex_server.core.composition import COMBINATION_TYPES, Composition, prunes
 from loraplex_server.core.errors import InvalidArgumentError
 from loraplex_server.core.request import AdapterUse, SamplingDefaults, SamplingParams, Structure
+from loraplex_server.core.request_rules import RequestLimits
 
-LIMITS = Limits(vocab_size=100, max_model_len=32, max_prompt_chars=64, max_adapters=3)
+LIMITS = Limits(RequestLimits(vocab_size=100, max_model_len=32, max_adapters=3), max_prompt_chars=64)
 OK: dict[str, Any] = {"text": "hello"}
 
 
@@ -137,7 +138,7 @@ def test_all_violations_are_found_at_once() -> None:
 def to_request(num_prompt_tokens: int = 4, **fields: Any) -> Any:
     message = generation_pb2.GenerateRequest(**(OK | fields))
     check_generate(message, LIMITS)
-    check_prompt_tokens(message, num_prompt_tokens, LIMITS)
+    check_prompt_tokens(message, range(num_prompt_tokens), LIMITS)
     around = Circumstances(range(num_prompt_tokens), request_id="r", tenant="acme", deadline_s=12.5)
     return convert_request(message, LIMITS, around)
 

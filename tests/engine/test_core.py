@@ -9,8 +9,15 @@ import msgspec
 import numpy as np
 import pytest
 
+from loraplex_server.core.errors import InvalidArgumentError
 from loraplex_server.core.random import uniform
-from loraplex_server.core.request import AdapterUse, FinishReason, Request, SamplingParams
+from loraplex_server.core.request import (
+    AdapterUse,
+    FinishReason,
+    Request,
+    SamplingParams,
+)
+from loraplex_server.core.request_rules import RequestLimits, check_request
 from loraplex_server.core.step import StepPlan
 from loraplex_server.wire import frames, messages
 
@@ -80,6 +87,21 @@ def test_messages_survive_the_wire() -> None:
     frame = frames.encode(tokens)
     assert int.from_bytes(frame[:4], "big") == len(frame) - 4
     assert frames.decode_from_engine(frame[4:]) == tokens
+
+
+def test_a_request_keeps_to_the_limits_whoever_made_it() -> None:
+    limits = RequestLimits(vocab_size=100, max_model_len=4, max_adapters=2)
+    check_request(Request("r", (1, 2, 3), adapters=(AdapterUse("a"), AdapterUse("b"))), limits)
+    for request, field, said in (
+        (Request("r", ()), "prompt", "is empty"),
+        (Request("r", (1, 2, 3, 4)), "prompt", "has 4 tokens"),
+        (Request("r", (1, -1)), "prompt", "outside the vocabulary of 100"),
+        (Request("r", (1,), adapters=tuple(map(AdapterUse, "abc"))), "adapters", "3 are more than the 2"),
+        (Request("r", (1,), adapters=(AdapterUse("a"), AdapterUse("a", 0.5))), "adapters", "named twice"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=said) as caught:
+            check_request(request, limits)
+        assert [violation.field for violation in caught.value.info.violations] == [field]
 
 
 def test_what_is_no_message_is_refused() -> None:

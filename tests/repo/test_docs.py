@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from loraplex_server.adapters.spec import reference as adapter_kinds
 from loraplex_server.api.telemetry import reference as metrics
 from loraplex_server.config import reference as flags
 
@@ -40,6 +41,12 @@ def test_the_page_of_flags_is_what_the_settings_say() -> None:
 
 def test_the_page_of_metrics_is_what_the_catalogue_says() -> None:
     assert (ROOT / "docs/reference/metrics.md").read_text() == metrics.page(), "run `make reference`"
+
+
+def test_the_page_of_adapter_kinds_is_what_the_tables_say() -> None:
+    assert (ROOT / "docs/reference/adapter-kinds.md").read_text() == adapter_kinds.page(), (
+        "run `make reference`"
+    )
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: str(page.relative_to(ROOT)))

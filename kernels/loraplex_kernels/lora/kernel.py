@@ -364,7 +364,7 @@ def _member_at(member_ptr, member, rank_ptr, b_offset_ptr, num_entries, entry_of
 
 @triton.jit
 def _scales_of(scale_ptr, b_offset, rank, width, RANK_ALIGN: tl.constexpr):
-    """Where the float32 scales of an adapter begin: after the bytes of its B."""
+    """Pointer to the float32 scales of an adapter, which follow the bytes of its B."""
     return scale_ptr + (b_offset + _padded(rank, RANK_ALIGN).to(tl.int64) * width) // 4
 
 

@@ -81,6 +81,14 @@ class LoraBatch:
         derived: _Derived = kept[1]
         return derived
 
+    def check_rows(self, rows: Tensor, name: str, columns: int) -> None:
+        """Raise `ValueError` unless rows ``[T, N]`` have the batch's tokens and `columns` at least."""
+        if rows.dim() != 2 or rows.shape[1] < columns or rows.shape[0] < self.num_tokens:
+            raise ValueError(
+                f"{name} must be at least [{self.num_tokens}, {columns}] as the batch and the site say, "
+                f"got {tuple(rows.shape)}"
+            )
+
     @classmethod
     def build(cls, runs: Sequence[Run], device: torch.device | str = "cpu") -> LoraBatch:
         """Metadata of `runs` in buffers of its own. A server keeps `LoraBatchBuffers` instead."""

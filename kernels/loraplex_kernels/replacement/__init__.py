@@ -25,12 +25,8 @@ def linear(x: Tensor, y: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatc
 
     Raises `ValueError` where x or y does not fit the site or the batch.
     """
-    for rows, name, columns in ((x, "x", site.in_features), (y, "y", site.out_features)):
-        if rows.dim() != 2 or rows.shape[1] < columns or rows.shape[0] < batch.num_tokens:
-            raise ValueError(
-                f"{name} must be at least [{batch.num_tokens}, {columns}] as the batch and the site say, "
-                f"got {tuple(rows.shape)}"
-            )
+    batch.check_rows(x, "x", site.in_features)
+    batch.check_rows(y, "y", site.out_features)
     reference.linear(x, y, pool, site, batch)
 
 

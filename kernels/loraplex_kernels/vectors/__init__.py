@@ -33,7 +33,7 @@ def scale_input(x: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> 
 
     The first slice's entry holds the vector. Raises `ValueError` where x does not fit the site or the batch.
     """
-    _check(x, "x", site.in_features, batch)
+    batch.check_rows(x, "x", site.in_features)
     rows = reference.gather(pool, site, batch, VectorKind.INPUT_SCALE, 0)
     if rows is None:
         return x
@@ -43,7 +43,7 @@ def scale_input(x: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> 
 
 def scale_output(y: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> None:
     """Multiply y ``[T, N]``, N at least ``site.out_features``, in place. Raises as `scale_input` does."""
-    _check(y, "y", site.out_features, batch)
+    batch.check_rows(y, "y", site.out_features)
     for index, (column, width) in enumerate(site.slices):
         rows = reference.gather(pool, site, batch, VectorKind.OUTPUT_SCALE, index)
         if rows is not None:
@@ -53,7 +53,7 @@ def scale_output(y: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) ->
 
 def add_bias(y: Tensor, pool: LoraPool, site: LoraSite, batch: LoraBatch) -> None:
     """Add weighted biases to y ``[T, N]`` in place, a token's pairs in order. Raises as the others do."""
-    _check(y, "y", site.out_features, batch)
+    batch.check_rows(y, "y", site.out_features)
     for index, (column, width) in enumerate(site.slices):
         rows = reference.gather(pool, site, batch, VectorKind.BIAS, index)
         if rows is not None:
@@ -82,11 +82,3 @@ def prefix(
     width, each = num_kv_heads * head_dim, 2 * num_layers
     rows = pool.block(slot, VectorKind.PREFIX, 0, width, tokens.start * each, len(tokens) * each)
     return rows.view(len(tokens), num_layers, 2, num_kv_heads, head_dim).permute(1, 2, 0, 3, 4)
-
-
-def _check(rows: Tensor, name: str, columns: int, batch: LoraBatch) -> None:
-    if rows.dim() != 2 or rows.shape[1] < columns or rows.shape[0] < batch.num_tokens:
-        raise ValueError(
-            f"{name} must be at least [{batch.num_tokens}, {columns}] as the batch and the site say, "
-            f"got {tuple(rows.shape)}"
-        )

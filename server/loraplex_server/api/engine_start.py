@@ -16,6 +16,7 @@ from loraplex_server.api.text.chat.prompts import ChatPrompts
 from loraplex_server.api.text.tokenizer import Tokenizer
 from loraplex_server.config import EngineConfig, ServerConfig
 from loraplex_server.core.errors import FailedPreconditionError
+from loraplex_server.core.request_rules import RequestLimits
 from loraplex_server.wire.client import EngineClient
 
 _ENGINE_EXIT_S = 10.0
@@ -72,7 +73,7 @@ class EngineStarter:
         limits = self._limits(engine, tokenizer)
         chat = ChatPrompts(engine, tokenizer, limits.max_prompt_chars)
         stack.push_async_callback(chat.close)
-        tokenizers = AdapterTokenizers(tokenizer, limits.vocab_size, lambda: engine.tokenizers)
+        tokenizers = AdapterTokenizers(tokenizer, limits.rules.vocab_size, lambda: engine.tokenizers)
         stack.push_async_callback(tokenizers.close)
         return Backend(engine, tokenizer, limits, chat, tokenizers)
 
@@ -103,10 +104,8 @@ class EngineStarter:
     def _limits(self, engine: EngineClient, tokenizer: Tokenizer) -> Limits:
         info, config = engine.info, self._config.engine
         return Limits(
-            vocab_size=info.vocab_size,
-            max_model_len=info.max_model_len,
+            rules=RequestLimits(info.vocab_size, info.max_model_len, config.adapters.max_per_request),
             max_prompt_chars=info.max_model_len * tokenizer.max_chars_per_token,
-            max_adapters=config.adapters.max_per_request,
             defaults=info.sampling_defaults,
             speculative_tokens=config.scheduler.speculative_tokens,
         )

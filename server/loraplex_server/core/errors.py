@@ -1,35 +1,40 @@
 """Errors a request, an adapter or an operator can meet.
 
-    ServerError                  code        what the caller should do
-    ├── InvalidArgumentError     INVALID_ARGUMENT      mend the named field
-    ├── NotFoundError            NOT_FOUND             name something that exists
-    ├── AlreadyExistsError       ALREADY_EXISTS        choose another name
-    ├── UnauthenticatedError     UNAUTHENTICATED       send a token the server knows
-    ├── PermissionDeniedError    PERMISSION_DENIED     use an allowed source
-    ├── FailedPreconditionError  FAILED_PRECONDITION   change the adapter or the server
-    ├── ResourceExhaustedError   RESOURCE_EXHAUSTED    try again after `retry_after_s`
-    ├── DeadlineExceededError    DEADLINE_EXCEEDED     allow more time
-    ├── CancelledError           CANCELLED             nothing
-    ├── UnavailableError         UNAVAILABLE           try again, the server starts or stops
-    ├── UnimplementedError       UNIMPLEMENTED         use a method that this server has
-    └── InternalError            INTERNAL              report it
+    ServerError                  code
+    ├── InvalidArgumentError     INVALID_ARGUMENT
+    ├── NotFoundError            NOT_FOUND
+    ├── AlreadyExistsError       ALREADY_EXISTS
+    ├── UnauthenticatedError     UNAUTHENTICATED
+    ├── PermissionDeniedError    PERMISSION_DENIED
+    ├── FailedPreconditionError  FAILED_PRECONDITION
+    ├── ResourceExhaustedError   RESOURCE_EXHAUSTED    with `retry_after_s`
+    ├── DeadlineExceededError    DEADLINE_EXCEEDED
+    ├── CancelledError           CANCELLED
+    ├── UnavailableError         UNAVAILABLE           with `retry_after_s`
+    ├── UnimplementedError       UNIMPLEMENTED
+    └── InternalError            INTERNAL
 
-An error travels from the engine to the API as an `ErrorInfo` and becomes the same class there.
-This module knows nothing of gRPC; `api/status.py` maps the codes.
+`core.reasons` says when each is raised and what to do about it. An error travels from the engine to the API
+as an `ErrorInfo` and becomes the same class there. This module knows nothing of gRPC and HTTP:
+`api.rpc.status` and `api.http.errors` map the codes.
 """
 
 from __future__ import annotations
 
 import enum
 import errno
+from collections.abc import Sequence
 
 import msgspec
 
+# A status travels in HTTP/2 trailers, which clients limit to 8 KiB.
+_MAX_VIOLATIONS = 16
+
 
 class Reason(enum.StrEnum):
-    """What a program may act on, finer than the code. An error without one has its code's name for a reason.
+    """A reason that a program may act on, finer than the code; an error without one has its code's name.
 
-    They are part of the API: one that callers know is never renamed, nor given another meaning.
+    They are part of the API: one that clients know is never renamed, nor given another meaning.
     """
 
     ADAPTER_NOT_FOUND = "ADAPTER_NOT_FOUND"
@@ -106,7 +111,16 @@ class InvalidArgumentError(ServerError):
     @classmethod
     def field(cls, field: str, description: str) -> InvalidArgumentError:
         """The usual case: one field, and what to do about it."""
-        return cls(f"{field}: {description}", violations=(FieldViolation(field, description),))
+        return cls.fields([FieldViolation(field, description)])
+
+    @classmethod
+    def fields(cls, found: Sequence[FieldViolation]) -> InvalidArgumentError:
+        """Several fields, of which the first 16 are told: clients limit a status to 8 KiB."""
+        shown = tuple(found[:_MAX_VIOLATIONS])
+        message = "; ".join(f"{violation.field}: {violation.description}" for violation in shown)
+        if len(found) > len(shown):
+            message += f"; and {len(found) - len(shown)} more"
+        return cls(message, violations=shown)
 
 
 class NotFoundError(ServerError):

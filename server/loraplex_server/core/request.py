@@ -1,22 +1,20 @@
-"""A generation as it is asked for, and what every such request has to be. Plain data: crosses from the API to
-the engine unchanged.
+"""A generation as it is asked for: plain data that crosses from the API to the engine unchanged.
+
+The rules that every request keeps are in `core.request_rules`.
 """
 
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
 
 import msgspec
-
-from loraplex_server.core.errors import InvalidArgumentError
 
 MAX_SPECULATIVE_TOKENS = 16
 """Most draft tokens of one answer in one step."""
 
 
 class FinishReason(enum.StrEnum):
-    """Why a generation ended."""
+    """The reason for which a generation ended."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -40,7 +38,7 @@ class SamplingDefaults(msgspec.Struct, frozen=True):
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
-    """How tokens are chosen and when generation ends. The API has validated every field.
+    """How tokens are chosen and when generation ends.
 
     Attributes:
         temperature: 0 is greedy.
@@ -85,7 +83,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
 
 
 class Structure(msgspec.Struct, frozen=True):
-    """The structure that an answer is held to. The API has validated every field.
+    """The structure that an answer is held to.
 
     Attributes:
         kind: "json_schema", "json_object", "regex", "grammar" (Lark) or "choice".
@@ -127,42 +125,3 @@ class Request(msgspec.Struct, frozen=True):
     group: str = ""
     structure: Structure | None = None
     speculative_tokens: int | None = None
-
-
-class RequestLimits(NamedTuple):
-    """What one model and one server can take.
-
-    Attributes:
-        vocab_size: tokens of the base model; adapters may add some.
-        max_model_len: tokens of prompt and answer together.
-        max_adapters: adapters in one mix.
-    """
-
-    vocab_size: int
-    max_model_len: int
-    max_adapters: int
-
-
-def check_request(request: Request, limits: RequestLimits) -> None:
-    """What holds of every request that is served, whoever made it.
-
-    Raises:
-        InvalidArgumentError: names the field that breaks a rule.
-    """
-    prompt, adapters = request.prompt_token_ids, request.adapters
-    if not prompt:
-        raise InvalidArgumentError.field("prompt", "is empty; give at least one token")
-    if len(prompt) >= limits.max_model_len:
-        raise InvalidArgumentError.field(
-            "prompt", f"has {len(prompt)} tokens; this server takes fewer than {limits.max_model_len}"
-        )
-    if min(prompt) < 0:
-        raise InvalidArgumentError.field(
-            "prompt", f"has a token id outside the vocabulary of {limits.vocab_size}"
-        )
-    if len(adapters) > limits.max_adapters:
-        raise InvalidArgumentError.field(
-            "adapters", f"{len(adapters)} named; this server takes {limits.max_adapters} at most"
-        )
-    if len({use.name for use in adapters}) < len(adapters):
-        raise InvalidArgumentError.field("adapters", "one adapter is named twice; add its weights up")

@@ -1,4 +1,4 @@
-"""One step, planned on the host: flat integers in one buffer that could be sent to other ranks as it is."""
+"""One step of the model: what the host plans (`StepPlan`), and what comes back of it (`StepOutput`)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,15 @@ def _no_floats() -> Floats:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepPlan:
-    """What the runner computes in one pass. Filled by `engine/planning.py`, read by `model/runner.py`.
+    """What the runner computes in one pass, as flat arrays; `to_bytes` puts them in one buffer for others.
 
-    T tokens of B sequences stand in one ragged row. Example, with blocks of 4: sequence 0 decodes its
-    sixth token, sequence 1 prefills three, and adapter slot 2 belongs to sequence 1::
+    `engine/planning.py` fills every field, from the schedule; `model/run/runner.py` reads them and changes
+    none. Groups that few requests ask for are empty where no sequence of the step does.
+
+    Shapes: T tokens of B sequences stand in one ragged row. R runs are contiguous tokens of one mix, with P
+    (slot, weight) pairs in all; tokens in no run have no adapter. S tokens are sampled. A field `x_start`
+    says where the parts of `x` begin, and where the last one ends. Example, with blocks of 4: sequence 0
+    decodes its sixth token, sequence 1 prefills three, and adapter slot 2 belongs to sequence 1::
 
         token_ids     [17, 5, 6, 7]     positions    [5, 0, 1, 2]
         query_start   [0, 1, 4]         context_len  [6, 3]
@@ -36,71 +41,105 @@ class StepPlan:
         sample_row    [0, 3]
     """
 
-    # Tokens, [T].
+    # Tokens.
     token_ids: Ints
-    """Negative for a virtual token: -1 - r is row r of the soft prompt of its run's adapter."""
+    """[T]; negative for a virtual token: -1 - r is row r of the soft prompt of its run's adapter."""
     positions: Ints
+    """[T], within the token's sequence."""
     slot_mapping: Ints
-    """Cell of the KV cache each token is written to: block * block_size + offset."""
-    # Sequences: [B + 1], [B], [B + 1], [sum of the block tables' lengths].
+    """[T]: cell of the KV cache that the token is written to: block * block_size + offset."""
+
+    # Sequences.
     query_start: Ints
+    """[B + 1]: the sequence's first row."""
     context_len: Ints
-    """Keys visible to the sequence's last token, this step's tokens included."""
+    """[B]: keys visible to the sequence's last token, this step's tokens included."""
     block_start: Ints
+    """[B + 1], into `blocks`."""
     blocks: Ints
-    # Runs: contiguous tokens of one composition; tokens in no run have no adapter. [R], [R], [R + 1],
-    # and the pairs (slot, weight) of all runs, [P].
+    """[sum of the block tables' lengths]: the block tables, one after the other."""
+
+    # Runs of one mix.
     run_start: Ints
+    """[R]: first row."""
     run_end: Ints
+    """[R]: row after the last."""
     run_pair_start: Ints
+    """[R + 1], into the pairs."""
     pair_slot: Ints
+    """[P]: device slot of an adapter."""
     pair_weight: Floats
-    # Rows of the batch whose next token is sampled, [S] each.
+    """[P]: what its delta is multiplied by."""
+
+    # Sampling.
     sample_row: Ints
+    """[S]: the row after which a token is sampled."""
     temperature: Floats
+    """[S]; 0 is greedy."""
     top_k: Ints
+    """[S]; 0 keeps all tokens."""
     top_p: Floats
+    """[S]"""
     uniform: Floats
-    """The one draw of each token, in [0, 1): a function of seed and position alone. 0 for greedy rows."""
+    """[S]: the one draw of each token, in [0, 1), a function of seed and position; 0 for greedy rows."""
     num_logprobs: Ints
-    """-1 for none, else how many alternatives beside the chosen token."""
-    # Tokens that must not be sampled, [S + 1] and [sum].
+    """[S]; -1 for none, else how many alternatives beside the chosen token."""
     banned_start: Ints
+    """[S + 1], into `banned_ids`."""
     banned_ids: Ints
-    # What few requests ask for; each group is empty where no row of the step does.
+    """[sum]: tokens that must not be sampled."""
+
+    # Sampling, as few requests ask for it.
     min_p: Floats = dataclasses.field(default_factory=_no_floats)
     """[S]"""
-    # Added to logits: [S + 1], [sum], [sum]; no token twice in a row.
     bias_start: Ints = dataclasses.field(default_factory=_nothing)
+    """[S + 1], into `bias_ids` and `bias_value`."""
     bias_ids: Ints = dataclasses.field(default_factory=_nothing)
+    """[sum]: tokens with a bias; in a row each once."""
     bias_value: Floats = dataclasses.field(default_factory=_no_floats)
-    # Penalties: three columns [S], and the tokens that each row has with the times it generated them,
-    # [S + 1], [sum], [sum]; rows without penalties have none.
+    """[sum]: what is added to their logits."""
     repetition_penalty: Floats = dataclasses.field(default_factory=_no_floats)
+    """[S]"""
     presence_penalty: Floats = dataclasses.field(default_factory=_no_floats)
+    """[S]"""
     frequency_penalty: Floats = dataclasses.field(default_factory=_no_floats)
+    """[S]"""
     seen_start: Ints = dataclasses.field(default_factory=_nothing)
+    """[S + 1], into `seen_ids` and `seen_count`; rows without penalties have none."""
     seen_ids: Ints = dataclasses.field(default_factory=_nothing)
+    """[sum]: tokens of the prompt and the answer so far; in a row each once."""
     seen_count: Ints = dataclasses.field(default_factory=_nothing)
-    # What grammars allow: rows (of those sampled) that have one, [G], and for each a bit for every token of
-    # the base model, bit t % 64 of its word t // 64, [G * words]. Tokens without a bit are not allowed.
+    """[sum]: how often the answer has them; 0 for those of the prompt alone."""
+
+    # Grammars: G of the sampled rows have one.
     masked_row: Ints = dataclasses.field(default_factory=_nothing)
+    """[G]: index into `sample_row`."""
     mask_words: Ints = dataclasses.field(default_factory=_nothing)
-    # Prefixes: virtual tokens `prefix_first` and those after it of the adapter in a slot, copied before the
-    # pass to cells of the KV cache. [C], [C], [C + 1], [sum]; few steps have any.
+    """[G * words]: a bit for every token of the base model, bit t % 64 of word t // 64; 1 is allowed."""
+
+    # Prefixes: C copies of an adapter's keys and values to the KV cache, before the pass.
     prefix_slot: Ints = dataclasses.field(default_factory=_nothing)
+    """[C]: device slot of the adapter."""
     prefix_first: Ints = dataclasses.field(default_factory=_nothing)
+    """[C]: the first virtual token that is copied; those after it follow."""
     prefix_start: Ints = dataclasses.field(default_factory=_nothing)
+    """[C + 1], into `prefix_cells`."""
     prefix_cells: Ints = dataclasses.field(default_factory=_nothing)
-    # Rows of `token_ids` whose id was not known to the host: each is the token that the step launched before
-    # this one sampled for its `sample_row[fed_from]`. [F] each.
+    """[sum]: cell of the KV cache for each virtual token."""
+
+    # Tokens that the host does not know yet: F of them.
     fed_row: Ints = dataclasses.field(default_factory=_nothing)
+    """[F]: row whose `token_ids` holds a placeholder."""
     fed_from: Ints = dataclasses.field(default_factory=_nothing)
-    # Rows of the batch, each with the known token that follows it, whose log-probability is asked for, and
-    # how many alternatives beside it. [Q] each.
+    """[F]: index into the `sample_row` of the step launched before this one, which samples the token."""
+
+    # Scores: Q tokens of prompts whose log-probability is asked for.
     score_row: Ints = dataclasses.field(default_factory=_nothing)
+    """[Q]: the row before the token."""
     score_id: Ints = dataclasses.field(default_factory=_nothing)
+    """[Q]: the token."""
     score_top: Ints = dataclasses.field(default_factory=_nothing)
+    """[Q]: how many alternatives beside it."""
 
     @property
     def num_tokens(self) -> int:
@@ -160,9 +199,10 @@ class SampledToken:
 
 @dataclasses.dataclass(frozen=True)
 class StepOutput:
-    """What the runner gives back: one token for each of the plan's `sample_row`.
+    """What the runner gives back of a plan. The runner fills every field.
 
     Attributes:
+        sampled: one token for each of the plan's `sample_row`.
         device_s: from the step's first kernel to its last result, by the device's clock; None without one.
         waited_s: how long the device had nothing to do since the step before; None without one.
         prepare_s: the host's time for the step's inputs and, where the device runs by itself, for launching.

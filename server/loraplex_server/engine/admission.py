@@ -6,7 +6,8 @@ from loraplex_server.adapters.residency.record import AdapterHandle
 from loraplex_server.adapters.residency.requests import Requests
 from loraplex_server.config import EngineConfig
 from loraplex_server.core.errors import InvalidArgumentError, Reason, ResourceExhaustedError
-from loraplex_server.core.request import Request, RequestLimits, check_request
+from loraplex_server.core.request import Request
+from loraplex_server.core.request_rules import RequestLimits, check_request
 from loraplex_server.engine.drafts import Drafter
 from loraplex_server.engine.sequence import Sequence
 from loraplex_server.wire.messages import EngineInfo

@@ -8,11 +8,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 
 from loraplex_kernels import dispatch, parallel
+from loraplex_kernels.attention import LayerShape
+from loraplex_kernels.pool import LoraPool
 from loraplex_server.adapters.residency.device_tier import planned_pool
 from loraplex_server.adapters.residency.store import AdapterStore
 from loraplex_server.adapters.spec.sites import SiteRegistry
@@ -28,6 +31,7 @@ from loraplex_server.model.load.empty_model import EmptyModel
 from loraplex_server.model.load.frozen import FrozenProjections
 from loraplex_server.model.load.generation_config import sampling_defaults
 from loraplex_server.model.plan import memory
+from loraplex_server.model.plan.memory import MemoryPlan
 from loraplex_server.model.run.graphs import ladder
 from loraplex_server.model.run.kv_cache import allocate_kv, kv_dtype
 from loraplex_server.model.run.runner import ModelRunner
@@ -37,9 +41,14 @@ from loraplex_server.wire.messages import EngineInfo
 _log = logging.getLogger(__name__)
 
 
-# glibc's names for `mallopt`, and its largest mmap threshold.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_MMAP_BYTES, _TRIM_BYTES = 32 << 20, 256 << 20
+"""glibc's names for the parameters of `mallopt`."""
+
+_MMAP_BYTES = 32 << 20
+"""The largest threshold that glibc takes."""
+
+_TRIM_BYTES = 256 << 20
+"""More than the activations of a step take on a CPU."""
 
 
 def build_engine(
@@ -59,18 +68,12 @@ def build_engine(
     dispatch.set_kernels(config.model.kernels)
     empty, checkpoint = loader.prepare(config.model)
     device, dtype = empty.format.device, empty.format.dtype
-    kernels = dispatch.backend(device)
+    triton = dispatch.backend(device) == "triton"
     limit = architecture.longest_context(empty.config, config.scheduler.max_model_len)
     registry = _registry(empty)
-    sizes = _graph_sizes(config, recordable=kernels == "triton" and device.type == "cuda")
-    plan = memory.make_plan(
-        empty,
-        planned_pool(registry, config.adapters, dtype),
-        config,
-        limit,
-        triton=kernels == "triton",
-        graph_sizes=sizes,
-    )
+    sizes = _graph_sizes(config, recordable=triton and device.type == "cuda")
+    pool = planned_pool(registry, config.adapters, dtype)
+    plan = memory.make_plan(empty, pool, config, limit, triton=triton, graph_sizes=sizes)
     _log.info("memory, of %s:\n%s", plan.device, plan.table())
     base = empty.fill(checkpoint, progress=progress)
     layers = check_ragged(base)
@@ -80,61 +83,71 @@ def build_engine(
     adapters = AdapterStore(
         registry, config.adapters, device=device, dtype=dtype, base=_frozen_base(base), wake=wake
     )
-    block_size = config.scheduler.kv_block_size
-    num_blocks = plan.num_blocks
-    if limit > num_blocks * block_size:
-        limit = num_blocks * block_size
+    cached_tokens = plan.num_blocks * config.scheduler.kv_block_size
+    if limit > cached_tokens:
+        limit = cached_tokens
         _log.warning("the KV cache holds %d tokens: no request may be longer", limit)
-    cache_dtype = kv_dtype(config.scheduler, dtype)
-    kv_caches = allocate_kv(base.kv_shapes, num_blocks, block_size, cache_dtype, device)
-    runner = ModelRunner(
+    runner = _runner(base, plan, adapters.pool, config, layers)
+    insisted = config.model.cuda_graphs == "on"
+    _ready_device(runner, sizes, limit, on_gpu=device.type == "cuda", insisted=insisted)
+    memory.reserve_workspace(plan, device)
+    _register_folders(adapters, config.adapters.folders)
+    info = _engine_info(config, base, plan, adapters, limit)
+    _log_summary(info)
+    grammars = Grammars(
+        functools.partial(load_token_trie, config.model.model, info.vocab_size, info.eos_token_ids),
+        info.vocab_size,
+        wake,
+    )
+    return Engine(config, runner, adapters, info, emit, grammars)
+
+
+def _runner(
+    base: BaseModel, plan: MemoryPlan, pool: LoraPool, config: EngineConfig, layers: tuple[LayerShape, ...]
+) -> ModelRunner:
+    """The runner, with the KV cache that was planned for."""
+    block_size = config.scheduler.kv_block_size
+    cache_dtype = kv_dtype(config.scheduler, base.format.dtype)
+    return ModelRunner(
         base,
-        kv_caches,
-        adapters.pool,
+        allocate_kv(base.kv_shapes, plan.num_blocks, block_size, cache_dtype, base.format.device),
+        pool,
         block_size=block_size,
         max_batch_tokens=config.scheduler.max_batch_tokens,
         max_pairs_per_token=config.adapters.max_per_request,
         max_samples=memory.max_logit_rows(config),
         layers=layers,
     )
-    insisted = config.model.cuda_graphs == "on"
-    _ready_device(runner, sizes, limit, on_gpu=device.type == "cuda", insisted=insisted)
-    memory.reserve_workspace(plan, device)
-    for folder in config.adapters.folders:
-        begin = time.perf_counter()
+
+
+def _register_folders(adapters: AdapterStore, folders: Iterable[Path]) -> None:
+    for folder in folders:
+        begin_s = time.perf_counter()
         names = adapters.intake.register_folder(folder)
-        _log.info("registered %d adapters from %s in %.3f s", len(names), folder, time.perf_counter() - begin)
-    _log.info(
-        "base model: %.1f M parameters in %.1f MiB (%s, activations %s) on %s, kernels %s",
-        base.parameters / 1e6,
-        base.weight_bytes / 2**20,
-        base.format.quantization,
-        str(dtype).removeprefix("torch."),
-        device,
-        kernels,
-    )
-    _log.info(
-        "KV cache: %d blocks of %d tokens; adapters on the device: %d at most",
-        num_blocks,
-        block_size,
-        adapters.num_slots,
-    )
-    info = EngineInfo(
+        seconds = time.perf_counter() - begin_s
+        _log.info("registered %d adapters from %s in %.3f s", len(names), folder, seconds)
+
+
+def _engine_info(
+    config: EngineConfig, base: BaseModel, plan: MemoryPlan, adapters: AdapterStore, max_model_len: int
+) -> EngineInfo:
+    """What the engine tells its clients of itself."""
+    return EngineInfo(
         model=config.model.model,
         architecture=type(base.model).__name__,
         quantization=base.format.quantization,
-        dtype=str(dtype).removeprefix("torch."),
-        device=device.type,
-        kernels=kernels,
+        dtype=str(base.format.dtype).removeprefix("torch."),
+        device=base.format.device.type,
+        kernels=dispatch.backend(base.format.device),
         vocab_size=base.vocabulary.size,
-        max_model_len=limit,
+        max_model_len=max_model_len,
         parameters=base.parameters,
         weight_bytes=base.weight_bytes,
         weight_checksum=finish(base.checksum_steps()),
         max_batch_tokens=config.scheduler.max_batch_tokens,
         max_num_requests=config.scheduler.max_num_requests,
-        kv_block_size=block_size,
-        kv_blocks=num_blocks,
+        kv_block_size=config.scheduler.kv_block_size,
+        kv_blocks=plan.num_blocks,
         adapter_device_bytes=config.adapters.device_bytes,
         adapter_host_bytes=config.adapters.host_bytes,
         max_adapters_on_device=config.adapters.max_on_device,
@@ -143,12 +156,24 @@ def build_engine(
         sampling_defaults=sampling_defaults(config.model),
         memory=tuple((part.name, part.num_bytes) for part in plan.parts),
     )
-    grammars = Grammars(
-        functools.partial(load_token_trie, config.model.model, info.vocab_size, info.eos_token_ids),
-        info.vocab_size,
-        wake,
+
+
+def _log_summary(info: EngineInfo) -> None:
+    _log.info(
+        "base model: %.1f M parameters in %.1f MiB (%s, activations %s) on %s, kernels %s",
+        info.parameters / 1e6,
+        info.weight_bytes / 2**20,
+        info.quantization,
+        info.dtype,
+        info.device,
+        info.kernels,
     )
-    return Engine(config, runner, adapters, info, emit, grammars)
+    _log.info(
+        "KV cache: %d blocks of %d tokens; adapters on the device: %d at most",
+        info.kv_blocks,
+        info.kv_block_size,
+        info.adapter_slots,
+    )
 
 
 def _graph_sizes(config: EngineConfig, *, recordable: bool) -> tuple[int, ...]:

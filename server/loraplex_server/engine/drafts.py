@@ -1,11 +1,10 @@
-"""Guesses at the next tokens of one request, from its own text: prompt lookup (Saxena, "Prompt Lookup
-Decoding", 2023).
+"""Draft tokens for one request, from its own text: prompt lookup (Saxena, "Prompt Lookup Decoding", 2023).
 
-What stands after the latest earlier place where the row's last few tokens stood is likely to come next, in
-answers that copy from the prompt or repeat themselves. A step then computes the guessed tokens beside the one
-that it has to, and samples after each of them: with the draw of its position each row samples what decoding
-one by one would have sampled there, and as long as that is the next guess, the row after it stands. So a
-guess changes how many steps an answer takes, never the answer.
+What stands after the latest earlier place of the row's last few tokens is likely to come next, in answers
+that copy from the prompt or repeat themselves. A step then computes the drafts beside the one token that it
+has to, and samples after each of them. With the draw of its position each row samples what decoding one by
+one would have sampled there: a draft is accepted if it is that token, and then the row after it stands. So
+drafts change how many steps an answer takes, never the answer.
 """
 
 from __future__ import annotations
@@ -13,32 +12,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _WIDEST, _NARROWEST = 4, 2
+"""Numbers of last tokens that are looked up, the most first."""
+
 _FIRST_LENGTH = 4
 _LONGEST_WAIT = 16
-# Of a long prompt no more than the end is looked at, which takes some 12 MiB.
-_MOST_READ = 1 << 15
+
+_MAX_INDEXED = 1 << 15
+"""Tokens of a long prompt, from its end, that are looked at: their index takes some 12 MiB."""
 
 
 class Drafter:
-    """Guesses for one row of tokens, and how many are worth their while.
+    """Drafts for one row of tokens, as many as are worth their while.
 
-    A guess that is right to its end is followed by one of twice the length; a wrong one by one of the length
-    that was right, and one more. After a guess that was worth nothing, or where there is nothing to guess
-    from, some tokens are waited for, twice as many each time (both as TCP does it, Jacobson, "Congestion
-    avoidance and control", 1988).
+    Drafts that are all accepted are followed by twice as many; otherwise by as many as were accepted, and one
+    more. After drafts that were worth nothing, and where there is nothing to draft from, some tokens are
+    waited for, twice as many each time (both as TCP does it, Jacobson, "Congestion avoidance and control",
+    1988).
 
     Attributes:
-        drafted: tokens guessed so far.
-        accepted: how many of them were right.
+        drafted: tokens drafted so far.
+        accepted: how many of them were accepted.
     """
 
     def __init__(self, most: int, limit: int, *, first: int = 0, worth: int = 1) -> None:
         """
         Args:
-            most: tokens of a guess.
+            most: draft tokens in one step.
             limit: tokens that the row may have at its end.
             first: place of the first token that has an id.
-            worth: right tokens with which a guess was better than none.
+            worth: accepted tokens that make a step with drafts better than one without.
         """
         self._most = most
         self._limit = limit
@@ -53,7 +55,7 @@ class Drafter:
         self.accepted = 0
 
     def due(self, length: int) -> bool:
-        """Whether there may be a guess for a row of `length` tokens, all of them known."""
+        """Whether a row of `length` tokens, all of them known, may have drafts now."""
         return length >= self._resume and length + 1 < self._limit
 
     def propose(self, token_ids: Sequence[int], most: int) -> tuple[int, ...]:
@@ -73,7 +75,7 @@ class Drafter:
         return ()
 
     def judge(self, drafted: int, accepted: int, length: int) -> None:
-        """So many of a guess were right, with which the row has `length` tokens."""
+        """Takes in what became of the last drafts; the row has `length` tokens with those accepted."""
         self.drafted += drafted
         self.accepted += accepted
         if accepted == drafted:
@@ -86,12 +88,12 @@ class Drafter:
             self._pause(length)
 
     def read(self, token_ids: Sequence[int], most: int) -> int:
-        """Takes in what is new of a row, all of it known: at most so many tokens, a microsecond each.
+        """Indexes what is new of a row, all of it known, at most `most` tokens: a microsecond each.
 
         Returns how many.
         """
         if self._indexed == self._first:
-            self._indexed = max(self._first, len(token_ids) - _MOST_READ)
+            self._indexed = max(self._first, len(token_ids) - _MAX_INDEXED)
         begin = self._indexed
         end = min(len(token_ids), begin + most)
         if end == begin:

@@ -1,4 +1,4 @@
-"""Where an answer stands in its grammar, and which tokens may come next."""
+"""Follows one answer in its grammar: which tokens may come next."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ _MAX_REASON_CHARS = 300
 
 
 class GrammarMatcher:
-    """One answer's place in its grammar. What a token does to it stays done, so preemption changes nothing.
+    """One answer's place in its grammar, after the tokens that it has taken in.
 
-    `follow` may take long and belongs in a thread; while it runs, nothing here may be asked.
+    It only goes forward: a preempted sequence keeps it. `follow` may take long and belongs on another thread;
+    until it returns, no other method may be called.
 
     Attributes:
         mask: int64 [ceil(vocabulary / 64)]: bit t % 64 of word t // 64 says whether token t may come next.
-        complete: the answer is whole, and nothing can follow.
+        complete: the answer is whole: no token can follow.
         error: why the grammar cannot be followed any further; "" as long as it can.
-        ready: the engine has seen what the last token did; it sets this.
+        ready: the engine has taken up what `follow` found. The engine sets it.
     """
 
     def __init__(self, matcher: LLMatcher, vocab_size: int, tokens: int) -> None:
         """
         Args:
             vocab_size: tokens of the base model.
-            tokens: of the trie, at least as many, and whole words.
+            tokens: tokens of the trie: at least as many, and a multiple of `WORD_BITS`.
         """
         self._matcher = matcher
         self._vocab_size = vocab_size
@@ -49,7 +50,7 @@ class GrammarMatcher:
         return other
 
     def follow(self, token_id: int) -> None:
-        """Takes a token that was allowed, and looks what may come next."""
+        """Takes in a token that was allowed, and computes what may come next."""
         if self._matcher.consume_token(token_id) and self._matcher.is_stopped():
             self.complete = True
         else:
@@ -69,7 +70,7 @@ class GrammarMatcher:
             self.error = "the model has no tokens for what has to come next"
 
     def allowed(self, banned: Iterable[int]) -> Ints:
-        """The mask less what is banned; where nothing were left, the grammar has its way."""
+        """The mask without the banned tokens, int64 as `mask`; the mask itself if that would leave none."""
         barred = [token for token in banned if token < self._vocab_size]
         if not barred:
             return self.mask

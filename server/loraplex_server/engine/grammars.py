@@ -1,4 +1,4 @@
-"""Structures compiled and followed beside the step loop: no step waits for a grammar longer than a moment."""
+"""Grammars of structured output: compiled, and followed token by token, on threads of their own."""
 
 from __future__ import annotations
 
@@ -22,20 +22,24 @@ _FutureT = TypeVar("_FutureT", bound=Future[Any])
 
 _COMPILERS = 2
 _MAX_FOLLOWERS = 8
+
 _KEPT = 32
+"""Compiled structures that are kept for later answers; each may hold 100 MB (see `_limits`)."""
 
-# Answers of one compiled structure share what it has found out, which grows; then it is compiled anew.
 _ANSWERS = 64
+"""Answers that share one compiled grammar, whose tables grow with each; the next one gets a new grammar."""
 
-# Between JSON's tokens: any, but a model cannot go on with it for ever.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+"""What may stand between JSON's tokens: any, but bounded, so that a model cannot go on with it for ever."""
 
-# All that means something in an expression.
 _META = re.compile(r"[\\.+*?()|\[\]{}^$/&~#-]")
 
 
 class Grammars:
-    """Two sets of threads: one compiles, one follows answers. Methods may be called from any thread."""
+    """Compiles structures to grammars, and has matchers follow answers. May be called from any thread.
+
+    What takes long runs on two sets of threads, so that no step of the engine waits for a grammar.
+    """
 
     def __init__(
         self, load_tokens: Callable[[], LLTokenizer], vocab_size: int, wake: Callable[[], None] | None = None
@@ -59,19 +63,19 @@ class Grammars:
         self._followers = ThreadPoolExecutor(followers, "grammar-follow")
 
     def start(self, structure: Structure) -> Future[GrammarMatcher]:
-        """The place before the first token of an answer that has this structure.
+        """A matcher for a new answer that is held to this structure.
 
-        The future may be cancelled; it ends with a ServerError where there is no such grammar, and with
-        another exception where something is broken.
+        The future may be cancelled. It ends with a ServerError if the structure has no grammar, and with
+        another exception if something is broken.
         """
         return self._told(self._compilers.submit(self._start, structure))
 
-    def follow(self, constraint: GrammarMatcher, token_id: int) -> Future[None]:
-        """Has a constraint take a token, and see what may come next."""
-        return self._told(self._followers.submit(constraint.follow, token_id))
+    def follow(self, matcher: GrammarMatcher, token_id: int) -> Future[None]:
+        """Has a matcher take in a token; the future ends once it knows what may come next."""
+        return self._told(self._followers.submit(matcher.follow, token_id))
 
     def forget(self, structure: Structure) -> None:
-        """The next answer that has this structure shares nothing with those before it."""
+        """Has the structure compiled anew for the next answer, which shares nothing with those before it."""
         with self._lock:
             self._known.pop(structure, None)
 
@@ -122,8 +126,8 @@ class _Entry:
     """A structure, compiled or about to be.
 
     Attributes:
-        first: the place before the first token; every answer gets a copy.
-        answers: how many did.
+        first: a matcher before the first token; every answer gets a copy.
+        answers: copies given out.
     """
 
     def __init__(self) -> None:
@@ -133,7 +137,7 @@ class _Entry:
 
 
 def no_tokens() -> LLTokenizer:
-    """In place of a tokenizer, for an engine that is given none.
+    """For an engine that has no tokenizer.
 
     Raises:
         FailedPreconditionError: always.
@@ -142,7 +146,7 @@ def no_tokens() -> LLTokenizer:
 
 
 def _source(structure: Structure) -> str:
-    """The structure in llguidance's own form; ValueError if it has none."""
+    """The structure as llguidance writes grammars. Raises: ValueError if it cannot."""
     from llguidance import LLMatcher
 
     match structure.kind:
@@ -169,7 +173,7 @@ def _literal(text: str) -> str:
 
 
 def _limits() -> LLParserLimits:
-    """What a structure may take: some tens of milliseconds for a mask, 100 MB for what its answers share."""
+    """Limits of one grammar: some tens of milliseconds for a mask, 100 MB for what its answers share."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False)

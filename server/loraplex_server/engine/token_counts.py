@@ -1,4 +1,4 @@
-"""Which tokens a sequence has so far, and how often: what penalties are about. Kept as it grows."""
+"""The distinct tokens of a sequence and their counts, which penalties need; kept up to date as it grows."""
 
 from __future__ import annotations
 

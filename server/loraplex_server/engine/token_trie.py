@@ -1,4 +1,4 @@
-"""The model's tokens as bytes, which is what a grammar is about."""
+"""The model's tokens as bytes, which grammars are written in."""
 
 from __future__ import annotations
 

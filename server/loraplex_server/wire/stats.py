@@ -14,7 +14,7 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
     `device_seconds` is the step's time by the device's clock, `idle_seconds` how long the device waited for
     it although there was work; None without such a clock, or where there was none. `prepare_seconds`,
     `run_seconds` and `sample_seconds` are `StepOutput`'s, `emit_seconds` is for committing and emitting.
-    `decode_tokens` has `drafted_tokens` among them, of which `accepted_tokens` were guessed right.
+    `decode_tokens` includes `drafted_tokens`, of which `accepted_tokens` were accepted.
     """
 
     seconds: float

@@ -90,7 +90,7 @@ def _entries(sub_block: SubBlock, settings: BottleneckSettings, registry: SiteRe
         if settings.reads is not BottleneckReads.OUTPUT and known != sub_block.norm:
             raise UnsupportedError(
                 f"the residual stream at {quoted(entry.path)} is not known to be what goes into "
-                f"{quoted(sub_block.norm)}, so what its network reads would be a guess"
+                f"{quoted(sub_block.norm)}, so it is not known what its network reads"
             )
     return [found[layer] for layer in sorted(layers - settings.left_out)]
 

@@ -20,63 +20,13 @@ from typing import Any
 
 from loraplex_kernels.bottleneck import NON_LINEARITIES
 from loraplex_kernels.pool import BottleneckReads
+from loraplex_server.adapters.spec.kinds import BOTTLENECK_SETTINGS, Treatment, is_unset
 from loraplex_server.adapters.spec.refusals import MalformedFileError, UnsupportedError
 from loraplex_server.core.text import quoted
 
 LIBRARY_MODELS = frozenset({"llama", "mistral"})
 """Models that the library knows without an interface file."""
 
-_REFUSED: dict[str, str] = {
-    "ln_before": "a layer norm of the adapter's own",
-    "ln_after": "a layer norm of the adapter's own",
-    "use_gating": "its gate looks at the whole sequence at once",
-    "phm_layer": "hypercomplex layers (Compacter) store other tensors",
-    "inv_adapter": "invertible adapters change the embeddings and the head",
-    "invertible_adapter": "invertible adapters change the embeddings and the head",
-}
-
-_READ = frozenset(
-    {
-        "architecture",
-        "is_parallel",
-        "leave_out",
-        "mh_adapter",
-        "non_linearity",
-        "original_ln_after",
-        "original_ln_before",
-        "output_adapter",
-        "reduction_factor",
-        "residual_before_ln",
-        "scaling",
-    }
-)
-
-_WITHOUT_EFFECT = frozenset(
-    {
-        # Within `ln_after`.
-        "adapter_residual_before_ln",
-        # Of encoder-decoders.
-        "cross_adapter",
-        # Of training.
-        "dropout",
-        "init_weights",
-        "init_weights_seed",
-        "stochastic_depth",
-        # Within `inv_adapter` and `phm_layer`.
-        "factorized_phm_W",
-        "factorized_phm_rule",
-        "hypercomplex_nonlinearity",
-        "inv_adapter_reduction_factor",
-        "learn_phm",
-        "phm_bias",
-        "phm_c_init",
-        "phm_dim",
-        "phm_init_range",
-        "phm_rank",
-        "shared_W_phm",
-        "shared_phm_rule",
-    }
-)
 
 _RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 """What files without a version mean."""
@@ -202,12 +152,13 @@ def parse_bottleneck(
 
 
 def _check_setting(key: str, value: object) -> None:
-    unset = value is None or value is False or value == "" or value == [] or value == {}
-    if key in _REFUSED:
-        if not unset:
-            raise UnsupportedError(f"{key} is not served: {_REFUSED[key]}")
-    elif key not in _READ and key not in _WITHOUT_EFFECT and not unset:
+    setting = BOTTLENECK_SETTINGS.get(key)
+    if is_unset(value):
+        return
+    if setting is None:
         raise UnsupportedError(f"setting {quoted(key)} is not known, so it might not be applied")
+    if setting.treatment is Treatment.REFUSED:
+        raise UnsupportedError(f"{key} is not served: {setting.note}")
 
 
 def _sub_blocks(interface: Mapping[str, Any] | None, model_type: str) -> tuple[str, SubBlock, SubBlock]:

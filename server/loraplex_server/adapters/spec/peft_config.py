@@ -1,15 +1,7 @@
 """Reads PEFT's `adapter_config.json`, and refuses every setting that would not be applied.
 
-Patterns mean what they mean to PEFT:
-
-- `rank_pattern` and `alpha_pattern`: the first key, in the file's order, that matches the module path as a
-  regular expression, either whole or from a "." on;
-- `target_modules` and `exclude_modules`: a string is a regular expression for the whole path (or
-  "all-linear"), a list names whole paths or their endings from a "." on;
-- `layers_to_transform` counts only where `target_modules` is a list and the module is not named whole;
-- `modules_to_save`, and the keys of `trainable_token_indices`, name the endings of paths, from any letter on.
-
-Configurations come from outside, so matching has a time limit.
+Which settings those are is in `kinds`, what patterns mean in `patterns`. `modules_to_save`, and the keys of
+`trainable_token_indices`, name the endings of paths, from any letter on.
 """
 
 from __future__ import annotations
@@ -23,90 +15,10 @@ from typing import Any
 
 from loraplex_server.adapters.spec import fields
 from loraplex_server.adapters.spec.fields import parse_object
+from loraplex_server.adapters.spec.kinds import PEFT_SETTINGS, PEFT_TYPES, Treatment, is_unset
 from loraplex_server.adapters.spec.patterns import Patterns, Targets
 from loraplex_server.adapters.spec.refusals import MalformedFileError, UnsupportedError
 from loraplex_server.core.text import quoted
-
-_KINDS: dict[str, str] = {
-    "MULTITASK_PROMPT_TUNING": "its prompt depends on a task id",
-    "CPT": "CPT needs soft prompts of known tokens",
-}
-
-_SETTINGS: dict[str, str] = {
-    "use_qalora": "QALoRA pools the inputs",
-    "target_parameters": "target_parameters acts on stacked expert parameters",
-    "layer_replication": "layer_replication changes the base model's layers",
-    "megatron_config": "a megatron_config shards the layers",
-    "fan_in_fan_out": "fan_in_fan_out is for weights stored transposed; this base model has none",
-    "kasa_config": "KaSA changes the base model's weights",
-    "velora_config": "VeLoRA stores further tensors",
-    "monteclora_config": "MonteCLoRA stores further tensors",
-    "arrow_config": "Arrow routes between adapters",
-    "use_bdlora": "BD-LoRA stores block-diagonal factors",
-}
-
-_WITHOUT_EFFECT = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "encoder_dropout",
-        "encoder_hidden_size",
-        "encoder_num_layers",
-        "encoder_reparameterization_type",
-        "eva_config",
-        "inference_mode",
-        "init_ia3_weights",
-        "init_weights",
-        "loftq_config",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_core",
-        "num_frozen_tokens",
-        "peft_version",
-        "prefix_projection",
-        "prompt_tuning_init",
-        "prompt_tuning_init_state_dict_path",
-        "prompt_tuning_init_text",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "task_type",
-        "tokenizer_kwargs",
-        "tokenizer_name_or_path",
-    }
-)
-"""Settings of training, of saving, and of methods that `_SETTINGS` or `init_lora_weights` decide about."""
-
-_READ = frozenset(
-    {
-        "alora_invocation_tokens",
-        "alpha_pattern",
-        "bias",
-        "ensure_weight_tying",
-        "exclude_modules",
-        "feedforward_modules",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "peft_type",
-        "r",
-        "lora_bias",
-        "modules_to_save",
-        "num_attention_heads",
-        "num_layers",
-        "num_transformer_submodules",
-        "num_virtual_tokens",
-        "rank_pattern",
-        "target_modules",
-        "token_dim",
-        "token_indices",
-        "trainable_token_indices",
-        "use_dora",
-        "use_rslora",
-    }
-)
 
 _HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 """Initialisations under which B A begins at zero and the base weights stay what they were."""
@@ -249,18 +161,9 @@ def parse_config(text: bytes) -> AdapterSettings:
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str):
         raise MalformedFileError("peft_type is missing; is this a configuration that PEFT saved?")
-    methods: dict[str, Callable[[Mapping[str, Any], Patterns], Method]] = {
-        "LORA": _lora,
-        "IA3": _ia3,
-        "PROMPT_TUNING": _prompt,
-        "P_TUNING": _prompt,
-        "PREFIX_TUNING": _prefix,
-        "CARTRIDGE": _prefix,
-        "LN_TUNING": lambda config, patterns: NormSettings(),
-        "TRAINABLE_TOKENS": lambda config, patterns: TokenSettings(),
-    }
-    if peft_type not in methods:
-        reason = _KINDS.get(peft_type, f"only {', '.join(methods)} are")
+    if peft_type not in _METHODS:
+        known = PEFT_TYPES.get(peft_type)
+        reason = known.note if known is not None else f"only {', '.join(_METHODS)} are"
         raise UnsupportedError(f"peft_type {quoted(peft_type)} is not served: {reason}")
     for key, value in config.items():
         _check_setting(key, value)
@@ -276,7 +179,7 @@ def parse_config(text: bytes) -> AdapterSettings:
         raise UnsupportedError("layers_to_transform and layers_pattern need target_modules to be a list")
     if targets.layers_pattern and not targets.layers:
         raise UnsupportedError("layers_pattern needs layers_to_transform")
-    method = methods[peft_type](config, patterns)
+    method = _METHODS[peft_type](config, patterns)
     return AdapterSettings(
         peft_type=peft_type,
         targets=targets,
@@ -358,21 +261,34 @@ def _prefix(config: Mapping[str, Any], patterns: Patterns) -> PrefixSettings:
     )
 
 
+_METHODS: dict[str, Callable[[Mapping[str, Any], Patterns], Method]] = {
+    "LORA": _lora,
+    "IA3": _ia3,
+    "PROMPT_TUNING": _prompt,
+    "P_TUNING": _prompt,
+    "PREFIX_TUNING": _prefix,
+    "CARTRIDGE": _prefix,
+    "LN_TUNING": lambda config, patterns: NormSettings(),
+    "TRAINABLE_TOKENS": lambda config, patterns: TokenSettings(),
+}
+
+
 def _check_setting(key: str, value: object) -> None:
-    unset = value is None or value is False or value == "" or value == [] or value == {}
+    setting = PEFT_SETTINGS.get(key)
     if key == "bias":
         if value not in (None, "none"):
             raise UnsupportedError(f"bias {quoted(value)} is not served: the base's biases stay as they are")
     elif key == "init_lora_weights":
         _check_init(value)
-    elif key in _SETTINGS:
-        if not unset:
-            raise UnsupportedError(f"{key} is not served: {_SETTINGS[key]}")
-    elif key not in _READ and key not in _WITHOUT_EFFECT and not unset:
+    elif is_unset(value):
+        return
+    elif setting is None:
         raise UnsupportedError(
             f"the setting {quoted(key)} is not known here, so it cannot be applied; "
             "remove it if it has no effect"
         )
+    elif setting.treatment is Treatment.REFUSED:
+        raise UnsupportedError(f"{key} is not served: {setting.note}")
 
 
 def _check_init(value: object) -> None:

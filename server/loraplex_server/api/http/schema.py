@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from loraplex_server.api.requests import limits
+from loraplex_server.core import request_rules
 from loraplex_server.core.request import MAX_SPECULATIVE_TOKENS
 
 _MAX_COUNT = (1 << 31) - 1
@@ -20,8 +21,11 @@ Count = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
 Positive = Annotated[int, Meta(ge=1, le=_MAX_COUNT)]
 TokenId = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
 Stop = Annotated[str, Meta(min_length=1, max_length=limits.MAX_STOP_CHARS)]
-Penalty = Annotated[float, Meta(ge=-limits.MAX_PENALTY, le=limits.MAX_PENALTY)]
-Bias = Annotated[float, Meta(ge=-limits.MAX_BIAS, le=limits.MAX_BIAS)]
+Penalty = Annotated[float, Meta(ge=-request_rules.MAX_PENALTY, le=request_rules.MAX_PENALTY)]
+RepetitionPenalty = Annotated[
+    float, Meta(ge=request_rules.MIN_REPETITION_PENALTY, le=request_rules.MAX_REPETITION_PENALTY)
+]
+Bias = Annotated[float, Meta(ge=-request_rules.MAX_BIAS, le=request_rules.MAX_BIAS)]
 TokenKey = Annotated[str, Meta(pattern="^[0-9]{1,9}$")]
 Name = Annotated[str, Meta(min_length=1, max_length=512)]
 
@@ -95,7 +99,10 @@ class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     top_k: Count | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     repetition_penalty: (
-        Annotated[float, Meta(ge=limits.MIN_REPETITION_PENALTY, le=limits.MAX_REPETITION_PENALTY)] | None
+        Annotated[
+            float, Meta(ge=request_rules.MIN_REPETITION_PENALTY, le=request_rules.MAX_REPETITION_PENALTY)
+        ]
+        | None
     ) = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None

@@ -87,7 +87,7 @@ def chat_messages(body: ChatBody, base: str, limits: Limits) -> list[generation_
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidArgumentError.field("top_logprobs", "needs logprobs to be true")
     # An assistant speaks until it is done, or the context is full.
-    message = _message(body, base, limits.defaults, given.pop() if given else limits.max_model_len)
+    message = _message(body, base, limits.defaults, given.pop() if given else limits.rules.max_model_len)
     for said in body.messages:
         message.chat.messages.add(role=said.role, content=_content(said), name=said.name)
     if body.logprobs:

@@ -1,13 +1,12 @@
-"""Checks of generation requests on the wire.
+"""Checks of generation requests on the wire; the rules of every request are those of `core.request_rules`.
 
 Every violation of a message is found before any is reported, each under the path of its field.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -15,9 +14,17 @@ from loraplex.v1 import generation_pb2
 from loraplex_server.api.requests import limits as most
 from loraplex_server.api.requests import request_id
 from loraplex_server.api.requests.limits import Limits
+from loraplex_server.api.requests.to_core import to_adapter_uses, to_sampling
 from loraplex_server.api.requests.violations import Violations
 from loraplex_server.core import names
-from loraplex_server.core.request import MAX_SPECULATIVE_TOKENS
+from loraplex_server.core.errors import FieldViolation
+from loraplex_server.core.request_rules import (
+    mix_violations,
+    prompt_violations,
+    repeated,
+    sampling_violations,
+    speculation_violations,
+)
 
 _ROLE = re.compile(r"[a-z0-9_]{1,32}")
 
@@ -31,9 +38,8 @@ def check_generate(message: generation_pb2.GenerateRequest, limits: Limits) -> N
     found = Violations()
     _check_prompt(found, message, limits)
     _check_adapters(found, message, limits)
-    adapted = bool(message.adapters)
-    _check_sampling(found, message.sampling, limits, adapters=adapted)
-    _check_stopping(found, message.stopping, limits, adapters=adapted)
+    _check_sampling(found, message, limits)
+    _check_stopping(found, message.stopping, limits, adapters=bool(message.adapters))
     if message.HasField("structure"):
         _check_structure(found, message.structure)
     nothing = message.stopping.HasField("max_tokens") and message.stopping.max_tokens < 1
@@ -44,8 +50,7 @@ def check_generate(message: generation_pb2.GenerateRequest, limits: Limits) -> N
             found.add(field, f"{getattr(message, field)} is more than {most.MAX_LOGPROBS}")
     if message.HasField("n") and not 1 <= message.n <= most.MAX_CHOICES:
         found.add("n", f"has to be 1 to {most.MAX_CHOICES}")
-    if message.speculative_tokens > MAX_SPECULATIVE_TOKENS:
-        found.add("speculative_tokens", f"{message.speculative_tokens} is more than {MAX_SPECULATIVE_TOKENS}")
+    found.extend(speculation_violations(message.speculative_tokens))
     if message.HasField("request_id") and not request_id.is_request_id(message.request_id):
         found.add("request_id", request_id.RULE)
     found.raise_any()
@@ -67,24 +72,29 @@ def check_prompt_alone(message: generation_pb2.GenerateRequest, limits: Limits) 
     """
     found = Violations()
     _check_prompt(found, message, limits)
-    if len(message.adapters) > limits.max_adapters:
-        found.add("adapters", f"{len(message.adapters)} are more than the {limits.max_adapters} allowed")
+    if len(message.adapters) > limits.rules.max_adapters:
+        found.add(
+            "adapters", f"{len(message.adapters)} are more than the {limits.rules.max_adapters} allowed"
+        )
     for index, use in enumerate(message.adapters):
         check_name(found, f"adapters[{index}]", use.adapter)
     found.raise_any()
 
 
-def check_prompt_tokens(message: generation_pb2.GenerateRequest, num_tokens: int, limits: Limits) -> None:
-    """Checks the length of the tokenised prompt.
+def check_prompt_tokens(
+    message: generation_pb2.GenerateRequest, token_ids: Sequence[int], limits: Limits
+) -> None:
+    """Checks the tokenised prompt.
 
     Raises:
         InvalidArgumentError: it is empty, or leaves no room for an answer.
     """
     found = Violations()
     field = message.WhichOneof("prompt") or "prompt"
-    if not num_tokens:
+    if token_ids:
+        found.extend(_under(field, prompt_violations(token_ids, limits.rules)))
+    else:
         found.add(field, "has no tokens; give at least one character the tokenizer knows")
-    _check_prompt_length(found, field, num_tokens, limits)
     found.raise_any()
 
 
@@ -103,9 +113,7 @@ def _check_prompt(found: Violations, message: generation_pb2.GenerateRequest, li
                 found.add("text", f"has {_too_many_chars(len(message.text), limits)}")
         case "token_ids":
             ids = message.token_ids.ids
-            if not ids:
-                found.add("token_ids.ids", "is empty; give at least one token")
-            _check_prompt_length(found, "token_ids.ids", len(ids), limits)
+            found.extend(_under("token_ids.ids", prompt_violations(ids, limits.rules)))
             _check_token_ids(found, "token_ids.ids", ids, limits, adapters=bool(message.adapters))
         case "chat":
             _check_chat(found, message.chat.messages, limits)
@@ -129,79 +137,47 @@ def _check_chat(found: Violations, messages: Sequence[generation_pb2.ChatMessage
 
 def _too_many_chars(characters: int, limits: Limits) -> str:
     return (
-        f"{characters} characters; the model takes {limits.max_model_len} tokens, "
+        f"{characters} characters; the model takes {limits.rules.max_model_len} tokens, "
         f"which is {limits.max_prompt_chars} characters at most"
     )
-
-
-def _check_prompt_length(found: Violations, field: str, num_tokens: int, limits: Limits) -> None:
-    if num_tokens >= limits.max_model_len:
-        found.add(
-            field,
-            f"has {num_tokens} tokens, which leaves no room to generate: prompt and answer together "
-            f"may have {limits.max_model_len}",
-        )
 
 
 def _check_token_ids(
     found: Violations, field: str, ids: Sequence[int], limits: Limits, *, adapters: bool
 ) -> None:
     # Adapters may add tokens; the engine knows which of them do.
-    if ids and not adapters and max(ids) >= limits.vocab_size:
+    if ids and not adapters and max(ids) >= limits.rules.vocab_size:
         for index, token_id in enumerate(ids):
-            if token_id >= limits.vocab_size:
+            if token_id >= limits.rules.vocab_size:
                 found.add(
-                    f"{field}[{index}]", f"{token_id} is not below the vocabulary's {limits.vocab_size}"
+                    f"{field}[{index}]", f"{token_id} is not below the vocabulary's {limits.rules.vocab_size}"
                 )
 
 
 def _check_adapters(found: Violations, message: generation_pb2.GenerateRequest, limits: Limits) -> None:
-    if len(message.adapters) > limits.max_adapters:
-        found.add(
-            "adapters", f"{len(message.adapters)} are more than the {limits.max_adapters} a request may name"
-        )
+    uses = to_adapter_uses(message.adapters)
+    found.extend(mix_violations(uses, limits.rules))
+    if len(uses) > limits.rules.max_adapters:
         return
-    known = set()
-    for index, use in enumerate(message.adapters):
-        check_name(found, f"adapters[{index}].adapter", use.adapter)
-        if use.adapter in known:
-            found.add(f"adapters[{index}].adapter", "is named twice; add the weights up instead")
-        known.add(use.adapter)
-        if use.HasField("weight") and not math.isfinite(use.weight):
-            found.add(f"adapters[{index}].weight", "has to be finite")
+    for index, use in enumerate(uses):
+        check_name(found, f"adapters[{index}].adapter", use.name)
+    for index in repeated(uses):
+        found.add(f"adapters[{index}].adapter", "is named twice; add the weights up instead")
 
 
-def _check_sampling(
-    found: Violations, sampling: generation_pb2.SamplingParams, limits: Limits, *, adapters: bool
-) -> None:
-    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
-        found.add("sampling.temperature", "has to be 0 (greedy) or more, and finite")
-    if sampling.HasField("top_p") and not 0 < sampling.top_p <= 1:
-        found.add("sampling.top_p", "has to be above 0 and at most 1")
-    if not 0 <= sampling.min_p <= 1:
-        found.add("sampling.min_p", "has to be 0 to 1")
-    penalty = sampling.repetition_penalty
-    # A float32 of 0.01 is a little less.
-    low, high = most.MIN_REPETITION_PENALTY, most.MAX_REPETITION_PENALTY
-    if sampling.HasField("repetition_penalty") and not low * (1 - 1e-6) <= penalty <= high:
-        found.add("sampling.repetition_penalty", f"has to be from {low:g} to {high:g}")
-    for name in ("presence_penalty", "frequency_penalty"):
-        if not -most.MAX_PENALTY <= getattr(sampling, name) <= most.MAX_PENALTY:
-            found.add(f"sampling.{name}", f"has to be {-most.MAX_PENALTY:g} to {most.MAX_PENALTY:g}")
-    _check_logit_bias(found, sampling, limits, adapters=adapters)
-    _check_bad_words(found, sampling.bad_words)
-
-
-def _check_logit_bias(
-    found: Violations, sampling: generation_pb2.SamplingParams, limits: Limits, *, adapters: bool
-) -> None:
-    field, bias = "sampling.logit_bias", sampling.logit_bias
+def _check_sampling(found: Violations, message: generation_pb2.GenerateRequest, limits: Limits) -> None:
+    bias, field = message.sampling.logit_bias, "sampling.logit_bias"
     if len(bias) > most.MAX_LOGIT_BIAS:
         found.add(field, f"{len(bias)} tokens are more than {most.MAX_LOGIT_BIAS}")
-        return
-    _check_token_ids(found, field, list(bias), limits, adapters=adapters)
-    if not all(-most.MAX_BIAS <= value <= most.MAX_BIAS for value in bias.values()):
-        found.add(field, f"values have to be {-most.MAX_BIAS:g} to {most.MAX_BIAS:g}")
+    else:
+        _check_token_ids(found, field, list(bias), limits, adapters=bool(message.adapters))
+    found.extend(sampling_violations(to_sampling(message, limits)))
+    _check_bad_words(found, message.sampling.bad_words)
+
+
+def _under(field: str, violations: Iterable[FieldViolation]) -> Iterator[FieldViolation]:
+    """Violations of a prompt under the path that it has in its message."""
+    return (FieldViolation(field, violation.description) for violation in violations)
 
 
 def _check_bad_words(found: Violations, words: Sequence[str]) -> None:

@@ -78,7 +78,7 @@ class Intake:
         check_generate(message, backend.limits)
         chosen = await backend.tokenizers.of([use.adapter for use in message.adapters])
         prompt = await read_prompt(message, chosen.tokenizer, backend.chat)
-        check_prompt_tokens(message, len(prompt.token_ids), backend.limits)
+        check_prompt_tokens(message, prompt.token_ids, backend.limits)
         around = Circumstances(
             prompt_token_ids=prompt.token_ids,
             request_id=self._engine_id(),

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from loraplex_server.core.request import SamplingDefaults
+from loraplex_server.core.request_rules import RequestLimits
 
-# As OpenAI's API: 20 alternatives, penalties of -2 to 2, biases of -100 to 100.
+# As OpenAI's API.
 MAX_LOGPROBS = 20
-MAX_PENALTY = 2.0
-MAX_BIAS = 100.0
-MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 
 # Bounds on what one call may cost, in memory and in time on the event loop.
 MAX_STOPS = 16
@@ -36,16 +34,13 @@ class Limits:
     """Bounds and defaults of the model that is served.
 
     Attributes:
-        max_model_len: tokens of prompt and answer together.
+        rules: those of every request.
         max_prompt_chars: a longer text cannot fit and is refused before it is tokenised.
-        max_adapters: of one request.
         defaults: sampling parameters where the request gives none.
         speculative_tokens: drafted in a step for a request that does not say.
     """
 
-    vocab_size: int
-    max_model_len: int
+    rules: RequestLimits
     max_prompt_chars: int
-    max_adapters: int
     defaults: SamplingDefaults = dataclasses.field(default_factory=SamplingDefaults)
     speculative_tokens: int = 0

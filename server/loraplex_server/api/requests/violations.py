@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from loraplex_server.core.errors import FieldViolation, InvalidArgumentError
+from collections.abc import Iterable
 
-# A status travels in HTTP/2 trailers, which clients limit to 8 KiB.
-_MAX_SHOWN = 16
+from loraplex_server.core.errors import FieldViolation, InvalidArgumentError
 
 
 class Violations:
@@ -17,12 +16,10 @@ class Violations:
     def add(self, field: str, description: str) -> None:
         self._found.append(FieldViolation(field, description))
 
+    def extend(self, found: Iterable[FieldViolation]) -> None:
+        self._found.extend(found)
+
     def raise_any(self) -> None:
-        """Raises InvalidArgumentError with the first 16 violations, if there are any."""
-        if not self._found:
-            return
-        shown = tuple(self._found[:_MAX_SHOWN])
-        message = "; ".join(f"{violation.field}: {violation.description}" for violation in shown)
-        if len(self._found) > len(shown):
-            message += f"; and {len(self._found) - len(shown)} more"
-        raise InvalidArgumentError(message, violations=shown)
+        """Raises InvalidArgumentError with the violations, if there are any."""
+        if self._found:
+            raise InvalidArgumentError.fields(self._found)

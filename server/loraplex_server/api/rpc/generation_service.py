@@ -71,7 +71,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.CountTokensRequest, context: Any
     ) -> generation_pb2.CountTokensResponse:
         count = len(await self._intake.tokenize(request))
-        limit = self._lifecycle.backend.limits.max_model_len
+        limit = self._lifecycle.backend.limits.rules.max_model_len
         return generation_pb2.CountTokensResponse(count=count, max_model_len=limit)
 
     async def _whole(
