@@ -24,7 +24,7 @@ import grpc
 from loraplex.v1 import generation_pb2
 from loraplex_bench.load.results import Distribution
 from loraplex_bench.scenarios.api_cost.engine import STAMPS_FILE, STRIDE, TOKENS_FILE
-from loraplex_bench.scenarios.api_cost.server import METHOD
+from loraplex_bench.scenarios.api_cost.servers import METHOD
 
 TEXTS_FILE = "texts.json"
 """In the bench's folder, beside the text's token ids: the text of each."""

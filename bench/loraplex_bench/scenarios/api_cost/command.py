@@ -226,7 +226,7 @@ def _write_text(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _server(folder: Path, kind: str, bare_text: str) -> Iterator[tuple[LaunchedServer, tuple[int, ...]]]:
-    command = (sys.executable, "-m", "loraplex_bench.scenarios.api_cost.server")
+    command = (sys.executable, "-m", "loraplex_bench.scenarios.api_cost.servers")
     flags = ("bare", bare_text) if kind == "bare" else ("real", str(folder), *_FLAGS[kind])
     with LaunchedServer(flags, command=command) as server:
         engine = () if kind == "bare" else (int((folder / PID_FILE).read_text()),)

@@ -11,11 +11,11 @@ import secrets
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+from loraplex_server.adapters.residency.registry import Registry
 from loraplex_server.config import EngineConfig
 from loraplex_server.core.request import FinishReason, Request
 from loraplex_server.engine.host import EngineHost
@@ -37,19 +37,11 @@ STRIDE = 97
 _TIMES = Times(queue_s=0.0, adapter_wait_s=0.0, first_token_s=0.0, total_s=0.0, preemptions=0)
 
 
-class _NoTokenizers:
-    """No adapter has a tokenizer of its own."""
-
-    known: Mapping[str, Any] = {}
-
-    def drain(self) -> Mapping[str, Any]:
-        return {}
-
-
 class _NoAdapters:
     """As much of an adapter store as a host asks of one where there are none."""
 
-    registry = SimpleNamespace(tokenizers=_NoTokenizers())
+    def __init__(self) -> None:
+        self.registry = Registry()
 
     def close(self) -> None:
         pass

@@ -11,7 +11,10 @@ from loraplex_server.adapters.spec.refusals import MalformedFileError
 from loraplex_server.core.adapter_files import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 
 MAX_CHAT_TEMPLATE_BYTES = 256 << 10
+"""Longest template: many times those of published models."""
+
 _MAX_TOKENIZER_BYTES = 16 << 20
+"""Largest `tokenizer_config.json`, which may list every added token."""
 
 
 def read_chat_template(folder: Path, roots: Iterable[Path]) -> str:

@@ -1,4 +1,4 @@
-"""Files of one adapter's folder: which may be read, and what they were when they were looked at.
+"""Files of one adapter's folder: opening those that may be read, and telling that one has changed.
 
 Each file must lie under an allowed root after all symbolic links are followed. Only regular files are opened.
 """
@@ -88,5 +88,5 @@ def stamp(folder: Path) -> Stamp:
 
 
 def is_inside(path: str, roots: Iterable[str]) -> bool:
-    """Whether a real path is one of `roots`, real ones, or under it. Strings: thousands are registered."""
+    """True if a real path is one of `roots`, real ones, or under it. Strings: thousands are registered."""
     return any(path == root or path.startswith(root.rstrip(os.sep) + os.sep) for root in roots)

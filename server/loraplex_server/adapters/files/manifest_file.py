@@ -84,7 +84,7 @@ def read_manifest(
 
 
 class _Place(NamedTuple):
-    """Where an adapter's files are."""
+    """The place of an adapter's files."""
 
     name: str
     folder: Path

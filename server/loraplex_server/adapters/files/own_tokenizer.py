@@ -1,4 +1,4 @@
-"""Whether an adapter brings a tokenizer of its own, and which files it is."""
+"""The tokenizer that an adapter brings, as the files that make it."""
 
 from __future__ import annotations
 

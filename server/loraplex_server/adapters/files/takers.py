@@ -1,4 +1,4 @@
-"""Where each tensor of a weight file goes: a taker for each entry scales and writes what it is given."""
+"""Takers of a weight file's tensors: one for each entry, which scales and writes what it is given."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Taker(Protocol):
 def find_takers(
     manifest: AdapterManifest, target: np.ndarray[Any, Any], layout: AdapterLayout, base: FrozenBase | None
 ) -> dict[str, list[Taker]]:
-    """Who takes each tensor, by the tensor's name; one that nobody takes is `Unused`.
+    """The takers of each tensor, by the tensor's name; one that nobody takes is `Unused`.
 
     Args:
         target: `[num_elements]` as the arena holds them, uint16 for bfloat16.
@@ -65,7 +65,7 @@ def find_takers(
 def _site_takers(
     target: np.ndarray[Any, Any], layout: AdapterLayout, site: SiteSpec, base: FrozenBase | None
 ) -> Iterator[tuple[Taker, Iterable[str]]]:
-    """Who takes the tensors of one entry, and their names."""
+    """The takers of one entry's tensors, with the tensors' names."""
     rows = next((effect for effect in site.effects if isinstance(effect, TokenRowsSpec)), None)
     others = tuple(effect for effect in site.effects if effect is not rows)
     if others:
@@ -196,7 +196,7 @@ class _Prompt:
 
 
 class _Site:
-    """What becomes of one entry's tensors."""
+    """Takes the tensors of one entry."""
 
     def __init__(
         self,

@@ -44,8 +44,12 @@ _log = logging.getLogger(__name__)
 
 _JOB = "loraplex_server.adapters.origins.composition_job"
 _LOOK_EVERY_S = 0.2
+"""Pause between two looks of a composition whether it is still wanted; it takes seconds."""
+
 _READ_BYTES = 1 << 20
+
 _MAX_WAITING = 8
+"""Compositions that are made or wait. One runs at a time, so the last waits for seven others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +75,17 @@ class Composer:
     """Makes compositions, one at a time. `make` may be called from any thread.
 
     Args:
-        registry: the sites of the base model, in the order of its modules.
+        sites: of the base model, in the order of its modules.
         sources: whose cache keeps the results.
     """
 
-    def __init__(self, registry: SiteRegistry, sources: Resolver) -> None:
+    def __init__(self, sites: SiteRegistry, sources: Resolver) -> None:
         # In the order of the model's modules, in which PEFT draws. Norms are no place for what it combines.
         kinds = (SiteKind.EMBEDDING, SiteKind.PROJECTION, SiteKind.HEAD)
         self._sites = [
             (entry.path, entry.in_features, entry.out_features, kind is SiteKind.EMBEDDING)
             for kind in kinds
-            for entry in registry.of_kind(kind)
+            for entry in sites.of_kind(kind)
         ]
         self._sources = sources
         self._turn = threading.Lock()
@@ -128,7 +132,7 @@ class Composer:
         self._stop.set()
 
     def _member(self, member: Member) -> dict[str, Any]:
-        """Where a member's files are, the SHA-256 of each, and which tensors are the base's own."""
+        """A member's folder, the SHA-256 of its files, and the tensors that are the base's own."""
         manifest = member.manifest
         content = hashlib.sha256(manifest.config.encode() + b"\0")
         digests = {}

@@ -27,6 +27,7 @@ from loraplex_server.core.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 
 _RESULT = "result"
 _NICENESS = 10
+"""Of the job: it gives way to the engine's threads and to the API."""
 
 
 def main() -> int:

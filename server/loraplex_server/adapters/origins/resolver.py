@@ -24,10 +24,6 @@ from loraplex_server.adapters.origins.remote.verified import VerifiedCache
 from loraplex_server.adapters.origins.sources import resolve_folder
 from loraplex_server.config import AdapterConfig
 from loraplex_server.core.adapter_cache import default_cache_dir
-from loraplex_server.core.adapter_files import (
-    BOTTLENECK_FILE,
-    WEIGHTS_FILE,
-)
 from loraplex_server.core.errors import (
     InvalidArgumentError,
     NotFoundError,
@@ -47,9 +43,6 @@ from loraplex_server.core.text import quoted
 
 _log = logging.getLogger(__name__)
 
-_WEIGHTS_FILES = (WEIGHTS_FILE, BOTTLENECK_FILE)
-_MOVING_TARGET_TRIES = 3
-
 
 class Resolver(Protocol):
     """Source to local folder; the store asks no more of wherever adapters come from."""
@@ -59,7 +52,7 @@ class Resolver(Protocol):
         """Folders under which files of adapters may be opened."""
 
     def is_remote(self, source: str) -> bool:
-        """Whether `resolve` may take long."""
+        """True if `resolve` may take long."""
 
     def resolve(self, source: str) -> Path:
         """The real folder with the adapter's files, verified as far as its source allows.
@@ -72,7 +65,7 @@ class Resolver(Protocol):
         """The real folder of what is on disk already; never blocks for long."""
 
     def landed(self, key: str) -> Path | None:
-        """What was landed under `key` before, if it is still there and whole; it stays until `release`."""
+        """The folder that was landed under `key`, if it is there and whole; it stays until `release`."""
 
     def stage(self) -> Path:
         """A new empty folder in which to prepare what `land` takes."""
@@ -122,7 +115,7 @@ class AdapterSources:
         return self._config.allowed_roots + cached
 
     def is_remote(self, source: str) -> bool:
-        """Whether `source` is downloaded, unless the cache has it."""
+        """True if `source` is downloaded, unless the cache has it."""
         return scheme_of(source) not in ("", "file")
 
     def find(self, folder: str | Path) -> Path:

@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 class ChangeKind(enum.Enum):
-    """What became of an adapter's folder."""
+    """Kinds of changes of an adapter's folder."""
 
     ADDED = "added"
     REMOVED = "removed"

@@ -13,7 +13,7 @@ _MAX_SWAP_RECORDS = 4096
 
 
 class Activity:
-    """What has happened.
+    """Counters and movements.
 
     Attributes:
         hits: how often a request found an adapter on the device when it first asked for it.

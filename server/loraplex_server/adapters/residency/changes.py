@@ -1,4 +1,4 @@
-"""What has changed with adapters since it was last asked, for those who watch."""
+"""Changes of adapters since they were last asked for, for those who watch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Changes:
             self._names.add(name)
 
     def drain(self) -> AdapterChanges:
-        """What has changed since the last call: adapters as they are now, and names that are gone."""
+        """Changes since the last call: adapters as they are now, and names that are gone."""
         names, self._names = sorted(self._names), set()
         found = {name: self._status_of(name) for name in names}
         return AdapterChanges(

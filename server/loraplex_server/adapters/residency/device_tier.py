@@ -14,9 +14,10 @@ from loraplex_server.config import AdapterConfig
 from loraplex_server.core.errors import InvalidArgumentError
 
 MAX_SLOTS = 256
-"""Adapters on the device where the operator set no cap."""
+"""Most adapters on the device where the operator set no cap; the tables have a row for each."""
 
 _STAGING_ELEMENTS = 1 << 22
+"""Elements that are moved at once within the arena where source and target overlap: 8 MiB in 16 bits."""
 
 
 class DeviceTier:
@@ -38,7 +39,7 @@ class DeviceTier:
 
     def __init__(
         self,
-        registry: SiteRegistry,
+        sites: SiteRegistry,
         *,
         capacity_bytes: int,
         max_adapters: int,
@@ -49,11 +50,11 @@ class DeviceTier:
         evicted: Callable[[Record], None],
     ) -> None:
         self._evicted = evicted
-        itemsize, alignment = dtype.itemsize, extent_alignment(registry.row_lengths)
+        itemsize, alignment = dtype.itemsize, extent_alignment(sites.row_lengths)
         if scaled:
             itemsize, alignment = torch.int8.itemsize, ALIGNMENT
         self._arena = Arena(capacity_bytes // itemsize, alignment)
-        projections = registry.of_kind(SiteKind.PROJECTION)
+        projections = sites.of_kind(SiteKind.PROJECTION)
         smallest = min((RANK_ALIGN * (e.in_features + e.out_features) for e in projections), default=1)
         most = self._arena.capacity // self._arena.padded(smallest)
         if not most:
@@ -64,7 +65,7 @@ class DeviceTier:
         self.pool = LoraPool.allocate(
             num_elements=self._arena.capacity,
             num_slots=self.num_slots,
-            num_entries=len(registry),
+            num_entries=len(sites),
             dtype=dtype,
             device=device,
             max_rank=max_rank,
@@ -97,7 +98,7 @@ class DeviceTier:
         return self._arena.padded(num_elements)
 
     def could_fit(self, records: Iterable[Record]) -> bool:
-        """Whether all of these could be on the device together, with nothing else."""
+        """True if all of these could be on the device together, with nothing else."""
         together = set(records)
         return (
             sum(record.units for record in together) <= self.capacity_units
@@ -228,10 +229,10 @@ def _carry_out(move: Move, arena: torch.Tensor) -> None:
         arena[move.target + offset : move.target + offset + size].copy_(source if apart else source.clone())
 
 
-def planned_pool(registry: SiteRegistry, config: AdapterConfig, dtype: torch.dtype) -> LoraPool:
+def planned_pool(sites: SiteRegistry, config: AdapterConfig, dtype: torch.dtype) -> LoraPool:
     """The pool that a store of this configuration will allocate, on the meta device: it takes no memory."""
     return DeviceTier(
-        registry,
+        sites,
         capacity_bytes=config.device_bytes,
         max_adapters=config.max_on_device,
         device=torch.device("meta"),

@@ -9,11 +9,11 @@ from loraplex_server.adapters.residency.popularity import LeastPopularFirst
 from loraplex_server.adapters.residency.record import Record
 
 _MAX_SPARED = 64
-"""Copies that may not leave, after which no further ones are looked at."""
+"""Copies that may not leave, after which no further ones are looked at: it bounds the time of a step."""
 
 
 class HostTier:
-    """Which adapters have a host copy or are about to. The copies that are least asked for leave first.
+    """The adapters that have a host copy or are about to. The copies that are least asked for leave first.
 
     Args:
         capacity_bytes: for copies and for what is being read; one tensor at a time comes on top.

@@ -45,13 +45,13 @@ from loraplex_server.core.source_uri import redact
 _log = logging.getLogger(__name__)
 
 _MAX_FETCHES = 64
-"""Loads from elsewhere under way at once, those included that wait for one of the downloads allowed."""
+"""Loads from elsewhere at once, those included that wait for their turn: a thread each, mostly asleep."""
 
 _STOP_FETCHES_S = 2.0
 """Longest that closing waits for fetches, which look every 0.2 s whether they are to end."""
 
 _UPLOAD = "upload#sha256="
-"""How the source of an adapter begins that a client has sent."""
+"""The beginning of the source of an adapter that a client has sent."""
 
 
 class Intake:
@@ -93,7 +93,7 @@ class Intake:
 
     @property
     def busy(self) -> bool:
-        """Whether files are being looked at, fetched or made."""
+        """True if files are being looked at, fetched or made."""
         return bool(self._registry.arriving or self._registry.replacing)
 
     def register_folder(self, folder: Path) -> list[str]:

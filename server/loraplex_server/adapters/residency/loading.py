@@ -1,4 +1,4 @@
-"""Disk to host, host to device: whose turn it is, and the two workers that do it.
+"""Disk to host, host to device: the order in which it is done, and the two workers that do it.
 
 What a running request needs goes first, then what a waiting one will need, then hints. One read runs and one
 waits in line, so that the reader never idles and the order stays ours to choose.
@@ -15,10 +15,11 @@ from loraplex_server.adapters.residency.record import Record
 from loraplex_server.adapters.residency.workers import DeviceCopier, Outcome, Worker
 
 _READS_IN_FLIGHT = 2
+"""One that runs and one in line."""
 
 
 class Loading:
-    """What is to be read and copied, in order. Every method belongs to the engine's thread.
+    """The order of reads and copies. Every method belongs to the engine's thread.
 
     Args:
         read: reads a record's weights; called on the reader's thread.
@@ -54,7 +55,7 @@ class Loading:
 
     @property
     def busy(self) -> bool:
-        """Whether a read or a copy is under way."""
+        """True if a read or a copy is under way."""
         return self._reads > 0 or any(record.copying for record in self._device.records)
 
     def demand(self, record: Record) -> None:

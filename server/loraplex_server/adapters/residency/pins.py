@@ -1,4 +1,4 @@
-"""Pins: which adapters stay on the device, and whether that leaves the others enough room."""
+"""Pins: adapters that stay on the device, as long as that leaves the others enough room."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Pins:
 
     @property
     def waiting(self) -> bool:
-        """Whether a pinned adapter has no room yet: then it is its turn."""
+        """True if a pinned adapter has no room yet: then it is its turn."""
         return bool(self._waiting)
 
     def pin(self, record: Record) -> None:

@@ -1,4 +1,4 @@
-"""How much each adapter is asked for: what the tiers evict by.
+"""The popularity of adapters, by which the tiers evict.
 
 Every use adds 1 to an adapter's popularity, and every popularity halves within a number of uses of whatever
 adapters. So recent uses count most and frequent ones add up: with a short half-life this is least recently

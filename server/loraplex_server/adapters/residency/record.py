@@ -22,7 +22,7 @@ StatusCallback = Callable[[AdapterStatus | ServerError], None]
 
 
 class AdapterState(enum.StrEnum):
-    """Where an adapter is; names as in `loraplex.v1.AdapterState`."""
+    """Places of an adapter; names as in `loraplex.v1.AdapterState`."""
 
     UNLOADED = "unloaded"
     LOADING = "loading"
@@ -32,10 +32,10 @@ class AdapterState(enum.StrEnum):
 
 
 class Readiness(enum.Enum):
-    """What a request that wants its adapters gets.
+    """Answers to a request that wants its adapters.
 
     READY: all are on the device. LOADING: room is set aside, ask `is_ready` after the next `poll`. BLOCKED:
-    there is no room now and nothing is held, reserve again later. FAILED: see `AdapterStore.failure`.
+    there is no room now and nothing is held, reserve again later. FAILED: see `Requests.failure`.
     """
 
     READY = "ready"
@@ -46,7 +46,7 @@ class Readiness(enum.Enum):
 
 @dataclasses.dataclass(eq=False)
 class Record:
-    """What is known of one version of an adapter. Only the store and its tiers change it, on one thread.
+    """One version of an adapter. Only the store and its parts change it, on one thread.
 
     Attributes:
         units: elements of the device arena that it takes, padding included.
@@ -107,23 +107,23 @@ class Record:
 
     @property
     def origin(self) -> tuple[object, ...]:
-        """What it is and where from; another version of its name differs in it."""
+        """Content and source; another version of its name differs in one of them."""
         manifest = self.manifest
         return self.content_hash, self.source, manifest.folder, manifest.chat_template, manifest.tokenizer
 
     @property
     def wanted_on_device(self) -> bool:
-        """Whether it must not leave the device."""
+        """True if it must not leave the device."""
         return self.pinned or self.device_references > 0
 
     @property
     def irreplaceable(self) -> bool:
-        """Whether what memory has may be all there is of it: its files may be gone, or another version's."""
+        """True if what memory has may be all there is of it: its files may be gone, or another version's."""
         return self.retired and self.references > 0
 
     @property
     def busy(self) -> bool:
-        """Whether a worker is at it."""
+        """True if a worker reads or copies it."""
         return self.reading or self.copying
 
     def status(self) -> AdapterStatus:
@@ -148,7 +148,7 @@ class Record:
 class AdapterHandle:
     """One request's reference to one version of an adapter.
 
-    Made by `AdapterStore.resolve` and ended by `release`; only the store looks inside.
+    Made by `Requests.resolve` and ended by `release`; only the store looks inside.
 
     Attributes:
         group: the versions that the request named together.
@@ -170,7 +170,7 @@ class AdapterHandle:
 
     @property
     def resident(self) -> bool:
-        """Whether it is on the device, held there or not."""
+        """True if it is on the device, held there or not."""
         return self.record.resident
 
     @property
@@ -180,7 +180,7 @@ class AdapterHandle:
 
     @property
     def draining(self) -> bool:
-        """Whether the adapter, or this version of it, was taken away from new requests."""
+        """True if the adapter, or this version of it, was taken away from new requests."""
         return self.record.draining
 
     @property
@@ -190,12 +190,12 @@ class AdapterHandle:
 
     @property
     def added_tokens(self) -> int:
-        """How many token ids it adds to the base's vocabulary."""
+        """The number of token ids that it adds to the base's vocabulary."""
         return self.record.manifest.added_tokens
 
     @property
     def num_prefix_tokens(self) -> int:
-        """How many of them need no computing: their keys and values come with the adapter."""
+        """The virtual tokens that need no computing: their keys and values come with the adapter."""
         return self.record.manifest.num_prefix_tokens
 
     @property

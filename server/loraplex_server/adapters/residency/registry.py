@@ -1,4 +1,4 @@
-"""What each name means: the version that is served, its successor, what is on its way in, what is broken."""
+"""Names and their versions: the one that is served, its successor, those on their way in, broken ones."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Registry:
         return status
 
     def errors(self) -> dict[str, ServerError]:
-        """Why each registered adapter that cannot be served cannot."""
+        """The error of each registered adapter that cannot be served."""
         return {name: broken.error for name, broken in self.broken.items()}
 
     def versions(self) -> list[Record]:
@@ -68,7 +68,7 @@ class Registry:
         return [record for record in self.retired if record.draining and record.name == name]
 
     def is_served(self, record: Record) -> bool:
-        """Whether its name means this version."""
+        """True if its name means this version."""
         return self.served.get(record.name) is record
 
     def check_free(self, name: str, source: str) -> None:

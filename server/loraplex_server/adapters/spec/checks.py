@@ -1,4 +1,4 @@
-"""What the tensors of a PEFT file do, checked against its configuration.
+"""Checks of a PEFT file's tensors against its configuration, and the effects that come out.
 
 The tensors in the file are the truth, the configuration must agree with them: every tensor is a part of what
 the method does at an entry, no part is missing, shapes fit the entry, ranks are those of the configuration,
@@ -46,7 +46,7 @@ _TABLES = (Part.WEIGHT, Part.BASE, Part.TOKENS)
 
 
 class Declared(NamedTuple):
-    """What a PEFT file declares.
+    """Effects that a PEFT file declares.
 
     Attributes:
         prompt: what stands before every prompt.
@@ -66,7 +66,7 @@ def check_tensors(
     max_rank: int,
     changed_tokens: ChangedTokens,
 ) -> Declared:
-    """What the file with this configuration and header does.
+    """The effects of the file with this configuration and header.
 
     Args:
         max_rank: largest rank that is served.
@@ -173,7 +173,7 @@ def _widened(entry: Entry, rows: TokenRowsSpec | None, registry: SiteRegistry) -
 
 
 def _includes(settings: AdapterSettings, entry: Entry, registry: SiteRegistry) -> bool:
-    """Whether the configuration's method is to act at an entry."""
+    """True if the configuration's method is to act at an entry."""
     norms = isinstance(settings.method, NormSettings)
     if norms != (entry.kind is SiteKind.NORM):
         return False
@@ -229,7 +229,7 @@ def _own_weight(settings: AdapterSettings, entry: Entry, parts: Parts) -> OwnWei
 def _on_the_base(
     settings: AdapterSettings, entry: Entry, parts: Parts, registry: SiteRegistry, max_rank: int
 ) -> tuple[EffectSpec, ...]:
-    """What the method of the configuration does at an entry."""
+    """Effects of the configuration's method at an entry."""
     method, tensor = settings.method, next(iter(parts.values()))
     if not _includes(settings, entry, registry):
         raise UnsupportedError(

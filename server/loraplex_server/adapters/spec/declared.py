@@ -1,4 +1,4 @@
-"""What an adapter's files declare for a site: an ordered list of effects.
+"""Effects as an adapter's files declare them, in order, for each site.
 
 A kind of adapter is a way to turn a file into these: LoRA declares a `LoraSpec` for each site, lora_bias a
 `BiasSpec` after it, DoRA a `MagnitudeSpec` before it; IA3 an `InputScaleSpec` or an `OutputScaleSpec`;

@@ -1,4 +1,4 @@
-"""Which kinds of adapters are served, and what is done with each setting of their configurations.
+"""Tables of the kinds of adapters that are served, and of the settings of their configurations.
 
 `docs/reference/adapter-kinds.md` is written from these tables (`reference`).
 """
@@ -77,11 +77,11 @@ OTHER_PEFT_TYPES = (
     "WAVEFT",
     "XLORA",
 )
-"""What else PEFT 0.21 has. They are refused as a type that nobody has is: only those above are known."""
+"""The other types of PEFT 0.21. They are refused as unknown names are: only those above are known."""
 
 
 class Treatment(enum.Enum):
-    """What is done with a setting."""
+    """Ways to treat a setting."""
 
     APPLIED = "applied"
     REFUSED = "refused, unless it is unset"
@@ -100,7 +100,7 @@ class Setting(NamedTuple):
 
 
 def is_unset(value: object) -> bool:
-    """Whether a setting has a value that means nothing: null, false, or empty."""
+    """True for a value that means nothing: null, false, or empty."""
     return value is None or value is False or value == "" or value == [] or value == {}
 
 

@@ -99,7 +99,7 @@ class AdapterManifest:
 
     @cached_property
     def linear(self) -> bool:
-        """Whether what it adds can be weighted, and added to what other adapters add."""
+        """True if what it adds can be weighted, and added to what other adapters add."""
         if self.kind is not None:
             return self.kind.first.linear
         effects = [effect for site in self.sites for effect in site.effects]
@@ -170,7 +170,7 @@ def _vectors(entry: Entry, effect: EffectSpec) -> tuple[VectorShape, ...]:
 
 
 class Kind:
-    """What adapters of equal configuration and header share; lives as long as one of them."""
+    """The part that adapters of equal configuration and header share; lives as long as one of them."""
 
     def __init__(self, first: AdapterManifest) -> None:
         self.first = first

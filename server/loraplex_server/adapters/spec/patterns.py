@@ -24,10 +24,13 @@ from loraplex_server.adapters.spec.refusals import UnsupportedError
 from loraplex_server.core.text import quoted
 
 MAX_PATTERN_CHARS = 4096
+"""Longest pattern that is compiled: a pattern names modules, and they are few or follow a rule."""
+
 MATCH_SECONDS = 1.0
-"""Time that all patterns of one adapter may take."""
+"""Time that all patterns of one adapter may take; thousands of simple ones take less."""
 
 _QUICK_SECONDS = 0.02
+"""Time that a match may hold the interpreter's lock, which the engine needs; most take far less."""
 
 _WITHOUT_REPEATS = re.compile(r"[\w.\\\[\]-]{0,4096}")
 """Patterns without repetition, choice or groups: they cannot take long, and `re` is faster than `regex`."""
@@ -47,11 +50,11 @@ class Patterns:
         self._others: dict[str, regex.Pattern[str]] = {}
 
     def fullmatch(self, pattern: str, path: str) -> bool:
-        """Whether `pattern` matches the whole path."""
+        """True if `pattern` matches the whole path."""
         return self._matches(pattern, pattern, path)
 
     def ends_with(self, pattern: str, path: str) -> bool:
-        """Whether `pattern` matches the whole path or its end from a "." on."""
+        """True if `pattern` matches the whole path or its end from a "." on."""
         return self._matches(pattern, rf"(.*\.)?({pattern})", path)
 
     def layer(self, pattern: str, path: str) -> int | None:
@@ -96,7 +99,7 @@ class Patterns:
 
 @dataclass(frozen=True)
 class Targets:
-    """Which modules a configuration puts something on.
+    """The modules that a configuration puts something on.
 
     Attributes:
         modules: a regular expression, a list, or None where the file leaves it to the tensors.
@@ -109,7 +112,7 @@ class Targets:
     patterns: Patterns
 
     def includes(self, path: str, *, linear: bool = True) -> bool:
-        """Whether the module at `path` is one of them; `linear` as "all-linear" means it."""
+        """True if the module at `path` is one of them; `linear` as "all-linear" means it."""
         if self._excludes(path):
             return False
         target = self.modules

@@ -26,11 +26,12 @@ _HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _MAX_TOKEN = 1 << 24
+"""Larger than any vocabulary: the largest have about 2**18 tokens."""
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What a LoRA configuration says about each module."""
+    """Settings of a LoRA configuration, by module."""
 
     rank: int
     alpha: float
@@ -49,7 +50,7 @@ class LoraSettings:
         return self.alpha_pattern.get(self._key(self.alpha_pattern, path), self.alpha)
 
     def scale_of(self, path: str) -> float:
-        """What the product B A is multiplied with at `path`."""
+        """The factor of the product B A at `path`."""
         rank = self.rank_of(path)
         return self.alpha_of(path) / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -59,13 +60,13 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class Ia3Settings:
-    """What an IA3 configuration says about each module."""
+    """Settings of an IA3 configuration, by module."""
 
     feedforward_modules: str | tuple[str, ...] | None
     patterns: Patterns
 
     def is_feedforward(self, path: str) -> bool:
-        """Whether the vector at `path` scales the input, as PEFT decides: here a list names bare endings."""
+        """True if the vector at `path` scales the input, as PEFT decides: here a list names bare endings."""
         modules = self.feedforward_modules
         if isinstance(modules, str):
             return self.patterns.fullmatch(modules, path)
@@ -74,14 +75,14 @@ class Ia3Settings:
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """What a prompt-tuning or P-tuning configuration says: how many virtual tokens stand before a prompt."""
+    """Settings of prompt tuning and P-tuning: the number of virtual tokens before a prompt."""
 
     num_virtual_tokens: int
 
 
 @dataclass(frozen=True)
 class PrefixSettings:
-    """What a prefix-tuning configuration says: virtual tokens, and the cache that they were made for.
+    """Settings of prefix tuning: virtual tokens, and the cache that they were made for.
 
     Attributes:
         num_layers, num_heads, width: layers, KV heads, and KV heads times head_dim; None where PEFT takes it
@@ -109,7 +110,7 @@ Method = LoraSettings | Ia3Settings | PromptSettings | PrefixSettings | NormSett
 
 @dataclass(frozen=True)
 class Replaced:
-    """What a configuration takes from the base and has of its own, whatever its method.
+    """Weights of the base that an adapter replaces by its own, whatever its method.
 
     Attributes:
         modules: `modules_to_save`.
@@ -122,7 +123,7 @@ class Replaced:
     tied: bool = False
 
     def saves(self, path: str) -> bool:
-        """Whether the module at `path`, or one that holds it, is to be saved whole."""
+        """True if the module at `path`, or one that holds it, is to be saved whole."""
         parts = path.split(".")
         holders = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
         return any(holder.endswith(name) for holder in holders for name in self.modules)

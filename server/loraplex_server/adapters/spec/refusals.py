@@ -22,7 +22,7 @@ def refusal(name: str, reason: str) -> FailedPreconditionError:
 
 
 def pickle_refusal(name: str) -> str:
-    """Why one of `PICKLE_FILES` is not read."""
+    """The reason for which one of `PICKLE_FILES` is not read."""
     return (
         f"{name} is a pickle, which can run code when it is read; re-save the adapter as safetensors "
         f"({PICKLE_FILES[name]})"
@@ -30,7 +30,7 @@ def pickle_refusal(name: str) -> str:
 
 
 def head_refusal(name: str) -> str:
-    """Why an adapter with one of `HEAD_FILES` beside it is not served."""
+    """The reason for which an adapter with one of `HEAD_FILES` beside it is not served."""
     return (
         f"{name} is a head of its own, which is not served; save the adapter with with_head=False, or take "
         "the file away if it is the base's head"

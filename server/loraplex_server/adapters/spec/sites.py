@@ -13,7 +13,7 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 @dataclass(frozen=True, order=True)
 class SiteAddress:
-    """Where a projection is.
+    """The address of a projection.
 
     Attributes:
         layer: index of the decoder layer, -1 outside of them.
@@ -31,7 +31,7 @@ class SiteAddress:
 
 
 class SiteKind(enum.Enum):
-    """What an adapter finds at a place. The embedding maps a one-hot token to the hidden size."""
+    """The kinds of places. The embedding maps a one-hot token to the hidden size."""
 
     PROJECTION = "projection"
     NORM = "norm"
@@ -62,7 +62,7 @@ class Entry:
 
 
 class Part(enum.StrEnum):
-    """What a tensor of a PEFT file is, by the end of its name.
+    """Parts of an adapter at a place, by the ends of tensors' names in a PEFT file.
 
     A is `[rank, in_features]`, B `[out_features, rank]`, BIAS (of B) and MAGNITUDE `[out_features]`; IA3 is
     `[1, in_features]` on a feed-forward's input, else `[out_features, 1]`. WEIGHT and WEIGHT_BIAS take the

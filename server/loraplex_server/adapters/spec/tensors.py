@@ -18,7 +18,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TensorFileHeader:
-    """What a file holds.
+    """The header of a weight file.
 
     Attributes:
         tensors: in the order of their bytes, without gaps from `data_begin` to `file_bytes`.

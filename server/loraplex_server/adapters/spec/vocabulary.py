@@ -1,4 +1,4 @@
-"""Which rows of the embedding and of the head an adapter's file has of its own.
+"""Rows of the embedding and of the head that an adapter's file has of its own.
 
 They come as whole tables, of which PEFT writes more than were trained (`save_embedding_layers`): a table that
 lies under a pair, or that no setting asks for, counts where it differs from the base's. They come as rows of
@@ -81,7 +81,7 @@ def token_rows(
 
 
 def added_tokens(rows: TokenRowsSpec | None, vocabulary: int) -> int:
-    """How many tokens beyond a vocabulary there are rows for."""
+    """The number of tokens beyond a vocabulary that there are rows for."""
     return max(0, rows.tokens[-1] + 1 - vocabulary) if rows is not None and rows.tokens else 0
 
 
@@ -105,7 +105,7 @@ def _table(settings: AdapterSettings, entry: Entry, parts: Parts, registry: Site
 
 
 def _shared(tables: dict[Entry, _Table | None]) -> dict[Entry, _Table | None]:
-    """What PEFT loads into the base's own table is in the embedding and in the head."""
+    """The tables where embedding and head are one: PEFT loads into both what it loads into the base's own."""
     loaded = next((table for table in tables.values() if table is not None and not table.own), None)
     return {entry: table or loaded for entry, table in tables.items()}
 

@@ -35,6 +35,7 @@ from loraplex_server.core.errors import (
 
 _RECORD = "source.json"
 _RETRY_S = 5.0
+"""Told to a client that finds the cache full: a download may end by then, or an adapter go."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -121,7 +122,7 @@ class DownloadCache:
                 )
 
     def record(self, folder: Path) -> Mapping[str, Any]:
-        """What `commit` was given for an entry that is held."""
+        """The record that `commit` was given for an entry that is held."""
         record: dict[str, Any] = json.loads((folder / _RECORD).read_text())
         return record
 
@@ -236,7 +237,7 @@ class DownloadCache:
         self._lock_file.close()
 
     def _scan(self, folder: Path) -> dict[str, _Item]:
-        """What an earlier server has left, in the order of its last use; broken entries are removed."""
+        """The entries that an earlier server has left, by last use; broken ones are removed."""
         found = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
         items = {path.name: _Item(path, _folder_bytes(path), next(self._clock)) for path in found}
         if folder == self.entries_folder:

@@ -44,7 +44,7 @@ _MOVING_TARGET_TRIES = 3
 """Tries of a download whose files are replaced meanwhile; a source that changes on and on is given up."""
 
 _LOOK_EVERY_S = 0.2
-"""How often a download that waits for its turn looks whether the server stops."""
+"""Pause between two looks of a waiting download whether the server stops."""
 
 
 class Fetcher:

@@ -1,4 +1,4 @@
-"""What a place that adapters are fetched from has to offer.
+"""The protocol of a place that adapters are fetched from, and its errors.
 
 A backend only says what a file is and sends its bytes from an offset on. Limits, resuming, verification and
 the cache are the downloader's, and so the same for all.
@@ -20,7 +20,10 @@ from loraplex_server.core.errors import (
 from loraplex_server.core.source_uri import SourceUri
 
 CHUNK_BYTES = 4 << 20
+"""Bytes read at once; each download that runs holds as many."""
+
 TIMEOUT_S = 30.0
+"""Longest silence of a server. Object stores may take some seconds to the first byte."""
 
 
 class ChangedError(UnavailableError):
@@ -55,7 +58,7 @@ class RemoteFolder(Protocol):
     """
 
     attempts: int
-    """How often a call is made until it succeeds; few if the backend tries again itself."""
+    """Most tries of a call; few if the backend tries again itself."""
 
     def stat(self, name: str) -> RemoteFile:
         """The file of that name as it is now."""

@@ -1,4 +1,4 @@
-"""Which backend serves a scheme: one registered here, a built-in one, or another package's."""
+"""The backend of a scheme: one registered here, a built-in one, or another package's."""
 
 from __future__ import annotations
 

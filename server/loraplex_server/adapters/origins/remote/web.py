@@ -34,6 +34,7 @@ from loraplex_server.core.source_uri import AllowedSources, SourceUri, parse_uri
 from loraplex_server.core.text import quoted
 
 _MAX_REDIRECTS = 5
+"""Redirects that are followed; a longer chain is taken for a loop."""
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+)")
 

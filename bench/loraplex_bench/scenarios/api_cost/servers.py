@@ -1,8 +1,8 @@
 """The servers that `loraplex bench api-cost` compares: the real one on an engine that computes nothing, and a
 bare grpc.aio server that sends as many messages of the same size.
 
-    python -m loraplex_bench.scenarios.api_cost.server real FOLDER [FLAG VALUE ...]
-    python -m loraplex_bench.scenarios.api_cost.server bare TEXT
+    python -m loraplex_bench.scenarios.api_cost.servers real FOLDER [FLAG VALUE ...]
+    python -m loraplex_bench.scenarios.api_cost.servers bare TEXT
 """
 
 from __future__ import annotations
