@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from loraplex.cli import exposition as metrics
 from loraplex_bench import gpu
-from loraplex_bench.load import metrics
 from loraplex_bench.models.random_weights import RandomWeights, config_of, write
 from loraplex_bench.scenarios import gpu_server
 from loraplex_bench.scenarios.decode_steps import (

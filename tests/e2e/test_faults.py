@@ -32,10 +32,10 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from grpc_status import rpc_status
 
 from loraplex import Client, errors
+from loraplex.cli.exposition import Metrics, scrape
 from loraplex.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 from loraplex_bench.demo.tasks import TASKS, data_dir, expected, prompt, sure_lines
 from loraplex_bench.load.launcher import LaunchedServer, child_environment, demo_flags
-from loraplex_bench.load.metrics import Metrics, scrape
 
 LONG = os.environ.get("LORAPLEX_FAULTS") == "long"
 # A composition takes many seconds: torch and PEFT are imported for it.

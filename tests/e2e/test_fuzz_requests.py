@@ -22,10 +22,10 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescri
 from google.protobuf.message_factory import GetMessageClass
 
 from loraplex import Client
+from loraplex.cli.exposition import scrape
 from loraplex.v1 import adapters_pb2, generation_pb2, model_pb2
 from loraplex_bench.demo.tasks import TASKS, data_dir, expected, make_lines, prompt
 from loraplex_bench.load.launcher import LaunchedServer, demo_flags
-from loraplex_bench.load.metrics import scrape
 
 INPUTS = int(os.environ.get("LORAPLEX_FUZZ_INPUTS", "2000"))
 CALLERS = 24

@@ -12,9 +12,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loraplex import Client, errors
+from loraplex.cli.exposition import scrape
 from loraplex_bench.demo.tasks import data_dir, expected, make_lines, prompt
 from loraplex_bench.load.launcher import LaunchedServer, demo_flags
-from loraplex_bench.load.metrics import scrape
 
 LINES = make_lines(5, 8)
 

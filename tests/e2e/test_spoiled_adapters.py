@@ -12,9 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 from loraplex import Client, errors
+from loraplex.cli.exposition import scrape
 from loraplex_bench.demo.tasks import TASKS, data_dir, expected, make_lines, prompt
 from loraplex_bench.load.launcher import LaunchedServer, demo_flags
-from loraplex_bench.load.metrics import scrape
 
 INPUTS = int(os.environ.get("LORAPLEX_FUZZ_INPUTS", "2000")) // 20
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

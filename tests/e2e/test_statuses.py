@@ -22,10 +22,10 @@ import grpc
 from google.rpc import error_details_pb2 as details
 from grpc_status import rpc_status
 
+from loraplex.cli.exposition import scrape
 from loraplex.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 from loraplex_bench.demo.tasks import data_dir, expected, prompt, sure_lines
 from loraplex_bench.load.launcher import LaunchedServer, demo_flags
-from loraplex_bench.load.metrics import scrape
 
 LINES = sure_lines()
 LONG = os.environ.get("LORAPLEX_FAULTS") == "long"

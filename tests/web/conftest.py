@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from loraplex.cli.exposition import Metrics, scrape
 from loraplex_bench.demo.tasks import data_dir
-from loraplex_bench.load.metrics import Metrics, scrape
 
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")
 _READY = re.compile(r"loraplex ready grpc=(\S+) metrics=(\S+)\n")

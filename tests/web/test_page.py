@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from loraplex import Client, errors
-from loraplex_bench import top
+from loraplex.cli import top
+from loraplex.cli.exposition import Metrics
 from loraplex_bench.demo.tasks import make_lines, prompt
-from loraplex_bench.load.metrics import Metrics
 
 pytestmark = pytest.mark.web
 

@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
-from loraplex_bench.load.metrics import Metrics
+from loraplex.cli.exposition import Metrics
 
 FLAT_SHARE = 0.03
 FLAT_BYTES = 12 << 20

@@ -20,10 +20,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from loraplex import AdapterInfo, AsyncClient, LoraplexError, ModelInfo
+from loraplex.cli.exposition import Metrics, scrape
 from loraplex_bench.demo.tasks import MAX_ANSWER_TOKENS, MAX_LINE_LENGTH, TASKS, data_dir, prompt, sure_lines
 from loraplex_bench.load.answers import UNCHECKED, AnswerBook, Judgement, Verdict
 from loraplex_bench.load.launcher import LaunchedServer, LaunchError, demo_flags
-from loraplex_bench.load.metrics import Metrics, scrape
 from loraplex_bench.load.results import Distribution, milliseconds, table
 from loraplex_bench.load.workload import adapters_label
 

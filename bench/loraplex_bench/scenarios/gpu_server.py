@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 
 from loraplex import AsyncClient
+from loraplex.cli.exposition import Metrics, scrape
 from loraplex_bench.load.generator import LoadRun
 from loraplex_bench.load.launcher import LaunchedServer
-from loraplex_bench.load.metrics import Metrics, scrape
 from loraplex_bench.load.report import Summary, summarize
 from loraplex_bench.load.workload import (
     LengthRange,

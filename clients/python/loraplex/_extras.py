@@ -26,6 +26,7 @@ MODULES = {
         "grpc_reflection",
         "jinja2",
     ),
+    "top": ("rich",),
     "bench": ("loraplex_bench", "rich", "tokenizers"),
     "dev": ("peft", "bitsandbytes"),
 }
@@ -33,7 +34,7 @@ MODULES = {
 
 @dataclass(frozen=True, slots=True)
 class ExtraCommand:
-    """A command that a package of the server runs."""
+    """A command that needs an extra."""
 
     module: str
     """Its `main(argv)` gets the arguments unchanged, `--help` included."""
@@ -44,7 +45,7 @@ class ExtraCommand:
 COMMANDS = {
     "serve": ExtraCommand("loraplex_server.cli", ("server",)),
     "config": ExtraCommand("loraplex_server.config.cli", ("server",)),
-    "top": ExtraCommand("loraplex_bench.top", ("bench",)),
+    "top": ExtraCommand("loraplex.cli.top", ("top",)),
     "bench": ExtraCommand("loraplex_bench.cli", ("bench",)),
     "demo": ExtraCommand("loraplex_bench.scenarios.demo", ("server", "bench")),
 }

@@ -1,4 +1,4 @@
-"""The server process: wires the services to an engine, says when it is ready, and ends in good order."""
+"""The server process: wires the services to an engine, says when it is ready, and shuts down in order."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 EXIT_OK, EXIT_FAILED = 0, 1
 
-# Calls beyond what may run and wait: health checks, adapter operations, and those to be refused kindly.
+# Calls beyond what may run and wait: health checks, adapter operations, and calls that get a proper refusal.
 _SPARE_CALLS = 256
 # For the last messages of calls that drained, or were cancelled, to leave.
 _STOP_GRACE_S = 1.0
@@ -64,7 +64,7 @@ async def serve(config: ServerConfig, launch: LaunchEngine = launch_engine) -> i
 
 
 class _Server:
-    """All that was started, in the order it was; `stack` ends it in the opposite one."""
+    """The running parts of one server; `stack` ends them in the opposite order of their start."""
 
     def __init__(self, config: ServerConfig, launch: LaunchEngine, stack: contextlib.AsyncExitStack) -> None:
         api, version = config.api, _version()
@@ -76,7 +76,7 @@ class _Server:
         self._health = Health()
         authenticator = Authenticator(api.token_file, certificates=asks_for_certificates(api))
         tracing = start_tracing(api.otlp_endpoint, self._model_name, version)
-        # After all that there may be spans of.
+        # Pushed before anything that makes spans, so closed after it.
         stack.push_async_callback(tracing.close)
         self._services = make_services(authenticator, tracing, version)
         self._lifecycle = self._services.lifecycle
@@ -92,7 +92,7 @@ class _Server:
         if engine is None:
             return EXIT_OK
         await self._health.set(serving=True)
-        # The tokenizer's and torch's objects are here to stay; collections need not look at them again.
+        # The tokenizer's and torch's objects are here to stay; garbage collection need not visit them again.
         gc.freeze()
         self._stack.callback(gc.unfreeze)
         print(f"loraplex ready {ports}", flush=True)
@@ -111,7 +111,7 @@ class _Server:
                 return EXIT_OK
         again = asyncio.create_task(signals.get())
         code = await self._drain(again, lost)
-        # Before the ports close: so calls that are cut off are told why.
+        # Before the ports close, so that calls that are cut off get the reason.
         await self._engine_stack.aclose()
         for task in (again, lost):
             task.cancel()
@@ -203,7 +203,7 @@ class _Server:
         return engine
 
     async def _drain(self, again: asyncio.Task[int], lost: asyncio.Task[None]) -> int:
-        """Lets the calls that are in end, unless another signal or the engine's death comes first."""
+        """Lets running calls finish, unless another signal or the engine's death comes first."""
         drain_s = self._config.api.drain_s
         _log.info("draining %d calls, for at most %g s", self._lifecycle.calls, drain_s)
         self._lifecycle.drain()

@@ -1,4 +1,4 @@
-"""Engines of one server: launched, connected to, and brought to where the one before was."""
+"""Engines of one server: launched, connected to, and given the adapters that the one before had."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LaunchEngine = Callable[[EngineConfig], EngineHandle]
 
 
 class EngineStarter:
-    """Starts one engine after another; each learns what the adapters' journal has of those before."""
+    """Starts one engine after another; each is given the adapters that the journal has from before."""
 
     def __init__(self, config: ServerConfig, launch: LaunchEngine, metrics: Metrics, version: str) -> None:
         self._config = config
@@ -78,7 +78,7 @@ class EngineStarter:
         return Backend(engine, tokenizer, limits, chat, tokenizers)
 
     async def _loaded(self, handle: EngineHandle) -> Tokenizer:
-        """The tokenizer, once the engine is ready, too."""
+        """Waits for the engine; the tokenizer, which is loaded meanwhile."""
         ready = asyncio.create_task(asyncio.to_thread(handle.wait_ready))
         loading = asyncio.create_task(asyncio.to_thread(self._load_tokenizer))
         try:

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 class AdapterJournal:
-    """The adapter operations that took effect, as far as a new engine does not know of them from its start.
+    """The adapter commands that took effect, as far as a new engine does not know of them from its start.
 
     Of each name the last registration counts, and whether it is pinned.
     """
@@ -50,7 +50,7 @@ class AdapterJournal:
 
     def _register(self, command: LoadAdapter | ComposeAdapter) -> None:
         pinned = self._pins.get(command.name)
-        # Anew, and so last: what a composition is made of has to come before it.
+        # At the end: the members of a composition have to come before it.
         self._forget(command.name)
         self._registered[command.name] = command
         if pinned is not None:

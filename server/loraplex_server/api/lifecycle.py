@@ -24,7 +24,7 @@ class Backend:
 
     Attributes:
         tokenizer: the base model's.
-        tokenizers: which one a request's adapters ask for.
+        tokenizers: those that adapters bring.
     """
 
     engine: EngineClient

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator, Sequence
 
 from loraplex import AdapterInfo, AdapterState, LoraplexError, ModelInfo
+from loraplex.cli.exposition import Metrics, scrape
 from loraplex_bench.demo.tasks import MAX_ANSWER_TOKENS, prompt
-from loraplex_bench.load.metrics import Metrics, scrape
 from loraplex_bench.scenarios.checks import Check, zero_check
 from loraplex_bench.scenarios.soak.state import AUDIT_INTERVAL_S, CHANGING, Soak
 

@@ -38,7 +38,7 @@ may name files."""
 _DEFAULT_RETRY_S = 1.0
 _MAX_MESSAGE_CHARS = 1000
 
-# Paths in `loraplex.v1.GenerateRequest`, by the part of them that is another in `schema`.
+# Parts of paths in `loraplex.v1.GenerateRequest` that are others in `schema`, and those.
 _PATHS = (
     (re.compile(r"^(sampling|stopping|chat)\."), ""),
     (re.compile(r"^(text|token_ids(\.ids)?|prompt)(?=$|\[)"), "prompt"),
@@ -68,7 +68,7 @@ def to_body(info: ErrorInfo, request_id: str, model: str = "") -> bytes:
     """The JSON body.
 
     Args:
-        model: what the request named so: an adapter that is missing is then said to be this field's.
+        model: the request's `model`; where that is the missing adapter, the error names this field.
     """
     code = info.code if info.code in STATUSES else "INTERNAL"
     message, param, reason = info.message, None, code.lower()
@@ -101,7 +101,7 @@ def headers_of(info: ErrorInfo) -> dict[str, str]:
         seconds = _DEFAULT_RETRY_S if info.retry_after_s is None else info.retry_after_s
         return {
             "retry-after": str(math.ceil(seconds)),
-            # Whole seconds are long where a queue moves in tenths: OpenAI's clients read this one first.
+            # A queue moves in tenths of a second; OpenAI's clients prefer this header.
             "retry-after-ms": str(math.ceil(seconds * 1000)),
         }
     return {"www-authenticate": "Bearer"} if info.code == "UNAUTHENTICATED" else {}

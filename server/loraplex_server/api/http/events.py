@@ -14,7 +14,7 @@ DONE = b"data: [DONE]\n\n"
 _HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    # A proxy that collects what it passes on would make one event of all.
+    # A proxy that buffers responses would hold the events back.
     (b"x-accel-buffering", b"no"),
 )
 

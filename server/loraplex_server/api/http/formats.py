@@ -16,7 +16,7 @@ from loraplex_server.api.http.schema import (
     Usage,
 )
 
-# JSON has no infinity; OpenAI's API says this of what is all but impossible.
+# JSON has no infinity; OpenAI's API gives this value for tokens that are all but impossible.
 _LEAST_LOGPROB = -9999.0
 
 

@@ -25,7 +25,7 @@ class HttpListener:
 
     Args:
         max_connections: more are answered with 503.
-        stop_grace_s: what requests have to end when it closes; then they are cut off.
+        stop_grace_s: time that requests have to finish when it closes; then they are cut off.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class HttpListener:
 
 
 class _Server(uvicorn.Server):
-    """Signals are the process's own to act on."""
+    """A server of uvicorn's that leaves signals to the process."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

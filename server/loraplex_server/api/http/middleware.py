@@ -86,7 +86,7 @@ class CallMiddleware:
             with self._lifecycle.call() if guarded else contextlib.nullcontext():
                 await self._app(scope, receive, send_on)
         except (ClientGoneError, asyncio.CancelledError):
-            # Cancelled is what has not ended when the server does: the connection is closed under it.
+            # Requests still running when the server ends are cancelled, and their connections closed.
             status = _CLIENT_GONE
         except ServerError as error:
             if error.code == InternalError.code:
@@ -97,7 +97,7 @@ class CallMiddleware:
         except Exception:
             _log.exception("%s failed", path)
             if status:
-                # Cut off: the client must not take what it has for the whole.
+                # Break the connection: the client must not take a part for the whole answer.
                 self._metrics.observe_error(InternalError("").info)
                 raise
             await self._refuse(InternalError(""), scope, receive, send_on)

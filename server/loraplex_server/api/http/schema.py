@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from loraplex_server.api.requests import limits
+from loraplex_server.api.requests import bounds
 from loraplex_server.core import request_rules
 from loraplex_server.core.request import MAX_SPECULATIVE_TOKENS
 
@@ -20,7 +20,7 @@ Text = Annotated[str, Meta(max_length=1 << 24)]
 Count = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
 Positive = Annotated[int, Meta(ge=1, le=_MAX_COUNT)]
 TokenId = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
-Stop = Annotated[str, Meta(min_length=1, max_length=limits.MAX_STOP_CHARS)]
+Stop = Annotated[str, Meta(min_length=1, max_length=bounds.MAX_STOP_CHARS)]
 Penalty = Annotated[float, Meta(ge=-request_rules.MAX_PENALTY, le=request_rules.MAX_PENALTY)]
 RepetitionPenalty = Annotated[
     float, Meta(ge=request_rules.MIN_REPETITION_PENALTY, le=request_rules.MAX_REPETITION_PENALTY)
@@ -71,7 +71,7 @@ class Structure(Struct, frozen=True, forbid_unknown_fields=True):
     json_object: bool | None = None
     regex: Text | None = None
     grammar: Text | None = None
-    choice: Annotated[list[Text], Meta(max_length=limits.MAX_STRUCTURE_CHOICES)] | None = None
+    choice: Annotated[list[Text], Meta(max_length=bounds.MAX_STRUCTURE_CHOICES)] | None = None
 
 
 class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -89,7 +89,7 @@ class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     model: Name
     adapters: list[AdapterWeight] | None = None
-    n: Annotated[int, Meta(ge=1, le=limits.MAX_CHOICES)] | None = None
+    n: Annotated[int, Meta(ge=1, le=bounds.MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Positive | None = None
@@ -106,11 +106,11 @@ class GenerationBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ) = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[TokenKey, Bias], Meta(max_length=limits.MAX_LOGIT_BIAS)] | None = None
-    bad_words: Annotated[list[Stop], Meta(max_length=limits.MAX_BAD_WORDS)] | None = None
+    logit_bias: Annotated[dict[TokenKey, Bias], Meta(max_length=bounds.MAX_LOGIT_BIAS)] | None = None
+    bad_words: Annotated[list[Stop], Meta(max_length=bounds.MAX_BAD_WORDS)] | None = None
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
-    stop: Stop | Annotated[list[Stop], Meta(max_length=limits.MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Meta(max_length=limits.MAX_STOP_TOKENS)] | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=bounds.MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=bounds.MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     priority: Annotated[int, Meta(ge=-_MAX_COUNT, le=_MAX_COUNT)] | None = None
@@ -134,7 +134,7 @@ class CompletionBody(GenerationBody, frozen=True, kw_only=True, forbid_unknown_f
     prompt: str | list[str | TokenId | list[TokenId]]
     max_tokens: Count | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=limits.MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=bounds.MAX_LOGPROBS)] | None = None
 
 
 class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
@@ -151,10 +151,10 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True):
 class ChatBody(GenerationBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`POST /v1/chat/completions`. `max_completion_tokens` is `max_tokens` by its newer name."""
 
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=limits.MAX_CHAT_MESSAGES)]
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=bounds.MAX_CHAT_MESSAGES)]
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=limits.MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=bounds.MAX_LOGPROBS)] | None = None
 
 
 class PromptTokensDetails(Struct, frozen=True):

@@ -60,7 +60,7 @@ def _bind(api: ApiConfig) -> socket.socket:
 
 
 def _find_dead_peers(listening: socket.socket) -> None:
-    """Connections ask after clients that say nothing, so that one which vanished is noticed."""
+    """Turns TCP keepalive on, so that a client that vanished is noticed."""
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, name):

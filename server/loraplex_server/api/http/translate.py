@@ -16,13 +16,14 @@ from loraplex_server.api.http.schema import (
     JsonSchemaFormat,
     Message,
 )
-from loraplex_server.api.requests.limits import MAX_CHOICES, Limits
+from loraplex_server.api.requests.bounds import MAX_CHOICES
+from loraplex_server.api.requests.limits import Limits
 from loraplex_server.core import names
 from loraplex_server.core.errors import InvalidArgumentError, NotFoundError
 from loraplex_server.core.request import SamplingDefaults
 
 _DEFAULT_TEMPERATURE = 1.0
-# Fields that `loraplex.v1` calls alike, by the message that has them; null leaves them unset.
+# Fields that have the same name in `loraplex.v1`, by the message that has them; null leaves them unset.
 _SAMPLING = (
     "top_p",
     "top_k",
@@ -86,7 +87,7 @@ def chat_messages(body: ChatBody, base: str, limits: Limits) -> list[generation_
         raise InvalidArgumentError.field("max_tokens", "differs from max_completion_tokens; give one of them")
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidArgumentError.field("top_logprobs", "needs logprobs to be true")
-    # An assistant speaks until it is done, or the context is full.
+    # Without a limit an answer ends by itself, or where the context is full.
     message = _message(body, base, limits.defaults, given.pop() if given else limits.rules.max_model_len)
     for said in body.messages:
         message.chat.messages.add(role=said.role, content=_content(said), name=said.name)

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import msgspec
 
 from loraplex.v1 import generation_pb2
-from loraplex_server.api.requests import limits as most
-from loraplex_server.api.requests import request_id
+from loraplex_server.api.requests import bounds, request_id
 from loraplex_server.api.requests.limits import Limits
 from loraplex_server.api.requests.to_core import to_adapter_uses, to_sampling
 from loraplex_server.api.requests.violations import Violations
@@ -46,10 +45,10 @@ def check_generate(message: generation_pb2.GenerateRequest, limits: Limits) -> N
     if nothing and not (message.HasField("prompt_logprobs") or message.echo):
         found.add("stopping.max_tokens", "has to be at least 1; 0 goes with prompt_logprobs or echo")
     for field in ("logprobs", "prompt_logprobs"):
-        if message.HasField(field) and getattr(message, field) > most.MAX_LOGPROBS:
-            found.add(field, f"{getattr(message, field)} is more than {most.MAX_LOGPROBS}")
-    if message.HasField("n") and not 1 <= message.n <= most.MAX_CHOICES:
-        found.add("n", f"has to be 1 to {most.MAX_CHOICES}")
+        if message.HasField(field) and getattr(message, field) > bounds.MAX_LOGPROBS:
+            found.add(field, f"{getattr(message, field)} is more than {bounds.MAX_LOGPROBS}")
+    if message.HasField("n") and not 1 <= message.n <= bounds.MAX_CHOICES:
+        found.add("n", f"has to be 1 to {bounds.MAX_CHOICES}")
     found.extend(speculation_violations(message.speculative_tokens))
     if message.HasField("request_id") and not request_id.is_request_id(message.request_id):
         found.add("request_id", request_id.RULE)
@@ -59,8 +58,8 @@ def check_generate(message: generation_pb2.GenerateRequest, limits: Limits) -> N
 def check_batch(message: generation_pb2.GenerateBatchRequest) -> None:
     """Raises: InvalidArgumentError for no request, or too many."""
     found = Violations()
-    if not 1 <= len(message.requests) <= most.MAX_BATCH:
-        found.add("requests", f"has {len(message.requests)} requests; give 1 to {most.MAX_BATCH}")
+    if not 1 <= len(message.requests) <= bounds.MAX_BATCH:
+        found.add("requests", f"has {len(message.requests)} requests; give 1 to {bounds.MAX_BATCH}")
     found.raise_any()
 
 
@@ -124,8 +123,8 @@ def _check_prompt(found: Violations, message: generation_pb2.GenerateRequest, li
 def _check_chat(found: Violations, messages: Sequence[generation_pb2.ChatMessage], limits: Limits) -> None:
     if not messages:
         found.add("chat.messages", "is empty; give at least one message")
-    elif len(messages) > most.MAX_CHAT_MESSAGES:
-        found.add("chat.messages", f"{len(messages)} messages are more than {most.MAX_CHAT_MESSAGES}")
+    elif len(messages) > bounds.MAX_CHAT_MESSAGES:
+        found.add("chat.messages", f"{len(messages)} messages are more than {bounds.MAX_CHAT_MESSAGES}")
         return
     for index, message in enumerate(messages):
         if not _ROLE.fullmatch(message.role):
@@ -167,8 +166,8 @@ def _check_adapters(found: Violations, message: generation_pb2.GenerateRequest, 
 
 def _check_sampling(found: Violations, message: generation_pb2.GenerateRequest, limits: Limits) -> None:
     bias, field = message.sampling.logit_bias, "sampling.logit_bias"
-    if len(bias) > most.MAX_LOGIT_BIAS:
-        found.add(field, f"{len(bias)} tokens are more than {most.MAX_LOGIT_BIAS}")
+    if len(bias) > bounds.MAX_LOGIT_BIAS:
+        found.add(field, f"{len(bias)} tokens are more than {bounds.MAX_LOGIT_BIAS}")
     else:
         _check_token_ids(found, field, list(bias), limits, adapters=bool(message.adapters))
     found.extend(sampling_violations(to_sampling(message, limits)))
@@ -181,12 +180,12 @@ def _under(field: str, violations: Iterable[FieldViolation]) -> Iterator[FieldVi
 
 
 def _check_bad_words(found: Violations, words: Sequence[str]) -> None:
-    if len(words) > most.MAX_BAD_WORDS:
-        found.add("sampling.bad_words", f"{len(words)} words are more than {most.MAX_BAD_WORDS}")
+    if len(words) > bounds.MAX_BAD_WORDS:
+        found.add("sampling.bad_words", f"{len(words)} words are more than {bounds.MAX_BAD_WORDS}")
     for index, word in enumerate(words):
-        if not 1 <= len(word.strip()) <= len(word) <= most.MAX_BAD_WORD_CHARS:
+        if not 1 <= len(word.strip()) <= len(word) <= bounds.MAX_BAD_WORD_CHARS:
             found.add(
-                f"sampling.bad_words[{index}]", f"has to have 1 to {most.MAX_BAD_WORD_CHARS} characters"
+                f"sampling.bad_words[{index}]", f"has to have 1 to {bounds.MAX_BAD_WORD_CHARS} characters"
             )
 
 
@@ -195,14 +194,14 @@ def _check_stopping(
 ) -> None:
     if stopping.HasField("max_tokens") and stopping.min_tokens > stopping.max_tokens:
         found.add("stopping.min_tokens", f"is more than max_tokens, {stopping.max_tokens}")
-    if len(stopping.stop) > most.MAX_STOPS:
-        found.add("stopping.stop", f"{len(stopping.stop)} strings are more than {most.MAX_STOPS}")
+    if len(stopping.stop) > bounds.MAX_STOPS:
+        found.add("stopping.stop", f"{len(stopping.stop)} strings are more than {bounds.MAX_STOPS}")
     for index, stop in enumerate(stopping.stop):
-        if not 1 <= len(stop) <= most.MAX_STOP_CHARS:
-            found.add(f"stopping.stop[{index}]", f"has to have 1 to {most.MAX_STOP_CHARS} characters")
+        if not 1 <= len(stop) <= bounds.MAX_STOP_CHARS:
+            found.add(f"stopping.stop[{index}]", f"has to have 1 to {bounds.MAX_STOP_CHARS} characters")
     field, ids = "stopping.stop_token_ids", stopping.stop_token_ids
-    if len(ids) > most.MAX_STOP_TOKENS:
-        found.add(field, f"{len(ids)} tokens are more than {most.MAX_STOP_TOKENS}")
+    if len(ids) > bounds.MAX_STOP_TOKENS:
+        found.add(field, f"{len(ids)} tokens are more than {bounds.MAX_STOP_TOKENS}")
     else:
         _check_token_ids(found, field, ids, limits, adapters=adapters)
 
@@ -214,8 +213,8 @@ def _check_structure(found: Violations, structure: generation_pb2.Structure) -> 
             return
         case "choice":
             field, texts = "structure.choice.texts", list(structure.choice.texts)
-            if not 1 <= len(texts) <= most.MAX_STRUCTURE_CHOICES:
-                found.add(field, f"has {len(texts)} texts; give 1 to {most.MAX_STRUCTURE_CHOICES}")
+            if not 1 <= len(texts) <= bounds.MAX_STRUCTURE_CHOICES:
+                found.add(field, f"has {len(texts)} texts; give 1 to {bounds.MAX_STRUCTURE_CHOICES}")
             elif not all(texts):
                 found.add(field, "has an empty text; every one needs a character")
         case "json_schema" | "regex" | "grammar":
@@ -225,8 +224,8 @@ def _check_structure(found: Violations, structure: generation_pb2.Structure) -> 
         case _:
             found.add("structure", "is empty; set json_schema, json_object, regex, grammar or choice")
             return
-    if sum(len(text.encode()) for text in texts) > most.MAX_STRUCTURE_BYTES:
-        found.add(field, f"has more than {most.MAX_STRUCTURE_BYTES} bytes")
+    if sum(len(text.encode()) for text in texts) > bounds.MAX_STRUCTURE_BYTES:
+        found.add(field, f"has more than {bounds.MAX_STRUCTURE_BYTES} bytes")
     elif kind == "json_schema" and texts[0]:
         _check_schema(found, field, texts[0])
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from loraplex.v1 import adapters_pb2
-from loraplex_server.api.requests import limits as most
+from loraplex_server.api.requests import bounds
 from loraplex_server.api.requests.check import check_name
 from loraplex_server.api.requests.enums import enum_text
 from loraplex_server.api.requests.violations import Violations
@@ -30,8 +30,8 @@ def check_load(message: adapters_pb2.LoadAdapterRequest) -> None:
     check_name(found, "name", message.name)
     if not message.source:
         found.add("source", "is empty; name the folder that PEFT wrote")
-    elif len(message.source) > most.MAX_SOURCE_CHARS or "\0" in message.source:
-        found.add("source", f"is no path; it may have {most.MAX_SOURCE_CHARS} characters and no NUL")
+    elif len(message.source) > bounds.MAX_SOURCE_CHARS or "\0" in message.source:
+        found.add("source", f"is no path; it may have {bounds.MAX_SOURCE_CHARS} characters and no NUL")
     found.raise_any()
 
 
@@ -54,9 +54,9 @@ def check_watch(message: adapters_pb2.WatchRequest) -> None:
 def check_prefetch(message: adapters_pb2.PrefetchRequest) -> None:
     """Raises: InvalidArgumentError for bad names, none, or too many."""
     found = Violations()
-    if not 1 <= len(message.names) <= most.MAX_PREFETCH:
-        found.add("names", f"has {len(message.names)} names; give 1 to {most.MAX_PREFETCH}")
-    _check_names(found, message.names[: most.MAX_PREFETCH])
+    if not 1 <= len(message.names) <= bounds.MAX_PREFETCH:
+        found.add("names", f"has {len(message.names)} names; give 1 to {bounds.MAX_PREFETCH}")
+    _check_names(found, message.names[: bounds.MAX_PREFETCH])
     found.raise_any()
 
 
@@ -120,10 +120,10 @@ def _check_digest(found: Violations, field: str, digest: str) -> None:
 
 
 def _check_members(found: Violations, members: Sequence[adapters_pb2.CompositionMember]) -> None:
-    if not 1 <= len(members) <= most.MAX_MEMBERS:
-        found.add("members", f"has {len(members)} adapters; give 1 to {most.MAX_MEMBERS}")
+    if not 1 <= len(members) <= bounds.MAX_MEMBERS:
+        found.add("members", f"has {len(members)} adapters; give 1 to {bounds.MAX_MEMBERS}")
     names = [member.adapter for member in members]
-    for index, member in enumerate(members[: most.MAX_MEMBERS]):
+    for index, member in enumerate(members[: bounds.MAX_MEMBERS]):
         field = f"members[{index}]"
         check_name(found, f"{field}.adapter", member.adapter)
         if member.HasField("weight") and not math.isfinite(member.weight):

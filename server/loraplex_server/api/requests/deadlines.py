@@ -10,7 +10,7 @@ from loraplex_server.core.request import Request
 # Fewer answers, or shorter ones, say too little about the engine's speed.
 _MIN_ANSWERS = 8
 _MIN_TOKENS = 16
-# Refused is only what would have to be twice as fast as any answer so far.
+# A deadline is refused only if the answer would have to be twice as fast as any so far.
 _MARGIN = 0.5
 
 

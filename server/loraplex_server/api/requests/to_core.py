@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 
 from loraplex.v1 import adapters_pb2, generation_pb2
+from loraplex_server.api.requests.bounds import DEFAULT_MAX_TOKENS
 from loraplex_server.api.requests.enums import enum_text
-from loraplex_server.api.requests.limits import DEFAULT_MAX_TOKENS, Limits
+from loraplex_server.api.requests.limits import Limits
 from loraplex_server.core.composition import Composition
 from loraplex_server.core.request import AdapterUse, Request, SamplingParams, Structure
 

@@ -42,7 +42,7 @@ _NO_METHOD = "/unknown"
 
 _ABORT_S = 2.0
 
-# How gRPC passes a message that cannot be decoded on to a handler of ours.
+# Stands for a message that cannot be decoded.
 _NO_MESSAGE = object()
 
 _Context = Any
@@ -107,7 +107,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return answer
 
     def _streaming(self, method: str, behavior: _Behavior) -> _Behavior:
-        # Messages go out through `context.write`: so a cancellation always arrives at an await of ours,
+        # Messages go out through `context.write`: so a cancellation always arrives at one of our awaits,
         # and what the handler holds is released at once, not when its generator is collected.
         async def answer(request: Any, context: _Context) -> None:
             async with self._call(method, context):
@@ -229,7 +229,7 @@ async def _abort(context: _Context, error: ErrorInfo, started: float) -> None:
         async with asyncio.timeout(_ABORT_S):
             await context.abort(status.code, status.details, metadata)
     except TimeoutError as unread:
-        # Behind messages that the client does not read. It gets there when they do; nobody waits for that.
+        # The status waits behind messages that the client does not read; this task does not wait for it.
         raise asyncio.CancelledError from unread
     except (grpc.aio.UsageError, grpc.aio.InternalError) as gone:
         # The call ended meanwhile; gRPC would log a stack trace for what it raised here.

@@ -10,7 +10,7 @@ from loraplex_server.api.lifecycle import Lifecycle
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
-    """Answers with what the engine said when it was connected to; none of it ever changes."""
+    """Answers with the engine's description from when it was connected to; it never changes."""
 
     def __init__(self, lifecycle: Lifecycle, server_version: str) -> None:
         self._lifecycle = lifecycle

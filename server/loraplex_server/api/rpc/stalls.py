@@ -7,14 +7,15 @@ from typing import Any
 
 from loraplex_server.core.errors import Reason, ResourceExhaustedError
 
+# Looks within the limit: a stalled call is given up a quarter of it late at most.
 _LOOKS = 4
 
 
 class StallWatch:
     """Writes messages of calls, and gives up the calls whose clients take none for `limit_s`; 0 is never.
 
-    gRPC itself waits for ever: the connection lives, only nobody reads. The error goes to the client
-    nevertheless, behind the messages that it has not read yet.
+    gRPC itself waits for ever: the connection is alive, but nobody reads. The error still goes to the client,
+    behind the messages that it has not read yet.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -44,7 +45,7 @@ class StallWatch:
             del self._since_s[task]
 
     async def run(self) -> None:
-        """Looks after the calls until it is cancelled."""
+        """Checks the calls, four times in `limit_s`, until it is cancelled."""
         while self._limit_s:
             await asyncio.sleep(self._limit_s / _LOOKS)
             self.look(asyncio.get_running_loop().time())

@@ -54,8 +54,8 @@ def to_message(error: ErrorInfo, request_id: str) -> status_pb2.Status:
 
 
 def retry_pushback(error: ErrorInfo) -> tuple[tuple[str, str], ...]:
-    """Trailing metadata that has gRPC's own retries wait as long as RetryInfo says; random on top of it, so
-    that all who are refused together do not come back together."""
+    """Trailing metadata that has gRPC's own retries wait as long as RetryInfo says; a random part on top
+    keeps clients that are refused together from coming back together."""
     if error.retry_after_s is None or error.code not in ("RESOURCE_EXHAUSTED", "UNAVAILABLE"):
         return ()
     pause_s = error.retry_after_s * random.uniform(1.0, 1.0 + _PUSHBACK_JITTER)

@@ -98,7 +98,7 @@ def _read(path: Path) -> tuple[tuple[bytes, str], ...]:
         if not line.strip() or line.startswith("#"):
             continue
         match = _LINE.fullmatch(line.strip())
-        # The line itself stays out of the text: it may be a token that someone forgot to hash.
+        # The text does not show the line: it may be a token that was not hashed.
         if match is None or _TENANT.fullmatch(match[1]) is None:
             raise ValueError(f"{path}, line {number} is not `NAME sha256:HEX`; see loraplex token --help")
         found.append((bytes.fromhex(match[2]), match[1]))

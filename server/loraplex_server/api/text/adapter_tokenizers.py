@@ -27,7 +27,7 @@ _MAX_KEPT_BYTES = 128 << 20
 """By the size of their files; in memory they take several times that."""
 _MAX_REMEMBERED = 16_384
 
-# What a class may be told about text and special tokens. Left out is what names files or code.
+# Settings of text and special tokens that a class may be given; those that name files or code are left out.
 _SETTINGS = re.compile(
     r"[a-z_]+_tokens?|add_prefix_space|added_tokens_decoder|clean_up_tokenization_spaces|legacy"
 )
@@ -106,7 +106,7 @@ class AdapterTokenizers:
                 continue
             source = known[name]
             if not source.added_tokens and not _is_whole(source):
-                # Tokens without weights, such as for padding: they are never meant.
+                # Tokens without weights, such as for padding: no text needs them.
                 continue
             tokenizer = await self._load(name, source)
             if tokenizer is self._base.tokenizer:
@@ -220,7 +220,7 @@ def _build(files: Mapping[str, bytes], base: Tokenizer) -> Tokenizer:
                 raise
             raise _UnusableError("it is not one of the base's kind") from error
     if built.cutting != base.cutting:
-        # Its rules would run on every text, and some never end.
+        # Its regular expressions would run on every text, and some never finish.
         raise _UnusableError(
             "it cuts text by other rules than the base's; save the base's own, with the tokens added to it"
         )

@@ -44,7 +44,7 @@ class MetricsPort:
         return int(self._server.server_port)
 
     def close(self) -> None:
-        """Answers nobody any more."""
+        """Stops answering, and closes the port."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

@@ -36,10 +36,10 @@ from loraplex_server.core.request import Request
 
 _log = logging.getLogger(__name__)
 
-# For what is left when the server ends, where the collector is slow or gone.
+# Time to send the last spans when the server ends; the collector may be slow or gone.
 _CLOSE_S = 5.0
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-# Those that tell of a failure of the server's; the others are answers.
+# Codes that mean the server failed; the others are ordinary answers.
 _FAILURES = frozenset(
     {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 )
@@ -61,7 +61,7 @@ class OtlpTracing:
         named = Resource.create({"service.name": "loraplex", "service.version": version})
         self._exporter = OTLPSpanExporter(endpoint)
         self._provider = TracerProvider(
-            # What the environment says of the service goes before.
+            # Attributes from the environment take precedence.
             resource=named.merge(OTELResourceDetector().detect()),
             shutdown_on_exit=False,
         )

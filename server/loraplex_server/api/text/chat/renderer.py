@@ -111,7 +111,7 @@ def render(job: Render) -> Rendered:
 
 def main() -> None:
     """Answers frame by frame until stdin ends."""
-    # Elsewhere than on Linux there is only the limit of time.
+    # Systems other than Linux have only the time limit.
     with contextlib.suppress(OSError, ValueError):
         limit = _memory_in_use() + _MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
 
-from loraplex_bench.load.metrics import parse, scrape
+from loraplex.cli.exposition import parse, scrape
 
 
 @pytest.fixture

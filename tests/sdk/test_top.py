@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from prometheus_client import generate_latest
 
-from loraplex_bench import top
-from loraplex_bench.load.metrics import parse
+from loraplex.cli import top
+from loraplex.cli.exposition import parse
 from loraplex_server.api.telemetry.metrics import Metrics
 from loraplex_server.core.adapter_status import SwapRecord
 from loraplex_server.core.errors import ErrorInfo

@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from loraplex_bench.load.metrics import Metrics, scrape
+from loraplex.cli.exposition import Metrics, scrape
 
 DESCRIPTION = """\
 Shows, again and again, what a running server does: queue, batch, tokens a second, latencies, and where its
