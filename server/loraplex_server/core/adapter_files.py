@@ -18,7 +18,7 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 TEXT_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, CHAT_TEMPLATE_FILE)
-"""What an adapter may bring for prompts and answers."""
+"""Files that an adapter may bring for prompts and answers."""
 
 MAX_EXTRA_FILE_BYTES = 32 << 20
 """Largest of them, which is what the tokenizer of a large vocabulary takes."""
@@ -27,4 +27,4 @@ PICKLE_FILES = {
     "adapter_model.bin": "save_pretrained with safe_serialization=True",
     "pytorch_adapter.bin": "save_adapter with use_safetensors=True",
 }
-"""What is never read, and how the adapter is saved otherwise."""
+"""Files that are never read, and how to save the adapter otherwise."""

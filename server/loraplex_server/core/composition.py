@@ -25,7 +25,7 @@ MAJORITY_SIGNS = ("total", "frequency")
 
 
 class Composition(msgspec.Struct, frozen=True):
-    """What `add_weighted_adapter` of PEFT is given. The API has validated every field.
+    """A recipe: the arguments of PEFT's `add_weighted_adapter`. The API has validated every field.
 
     Attributes:
         density: part of the values that is kept, in (0, 1]; for types that prune.
@@ -42,10 +42,10 @@ class Composition(msgspec.Struct, frozen=True):
     seed: int = 0
 
     def __str__(self) -> str:
-        """What to show as the source of the result: `ties(a*1, b*0.5)`."""
+        """The source that is shown of the result: `ties(a*1, b*0.5)`."""
         return f"{self.combination_type}({', '.join(f'{use.name}*{use.weight:g}' for use in self.members)})"
 
 
 def prunes(combination_type: str) -> bool:
-    """Whether a type takes a density."""
+    """True if a type takes a density."""
     return combination_type.startswith(("ties", "dare", "magnitude_prune"))

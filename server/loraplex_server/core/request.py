@@ -28,7 +28,7 @@ class AdapterUse(msgspec.Struct, frozen=True):
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True):
-    """What the model's own files say about sampling, for what a caller leaves open."""
+    """Sampling parameters from the model's own files, for those that a request leaves open."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -78,7 +78,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
 
     @property
     def penalised(self) -> bool:
-        """Whether tokens so far have a say in the next."""
+        """True if a penalty makes the next token depend on those before."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 

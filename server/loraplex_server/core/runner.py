@@ -20,13 +20,13 @@ class Runner(Protocol):
 
     @property
     def asynchronous(self) -> bool:
-        """Whether `launch` returns before the step is computed."""
+        """True if `launch` returns before the step is computed."""
 
     def launch(self, plan: StepPlan) -> Launched:
         """Starts to compute and sample a plan, whose `fed_from` is about the plan of the call before."""
 
     def usable(self) -> bool:
-        """Whether the device still computes; asked after a step that failed."""
+        """True if the device still computes; asked after a step that failed."""
 
     def weight_checksum(self) -> Generator[None, None, str]:
         """SHA-256 over the resident base weights, in pieces: yields between them, returns it at the end."""

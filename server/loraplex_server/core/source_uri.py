@@ -1,4 +1,4 @@
-"""Where a remote adapter lies: parsing its address, and deciding whether the operator allows it.
+"""Addresses of remote adapters: parsing one, and deciding whether the operator allows it.
 
     s3://bucket/path   gs://bucket/path   az://container/path   https://host/path
     hf://owner/name@revision/subfolder

@@ -38,7 +38,7 @@ that take too long to wait for: others are closed before it."""
 
 
 class AdapterReadiness(Protocol):
-    """What the scheduler asks of the adapter store. No call blocks."""
+    """The scheduler's questions to the adapter store. No call blocks."""
 
     def reserve(self, handles: tuple[AdapterHandle, ...]) -> Readiness:
         """Takes device references to all of `handles` (READY, LOADING) or to none (BLOCKED, FAILED)."""
@@ -53,7 +53,7 @@ class AdapterReadiness(Protocol):
         """Device references to the adapter of this name, all its versions together."""
 
     def failure(self, handles: tuple[AdapterHandle, ...]) -> ServerError | None:
-        """Why the last answer for `handles` was FAILED."""
+        """The error for which the last answer for `handles` was FAILED."""
 
 
 @dataclasses.dataclass
@@ -86,7 +86,7 @@ class KeptRoom:
     priority: int = 0
 
     def leaves(self, sequence: Sequence, *, resident: bool = False) -> bool:
-        """Whether a sequence may be admitted without taking what is kept.
+        """True if a sequence may be admitted without taking what is kept.
 
         Args:
             resident: only if, besides, its adapters are on the device.
@@ -119,7 +119,7 @@ class AdapterRoom:
         self._in_use: dict[str, _Use] = {}
 
     def ask(self, sequence: Sequence, now_s: float) -> Readiness:
-        """Whether a sequence's adapters are there; has them brought in if there is room."""
+        """Asks for a sequence's adapters: has them brought in if there is room. The store's answer."""
         if not sequence.handles:
             return Readiness.READY
         if sequence.reserved:
@@ -142,7 +142,7 @@ class AdapterRoom:
                 self._in_use.pop(handle.name, None)
 
     def failure(self, sequence: Sequence) -> ServerError | None:
-        """Why a sequence cannot have its adapters."""
+        """The error for which a sequence cannot have its adapters."""
         return self._adapters.failure(sequence.handles)
 
     def impatient(self, waiting: list[Sequence], now_s: float) -> list[Sequence]:

@@ -75,7 +75,7 @@ class Admission:
         return sequence
 
     def drafter(self, sequence: Sequence, *, ahead: bool) -> Drafter | None:
-        """What drafts a sequence's tokens; None if nothing is to.
+        """The drafter of a sequence's tokens; None if none are to be drafted.
 
         Args:
             ahead: the engine launches a step before the tokens of the one before are known.

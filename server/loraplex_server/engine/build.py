@@ -131,7 +131,7 @@ def _register_folders(adapters: AdapterStore, folders: Iterable[Path]) -> None:
 def _engine_info(
     config: EngineConfig, base: BaseModel, plan: MemoryPlan, adapters: AdapterStore, max_model_len: int
 ) -> EngineInfo:
-    """What the engine tells its clients of itself."""
+    """The engine's description of itself, for its clients."""
     return EngineInfo(
         model=config.model.model,
         architecture=type(base.model).__name__,

@@ -22,7 +22,7 @@ from loraplex_server.wire.stats import StepRecord
 
 
 class Computed(NamedTuple):
-    """What a launched step computes of one sequence.
+    """One sequence's part in a launched step.
 
     Attributes:
         num_samples: tokens that are sampled after it.
@@ -57,15 +57,19 @@ class LaunchedStep:
 
 @dataclasses.dataclass
 class Committed:
-    """What a step has changed.
+    """A step whose results are in its sequences.
 
     Attributes:
+        received_s: when its results were there.
         deltas: for each client, what it is to be told.
         finished: sequences whose answers are complete.
         failed: sequences that have no next token.
         num_accepted: draft tokens that were accepted.
     """
 
+    step: LaunchedStep
+    output: StepOutput
+    received_s: float
     deltas: defaultdict[str, list[TokenDelta]] = dataclasses.field(default_factory=lambda: defaultdict(list))
     finished: list[Sequence] = dataclasses.field(default_factory=list)
     failed: list[FailedSequence] = dataclasses.field(default_factory=list)
@@ -95,7 +99,7 @@ class Committer:
 
     def commit(self, step: LaunchedStep, output: StepOutput, now_s: float) -> Committed:
         """Extends every sequence of a step by its tokens; retires none."""
-        committed = Committed()
+        committed = Committed(step, output, now_s)
         sampled, scored = iter(output.sampled), iter(output.scored)
         for item, num_samples, num_scores in step.computed:
             sequence = item.sequence
@@ -152,7 +156,7 @@ class Committer:
         return _Extension(())
 
     def _why_ended(self, sequence: Sequence) -> FinishReason | None:
-        """Whether a sequence ends with its last token, as far as it takes no grammar to say so."""
+        """The reason for which a sequence ends with its last token, unless only its grammar knows one."""
         token_id, sampling = sequence.token_ids[-1], sequence.request.sampling
         held = sequence.matcher is not None
         if token_id in sampling.stop_token_ids or (

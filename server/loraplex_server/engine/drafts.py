@@ -55,7 +55,7 @@ class Drafter:
         self.accepted = 0
 
     def due(self, length: int) -> bool:
-        """Whether a row of `length` tokens, all of them known, may have drafts now."""
+        """True if a row of `length` tokens, all of them known, may have drafts now."""
         return length >= self._resume and length + 1 < self._limit
 
     def propose(self, token_ids: Sequence[int], most: int) -> tuple[int, ...]:

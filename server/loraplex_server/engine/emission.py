@@ -1,4 +1,4 @@
-"""What a client is told of its request: token deltas, log-probabilities and times, as messages have them."""
+"""Token deltas, log-probabilities and times of a request, as its client is told of them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def token_logprobs(token: SampledToken) -> TokenLogprobs:
 
 
 def request_times(sequence: Sequence, now_s: float) -> Times:
-    """Where a request's time went, from its arrival to `now_s`."""
+    """The parts of a request's time, from its arrival to `now_s`."""
     arrival_s = sequence.arrival_s
     drafter = sequence.drafter
     return Times(

@@ -71,10 +71,10 @@ class Engine:
     # The loop
 
     def step(self) -> bool:
-        """Advances every request that can be. False if nothing could: all wait for adapters.
+        """Advances every request that can be: plans, runs, commits and emits. False if none can be advanced.
 
-        Where the runner is asynchronous the engine is one step ahead: the next step is launched before the
-        tokens of the one that runs are there, and gets them on the device.
+        Where the runner is asynchronous the engine is one step ahead: a step is launched before the tokens of
+        the one that runs are there, and gets them on the device. What is committed then is the step before.
 
         Raises:
             Exception: whatever a step failed with, if the device does not compute any more.
@@ -83,12 +83,12 @@ class Engine:
         launched = self._run(self._plan(now_s), now_s)
         if self._runner.asynchronous:
             due, self._in_flight = self._in_flight, launched
-            self._finish_step(due)
+            self._emit_step(self._commit(due))
             self._advance(launched)
         else:
             due = launched
             self._advance(launched)
-            self._finish_step(due)
+            self._emit_step(self._commit(due))
         return launched is not None or due is not None or self._recorder.failed_steps > failed
 
     def _plan(self, now_s: float) -> Schedule:
@@ -141,28 +141,28 @@ class Engine:
                 sequence.token_ids.append(0)
                 sequence.awaited = samples - 1
 
-    def _finish_step(self, step: LaunchedStep | None) -> None:
-        """Waits for a launched step, commits what it computed, and emits."""
+    def _commit(self, step: LaunchedStep | None) -> Committed | None:
+        """Waits for a launched step and writes what it computed into its sequences; None if it failed."""
         if step is None:
-            return
+            return None
         try:
             output = step.launched.result()
         except Exception as error:
             self._give_up(step.sequences, error)
-            return
-        received_s = time.monotonic()
-        committed = self._committer.commit(step, output, received_s)
-        self._emit_step(committed)
-        self._recorder.add(step, output, committed.num_accepted, received_s)
+            return None
+        return self._committer.commit(step, output, time.monotonic())
 
-    def _emit_step(self, committed: Committed) -> None:
+    def _emit_step(self, committed: Committed | None) -> None:
         """Tells every client what a step has brought, and retires the requests that ended with it."""
+        if committed is None:
+            return
         for sequence, error in committed.failed:
             self._fail(sequence, error)
         for sequence in committed.finished:
             self._retire(sequence)
         for client, deltas in committed.deltas.items():
             self._emit(client, Tokens(tuple(deltas)))
+        self._recorder.add(committed)
 
     def _give_up(self, sequences: Iterable[Sequence], error: Exception) -> None:
         """Ends the requests of a step that failed; what it wrote lies in blocks that only they had.
@@ -183,7 +183,7 @@ class Engine:
         return item.num_tokens > 1, [self.adapters.requests.slot(handle) for handle in item.sequence.handles]
 
     def _must_know(self, item: Scheduled) -> bool:
-        """Whether the host has to know a sequence's next token before there can be another."""
+        """True if the host has to know a sequence's next token before there can be another."""
         sequence, sampling = item.sequence, item.sequence.request.sampling
         return (
             sequence.is_full(more=1)
@@ -280,7 +280,7 @@ class Engine:
         return self._audit.idle()
 
     def stats(self) -> Stats:
-        """What happened since the last call, and the state now."""
+        """Counts of what happened since the last call, and the state now."""
         return self._recorder.take(len(self._structured.compiling))
 
     def check_integrity(self) -> IntegrityReport:

@@ -1,4 +1,4 @@
-"""Who is next: deficit round robin over tenants, and within each over its adapters, with aging.
+"""The order of admission: deficit round robin over tenants, and within each over its adapters, with aging.
 
 Every tenant, and every mix of adapters that a tenant asks for (a *flow*), has an account of the
 tokens computed for it. Turns come in rounds: in each, an account gets a quantum of tokens, so whoever was
@@ -132,7 +132,7 @@ class DeficitRoundRobin:
             yield from _take_turns(tenants, passed)
 
     def turn(self, served: float, sequence: Sequence, now_s: float) -> _Turn:
-        """Where an account of `served` tokens stands whose next request is `sequence`; the least is first."""
+        """The turn of an account that was given `served` tokens and whose next request is `sequence`."""
         arrival_s = sequence.arrival_s
         quanta = served / self.quantum - (now_s - arrival_s) / self.aging_s
         resident = sequence.reserved
@@ -191,7 +191,7 @@ class _Tenant:
         return flows[0][2].head if flows else None
 
     def turn(self, passed: Container[Account]) -> _Turn | None:
-        """Where the tenant stands; None once it has nothing to offer."""
+        """The tenant's turn among tenants; None once it has nothing to offer."""
         head = self.head(passed)
         return None if head is None else self._order.turn(self._served, head, self._now_s)
 

@@ -30,7 +30,7 @@ _ANSWERS = 64
 """Answers that share one compiled grammar, whose tables grow with each; the next one gets a new grammar."""
 
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
-"""What may stand between JSON's tokens: any, but bounded, so that a model cannot go on with it for ever."""
+"""Whitespace between JSON's tokens: any, but bounded, so that a model cannot go on with it for ever."""
 
 _META = re.compile(r"[\\.+*?()|\[\]{}^$/&~#-]")
 

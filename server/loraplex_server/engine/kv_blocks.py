@@ -93,7 +93,7 @@ class KvBlockPool:
                     self._free.append(block)
 
     def has(self, key: bytes) -> bool:
-        """Whether `take_cached` would find that block, after those before it."""
+        """True if `take_cached` would find that block, after those before it."""
         return key in self._by_key
 
     def take_cached(self, keys: Iterable[bytes]) -> list[int]:

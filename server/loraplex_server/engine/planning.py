@@ -64,7 +64,7 @@ class _Copied(NamedTuple):
 
 @dataclasses.dataclass
 class _Batch:
-    """What a step computes; the first four lists are of sequences, in the order of the batch."""
+    """The rows of a step; `lengths`, `contexts` and `tables` have an item for each sequence."""
 
     lengths: list[int] = dataclasses.field(default_factory=list)
     contexts: list[int] = dataclasses.field(default_factory=list)
@@ -155,7 +155,7 @@ def _scores(item: Scheduled, row: int) -> list[_Score]:
 
 
 def _copied(item: Scheduled, block_size: int, slot_of: SlotOf) -> _Copied:
-    """What is copied from an adapter's prefix before the step."""
+    """The part of an adapter's prefix that is copied before the step."""
     sequence, end = item.sequence, item.sequence.num_computed
     ((handle, _),) = sequence.adapters_at(0)
     table, first = sequence.block_table, end - item.num_copied
@@ -193,7 +193,7 @@ def _run_sections(runs: list[_Run]) -> Sections:
 
 
 def _sampling_sections(samples: list[_Sample], eos_token_ids: tuple[int, ...]) -> Sections:
-    """How each token is sampled, and which tokens may not be."""
+    """Sampling parameters of each row, and tokens that are banned there."""
     params = [sample.sequence.request.sampling for sample in samples]
     banned = [_banned(sample, eos_token_ids) for sample in samples]
     masked = _mask_sections(samples, banned)
@@ -211,7 +211,7 @@ def _sampling_sections(samples: list[_Sample], eos_token_ids: tuple[int, ...]) -
 
 
 def _mask_sections(samples: list[_Sample], banned: list[tuple[int, ...]]) -> Sections:
-    """What grammars allow; left out where no row has one. Takes the bans of their rows out of `banned`."""
+    """Masks of grammars, none where no row has one. Takes the bans of their rows out of `banned`."""
     rows, words = [], []
     for index, sample in enumerate(samples):
         if sample.sequence.matcher is not None:
@@ -222,7 +222,7 @@ def _mask_sections(samples: list[_Sample], banned: list[tuple[int, ...]]) -> Sec
 
 
 def _rare_sections(samples: list[_Sample]) -> Sections:
-    """What few requests ask for; left out where none does."""
+    """Sections that few requests ask for; left out where none does."""
     params = [sample.sequence.request.sampling for sample in samples]
     sections: Sections = {}
     if any(sampling.min_p for sampling in params):

@@ -39,7 +39,7 @@ class Scheduled:
 
     @property
     def samples(self) -> bool:
-        """Whether the chunk reaches the last known token, so that the next one is sampled."""
+        """True if the chunk reaches the last known token, so that the next one is sampled."""
         return self.num_tokens == self.sequence.num_pending
 
     @property

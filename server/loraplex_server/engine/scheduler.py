@@ -1,4 +1,4 @@
-"""Which sequences compute how many tokens in the next step. Pure Python: no torch, no model.
+"""The choice of sequences and tokens for the next step. Pure Python: no torch, no model.
 
 There are no prefill and decode phases: a sequence has tokens known and tokens computed, and a step lets
 the second catch up with the first under a token budget (the idea of vLLM's v1 scheduler). Whether a
@@ -12,6 +12,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterable
+from typing import NamedTuple
 
 from loraplex_server.adapters.residency.record import Readiness
 from loraplex_server.config import SchedulerConfig
@@ -134,8 +135,8 @@ class Scheduler:
         error = DeadlineExceededError("the deadline passed before the answer was complete")
         return [FailedSequence(sequence, error) for sequence in late]
 
-    def _continue_running(self) -> tuple[list[Scheduled], int, int]:
-        """What the running sequences compute, how many were preempted, and how many more may be scored."""
+    def _continue_running(self) -> _Continued:
+        """Gives the running sequences their tokens; preempts some if memory is short."""
         budget, scores = self._config.max_batch_tokens, self._config.max_scored_tokens
         scheduled: dict[Sequence, int] = {}
         preempted = 0
@@ -159,7 +160,7 @@ class Scheduler:
                 if scored:
                     scores -= len(sequence.scored_in(num_tokens))
         found = [Scheduled(sequence, num_tokens) for sequence, num_tokens in scheduled.items()]
-        return found, preempted, scores
+        return _Continued(found, preempted, scores)
 
     def _admit(
         self,
@@ -184,7 +185,7 @@ class Scheduler:
             self._offer(self._order(there, now_s, passed), admission)
 
     def speculates(self, sequence: Sequence, length: int) -> bool:
-        """Whether tokens may be drafted for a sequence once it has `length` tokens, at the present load."""
+        """True if tokens may be drafted for a sequence of `length` tokens, at the present load."""
         drafter = sequence.drafter
         return drafter is not None and drafter.due(length) and self._has_room_for_drafts()
 
@@ -228,8 +229,8 @@ class Scheduler:
         return admission.budget <= 0 or len(self.running) >= places
 
     def _offer(self, ordered: Iterable[Sequence], admission: _Admission) -> bool:
-        """Admits those that can run. False if so many found no room on the device that only those are left
-        who need none."""
+        """Admits those that can run. False if so many found no room on the device that only those who need
+        none are left to try."""
         passed, now_s = admission.passed, admission.now_s
         for sequence in ordered:
             if self._full(admission):
@@ -285,7 +286,7 @@ class Scheduler:
         return True
 
     def _is_coming(self, sequence: Sequence, filling: list[Sequence]) -> bool:
-        """Whether one of `filling` is about to compute the first block that a sequence misses in the cache.
+        """True if one of `filling` is about to compute the first block that a sequence misses in the cache.
 
         It then waits for that instead of computing the same beside it. Whoever runs goes on or gives its
         place up, so nobody waits for ever.
@@ -380,6 +381,18 @@ class Scheduler:
             if sequence.handles and not sequence.reserved
         ]
         return problems
+
+
+class _Continued(NamedTuple):
+    """Work of the running sequences in one step.
+
+    Attributes:
+        scores: tokens that may still be scored.
+    """
+
+    scheduled: list[Scheduled]
+    preempted: int
+    scores: int
 
 
 @dataclasses.dataclass

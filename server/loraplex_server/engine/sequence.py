@@ -119,11 +119,11 @@ class Sequence:
 
     @property
     def held_back(self) -> bool:
-        """Whether its grammar has not said yet what may come next."""
+        """True until its grammar has taken in the last token."""
         return self.matcher is not None and not self.matcher.ready
 
     def is_full(self, more: int = 0) -> bool:
-        """Whether with `more` tokens than it has it is as long as it may be."""
+        """True if with `more` tokens than it has it is as long as it may be."""
         return len(self.token_ids) + more >= self.max_length
 
     @property
@@ -176,7 +176,7 @@ class Sequence:
                 yield self._key(index, block_size)
 
     def will_fill(self, index: int, key: bytes, block_size: int) -> bool:
-        """Whether computing its known tokens will fill the block at `index` of the table as `key` says."""
+        """True if computing its known tokens will fill the block at `index` of the table as `key` says."""
         ahead = self.num_named <= index < self._shared(len(self.token_ids), block_size)
         return ahead and self._key(index, block_size) == key
 
@@ -189,7 +189,7 @@ class Sequence:
         return [(self.block_table[index], self._key(index, block_size)) for index in range(first, full)]
 
     def _shared(self, num_tokens: int, block_size: int) -> int:
-        """How many of the full blocks of the first `num_tokens` others may have."""
+        """Number of full blocks of the first `num_tokens` that others may have."""
         return (num_tokens if self.group is None else min(num_tokens, self.num_prompt)) // block_size
 
     def _key(self, index: int, block_size: int) -> bytes:

@@ -7,9 +7,9 @@ import time
 import msgspec
 
 from loraplex_server.adapters.residency.store import AdapterStore
-from loraplex_server.core.step import StepOutput, StepPlan
+from loraplex_server.core.step import StepPlan
 from loraplex_server.engine.audit import Audit
-from loraplex_server.engine.commit import LaunchedStep
+from loraplex_server.engine.commit import Committed
 from loraplex_server.engine.kv_blocks import KvBlockPool
 from loraplex_server.engine.schedule import Schedule
 from loraplex_server.engine.scheduler import Scheduler
@@ -39,9 +39,9 @@ class StatsRecorder:
         self._prefix_queries = self._prefix_hits = 0
         self._last_step_s = 0.0
 
-    def add(self, step: LaunchedStep, output: StepOutput, num_accepted: int, received_s: float) -> None:
-        """A step has come to its end, just now; its results were there at `received_s`."""
-        now_s = time.monotonic()
+    def add(self, committed: Committed) -> None:
+        """Records a step that has just been emitted."""
+        now_s, step, output = time.monotonic(), committed.step, committed.output
         # A step that was launched while another ran counts from the end of that one.
         begun_s, self._last_step_s = max(step.started_s, self._last_step_s), now_s
         self.steps.append(
@@ -53,13 +53,13 @@ class StatsRecorder:
                 prepare_seconds=output.prepare_s,
                 run_seconds=output.run_s,
                 sample_seconds=output.sample_s,
-                emit_seconds=now_s - received_s,
-                accepted_tokens=num_accepted,
+                emit_seconds=now_s - committed.received_s,
+                accepted_tokens=committed.num_accepted,
             )
         )
 
     def take(self, num_compiling: int) -> Stats:
-        """What happened since the last call, and the state now.
+        """Counts of what happened since the last call, and the state now.
 
         Args:
             num_compiling: requests that wait for a grammar, beside those in the scheduler's queue.

@@ -96,7 +96,7 @@ class StructuredOutput:
                 yield sequence, end
 
     def _end_of(self, sequence: Sequence) -> FinishReason | ServerError | None:
-        """Why a sequence ends with the token that its matcher has taken in; None if it does not."""
+        """The end of a sequence whose matcher has taken in the last token; None if it goes on."""
         matcher, structure = sequence.matcher, sequence.request.structure
         assert matcher is not None
         assert structure is not None

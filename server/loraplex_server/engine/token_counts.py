@@ -39,7 +39,7 @@ class TokenCounts:
         return self._ids[:size], self._counts[:size]
 
     def with_more(self, token_ids: Sequence[int]) -> tuple[Ints, Ints]:
-        """What `update` would give if these had been generated, too; nothing of it is kept."""
+        """The result of `update` if these had been generated, too; nothing of it is kept."""
         size = len(self._place)
         counts = self._counts[:size].copy()
         more: dict[int, int] = {}

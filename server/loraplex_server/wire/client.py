@@ -119,7 +119,7 @@ class EngineClient:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine still answers."""
+        """True while the engine answers."""
         return self._lost is None and not self._closing
 
     async def wait_closed(self) -> None:

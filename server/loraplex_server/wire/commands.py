@@ -1,4 +1,4 @@
-"""What the API asks an engine to do apart from generating: a struct for each command, which names its answer.
+"""Commands of the API to an engine, other than requests: a struct for each, which names its answer.
 
 A command travels in a `Call` and is answered by a `Reply` with the same id.
 """

@@ -30,7 +30,7 @@ class Hello(Message, frozen=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What the engine serves; fixed for its lifetime.
+    """The model and the limits of an engine; fixed for its lifetime.
 
     Attributes:
         max_adapters_on_device: the operator's cap, 0 for none.
