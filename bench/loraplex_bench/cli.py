@@ -13,7 +13,7 @@ _COMMANDS = {
         "measure a server under load: latencies, throughput, right and wrong answers",
     ),
     "soak": (
-        "loraplex_bench.scenarios.soak",
+        "loraplex_bench.scenarios.soak.command",
         "minutes of hard use with cancellations and crashes, then look for leaks",
     ),
     "swap-latency": (
@@ -33,11 +33,11 @@ _COMMANDS = {
         "time of answers that copy their prompt, and of such that do not, with and without guessed tokens",
     ),
     "api-cost": (
-        "loraplex_bench.scenarios.api_cost",
+        "loraplex_bench.scenarios.api_cost.command",
         "what the server costs beside its engine: messages a second, CPU a message, time a token is held",
     ),
     "side-by-side": (
-        "loraplex_bench.scenarios.side_by_side",
+        "loraplex_bench.scenarios.side_by_side.command",
         "compare loraplex with transformers + PEFT on this machine",
     ),
 }

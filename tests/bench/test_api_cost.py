@@ -10,9 +10,9 @@ import pytest
 from loraplex.v1 import generation_pb2
 from loraplex_bench.cli import main
 from loraplex_bench.load.results import Distribution
-from loraplex_bench.scenarios.api_cost import render
-from loraplex_bench.scenarios.api_cost_client import TEXTS_FILE, Order, Sample, _judge
-from loraplex_bench.scenarios.api_cost_engine import STAMPS_FILE, STRIDE, TOKENS_FILE
+from loraplex_bench.scenarios.api_cost.client import TEXTS_FILE, Order, Sample, _judge
+from loraplex_bench.scenarios.api_cost.command import render
+from loraplex_bench.scenarios.api_cost.engine import STAMPS_FILE, STRIDE, TOKENS_FILE
 
 
 def sample(messages: int, tokens: int, held_s: float, joined: int = 0) -> Sample:

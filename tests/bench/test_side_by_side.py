@@ -11,7 +11,7 @@ import pytest
 from loraplex_bench.cli import main
 from loraplex_bench.peers.contender import Contender, ContenderError
 from loraplex_bench.peers.jobs import BenchModel, Job
-from loraplex_bench.scenarios.side_by_side import Agreement, Row, find_goals
+from loraplex_bench.scenarios.side_by_side.results import Agreement, Row, find_goals
 
 
 def row(system: str, weights: str, rate: float, adapters: bool = True) -> Row:

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from loraplex_bench.scenarios.soak import (
-    MemorySample,
-    SoakConfig,
-    Version,
-    memory_check,
-    possible_tasks,
-    render,
-    soak,
-)
+from loraplex_bench.scenarios.checks import MemorySample, memory_check
+from loraplex_bench.scenarios.soak.command import render, soak
+from loraplex_bench.scenarios.soak.state import SoakConfig, Version, possible_tasks
 
 MIB = 1 << 20
 

@@ -208,14 +208,20 @@ async def storm(address: str, seed: int, count: int) -> dict[str, collections.Co
     return seen
 
 
-@pytest.mark.parametrize("seed", [int(os.environ.get("LORAPLEX_FUZZ_SEED", time.time_ns() % 1_000_000))])
+@pytest.fixture
+def seed() -> int:
+    """LORAPLEX_FUZZ_SEED, or else another one each time; no parameter, since all workers name tests alike."""
+    found = int(os.environ.get("LORAPLEX_FUZZ_SEED", time.time_ns() % 1_000_000))
+    print(f"\nseed {found}")
+    return found
+
+
 def test_no_message_breaks_the_server(seed: int, tmp_path: Path) -> None:
     flags = [*demo_flags(), "--threads", "1", "--max-adapters-on-device", "4", "--max-num-requests", "16"]
     flags += ["--allow-uploads", "--adapter-cache-dir", str(tmp_path)]
     with LaunchedServer(flags) as server, Client(server.grpc) as client:
         assert server.metrics is not None
         seen = asyncio.run(storm(server.grpc, seed, INPUTS))
-        print(f"\nseed {seed}")
         for name, codes in sorted(seen.items()):
             print(f"{name:<16} " + ", ".join(f"{count} {code.name}" for code, count in codes.most_common()))
         # Valid messages are among them, and they were served.

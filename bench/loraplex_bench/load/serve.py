@@ -72,78 +72,87 @@ class Measurement:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `loraplex bench serve`."""
-    where = parser.add_argument_group("server")
-    target = where.add_mutually_exclusive_group()
+    _add_server_options(parser.add_argument_group("server"))
+    _add_load_options(parser.add_argument_group("load"))
+    _add_adapter_options(parser.add_argument_group("adapters"))
+    _add_prompt_options(parser.add_argument_group("prompts and answers"))
+    _add_result_options(parser.add_argument_group("results"))
+
+
+def _add_server_options(group: argparse._ArgumentGroup) -> None:
+    target = group.add_mutually_exclusive_group()
     target.add_argument("--server", metavar="HOST:PORT", help=f"a running server (default: {DEFAULT_SERVER})")
     target.add_argument("--launch", action="store_true", help="start a server, and stop it at the end")
-    where.add_argument(
+    group.add_argument(
         "--launch-flags",
         metavar="FLAGS",
         default="",
         help="flags of `loraplex serve` for --launch, in one string (default: the embedded demo model, nf4)",
     )
-    where.add_argument("--token", help="bearer token, where the server asks for one")
+    group.add_argument("--token", help="bearer token, where the server asks for one")
 
-    load = parser.add_argument_group("load")
-    load.add_argument("--num-requests", type=int, default=200, metavar="N", help="default: %(default)s")
-    load.add_argument(
+
+def _add_load_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--num-requests", type=int, default=200, metavar="N", help="default: %(default)s")
+    group.add_argument(
         "--rate",
         type=float,
         default=math.inf,
         metavar="R",
         help="arrivals per second; inf: all at once (default)",
     )
-    load.add_argument(
+    group.add_argument(
         "--burstiness",
         type=float,
         default=1.0,
         metavar="B",
         help="shape of the gamma-distributed gaps between arrivals; below 1 is bursty (default: 1, Poisson)",
     )
-    load.add_argument(
+    group.add_argument(
         "--max-concurrency", type=int, metavar="N", help="most requests at once (default: no limit)"
     )
-    load.add_argument(
+    group.add_argument(
         "--warmup", type=int, default=16, metavar="N", help="unmeasured requests before (default: 16)"
     )
-    load.add_argument("--timeout", type=float, metavar="S", help="deadline of each request in seconds")
-    load.add_argument(
+    group.add_argument("--timeout", type=float, metavar="S", help="deadline of each request in seconds")
+    group.add_argument(
         "--probe-rate",
         type=float,
         default=0.0,
         metavar="R",
         help="single-token requests per second beside the load, measured apart (default: none)",
     )
-    load.add_argument("--seed", type=int, default=0, help="same seed, same workload (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="same seed, same workload (default: %(default)s)")
 
-    adapters = parser.add_argument_group("adapters")
-    adapters.add_argument(
+
+def _add_adapter_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--adapters",
         metavar="NAMES",
         default="all",
         help="'all' the server knows (default), 'none', or names parted by commas, the most popular first",
     )
-    adapters.add_argument(
+    group.add_argument(
         "--adapter-choice",
         choices=ADAPTER_CHOICES,
         default="zipf",
         help="who asks for which (default: %(default)s)",
     )
-    adapters.add_argument(
+    group.add_argument(
         "--zipf",
         type=float,
         default=1.0,
         metavar="S",
         help="exponent: the adapter of rank k has a share proportional to k**-S; 0 is uniform (default: 1)",
     )
-    adapters.add_argument(
+    group.add_argument(
         "--base-fraction",
         type=float,
         default=0.1,
         metavar="F",
         help="requests without adapter (default: 0.1)",
     )
-    adapters.add_argument(
+    group.add_argument(
         "--composition-fraction",
         type=float,
         default=0.0,
@@ -151,43 +160,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests with two weighted adapters (default: 0)",
     )
 
-    prompts = parser.add_argument_group("prompts and answers")
-    prompts.add_argument(
+
+def _add_prompt_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--prompts",
         default="auto",
         metavar="WHAT",
         help="'demo' lines whose answers are checked, 'random' token ids, or a file, a prompt on each line; "
         "'auto' (default) is demo if the server's adapters are the demo's, else random",
     )
-    prompts.add_argument(
+    group.add_argument(
         "--input-len",
         type=LengthRange.parse,
         default="128",
         metavar="LOW:HIGH",
         help="tokens of random prompts",
     )
-    prompts.add_argument(
+    group.add_argument(
         "--max-tokens",
         type=LengthRange.parse,
         metavar="LOW:HIGH",
         help="tokens to generate (default: what the demo needs, else 128)",
     )
-    prompts.add_argument(
+    group.add_argument(
         "--ignore-eos", action="store_true", help="generate all of max-tokens; answers go unchecked"
     )
 
-    output = parser.add_argument_group("results")
-    output.add_argument(
+
+def _add_result_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--json", type=Path, metavar="PATH", help="write every raw number there, with the environment"
     )
-    output.add_argument(
+    group.add_argument(
         "--goodput",
         nargs="+",
         default=[],
         metavar="NAME:MS",
         help="count requests within all of these, for example: ttft:500 tpot:50 e2e:5000",
     )
-    output.add_argument(
+    group.add_argument(
         "--min-accuracy",
         type=float,
         default=0.99,

@@ -31,8 +31,8 @@ from loraplex_bench.load.progress import live
 from loraplex_bench.load.report import raw_outcome, summarize
 from loraplex_bench.load.results import Distribution, milliseconds, table, write_result
 from loraplex_bench.load.workload import PlannedRequest, WorkloadConfig, make_workload, sure_prompts
+from loraplex_bench.scenarios.checks import Check, MemorySample, memory_check
 from loraplex_bench.scenarios.derived_adapters import Derivation, derive_all, spread
-from loraplex_bench.scenarios.soak import Check, MemorySample, memory_check
 
 DESCRIPTION = """\
 Registers thousands of adapters of mixed ranks on the demo model, asks each of them once, and then sends

@@ -7,13 +7,21 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 _log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
 
 T = TypeVar("T")
+
+
+class _Stamp(NamedTuple):
+    """A file's version."""
+
+    mtime_ns: int
+    size: int
+    inode: int
 
 
 class Reloaded(Generic[T]):
@@ -64,13 +72,13 @@ class Reloaded(Generic[T]):
         else:
             _log.info("%s changed and was read again", names)
 
-    def _look(self) -> tuple[tuple[int, int, int] | None, ...]:
+    def _look(self) -> tuple[_Stamp | None, ...]:
         return tuple(_stamp(path) for path in self._paths)
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def _stamp(path: Path) -> _Stamp | None:
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return _Stamp(found.st_mtime_ns, found.st_size, found.st_ino)

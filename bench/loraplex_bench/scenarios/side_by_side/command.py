@@ -8,25 +8,29 @@ else the machine does falls on all of them. Figures are medians over the turns.
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
-import dataclasses
 import datetime
 import random
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from loraplex import AsyncClient, LoraplexError
+from loraplex import LoraplexError
 from loraplex_bench.demo.tasks import TASKS, data_dir
 from loraplex_bench.load.environment import environment
-from loraplex_bench.load.launcher import LaunchedServer, LaunchError
+from loraplex_bench.load.launcher import LaunchError
 from loraplex_bench.load.results import table, write_json
 from loraplex_bench.peers.contender import Contender, ContenderError
-from loraplex_bench.peers.jobs import MAX_BATCH_TOKENS, PEFT_WEIGHTS, Answered, BenchModel, Job
+from loraplex_bench.peers.jobs import BenchModel, Job
+from loraplex_bench.scenarios.side_by_side.contenders import Case, contenders, say
+from loraplex_bench.scenarios.side_by_side.results import (
+    QUANTIZATIONS,
+    Agreement,
+    BenchConfig,
+    Comparison,
+    Row,
+    find_goals,
+)
 
 DESCRIPTION = """\
 Measures generated tokens per second of loraplex, in process and as a server over gRPC, against transformers +
@@ -46,122 +50,6 @@ examples:
 """
 
 MODELS = ("demo", "100m", "small")
-QUANTIZATIONS = ("none", "int4", "nf4")
-SERVER_QUANTIZATIONS = ("none", "int4")
-"""Those of them that are also measured as a server."""
-
-GOAL_ONE_BY_ONE = 8.0
-GOAL_PADDED = 2.0
-GOAL_SERVER = 0.8
-GOAL_ADAPTERS = 0.8
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchConfig:
-    """What to measure.
-
-    Attributes:
-        turn_seconds: a turn passes over the requests again and again until it has taken this long.
-        case_seconds: a case gets no further turn once its turns have taken this long; each gets one.
-    """
-
-    models: tuple[str, ...] = ("demo", "100m")
-    threads: tuple[int, ...] = (1, 2)
-    quantizations: tuple[str, ...] = QUANTIZATIONS
-    num_requests: int = 32
-    num_adapters: int = 16
-    prompt_tokens: int = 64
-    max_tokens: int = 32
-    repeats: int = 3
-    turn_seconds: float = 2.0
-    case_seconds: float = 120.0
-    seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One measured case.
-
-    Attributes:
-        system: "peft (a)", "peft (b)", "engine" or "server".
-        weights: "fp32", "bnb-nf4", or loraplex's quantization.
-        adapters: whether every request had an adapter; else all asked the base.
-        tokens_per_s: of each turn, in order.
-    """
-
-    model: str
-    threads: int
-    system: str
-    weights: str
-    adapters: bool
-    tokens_per_s: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.tokens_per_s)
-
-
-@dataclasses.dataclass(frozen=True)
-class Goal:
-    """A ratio of two rows' medians, and what it should reach."""
-
-    model: str
-    threads: int
-    text: str
-    ratio: float
-    goal: float
-
-    @property
-    def met(self) -> bool:
-        return self.ratio >= self.goal
-
-
-@dataclasses.dataclass(frozen=True)
-class Agreement:
-    """PEFT's tokens against the engine's on the same fp32 weights.
-
-    Attributes:
-        equal: jobs whose tokens are all the same, of `jobs`.
-        differing_from_base: jobs whose adapter changes PEFT's own answer; without that, equality would
-            prove little.
-        ties: of the others, jobs whose first difference is where PEFT's two largest logits lie closer
-            together than twice the error allowed between the two (1e-4 of the largest logit).
-    """
-
-    model: str
-    threads: int
-    jobs: int
-    equal: int
-    ties: int
-    differing_from_base: int
-
-    @property
-    def holds(self) -> bool:
-        return self.equal + self.ties == self.jobs and self.differing_from_base * 2 >= self.jobs
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """All that a run found."""
-
-    config: BenchConfig
-    rows: tuple[Row, ...]
-    goals: tuple[Goal, ...]
-    agreements: tuple[Agreement, ...]
-    left_out: tuple[str, ...]
-
-
-@dataclasses.dataclass
-class _Case:
-    """A case while it is measured; `answer` keeps the tokens of the first turn."""
-
-    system: str
-    weights: str
-    adapters: bool
-    run: Callable[[int], Answered]
-    turns: list[float] = dataclasses.field(default_factory=list)
-    spent_s: float = 0.0
-    answer: Answered | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -267,7 +155,7 @@ def compare(config: BenchConfig) -> Comparison:
             model = _model(name, Path(folder, name), config)
             mixed = make_jobs(model, config)
             for threads in config.threads:
-                with _contenders(model, threads, config.quantizations, mixed, left_out) as (cases, dense):
+                with contenders(model, threads, config.quantizations, mixed, left_out) as (cases, dense):
                     _measure(f"{model.label}, {threads} threads", cases, config)
                     rows += [
                         Row(model.label, threads, c.system, c.weights, c.adapters, tuple(c.turns))
@@ -287,43 +175,6 @@ def make_jobs(model: BenchModel, config: BenchConfig) -> list[Job]:
         )
         for index in range(config.num_requests)
     ]
-
-
-def find_goals(rows: Sequence[Row]) -> Iterator[Goal]:
-    """The ratios that matter among `rows`, each with its goal; those whose rows are there."""
-    found = {(row.model, row.threads, row.system, row.weights, row.adapters): row.median for row in rows}
-    for model, threads in dict.fromkeys((row.model, row.threads) for row in rows):
-
-        def rate(system: str, weights: str, adapters: bool = True) -> float | None:
-            return found.get((model, threads, system, weights, adapters))  # noqa: B023 (used in this turn only)
-
-        for quantization in QUANTIZATIONS:
-            engine = rate("engine", quantization)
-            if engine is None:
-                continue
-            pairs = [
-                *(
-                    (
-                        f"engine {quantization} / PEFT {weights} {letter}",
-                        rate(f"peft {letter}", weights),
-                        goal,
-                    )
-                    for weights in ("fp32", "bnb-nf4")
-                    if weights == "fp32" or quantization != "none"
-                    for letter, goal in (("(a)", GOAL_ONE_BY_ONE), ("(b)", GOAL_PADDED))
-                ),
-                (
-                    f"engine {quantization}: adapters / all base",
-                    rate("engine", quantization, False),
-                    GOAL_ADAPTERS,
-                ),
-            ]
-            for text, other, goal in pairs:
-                if other is not None:
-                    yield Goal(model, threads, text, engine / other, goal)
-            server = rate("server", quantization)
-            if server is not None:
-                yield Goal(model, threads, f"server / engine, {quantization}", server / engine, GOAL_SERVER)
 
 
 def render(comparison: Comparison) -> str:
@@ -388,7 +239,7 @@ def _model(name: str, folder: Path, config: BenchConfig) -> BenchModel:
     if name != "demo":
         from loraplex_bench.models.random_llama import make_random_llama
 
-        _say(f"making the random model {name!r}")
+        say(f"making the random model {name!r}")
         return make_random_llama(
             folder, adapters=config.num_adapters, seed=config.seed, small=name == "small"
         )
@@ -403,104 +254,10 @@ def _model(name: str, folder: Path, config: BenchConfig) -> BenchModel:
     return BenchModel("demo", base, adapters, names[: config.num_adapters], vocab_size)
 
 
-@contextlib.contextmanager
-def _contenders(
-    model: BenchModel, threads: int, quantizations: Sequence[str], mixed: Sequence[Job], left_out: list[str]
-) -> Iterator[tuple[list[_Case], Contender]]:
-    """Starts all contenders; yields their cases, and PEFT on fp32."""
-    base_jobs = [Job(job.prompt, None) for job in mixed]
-    cases: list[_Case] = []
-    with contextlib.ExitStack() as stack:
-
-        def add(
-            system: str, weights: str, jobs: Sequence[Job], run: Callable[[Sequence[Job], int], Answered]
-        ) -> None:
-            with_adapters = any(job.adapter is not None for job in jobs)
-            cases.append(_Case(system, weights, with_adapters, lambda tokens: run(jobs, tokens)))
-
-        def start(spec: dict[str, str]) -> Contender:
-            contender = Contender(model, spec, threads)
-            stack.callback(contender.close)
-            return contender
-
-        # They load at the same time; nothing is measured before the last is ready.
-        _say(f"loading everything on {model.label}, {threads} threads")
-        peers = {weights: start({"kind": "peft", "weights": weights}) for weights in PEFT_WEIGHTS}
-        engines = {
-            quantization: start(
-                {"kind": "engine", "quantization": quantization, "dtype": _dtype(quantization)}
-            )
-            for quantization in quantizations
-        }
-        for weights, peer in list(peers.items()):
-            try:
-                peer.wait_ready()
-                peer.run("one_by_one", mixed[:1], 1)
-            except ContenderError as error:
-                if weights == "dense":
-                    raise
-                last_line = str(error).strip().splitlines()[-1]
-                left_out.append(f"PEFT on {weights}, {model.label}, {threads} threads: {last_line}")
-                continue
-            label = "fp32" if weights == "dense" else weights
-            add("peft (a)", label, mixed, _how(peer, "one_by_one"))
-            add("peft (b)", label, mixed, _how(peer, "padded"))
-            add("peft (b)", label, base_jobs, _how(peer, "padded"))
-        for quantization, engine in engines.items():
-            engine.wait_ready()
-            add("engine", quantization, mixed, _how(engine, "answer"))
-            add("engine", quantization, base_jobs, _how(engine, "answer"))
-        for quantization in [name for name in SERVER_QUANTIZATIONS if name in quantizations]:
-            server = stack.enter_context(_Server(model, quantization, threads))
-            add("server", quantization, mixed, server.answer)
-            add("server", quantization, base_jobs, server.answer)
-        yield cases, peers["dense"]
-
-
-class _Server:
-    """A loraplex server as a contender, asked through the SDK over gRPC from this process."""
-
-    def __init__(self, model: BenchModel, quantization: str, threads: int) -> None:
-        flags = [
-            *("--model", str(model.base), "--adapters", str(model.adapters), "--quantization", quantization),
-            *("--dtype", _dtype(quantization), "--threads", str(threads), "--max-model-len", "512"),
-            *("--max-batch-tokens", str(MAX_BATCH_TOKENS), "--prefix-cache", "off"),
-            *("--port", "0", "--metrics-port", "0"),
-        ]
-        self._server = LaunchedServer(flags)
-        self._runner = asyncio.Runner()
-        self._client = AsyncClient(self._server.grpc, retry=None)
-
-    def __enter__(self) -> _Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._runner.run(self._client.close())
-        self._runner.close()
-        self._server.stop()
-
-    def answer(self, jobs: Sequence[Job], max_tokens: int) -> Answered:
-        """All jobs at once, each a stream of its own."""
-        return self._runner.run(self._answer(jobs, max_tokens))
-
-    async def _answer(self, jobs: Sequence[Job], max_tokens: int) -> Answered:
-        async def one(job: Job) -> list[int]:
-            tokens: list[int] = []
-            async for chunk in self._client.stream(
-                list(job.prompt), adapter=job.adapter, max_tokens=max_tokens, ignore_eos=True
-            ):
-                tokens.extend(chunk.token_ids)
-            return tokens
-
-        started = time.perf_counter()
-        answers = await asyncio.gather(*(one(job) for job in jobs))
-        return Answered(time.perf_counter() - started, list(answers))
-
-
-def _measure(what: str, cases: Sequence[_Case], config: BenchConfig) -> None:
+def _measure(what: str, cases: Sequence[Case], config: BenchConfig) -> None:
     """Warms every case up, then measures them in turns."""
     for number, case in enumerate(cases, start=1):
-        _say(f"{what}: warming up {number}/{len(cases)}: {case.system} {case.weights}")
+        say(f"{what}: warming up {number}/{len(cases)}: {case.system} {case.weights}")
         # One request at a time has met every shape after a few tokens; a batch changes until its end.
         case.run(min(4, config.max_tokens) if case.system == "peft (a)" else config.max_tokens)
     for turn in range(config.repeats):
@@ -509,13 +266,13 @@ def _measure(what: str, cases: Sequence[_Case], config: BenchConfig) -> None:
                 continue
             rate = _turn(case, config)
             who = "adapters" if case.adapters else "all base"
-            _say(
+            say(
                 f"{what}: turn {turn + 1}/{config.repeats}: {case.system} {case.weights}, {who}: "
                 f"{rate:.1f} tokens/s"
             )
 
 
-def _turn(case: _Case, config: BenchConfig) -> float:
+def _turn(case: Case, config: BenchConfig) -> float:
     """Passes over the requests until the turn is long enough; its tokens per second."""
     seconds, tokens = 0.0, 0
     while not tokens or seconds < config.turn_seconds:
@@ -529,7 +286,7 @@ def _turn(case: _Case, config: BenchConfig) -> float:
 
 
 def _agreement(
-    model: BenchModel, threads: int, jobs: Sequence[Job], cases: Sequence[_Case], dense: Contender
+    model: BenchModel, threads: int, jobs: Sequence[Job], cases: Sequence[Case], dense: Contender
 ) -> Agreement:
     def tokens(system: str, weights: str, adapters: bool) -> list[list[int]]:
         case = next(c for c in cases if (c.system, c.weights, c.adapters) == (system, weights, adapters))
@@ -547,16 +304,3 @@ def _agreement(
         ties += gap <= 2e-4 * largest
     changed = sum(left != right for left, right in zip(peft, base, strict=True))
     return Agreement(model.label, threads, len(jobs), equal, ties, changed)
-
-
-def _how(contender: Contender, method: str) -> Callable[[Sequence[Job], int], Answered]:
-    return lambda jobs, max_tokens: contender.run(method, jobs, max_tokens)
-
-
-def _dtype(quantization: str) -> str:
-    """fp32 where tokens are compared with PEFT's; elsewhere what the server would choose."""
-    return "float32" if quantization == "none" else "auto"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -17,8 +17,8 @@ from loraplex_bench.load.environment import environment
 from loraplex_bench.load.launcher import LaunchedServer, LaunchError, child_environment
 from loraplex_bench.load.options import add_count, add_output
 from loraplex_bench.load.results import Distribution, milliseconds, table, write_result
-from loraplex_bench.scenarios.api_cost_client import TEXTS_FILE, Order, Sample
-from loraplex_bench.scenarios.api_cost_engine import PID_FILE, TOKENS_FILE
+from loraplex_bench.scenarios.api_cost.client import TEXTS_FILE, Order, Sample
+from loraplex_bench.scenarios.api_cost.engine import PID_FILE, TOKENS_FILE
 
 DESCRIPTION = """\
 The real server (interceptors, detokeniser, metrics) on an engine that has every token ready at once, in a
@@ -226,7 +226,7 @@ def _write_text(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _server(folder: Path, kind: str, bare_text: str) -> Iterator[tuple[LaunchedServer, tuple[int, ...]]]:
-    command = (sys.executable, "-m", "loraplex_bench.scenarios.api_cost_server")
+    command = (sys.executable, "-m", "loraplex_bench.scenarios.api_cost.servers")
     flags = ("bare", bare_text) if kind == "bare" else ("real", str(folder), *_FLAGS[kind])
     with LaunchedServer(flags, command=command) as server:
         engine = () if kind == "bare" else (int((folder / PID_FILE).read_text()),)
@@ -237,7 +237,7 @@ def _sample(order: Order) -> Sample:
     command = [
         sys.executable,
         "-m",
-        "loraplex_bench.scenarios.api_cost_client",
+        "loraplex_bench.scenarios.api_cost.client",
         json.dumps(dataclasses.asdict(order)),
     ]
     done = subprocess.run(

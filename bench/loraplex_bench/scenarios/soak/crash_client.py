@@ -1,6 +1,6 @@
 """A client that opens streams and reads them until somebody kills it: what the soak kills.
 
-    python -m loraplex_bench.scenarios.crash_client HOST:PORT STREAMS ADAPTER...
+    python -m loraplex_bench.scenarios.soak.crash_client HOST:PORT STREAMS ADAPTER...
 
 Prints "streaming" once a token has come.
 """

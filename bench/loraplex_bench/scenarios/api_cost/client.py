@@ -1,6 +1,6 @@
 """The other end of `loraplex bench api-cost`: one process with all the streams on one channel.
 
-    python -m loraplex_bench.scenarios.api_cost_client ORDER
+    python -m loraplex_bench.scenarios.api_cost.client ORDER
 
 `ORDER` is an `Order` as JSON, a `Sample` is printed as JSON. grpc.aio, since 256 streams would be 256 threads
 otherwise; messages are parsed as any client does and judged only afterwards.
@@ -23,8 +23,8 @@ import grpc
 
 from loraplex.v1 import generation_pb2
 from loraplex_bench.load.results import Distribution
-from loraplex_bench.scenarios.api_cost_engine import STAMPS_FILE, STRIDE, TOKENS_FILE
-from loraplex_bench.scenarios.api_cost_server import METHOD
+from loraplex_bench.scenarios.api_cost.engine import STAMPS_FILE, STRIDE, TOKENS_FILE
+from loraplex_bench.scenarios.api_cost.servers import METHOD
 
 TEXTS_FILE = "texts.json"
 """In the bench's folder, beside the text's token ids: the text of each."""

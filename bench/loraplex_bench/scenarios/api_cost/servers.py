@@ -1,8 +1,8 @@
 """The servers that `loraplex bench api-cost` compares: the real one on an engine that computes nothing, and a
 bare grpc.aio server that sends as many messages of the same size.
 
-    python -m loraplex_bench.scenarios.api_cost_server real FOLDER [FLAG VALUE ...]
-    python -m loraplex_bench.scenarios.api_cost_server bare TEXT
+    python -m loraplex_bench.scenarios.api_cost.servers real FOLDER [FLAG VALUE ...]
+    python -m loraplex_bench.scenarios.api_cost.servers bare TEXT
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ async def serve_bare(text: str) -> int:
 
 def serve_real(folder: Path, flags: Sequence[str]) -> int:
     """The whole server, but for what computes. `folder` has the tokenizer and the text of the answers."""
-    from loraplex_bench.scenarios.api_cost_engine import launch
+    from loraplex_bench.scenarios.api_cost.engine import launch
     from loraplex_server.api.app import serve
     from loraplex_server.cli import hide_torch
     from loraplex_server.config.cli import resolve

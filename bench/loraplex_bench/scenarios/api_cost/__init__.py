@@ -1,0 +1,1 @@
+"""The cost of the API beside the engine: the real server on an engine that has every token at once."""

@@ -1,0 +1,1 @@
+"""Minutes of hard use of a real server, then a look for anything wrong or left behind."""
