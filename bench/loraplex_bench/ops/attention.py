@@ -41,7 +41,7 @@ class Workload:
         return self.name
 
     def least_bytes(self, element: int, cache_element: int) -> int:
-        """What must move: each visible key and value once, queries in, results out."""
+        """The fewest bytes to move: each visible key and value once, queries in, results out."""
         window = self.sliding_window or 1 << 62
         keys = sum(min(context, query + window - 1) for query, context in self.sequences)
         queries = sum(query for query, _ in self.sequences)

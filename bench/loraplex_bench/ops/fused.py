@@ -1,4 +1,4 @@
-"""What runs between a layer's projections: sums and norms, rotations and KV writes, gates.
+"""The ops between a layer's projections: sums and norms, rotations and KV writes, gates.
 
 The peers do the same: `modules` is transformers' own code, `torch` adds and calls `F.rms_norm`, `compiled` is
 `torch.compile` of the reference, for one number of tokens, as it compiles anew for each.
@@ -33,7 +33,7 @@ Call = Callable[[], Results]
 
 @dataclass(frozen=True)
 class Shape:
-    """What the ops of a model look like. `sandwich`: outputs are normed, too, before they are added."""
+    """Sizes of a model's ops. `sandwich`: outputs are normed, too, before they are added."""
 
     name: str
     hidden: int

@@ -54,7 +54,7 @@ def passes(op: LoraOp, work: Workload, data: Activations) -> list[Call]:
 
 
 def deltas(op: LoraOp, work: Workload, data: Activations) -> Results:
-    """What the first pass adds at each site."""
+    """The deltas that the first pass adds at each site."""
     copy, slots = work.passes[0]
     batch = op.prepare(slots)
     found = []

@@ -140,7 +140,7 @@ def multiply_blocked(weight: BlockedWeight, x: Tensor, plan: Plan | None = None)
 
 
 def chosen_plan(weight: BlockedWeight, rows: int) -> str:
-    """What the kernels choose by themselves."""
+    """The plan that the kernels choose by themselves."""
     processors = _PROCESSORS
     if weight.device.type == "cuda":
         processors = torch.cuda.get_device_properties(weight.device).multi_processor_count
@@ -210,7 +210,7 @@ FORMATS: dict[str, Format] = {
 
 
 def cpu_formats(case: Case, setting: Setting) -> dict[str, Format]:
-    """What fits the case's width and this processor."""
+    """Those that fit the case's width and this processor."""
 
     def packed(multiply: Callable[[Tensor, PackedInt4Weight], Tensor]) -> Format:
         return Format(

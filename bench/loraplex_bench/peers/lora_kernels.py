@@ -38,7 +38,7 @@ FILES = {
 
 
 class PeerFilesError(Exception):
-    """Why a peer's files cannot be used."""
+    """A peer's files cannot be used; the text says why."""
 
 
 class VllmKernels(NamedTuple):

@@ -59,7 +59,7 @@ GOAL_HITS = 0.85
 
 @dataclasses.dataclass(frozen=True)
 class ManyConfig:
-    """What to measure.
+    """Settings of a run.
 
     Attributes:
         slots: most adapters on the device at once; the other server has so many adapters.
@@ -100,7 +100,7 @@ class Misses:
 
 @dataclasses.dataclass(frozen=True)
 class ManyResult:
-    """What was found.
+    """The findings.
 
     Attributes:
         register_s: seconds a registration, by the server's log.

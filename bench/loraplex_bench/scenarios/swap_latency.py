@@ -53,7 +53,7 @@ GOAL_RESIDENT = 1.2
 
 @dataclasses.dataclass(frozen=True)
 class SwapConfig:
-    """What to measure.
+    """Settings of a run.
 
     Attributes:
         load: arrivals, as a share of the requests a second that the server with a slot for each adapter

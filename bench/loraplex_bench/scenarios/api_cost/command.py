@@ -1,4 +1,4 @@
-"""`loraplex bench api-cost`: what the server costs beside its engine, a message and a token."""
+"""`loraplex bench api-cost`: the API's cost beside the engine, a message and a token."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def measure(cases: Sequence[Case], streams: int, seconds: float, repeat: int) ->
 
 
 def render(samples: Mapping[str, Sequence[Sample]], streams: int) -> str:
-    """What the bench prints."""
+    """The printed table."""
     rows = []
     median = {name: sorted(found, key=_speed)[len(found) // 2] for name, found in samples.items()}
     for name, sample in median.items():

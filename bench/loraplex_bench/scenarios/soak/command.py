@@ -1,6 +1,6 @@
 """`loraplex bench soak`: minutes of hard use of a real server, then a look for anything wrong or left behind.
 
-While it runs, callers ask twelve adapters through three device slots, break off, run out of time, are killed
+While it runs, clients ask twelve adapters through three device slots, break off, run out of time, are killed
 in mid-stream; adapters are loaded, pinned and unloaded beside them, and one is replaced in place by another
 again and again. Every answer is checked, the broken-off ones as far as they came. Afterwards the server must
 be as it was: no block, slot or reference held, memory flat, weights unchanged.
@@ -53,7 +53,7 @@ examples:
 
 @dataclasses.dataclass(frozen=True)
 class SoakResult:
-    """What happened (counts by kind), and what was found afterwards."""
+    """Events of the soak, counted by kind, and what was found afterwards."""
 
     config: SoakConfig
     events: dict[str, int]
@@ -152,7 +152,7 @@ def soak(config: SoakConfig) -> SoakResult:
 
 
 def render(result: SoakResult) -> str:
-    """What happened, what was found, and the verdict."""
+    """The printed tables of events and checks, and the verdict."""
     blocks = [
         table(["event", "count"], sorted(result.events.items())),
         table(
