@@ -170,20 +170,20 @@ def test_what_a_network_reads(
         ({"original_ln_before": True, "residual_before_ln": False}, "add the residual 2 times"),
         ({"residual_before_ln": "post_add"}, "needs a norm that the model has not"),
         ({"non_linearity": "prelu"}, "non_linearity 'prelu' is not served; these are: gelu"),
-        ({"non_linearity": 3}, "which is no name"),
+        ({"non_linearity": 3}, "which is not a name"),
         ({"architecture": "lora"}, "architecture 'lora' of the adapters library is not served"),
         ({"architecture": "union", "configs": []}, "architecture 'union'"),
         ({"reduction_factor": 2}, "reduction_factor need [16, 32]"),
         ({"reduction_factor": {"0": 8}}, "reduction_factor says nothing of layer 1"),
-        ({"reduction_factor": {"x": 8}}, "which is no layer"),
-        ({"reduction_factor": 0}, "no usable factor"),
-        ({"reduction_factor": 1e-320}, "no usable factor"),
-        ({"reduction_factor": 10**400}, "no usable factor"),
+        ({"reduction_factor": {"x": 8}}, "which is not a layer"),
+        ({"reduction_factor": 0}, "not a usable factor"),
+        ({"reduction_factor": 1e-320}, "not a usable factor"),
+        ({"reduction_factor": 10**400}, "not a usable factor"),
         ({"scaling": 2.0}, "scaling' is not asked for"),
         ({"scaling": "channel"}, "need [32]"),
-        ({"scaling": "other"}, "no usable factor"),
+        ({"scaling": "other"}, "not a usable factor"),
         ({"leave_out": [1]}, "a place that the configuration leaves out"),
-        ({"leave_out": ["1"]}, "no list of layers"),
+        ({"leave_out": ["1"]}, "not a list of layers"),
         ({"mh_adapter": False}, "a place that the configuration leaves out"),
         ({"mh_adapter": False, "output_adapter": False}, "it does nothing"),
         ({"is_parallel": 1}, "neither true nor false"),
@@ -214,7 +214,7 @@ def test_a_model_of_another_kind_is_refused(folder: Any, refused: Any) -> None:
         ({"layer_output_proj": "mlp.out"}, "has no 'mlp.out'"),
         ({"layer_output_proj": "mlp.up_proj"}, "that ends in the hidden size"),
         ({"layer_output_proj": None}, "does not say where attention and MLP end"),
-        ({"layer_output_proj": 3}, "which is no path"),
+        ({"layer_output_proj": 3}, "which is not a path"),
     ],
 )
 def test_interfaces_that_cannot_be_served_are_named(
@@ -254,10 +254,10 @@ def test_files_that_cannot_be_served_are_named(folder: Any, refused: Any) -> Non
     save_file({**tensors, name.removeprefix("model."): tensors[name].clone()}, path / "adapter.safetensors")
     assert "comes twice" in refused("llama")
     save_file({**tensors, "invertible_adapters.tiny.F.weight": torch.ones(2)}, path / "adapter.safetensors")
-    assert "no part of a bottleneck adapter" in refused("llama")
+    assert "not part of a bottleneck adapter" in refused("llama")
     elsewhere = {key.replace("model.", "other.", 1): value for key, value in tensors.items()}
     save_file(elsewhere, path / "adapter.safetensors")
-    assert "no part of a bottleneck adapter" in refused("llama")
+    assert "not part of a bottleneck adapter" in refused("llama")
     (path / "adapter.safetensors").unlink()
     assert "adapter.safetensors is missing" in refused("llama")
     (path / "pytorch_adapter.bin").write_bytes(b"\x80\x04.")

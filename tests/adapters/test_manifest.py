@@ -319,7 +319,7 @@ def edit(folder: Path, **settings: Any) -> None:
         ({"use_rslora": 1}, "use_rslora"),
         ({"rank_pattern": [4]}, "rank_pattern"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern has 0"),
-        ({"rank_pattern": {"q_(proj": 4}}, "no regular expression"),
+        ({"rank_pattern": {"q_(proj": 4}}, "not a regular expression"),
         ({"rank_pattern": {"q" * 5000: 4}}, "characters"),
         ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern"),
         ({"target_modules": ["q_proj", 3]}, "target_modules"),
@@ -460,7 +460,7 @@ def test_files_that_are_no_files_are_refused(
     weights = write_adapter(tmp_path / "a") / "adapter_model.safetensors"
     weights.unlink()
     os.mkfifo(weights)
-    assert "no regular file" in refused()
+    assert "not a regular file" in refused()
 
 
 def test_links_out_of_the_roots_are_refused_and_links_within_are_followed(

@@ -9,6 +9,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from loraplex_server.core.adapter_status import AdapterStatus
+from loraplex_server.core.composition import Composition
 from loraplex_server.core.errors import InvalidArgumentError
 from loraplex_server.core.random import uniform
 from loraplex_server.core.request import (
@@ -19,7 +21,7 @@ from loraplex_server.core.request import (
 )
 from loraplex_server.core.request_rules import RequestLimits, check_request
 from loraplex_server.core.step import StepPlan
-from loraplex_server.wire import frames, messages
+from loraplex_server.wire import commands, frames, messages
 
 
 def _plan() -> StepPlan:
@@ -87,6 +89,31 @@ def test_messages_survive_the_wire() -> None:
     frame = frames.encode(tokens)
     assert int.from_bytes(frame[:4], "big") == len(frame) - 4
     assert frames.decode_from_engine(frame[4:]) == tokens
+
+
+def test_commands_and_answers_survive_the_wire() -> None:
+    status = AdapterStatus("a", "/a", "host", False, "LORA", 6, ("q_proj",), 9, "", 0, False, 1, 2, 3)
+    recipe = Composition("ties", (AdapterUse("a"), AdapterUse("b", 0.5)), density=0.5)
+    for command in (
+        commands.LoadAdapter("a", "/a", inplace=True),
+        commands.ComposeAdapter("c", recipe),
+        commands.AdoptAdapter("u", "/staged", {"adapter_config.json": "00"}),
+        commands.UnloadAdapter("a", 2.5),
+        commands.ListAdapters(),
+        commands.GetAdapter("a"),
+        commands.PinAdapter("a", False),
+        commands.PrefetchAdapters(("a", "b"), to_device=False),
+        commands.GetChatTemplate("a"),
+        commands.CheckIntegrity(),
+    ):
+        call = commands.Call(3, command)
+        assert frames.decode_to_engine(frames.encode(call)[4:]) == call
+    report = commands.IntegrityReport(("bad",), 1, 2, 3, 4, "ab")
+    for answer in (status, (status, status), (), "", "{{ x }}", report):
+        reply = commands.Reply(3, answer)
+        assert frames.decode_from_engine(frames.encode(reply)[4:]) == reply
+    failed = commands.Reply(3, error=InvalidArgumentError.field("name", "is bad").info)
+    assert frames.decode_from_engine(frames.encode(failed)[4:]) == failed
 
 
 def test_a_request_keeps_to_the_limits_whoever_made_it() -> None:

@@ -1,1 +1,1 @@
-"""The nouns that scheduler, engine, runner and API share. Nothing here imports torch or gRPC."""
+"""The nouns that API, engine, adapters and model share. Nothing here imports torch or gRPC."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import assert_never
 
 from loraplex_server.core.errors import ServerError
 from loraplex_server.engine.engine import Engine
@@ -48,5 +49,7 @@ def execute(engine: Engine, command: AnyCommand, reply: Callable[[Answer | Serve
                 reply(adapters.chat_template(name))
             case CheckIntegrity():
                 reply(engine.check_integrity())
+            case _:
+                assert_never(command)
     except ServerError as error:
         reply(error)

@@ -19,6 +19,7 @@ import heapq
 import math
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator
+from typing import NamedTuple
 
 from loraplex_server.engine.accounts import Account
 from loraplex_server.engine.sequence import Sequence
@@ -53,7 +54,7 @@ class Ledger:
         """A sequence leaves the queue and runs."""
         for account, parent in _flow(sequence).lineage():
             account.waiting -= 1
-            parent.round = max(parent.round, self._rounds.turn(account.served, sequence, now_s)[0])
+            parent.round = max(parent.round, self._rounds.turn(account.served, sequence, now_s).round)
 
     def charge(self, sequence: Sequence, num_tokens: int) -> None:
         """Tokens are computed for a sequence."""
@@ -139,7 +140,7 @@ class DeficitRoundRobin:
         if not resident:
             handles = sequence.handles
             resident = handles[0].resident if len(handles) == 1 else all(one.resident for one in handles)
-        return math.floor(quanta), not resident, arrival_s
+        return _Turn(math.floor(quanta), not resident, arrival_s)
 
     def cost(self, sequence: Sequence) -> int:
         """Tokens that a sequence will probably take: an answer as long as it may be, up to a quantum."""
@@ -147,7 +148,18 @@ class DeficitRoundRobin:
         return sequence.num_pending + min(left, self.quantum)
 
 
-_Turn = tuple[int, bool, float]
+class _Turn(NamedTuple):
+    """A place in the order: the least is first.
+
+    Attributes:
+        round: quanta that the account was given, less those that waiting counts for.
+        needs_swap: the next request's adapters are not all on the device.
+        arrival_s: of the next request.
+    """
+
+    round: int
+    needs_swap: bool
+    arrival_s: float
 
 
 class _Queue:

@@ -32,7 +32,7 @@ def read_chat_template(folder: Path, roots: Iterable[Path]) -> str:
         try:
             return body.decode()
         except UnicodeDecodeError as error:
-            raise MalformedFileError(f"{CHAT_TEMPLATE_FILE} is no UTF-8") from error
+            raise MalformedFileError(f"{CHAT_TEMPLATE_FILE} is not UTF-8") from error
     if not (folder / TOKENIZER_CONFIG_FILE).exists():
         return ""
     body = read_file(folder, TOKENIZER_CONFIG_FILE, roots, _MAX_TOKENIZER_BYTES)
@@ -45,7 +45,7 @@ def read_chat_template(folder: Path, roots: Iterable[Path]) -> str:
         return ""
     if not isinstance(template, str) or len(template) > MAX_CHAT_TEMPLATE_BYTES:
         raise MalformedFileError(
-            f"chat_template in {TOKENIZER_CONFIG_FILE} is no text of at most {MAX_CHAT_TEMPLATE_BYTES} "
+            f"chat_template in {TOKENIZER_CONFIG_FILE} is not a text of at most {MAX_CHAT_TEMPLATE_BYTES} "
             "characters"
         )
     return template

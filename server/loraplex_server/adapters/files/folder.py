@@ -57,7 +57,7 @@ def open_file(folder: Path, filename: str, roots: Iterable[Path]) -> tuple[Binar
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise FailedPreconditionError(f"{filename} is no regular file")
+        raise FailedPreconditionError(f"{filename} is not a regular file")
     return os.fdopen(descriptor, "rb"), status.st_size
 
 

@@ -66,8 +66,8 @@ def check_member(manifest: AdapterManifest) -> None:
     if manifest.peft_type != "LORA" or not plain or manifest.invocation_tokens:
         raise refusal(
             manifest.name,
-            "it is no plain LoRA adapter; PEFT defines no combination of DoRA, lora_bias, activated LoRA or "
-            f"{manifest.peft_type if manifest.peft_type != 'LORA' else 'the like'} with others",
+            "it is not a plain LoRA adapter; PEFT defines no combination of DoRA, lora_bias, activated LoRA "
+            f"or {manifest.peft_type if manifest.peft_type != 'LORA' else 'the like'} with others",
         )
 
 

@@ -228,5 +228,5 @@ class AdapterSources:
 def _path_of_file_uri(source: str) -> str:
     parts = urlsplit(source)
     if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
-        raise InvalidArgumentError.field("source", f"{quoted(source)} is no file:// address of this machine")
+        raise InvalidArgumentError.field("source", f"{quoted(source)} is not a file:// URL of this machine")
     return unquote(parts.path)

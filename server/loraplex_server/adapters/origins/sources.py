@@ -44,7 +44,7 @@ def resolve_folder(source: str | Path, roots: Iterable[Path]) -> Path:
         )
     if found is None:
         raise NotFoundError(
-            f"source {quoted(str(source))} is no folder",
+            f"source {quoted(str(source))} is not a folder",
             resource=("source", str(source)),
             reason=Reason.SOURCE_NOT_FOUND,
         )

@@ -49,7 +49,7 @@ def check_bottleneck(
         match = pattern.fullmatch(tensor.name)
         if match is None:
             raise UnsupportedError(
-                f"tensor {quoted(tensor.name)} would not be applied: it is no part of a bottleneck adapter"
+                f"tensor {quoted(tensor.name)} would not be applied: it is not part of a bottleneck adapter"
             )
         parts = found.setdefault((match[2], int(match[1])), {})
         if match[3] in parts:

@@ -188,7 +188,9 @@ def _layers_of(interface: Mapping[str, Any] | None, model_type: str) -> _Layers:
     def part(key: str) -> str | None:
         value = parts.get(key)
         if value is not None and (not isinstance(value, str) or not value):
-            raise MalformedFileError(f"{key} of adapter_interface.json has {quoted(value)}, which is no path")
+            raise MalformedFileError(
+                f"{key} of adapter_interface.json has {quoted(value)}, which is not a path"
+            )
         return value
 
     layers, attention, end = part("model_layers"), part("layer_self_attn"), part("attn_o_proj")
@@ -239,7 +241,7 @@ def _reads(inner: Mapping[str, Any], sub_block: SubBlock, hooked: bool) -> Bottl
 def _non_linearity(inner: Mapping[str, Any], *, legacy: bool) -> str:
     value = inner.get("non_linearity")
     if not isinstance(value, str):
-        raise MalformedFileError(f"non_linearity has {quoted(value)}, which is no name")
+        raise MalformedFileError(f"non_linearity has {quoted(value)}, which is not a name")
     name = _RENAMED.get(value, value) if legacy else value
     if name.lower() not in NON_LINEARITIES:
         raise UnsupportedError(
@@ -254,7 +256,7 @@ def _factors(value: object) -> dict[int | None, float]:
     found: dict[int | None, float] = {}
     for key, factor in value.items():
         if key != "default" and not (key.isascii() and key.isdigit() and len(key) < 6):
-            raise MalformedFileError(f"reduction_factor names {quoted(key)}, which is no layer")
+            raise MalformedFileError(f"reduction_factor names {quoted(key)}, which is not a layer")
         found[None if key == "default" else int(key)] = _factor("reduction_factor", factor)
     return found
 
@@ -262,7 +264,7 @@ def _factors(value: object) -> dict[int | None, float]:
 def _factor(key: str, value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and _MIN_FACTOR <= value <= _MAX_FACTOR:
         return value
-    raise MalformedFileError(f"{key} has {quoted(value)}, which is no usable factor")
+    raise MalformedFileError(f"{key} has {quoted(value)}, which is not a usable factor")
 
 
 def _scaling(inner: Mapping[str, Any]) -> float | str:
@@ -270,7 +272,7 @@ def _scaling(inner: Mapping[str, Any]) -> float | str:
     if value in ("learned", "channel"):
         return str(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX_FACTOR:
-        raise MalformedFileError(f"scaling has {quoted(value)}, which is no usable factor")
+        raise MalformedFileError(f"scaling has {quoted(value)}, which is not a usable factor")
     return float(value)
 
 
@@ -279,7 +281,7 @@ def _layers(inner: Mapping[str, Any]) -> frozenset[int]:
     if value is None:
         return frozenset()
     if not isinstance(value, list) or any(type(item) is not int for item in value):
-        raise MalformedFileError(f"leave_out has {quoted(value)}, which is no list of layers")
+        raise MalformedFileError(f"leave_out has {quoted(value)}, which is not a list of layers")
     return frozenset(value)
 
 
@@ -292,5 +294,5 @@ def _flag(inner: Mapping[str, Any], key: str, default: bool) -> bool:
 
 def _size(key: str, value: object) -> int:
     if type(value) is not int or not 1 <= value <= 1 << 24:
-        raise MalformedFileError(f"{key} has {quoted(value)}, which is no usable number")
+        raise MalformedFileError(f"{key} has {quoted(value)}, which is not a usable number")
     return value

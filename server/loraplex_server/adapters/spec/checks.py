@@ -114,7 +114,9 @@ def _prefix(settings: PrefixSettings, header: TensorFileHeader, registry: SiteRe
 def _prompt_tensor(header: TensorFileHeader) -> TensorInfo:
     for tensor in header.tensors:
         if tensor.name != _SOFT_PROMPT:
-            raise UnsupportedError(f"tensor {quoted(tensor.name)} would not be applied: it is no soft prompt")
+            raise UnsupportedError(
+                f"tensor {quoted(tensor.name)} would not be applied: it is not a soft prompt"
+            )
     if not header.tensors:
         raise UnsupportedError(f"the weight file holds no {_SOFT_PROMPT}")
     (tensor,) = header.tensors
@@ -239,7 +241,7 @@ def _on_the_base(
     if isinstance(method, Ia3Settings):
         return _ia3(method, entry, parts)
     if not isinstance(method, LoraSettings):
-        raise UnsupportedError(f"tensor {quoted(tensor.name)} is no part of {settings.peft_type}")
+        raise UnsupportedError(f"tensor {quoted(tensor.name)} is not part of {settings.peft_type}")
     if method.invocation_tokens and entry.kind is not SiteKind.PROJECTION:
         raise UnsupportedError(
             f"tensor {quoted(tensor.name)}: alora_invocation_tokens are for the layers' projections"
@@ -319,5 +321,5 @@ def _why_not(tensor_name: str) -> str:
         (".experts", "adapters on stacked experts are not served"),
         ("lora_", "the base model has no such module"),
     )
-    no_part = "it is no part of an adapter that the base model has a place for"
+    no_part = "it is not part of an adapter that the base model has a place for"
     return next((why for mark, why in reasons if mark in tensor_name), no_part)

@@ -22,26 +22,26 @@ def parse_object(text: bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise MalformedFileError(f"{what} is no JSON: {quoted(str(error))}") from error
+        raise MalformedFileError(f"{what} is not JSON: {quoted(str(error))}") from error
     if not isinstance(value, dict):
-        raise MalformedFileError(f"{what} is no JSON object")
+        raise MalformedFileError(f"{what} is not a JSON object")
     return value
 
 
 def size(key: str, value: object) -> int:
     """A whole number from 1 to 2**20."""
     if type(value) is not int or not 1 <= value <= 1 << 20:
-        raise MalformedFileError(f"{key} has {quoted(value)}, which is no usable number")
+        raise MalformedFileError(f"{key} has {quoted(value)}, which is not a usable number")
     return value
 
 
 def number(key: str, value: object) -> float:
     """A finite number of usable size, at most 1e9 in absolute value."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise MalformedFileError(f"{key} has {quoted(value)}, which is no number")
+        raise MalformedFileError(f"{key} has {quoted(value)}, which is not a number")
     # Compared first: an integer of any length can be, and only then is it sure to be a float.
     if not abs(value) <= 1e9:
-        raise MalformedFileError(f"{key} has {quoted(value)}, which is no usable scale")
+        raise MalformedFileError(f"{key} has {quoted(value)}, which is not a usable scale")
     return value
 
 
@@ -59,7 +59,7 @@ def mapping(config: Mapping[str, Any], key: str) -> list[tuple[str, object]]:
     if value is None:
         return []
     if not isinstance(value, dict):
-        raise MalformedFileError(f"{key} has {quoted(value)}, which is no mapping")
+        raise MalformedFileError(f"{key} has {quoted(value)}, which is not a mapping")
     return list(value.items())
 
 
@@ -79,7 +79,7 @@ def names(config: Mapping[str, Any], key: str) -> tuple[str, ...]:
     if isinstance(value, str):
         return (value,)
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise MalformedFileError(f"{key} has {quoted(value)}, which is no list of names")
+        raise MalformedFileError(f"{key} has {quoted(value)}, which is not a list of names")
     return tuple(value)
 
 
@@ -90,7 +90,7 @@ def layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     if value is None or items == []:
         return None
     if any(type(item) is not int for item in items):
-        raise MalformedFileError(f"layers_to_transform has {quoted(value)}, which is no list of layers")
+        raise MalformedFileError(f"layers_to_transform has {quoted(value)}, which is not a list of layers")
     return tuple(items)
 
 
@@ -104,7 +104,7 @@ def token_ids(key: str, value: object) -> tuple[int, ...]:
     if value is None:
         return ()
     if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
-        raise MalformedFileError(f"{key} has {quoted(value)}, which is no list of token ids")
+        raise MalformedFileError(f"{key} has {quoted(value)}, which is not a list of token ids")
     return tuple(value)
 
 

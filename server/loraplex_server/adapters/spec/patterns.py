@@ -69,7 +69,7 @@ class Patterns:
             try:
                 self._simple[pattern] = re.compile(pattern)
             except re.error as error:
-                raise UnsupportedError(f"{quoted(given)} is no regular expression") from error
+                raise UnsupportedError(f"{quoted(given)} is not a regular expression") from error
         return self._simple[pattern].fullmatch(path) is not None
 
     def _search(self, pattern: str, path: str, how: Literal["match", "fullmatch"]) -> regex.Match[str] | None:
@@ -93,7 +93,7 @@ class Patterns:
             try:
                 self._others[pattern] = regex.compile(pattern)
             except (regex.error, RecursionError, OverflowError, ValueError) as error:
-                raise UnsupportedError(f"{quoted(pattern)} is no regular expression") from error
+                raise UnsupportedError(f"{quoted(pattern)} is not a regular expression") from error
         return self._others[pattern]
 
 

@@ -219,7 +219,7 @@ def _ia3(config: Mapping[str, Any], patterns: Patterns) -> Ia3Settings:
 def _replaced(config: Mapping[str, Any], method: Method) -> Replaced:
     for key, kind in (("token_indices", TokenSettings), ("trainable_token_indices", LoraSettings)):
         if config.get(key) and not isinstance(method, kind):
-            raise UnsupportedError(f"{key} is no setting of {config['peft_type']}")
+            raise UnsupportedError(f"{key} is not a setting of {config['peft_type']}")
     modules = fields.names(config, "modules_to_save")
     if "" in modules:
         raise UnsupportedError("modules_to_save has an empty name")

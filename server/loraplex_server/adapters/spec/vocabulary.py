@@ -116,7 +116,7 @@ def _trained(
     replaced = settings.replaced
     for name in replaced.tokens:
         if name and not any(entry.path.endswith(name) for entry in entries):
-            raise UnsupportedError(f"trainable_token_indices name {quoted(name)}, which is no embedding")
+            raise UnsupportedError(f"trainable_token_indices name {quoted(name)}, which is not an embedding")
     trained: dict[Entry, _Trained] = {}
     source: _Trained | None = None
     for entry in entries:

@@ -119,4 +119,4 @@ def _typed(error: Exception, what: str) -> ServerError:
             return error_of_status(status, what)
     if isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno == errno.EINVAL):
         return FailedPreconditionError(f"{what} cannot be read: {type(error).__name__}")
-    return UnavailableError(f"{what} cannot be had now: {type(error).__name__}")
+    return UnavailableError(f"{what} is not available now: {type(error).__name__}")

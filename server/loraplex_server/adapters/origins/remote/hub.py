@@ -132,10 +132,10 @@ class _HubFolder:
             case hub_errors.OfflineModeIsEnabled():
                 return FailedPreconditionError(f"{what}: the hub's offline mode (HF_HUB_OFFLINE) is on")
             case hub_errors.HFValidationError():
-                return InvalidArgumentError.field("source", f"{str(self._uri)!r} is no name on the hub")
+                return InvalidArgumentError.field("source", f"{str(self._uri)!r} is not a name on the hub")
             case hub_errors.HfHubHTTPError() if error.response is not None:
                 return error_of_status(error.response.status_code, what)
-        return UnavailableError(f"{what} cannot be had now: {type(error).__name__}")
+        return UnavailableError(f"{what} is not available now: {type(error).__name__}")
 
     def _what(self, name: str) -> str:
         return f"{name} of {str(self._uri)!r}"

@@ -86,5 +86,5 @@ def error_of_status(status: int, what: str) -> ServerError:
     if status in (404, 410):
         return NotFoundError(f"{what} is not there")
     if status in (408, 425, 429) or status >= 500:
-        return UnavailableError(f"{what} cannot be had now (HTTP {status})")
+        return UnavailableError(f"{what} is not available now (HTTP {status})")
     return FailedPreconditionError(f"{what} was refused (HTTP {status})")

@@ -71,11 +71,11 @@ class WebBackend:
         try:
             return self._start(work, *arguments).result()
         except CancelledError as error:
-            raise UnavailableError(f"{what} cannot be had now: the server stops") from error
+            raise UnavailableError(f"{what} is not available now: the server stops") from error
         except ServerError:
             raise
         except (TimeoutError, self._aiohttp.ClientError, OSError) as error:
-            raise UnavailableError(f"{what} cannot be had now: {type(error).__name__}") from error
+            raise UnavailableError(f"{what} is not available now: {type(error).__name__}") from error
 
     def close_response(self, response: Any) -> None:
         """Ends a response, read or not; also after `close`."""
@@ -201,7 +201,7 @@ class _WebFolder:
         )
         if response.headers.get("Content-Encoding", "identity") != "identity":
             self._backend.close_response(response)
-            raise FailedPreconditionError(f"{what} comes compressed, though it was asked for as it is")
+            raise FailedPreconditionError(f"{what} comes compressed; the server asked for it uncompressed")
         return response
 
     def _what(self, name: str) -> str:
