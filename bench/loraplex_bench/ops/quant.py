@@ -76,8 +76,9 @@ def plan_cases() -> list[Case]:
     ]
 
 
-TINY = [Case("o", 64, 128, 1), Case("o", 64, 128, 5), Case("down", 32, 256, 5)]
-TINY_PLANS = [Case("o", 64, 128, 5, name) for name in ("nf4", "int4")]
+_TINY = Case("o", n=64, k=128, rows=5)
+TINY = [dataclasses.replace(_TINY, rows=1), _TINY, Case("down", n=32, k=256, rows=5)]
+TINY_PLANS = [dataclasses.replace(_TINY, product=name) for name in ("nf4", "int4")]
 
 
 def _no_note(weight: Any, rows: int) -> str:

@@ -56,7 +56,9 @@ class StepTable:
     @classmethod
     def tiny(cls) -> StepTable:
         """For trying it out on a CPU."""
-        return cls("tiny", ("nf4", "int4"), (1, 3), (0, 2), 40, 8, torch.float32, steps=3)
+        return cls(
+            shape="tiny", batches=(1, 3), adapters=(0, 2), context=40, rank=8, dtype=torch.float32, steps=3
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from loraplex import Client, LoraplexError
 from loraplex_bench.load.environment import environment
 from loraplex_bench.load.launcher import LaunchedServer, LaunchError
-from loraplex_bench.load.options import add_count, add_output, add_quantization
+from loraplex_bench.load.options import add_count, add_output, add_quantization, settings_of
 from loraplex_bench.load.results import milliseconds, percentile, table, write_result
 from loraplex_bench.peers.jobs import BenchModel
 
@@ -147,15 +147,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, and returns the exit code."""
-    config = Config(
-        prefix_tokens=args.prefix_tokens,
-        suffix_tokens=args.suffix_tokens,
-        max_tokens=args.max_tokens,
-        num_requests=args.num_requests,
-        quantization=args.quantization,
-        threads=args.threads,
-        seed=args.seed,
-    )
+    config = settings_of(Config, args)
     for flag, value in (("--num-requests", config.num_requests), ("--suffix-tokens", config.suffix_tokens)):
         if value < 1:
             print(f"loraplex bench prefix-cache: {flag} {value} is less than 1", file=sys.stderr)

@@ -15,7 +15,7 @@ from loraplex import Client, LoraplexError
 from loraplex_bench.demo.tasks import TASKS, expected, prompt, sure_lines
 from loraplex_bench.load.environment import environment
 from loraplex_bench.load.launcher import LaunchedServer, LaunchError, demo_flags
-from loraplex_bench.load.options import add_count, add_output, add_quantization
+from loraplex_bench.load.options import add_count, add_output, add_quantization, settings_of
 from loraplex_bench.load.results import milliseconds, table, write_result
 
 DESCRIPTION = """\
@@ -115,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, and returns the exit code."""
-    config = Config(args.speculative_tokens, args.num_requests, args.quantization, args.threads, args.seed)
+    config = settings_of(Config, args)
     if config.num_requests < 1:
         print(
             f"loraplex bench speculation: --num-requests {config.num_requests} is less than 1",

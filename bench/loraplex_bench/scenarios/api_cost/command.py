@@ -63,11 +63,11 @@ class Case:
 
 
 CASES = (
-    Case("bare grpc.aio", "bare", 0, 12_000),
-    Case("one a message", "alone", 0, 9_000),
-    Case("slow", "joining", 2_560, 2_560),
-    Case("pressed", "joining", _PRESSED, _PRESSED),
-    Case("flooded", "joining", 0, 60_000),
+    Case("bare grpc.aio", "bare", rate=0, speed=12_000),
+    Case("one a message", "alone", rate=0, speed=9_000),
+    Case("slow", "joining", rate=2_560, speed=2_560),
+    Case("pressed", "joining", rate=_PRESSED, speed=_PRESSED),
+    Case("flooded", "joining", rate=0, speed=60_000),
 )
 
 _FLAGS: Mapping[str, tuple[str, ...]] = {"alone": ("--max-tokens-per-message", "1"), "joining": ()}

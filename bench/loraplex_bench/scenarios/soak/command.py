@@ -25,7 +25,7 @@ from loraplex_bench.demo.tasks import TASKS, data_dir
 from loraplex_bench.load.answers import AnswerBook
 from loraplex_bench.load.environment import environment
 from loraplex_bench.load.launcher import LaunchedServer, LaunchError, demo_flags
-from loraplex_bench.load.options import add_quantization
+from loraplex_bench.load.options import add_quantization, settings_of
 from loraplex_bench.load.progress import live
 from loraplex_bench.load.results import table, write_json
 from loraplex_bench.scenarios.checks import Check, MemorySample, memory_check, mib
@@ -108,16 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Soaks, prints, writes; answers with the exit code."""
-    config = SoakConfig(
-        duration_s=args.duration,
-        adapters=args.adapters,
-        slots=args.slots,
-        concurrency=args.concurrency,
-        zipf=args.zipf,
-        crash_interval_s=args.crash_interval,
-        quantization=args.quantization,
-        seed=args.seed,
-    )
+    config = settings_of(SoakConfig, args, duration_s=args.duration, crash_interval_s=args.crash_interval)
     try:
         result = soak(config)
     except (LaunchError, LoraplexError, OSError, LookupError, ValueError) as error:
