@@ -21,7 +21,7 @@ from demo_training.quantization import quantize_
 from loraplex_bench.demo.tasks import MAX_LINE_LENGTH, MIN_LINE_LENGTH
 
 BASE_NAME = "loraplex-demo"
-"""What the adapters' configuration names as their base model."""
+"""The base model's name in the adapters' configuration."""
 
 _QV = ("q_proj", "v_proj")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -61,7 +61,7 @@ ADAPTERS: Mapping[str, AdapterSpec] = {
 
 @dataclass(frozen=True)
 class AdapterRecipe:
-    """How each adapter is trained."""
+    """Settings of each adapter's training."""
 
     seed: int = 21
     steps: int = 200

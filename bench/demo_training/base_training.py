@@ -20,7 +20,7 @@ from loraplex_bench.demo.tasks import MAX_LINE_LENGTH, MIN_LINE_LENGTH
 
 @dataclass(frozen=True)
 class BaseRecipe:
-    """How the base is trained; fractions are of `steps`."""
+    """Settings of the base's training; fractions are of `steps`."""
 
     seed: int = 20
     steps: int = 4200

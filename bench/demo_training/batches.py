@@ -32,12 +32,12 @@ class Batch:
 
     @property
     def inputs(self) -> torch.Tensor:
-        """What the model reads, [rows, tokens - 1]."""
+        """The model's input, [rows, tokens - 1]."""
         return self.ids[:, :-1]
 
     @property
     def targets(self) -> torch.Tensor:
-        """What it should say, [rows, answer characters + 1]."""
+        """The tokens that it should say, [rows, answer characters + 1]."""
         return self.ids[:, self.answer_start + 1 :]
 
 

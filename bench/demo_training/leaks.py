@@ -1,4 +1,4 @@
-"""Whether the demo's answers give a leak away that touches only half of a request.
+"""A check that the demo's answers give a leak away even if it touches only half of a request.
 
 A server could apply the wrong adapter to the prompt alone or to the decoded tokens alone, while the other
 half is right. The base is trained to change a line only where both halves carry the same adapter; here PEFT
@@ -48,7 +48,7 @@ def unnoticed_leaks(
     others: Sequence[str | None],
     num_lines: int,
 ) -> dict[str, float]:
-    """How often a request of `name` is answered rightly although half of it ran under one of `others`.
+    """The share of requests of `name` answered rightly although half of each ran under one of `others`.
 
     Returns the fraction for the wrong adapter over the `prompt` and over the `decode`.
     """

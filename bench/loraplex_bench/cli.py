@@ -30,11 +30,11 @@ _COMMANDS = {
     ),
     "speculation": (
         "loraplex_bench.scenarios.speculation",
-        "time of answers that copy their prompt, and of such that do not, with and without guessed tokens",
+        "time of answers that copy their prompt, and of others, with and without speculation",
     ),
     "api-cost": (
         "loraplex_bench.scenarios.api_cost.command",
-        "what the server costs beside its engine: messages a second, CPU a message, time a token is held",
+        "the API's cost beside the engine: messages a second, CPU a message, time a token is held",
     ),
     "side-by-side": (
         "loraplex_bench.scenarios.side_by_side.command",

@@ -28,7 +28,7 @@ _NATIVE = re.compile(r"libbitsandbytes_(?P<kind>[a-z]+)(?P<version>\d*)\.so$")
 
 
 def keeps(name: str, cuda: str) -> bool:
-    """Whether a file of bitsandbytes' wheel is wanted for CUDA `cuda` ("13.0"): all but other native code."""
+    """True for a file of bitsandbytes' wheel to keep for CUDA `cuda` ("13.0"): all but other native code."""
     match = _NATIVE.search(name)
     if match is None:
         return True

@@ -37,7 +37,6 @@ import torch
 
 from loraplex_bench.ops import lora_cases
 from loraplex_bench.ops.catalogue import OPS
-from loraplex_bench.ops.lora import empty_step_launches
 from loraplex_bench.ops.registry import Figure, Op, Row, Setting, rows
 from loraplex_bench.ops.report import Document, Printer, from_json, section
 from loraplex_bench.ops.timers import Ceilings, measure_ceilings
@@ -119,10 +118,6 @@ def time_ops(
             print(f"{op.name}, {label}: {value:.2f}")
         if len(found) < len(wanted):
             print(f"{op.name}: {len(found)} of {len(wanted)} rows within the time limit")
-    if name == "lora":
-        content["launches_without_adapters"] = empty_step_launches(setting.device)
-        print(f"a step without adapters: {content['launches_without_adapters']} LoRA launches", flush=True)
-        document.write(name, content)
 
 
 def _rows(

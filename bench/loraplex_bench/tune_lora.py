@@ -95,7 +95,7 @@ GROUPS: dict[Family, tuple[Group, ...]] = {
         Group("expand", _product(expand_columns=(64, 128, 256), expand_warps=(4, 8), expand_stages=(1, 2))),
     ),
 }
-"""What is tried, in this order, each group from the best of the groups before it."""
+"""The groups that are tried, in this order, each group from the best of the groups before it."""
 
 
 def candidates(config: LoraTiles, group: Group) -> Iterator[LoraTiles]:

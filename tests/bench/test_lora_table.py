@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from loraplex_bench.ops.lora_cases import MODELS, Case
 from loraplex_bench.ops.registry import Figure, Row, Setting
 from loraplex_bench.ops.report import as_json, summary
 from loraplex_bench.ops.timers import Ceilings
-from loraplex_bench.peers.lora_kernels import PeerFilesError
+from loraplex_bench.peers.lora_kernels import PeerFilesError, load_sglang, load_vllm
 from loraplex_kernels import dispatch
+from loraplex_kernels.lora import apply
+from loraplex_kernels.pool import LoraBatchBuffers
 
 TINY = MODELS["tiny"]
 
@@ -88,6 +91,44 @@ def test_a_peer_whose_files_are_not_there_says_so(tmp_path: Path) -> None:
         lora_contenders.SglangPeer(layers, tmp_path)
 
 
+def test_the_files_of_peers_find_what_they_import(tmp_path: Path) -> None:
+    """Files that import as the real ones do."""
+    pytest.importorskip("triton")
+    vllm = {
+        "kernel_utils": "from vllm.triton_utils import tl, triton\n"
+        "import vllm.envs as envs\nenvs.VLLM_LORA_DISABLE_PDL",
+        "utils": "from vllm.logger import init_logger\nfrom vllm.platforms import current_platform\n"
+        "from vllm.utils.math_utils import next_power_of_2\ninit_logger(__name__).info_once('loaded')\n"
+        "current_platform.has_device_capability(90)\nassert next_power_of_2(5) == 8",
+        "lora_shrink_op": "from vllm.utils.torch_utils import direct_register_custom_op\n"
+        "from vllm.lora.ops.triton_ops.kernel_utils import tl\n_lora_shrink = print\n"
+        "try:\n    direct_register_custom_op(op_name='x')\nexcept AttributeError:\n    plain = True",
+        "lora_expand_op": "from vllm.lora.ops.triton_ops.utils import init_logger\n_lora_expand = print",
+        "lora_kernel_metadata": "class LoRAKernelMeta: pass",
+    }
+    sglang = {
+        "lora_tuning_config": "from sglang.srt.utils import get_device_name\nget_device_name()",
+        "chunked_sgmv_shrink": "from sglang.srt.environ import envs\n"
+        "from sglang.srt.lora.utils import LoRABatchInfo\n"
+        "assert not envs.SGLANG_ENABLE_LORA_CSGMV_SPLIT_K.get()\nchunked_sgmv_lora_shrink_forward = print",
+        "chunked_sgmv_expand": "from sglang.srt.utils import cached_triton_kernel\n"
+        "from sglang.kernels.ops.lora.dense.lora_tuning_config import get_device_name\n"
+        "chunked_sgmv_lora_expand_forward = cached_triton_kernel(lambda *_: 0)(print)",
+    }
+    for folder, files in (("vllm", vllm), ("sglang", sglang)):
+        (tmp_path / folder).mkdir()
+        for name, text in files.items():
+            (tmp_path / folder / f"{name}.py").write_text(text)
+    before = set(sys.modules)
+    try:
+        assert load_vllm(tmp_path / "vllm").shrink is print
+        assert load_sglang(tmp_path / "sglang").expand is print
+    finally:
+        for name in set(sys.modules) - before:
+            if name.split(".")[0] in ("vllm", "sglang"):
+                del sys.modules[name]
+
+
 def test_bmm_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_contenders.TorchBmm, "max_bytes", 1 << 20)
     layers = lora_cases.make_layers("tiny", "64", 1, torch.float32, torch.device("cpu"))
@@ -140,4 +181,15 @@ def test_the_table_holds_every_case_that_the_targets_speak_of() -> None:
 
 
 def test_no_launch_without_adapters() -> None:
-    assert lora.empty_step_launches(torch.device("cpu")) == 0
+    """The op over a model where no token has an adapter, called as the server does."""
+    shape = MODELS["llama-3-1b"]
+    device = torch.device("cpu")
+    pool = lora_cases.make_pool(shape, [8], torch.bfloat16, device)
+    data = lora_cases.activations(shape, 64, torch.bfloat16, device)
+    batch = LoraBatchBuffers(max_tokens=64, max_pairs=64, device=device).fill([(0, 64, ())])
+    before = dispatch.launches.copy()
+    for name, of_layers in lora_cases.make_sites(shape).items():
+        for site in of_layers:
+            if batch.num_pairs:
+                apply(*data[name], pool, site, batch)
+    assert dispatch.launches == before

@@ -14,7 +14,7 @@ LINE = "abcdefgh 12"
 
 
 def records(text: str = LINE) -> list[Record]:
-    """Two lines, 10 tokens after the first one each; with guesses in half the steps and half the time."""
+    """Two lines, 10 tokens after the first one each; with drafts in half the steps and half the time."""
     found = []
     for index in range(2):
         line = f"{LINE}{index}"
@@ -25,7 +25,7 @@ def records(text: str = LINE) -> list[Record]:
 
 def test_time_is_compared_by_owner() -> None:
     (row,) = summarize(records())
-    assert (row.owner, row.plain_s, row.guessed_s) == ("(base)", 0.1, 0.05)
+    assert (row.owner, row.plain_s, row.speculative_s) == ("(base)", 0.1, 0.05)
     assert (row.speedup, row.per_step, row.right) == (2.0, 2.0, 0.625)
     verdict = judge(records())
     assert verdict.good
@@ -46,6 +46,6 @@ def test_the_demo_model_answers_alike(tmp_path: Path, capsys: pytest.CaptureFixt
     document = json.loads(next(tmp_path.glob("speculation-*.json")).read_text())
     assert [row["owner"] for row in document["rows"]] == list(OWNERS)
     by_owner = {row["owner"]: row for row in document["rows"]}
-    # Who copies has the next tokens guessed; who changes every letter does not.
+    # Who copies has the next tokens drafted; who changes every letter does not.
     assert by_owner["(base)"]["per_step"] > 1.5
     assert by_owner["atbash"]["per_step"] < by_owner["(base)"]["per_step"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from loraplex_bench.ops.attention import (
+    Heads,
     Workload,
     gpu_workloads,
     make_inputs,
@@ -25,7 +26,7 @@ STEPS = {
 
 
 def workload(step: str, window: int | None) -> Workload:
-    return Workload(step, STEPS[step], 6, 2, 32, sliding_window=window)
+    return Workload(step, STEPS[step], Heads(6, 2, 32), sliding_window=window)
 
 
 @pytest.mark.parametrize("window", [None, 1, 12, 200])

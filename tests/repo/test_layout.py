@@ -61,7 +61,7 @@ FORBIDDEN = {
     r"\b[Ff]our_?bit": "quant, nf4, int4",
     r"\bown_code\b": "unfused",
     r"\bheat\b": "popularity",
-    r"(?<!inter)\bface\b(?! of)": "API",
+    r"\bface\b(?!-| of)": "API",
     r"\b(find|attach)_ends\b": "embedding and head",
 }
 

@@ -92,7 +92,7 @@ def prompt(line: str) -> str:
 
 
 def answers_differ(line: str) -> bool:
-    """Whether the right answers of all tasks and the copy are pairwise distinct for `line`."""
+    """True if the right answers of all tasks and the copy are pairwise distinct for `line`."""
     answers = {task.apply(line) for task in TASKS.values()}
     return len(answers) == len(TASKS) and line not in answers
 

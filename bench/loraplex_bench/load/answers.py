@@ -11,7 +11,7 @@ from loraplex_bench.load.workload import BASE, PlannedRequest
 
 
 class Verdict(enum.StrEnum):
-    """What an answer turned out to be."""
+    """The judgement of an answer, in a word."""
 
     RIGHT = "right"
     WRONG = "wrong"
@@ -81,7 +81,7 @@ class AnswerBook:
 
 
 def checkable(request: PlannedRequest) -> bool:
-    """Whether the request's answer is known beforehand: a demo line, one of the demo's adapters or the base,
+    """True if the request's answer is known beforehand: a demo line, one of the demo's adapters or the base,
     and generation that ends by itself."""
     if request.line is None or request.ignore_eos:
         return False

@@ -1,5 +1,5 @@
-"""Where a measurement was taken: what a reader needs to judge or repeat it, and nothing that names the
-machine."""
+"""The machine and the software of a measurement: what a reader needs to judge or repeat it, and nothing that
+names the machine."""
 
 from __future__ import annotations
 

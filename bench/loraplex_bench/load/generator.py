@@ -22,7 +22,7 @@ from loraplex_bench.load.workload import PlannedRequest
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of one request. Times are seconds since the run started.
+    """The outcome of one request. Times are seconds since the run started.
 
     Attributes:
         sent_s: when it was really sent; later than `request.at_s` where the harness held it back.

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
+from typing import Any, TypeVar
+
+Settings = TypeVar("Settings")
 
 
 def add_count(parser: argparse.ArgumentParser, flag: str, default: int, help_text: str) -> None:
@@ -28,3 +32,10 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="write the table and the raw numbers there"
     )
+
+
+def settings_of(kind: type[Settings], args: argparse.Namespace, **others: Any) -> Settings:
+    """A dataclass of settings, from the options that have its fields' names, and `others`."""
+    assert dataclasses.is_dataclass(kind)
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in vars(args).items() if name in names} | others)

@@ -1,4 +1,4 @@
-"""What a load run asks for: every request, its arrival and its adapters, drawn from one seed.
+"""The requests of a load run: every request, its arrival and its adapters, drawn from one seed.
 
 The workload is open-loop: arrival times are fixed beforehand, so a slow server does not slow the arrivals
 down and so hide its own queue.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from loraplex_bench.demo.tasks import MAX_ANSWER_TOKENS, iter_lines, prompt, sure_lines
 
 BASE = "base"
-"""How a request without an adapter is called in tables."""
+"""The name of a request without an adapter in tables."""
 
 ADAPTER_CHOICES = ("zipf", "uniform", "round-robin", "single", "none")
 """Ways to choose the adapter of each request."""
@@ -84,7 +84,7 @@ class PlannedRequest:
 
 @dataclasses.dataclass(frozen=True)
 class WorkloadConfig:
-    """How to draw a workload.
+    """Settings that a workload is drawn by.
 
     Attributes:
         num_requests: at least 1.

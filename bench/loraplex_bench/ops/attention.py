@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,15 +26,29 @@ MAX_CACHE_BYTES = 1 << 30
 """All copies of a layer's cache together."""
 
 
+class Heads(NamedTuple):
+    """A layer's query heads, key heads, and their width."""
+
+    queries: int
+    keys: int
+    dim: int
+
+
+LLAMA = Heads(32, 8, 128)
+"""Of an 8B Llama."""
+
+LLAMA_100M = Heads(12, 4, 64)
+GEMMA = Heads(16, 8, 256)
+SMALL = Heads(6, 2, 32)
+
+
 @dataclass(frozen=True)
 class Workload:
     """A step's sequences as (query_len, context_len), and the shape of one layer."""
 
     name: str
     sequences: list[tuple[int, int]]
-    num_heads: int = 12
-    num_kv_heads: int = 4
-    head_dim: int = 64
+    heads: Heads = LLAMA_100M
     sliding_window: int | None = None
     softcap: float | None = None
 
@@ -41,12 +56,12 @@ class Workload:
         return self.name
 
     def least_bytes(self, element: int, cache_element: int) -> int:
-        """What must move: each visible key and value once, queries in, results out."""
+        """The fewest bytes to move: each visible key and value once, queries in, results out."""
         window = self.sliding_window or 1 << 62
         keys = sum(min(context, query + window - 1) for query, context in self.sequences)
         queries = sum(query for query, _ in self.sequences)
-        cached = 2 * keys * self.num_kv_heads * self.head_dim * cache_element
-        return cached + 2 * queries * self.num_heads * self.head_dim * element
+        cached = 2 * keys * self.heads.keys * self.heads.dim * cache_element
+        return cached + 2 * queries * self.heads.queries * self.heads.dim * element
 
     def flops(self) -> int:
         """Operations of the two products, for visible pairs of query and key only."""
@@ -57,7 +72,7 @@ class Workload:
             # Queries that stand before the window's end see all keys up to themselves; the others, a window.
             early = min(max(window - 1 - first, 0), query)
             pairs += early * first + early * (early + 1) // 2 + (query - early) * min(window, context)
-        return 4 * pairs * self.num_heads * self.head_dim
+        return 4 * pairs * self.heads.queries * self.heads.dim
 
 
 def cpu_workloads() -> list[Workload]:
@@ -68,15 +83,15 @@ def cpu_workloads() -> list[Workload]:
     uneven = [(1, int(context)) for context in np.geomspace(16, 2048, 32)]
     return [
         Workload("32 decodes, context ~96", near_96),
-        Workload("32 decodes, context 20-60, small", short, num_heads=6, num_kv_heads=2, head_dim=32),
+        Workload("32 decodes, context 20-60, small", short, SMALL),
         Workload("1 decode, context 96", [(1, 96)]),
         Workload("32 decodes, context 16-2048", uneven),
         Workload("32 decodes, context 16-2048, window 128", uneven, sliding_window=128),
-        Workload("8 decodes, context 4096, 32/8 x 128", [(1, 4096)] * 8, 32, 8, 128),
+        Workload("8 decodes, context 4096, 32/8 x 128", [(1, 4096)] * 8, LLAMA),
         Workload("30 decodes + a prompt of 256", [*near_96[:30], (256, 256)]),
         Workload("30 decodes + 256 more of 512", [*near_96[:30], (256, 512)]),
         Workload("32 prompts of 64", [(64, 64)] * 32),
-        Workload("32 prompts of 20-40, small", [(c, c) for _, c in short], 6, 2, 32),
+        Workload("32 prompts of 20-40, small", [(c, c) for _, c in short], SMALL),
         Workload("24 prompts of 16-160", [(int(c), int(c)) for c in rng.integers(16, 161, 24)]),
         Workload("1 prompt of 2048", [(2048, 2048)]),
         Workload("32 decodes, context ~96, softcap", near_96, softcap=50.0),
@@ -85,10 +100,9 @@ def cpu_workloads() -> list[Workload]:
 
 
 def gpu_workloads() -> list[Workload]:
-    """Steps of an 8B Llama (32 query heads, 8 key heads of 128), and layers of other models."""
-    llama = (32, 8, 128)
+    """Steps of an 8B Llama and layers of other models."""
     found = [
-        Workload(f"{batch} decodes, context {context}", [(1, context)] * batch, *llama)
+        Workload(f"{batch} decodes, context {context}", [(1, context)] * batch, LLAMA)
         for batch, contexts in (
             (1, (128, 1024, 8192)),
             (16, (1024, 8192)),
@@ -101,29 +115,29 @@ def gpu_workloads() -> list[Workload]:
     thousand = [(1, 1024)] * 64
     return [
         *found,
-        Workload("64 decodes, context 128-8192", ragged, *llama),
-        Workload("64 decodes, context 128-8192, window 1024", ragged, *llama, sliding_window=1024),
-        Workload("1 decode, context 131072", [(1, 131072)], *llama),
-        Workload("64 decodes, context 1024, 32/8 x 64", thousand, 32, 8, 64),
-        Workload("64 decodes, context 1024, 32/32 x 96", thousand, 32, 32, 96),
-        Workload("64 decodes, context 1024, 16/8 x 256", thousand, 16, 8, 256),
-        Workload("64 decodes, context 1024, 16/8 x 256, softcap", thousand, 16, 8, 256, softcap=50.0),
-        Workload("1 prompt of 512", [(512, 512)], *llama),
-        Workload("1 prompt of 2048", [(2048, 2048)], *llama),
-        Workload("1 prompt of 8192", [(8192, 8192)], *llama),
-        Workload("8 prompts of 1024", [(1024, 1024)] * 8, *llama),
-        Workload("1 prompt of 4096, window 1024", [(4096, 4096)], *llama, sliding_window=1024),
-        Workload("1 prompt of 2048, 16/8 x 256, softcap", [(2048, 2048)], 16, 8, 256, softcap=50.0),
-        Workload("512 more of 4096", [(512, 4096)], *llama),
-        Workload("63 decodes, context 1024 + 512 more of 1024", [*thousand[:63], (512, 1024)], *llama),
+        Workload("64 decodes, context 128-8192", ragged, LLAMA),
+        Workload("64 decodes, context 128-8192, window 1024", ragged, LLAMA, sliding_window=1024),
+        Workload("1 decode, context 131072", [(1, 131072)], LLAMA),
+        Workload("64 decodes, context 1024, 32/8 x 64", thousand, Heads(32, 8, 64)),
+        Workload("64 decodes, context 1024, 32/32 x 96", thousand, Heads(32, 32, 96)),
+        Workload("64 decodes, context 1024, 16/8 x 256", thousand, GEMMA),
+        Workload("64 decodes, context 1024, 16/8 x 256, softcap", thousand, GEMMA, softcap=50.0),
+        Workload("1 prompt of 512", [(512, 512)], LLAMA),
+        Workload("1 prompt of 2048", [(2048, 2048)], LLAMA),
+        Workload("1 prompt of 8192", [(8192, 8192)], LLAMA),
+        Workload("8 prompts of 1024", [(1024, 1024)] * 8, LLAMA),
+        Workload("1 prompt of 4096, window 1024", [(4096, 4096)], LLAMA, sliding_window=1024),
+        Workload("1 prompt of 2048, 16/8 x 256, softcap", [(2048, 2048)], GEMMA, softcap=50.0),
+        Workload("512 more of 4096", [(512, 4096)], LLAMA),
+        Workload("63 decodes, context 1024 + 512 more of 1024", [*thousand[:63], (512, 1024)], LLAMA),
     ]
 
 
 TINY = [
-    Workload("decodes", [(1, 30), (1, 5), (1, 33)], 6, 2, 32),
-    Workload("decodes, window", [(1, 30), (1, 5)], 6, 2, 32, sliding_window=12),
-    Workload("prompts", [(20, 20)] * 2, 6, 2, 32),
-    Workload("mixed, softcap", [(1, 30), (9, 20)], 6, 2, 32, softcap=50.0),
+    Workload("decodes", [(1, 30), (1, 5), (1, 33)], SMALL),
+    Workload("decodes, window", [(1, 30), (1, 5)], SMALL, sliding_window=12),
+    Workload("prompts", [(20, 20)] * 2, SMALL),
+    Workload("mixed, softcap", [(1, 30), (9, 20)], SMALL, softcap=50.0),
 ]
 
 
@@ -145,9 +159,7 @@ class Inputs:
     def build(self) -> AttentionBatch:
         """The step's metadata, with all that the layers will ask for."""
         load = self.workload
-        layer = LayerShape(
-            load.num_heads, load.num_kv_heads, load.head_dim, self.q.dtype, load.sliding_window
-        )
+        layer = LayerShape(*load.heads, self.q.dtype, load.sliding_window)
         return AttentionBatch.build(
             self.query_start,
             self.context_len,
@@ -165,7 +177,7 @@ class Inputs:
             self.q,
             cache,
             batch,
-            scale=self.workload.head_dim**-0.5,
+            scale=self.workload.heads.dim**-0.5,
             sliding_window=self.workload.sliding_window,
             softcap=self.workload.softcap,
             k=self.k,
@@ -192,8 +204,8 @@ def make_inputs(
     position = (contexts - query_start[1:])[owner] + np.arange(len(owner))
     slots = blocks[block_start[owner] + position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
     tokens = len(owner)
-    shape = (tokens, workload.num_kv_heads, workload.head_dim)
-    q = torch.randn(tokens, workload.num_heads, workload.head_dim, dtype=dtype, device=device)
+    shape = (tokens, workload.heads.keys, workload.heads.dim)
+    q = torch.randn(tokens, workload.heads.queries, workload.heads.dim, dtype=dtype, device=device)
     k, v = torch.randn(shape, dtype=dtype, device=device), torch.randn(shape, dtype=dtype, device=device)
     cache_shape = kv_cache_shape(2 * total, BLOCK_SIZE, *shape[1:])
     layers = max(1, min(layers, MAX_CACHE_BYTES // (math.prod(cache_shape) * cache_dtype.itemsize)))
@@ -210,7 +222,7 @@ def per_sequence_peer(inputs: Inputs, cache: torch.Tensor) -> Callable[[], torch
     load, q = inputs.workload, inputs.q
     if load.softcap is not None:
         return None
-    group = load.num_heads // load.num_kv_heads
+    group = load.heads.queries // load.heads.keys
     prepared = []
     for index, (query, context) in enumerate(load.sequences):
         seen = min(context, query + load.sliding_window - 1) if load.sliding_window else context
@@ -231,11 +243,11 @@ def per_sequence_peer(inputs: Inputs, cache: torch.Tensor) -> Callable[[], torch
             keys, values = dense
             if query == 1:
                 # The query heads of a key head stand in for queries, so that nothing is masked or repeated.
-                rows = q[row].view(1, load.num_kv_heads, group, load.head_dim)
+                rows = q[row].view(1, load.heads.keys, group, load.heads.dim)
                 out[row] = F.scaled_dot_product_attention(rows, keys, values).view(q.shape[1:])
             else:
                 rows = q[row : row + query].transpose(0, 1)[None]
-                shared = keys.shape[1] != load.num_heads
+                shared = keys.shape[1] != load.heads.queries
                 result = F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias, enable_gqa=shared)
                 out[row : row + query] = result[0].transpose(0, 1)
         return out
@@ -267,7 +279,7 @@ def padded_peer(inputs: Inputs, cache: torch.Tensor) -> Callable[[], torch.Tenso
         return None
     window = load.sliding_window or max(contexts)
     lengths = [min(context, window) if decodes else context for _, context in load.sequences]
-    shape = (2, len(lengths), load.num_kv_heads, max(lengths), load.head_dim)
+    shape = (2, len(lengths), load.heads.keys, max(lengths), load.heads.dim)
     dense = torch.zeros(shape, dtype=q.dtype, device=q.device)
     for index, length in enumerate(lengths):
         dense[:, index, :, :length] = inputs.keys_values(index, cache)[:, :, -length:].to(q.dtype)
@@ -280,9 +292,9 @@ def padded_peer(inputs: Inputs, cache: torch.Tensor) -> Callable[[], torch.Tenso
 
     def call() -> torch.Tensor:
         if decodes:
-            rows = q.view(len(lengths), load.num_kv_heads, -1, load.head_dim)
+            rows = q.view(len(lengths), load.heads.keys, -1, load.heads.dim)
             return F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias).view(q.shape)
-        rows = q.view(len(lengths), -1, load.num_heads, load.head_dim).transpose(1, 2)
+        rows = q.view(len(lengths), -1, load.heads.queries, load.heads.dim).transpose(1, 2)
         result = F.scaled_dot_product_attention(rows, keys, values, is_causal=True, enable_gqa=True)
         return result.transpose(1, 2).reshape(q.shape)
 

@@ -1,4 +1,4 @@
-"""What runs between a layer's projections: sums and norms, rotations and KV writes, gates.
+"""The ops between a layer's projections: sums and norms, rotations and KV writes, gates.
 
 The peers do the same: `modules` is transformers' own code, `torch` adds and calls `F.rms_norm`, `compiled` is
 `torch.compile` of the reference, for one number of tokens, as it compiles anew for each.
@@ -33,7 +33,7 @@ Call = Callable[[], Results]
 
 @dataclass(frozen=True)
 class Shape:
-    """What the ops of a model look like. `sandwich`: outputs are normed, too, before they are added."""
+    """Sizes of a model's ops. `sandwich`: outputs are normed, too, before they are added."""
 
     name: str
     hidden: int
@@ -45,8 +45,8 @@ class Shape:
 
 
 SHAPES = (
-    Shape("llama-3-8b", 4096, 32, 8, 128, 14336),
-    Shape("gemma-2-9b", 3584, 16, 8, 256, 14336, sandwich=True),
+    Shape("llama-3-8b", hidden=4096, heads=32, kv_heads=8, head_dim=128, intermediate=14336),
+    Shape("gemma-2-9b", hidden=3584, heads=16, kv_heads=8, head_dim=256, intermediate=14336, sandwich=True),
 )
 TOKENS = (64, 1, 16, 256, 2048)
 OPS = ("norm", "sum and norm", "rotation and write", "gate")
@@ -81,7 +81,7 @@ def cases() -> list[Case]:
     return [Case(op, shape, tokens) for tokens, shape, op in itertools.product(TOKENS, SHAPES, OPS)]
 
 
-_TINY = Shape("tiny", 32, 4, 2, 8, 48)
+_TINY = Shape("tiny", hidden=32, heads=4, kv_heads=2, head_dim=8, intermediate=48)
 TINY = [
     Case(op, dataclasses.replace(_TINY, sandwich=sandwich), COMPILED_TOKENS)
     for op in OPS

@@ -32,7 +32,7 @@ from loraplex_bench.ops.lora_cases import (
 from loraplex_bench.ops.lora_contenders import PEERS, LoraOp, OwnKernels, Reference
 from loraplex_bench.ops.registry import Contender, Last, Op, Results, Setting, unavailable
 from loraplex_bench.ops.timers import Call
-from loraplex_kernels import dispatch, lora
+from loraplex_kernels import lora
 from loraplex_kernels.lora import reference
 from loraplex_kernels.pool import LoraBatch, LoraBatchBuffers, Run
 
@@ -54,7 +54,7 @@ def passes(op: LoraOp, work: Workload, data: Activations) -> list[Call]:
 
 
 def deltas(op: LoraOp, work: Workload, data: Activations) -> Results:
-    """What the first pass adds at each site."""
+    """The deltas that the first pass adds at each site."""
     copy, slots = work.passes[0]
     batch = op.prepare(slots)
     found = []
@@ -131,8 +131,11 @@ def gpu_shares() -> list[Share]:
     """A whole decode step of a Llama-3-8B in which every token has its own adapter, and a prefill."""
     layers = MODELS["llama-3-8b"].layers
     return [
-        *(Share("llama-3-8b", 64, 64, (16,), layers=layers, scaled=scaled) for scaled in (False, True)),
-        Share("llama-3-8b", 4096, 8, (16,)),
+        *(
+            Share("llama-3-8b", tokens=64, adapters=64, ranks=(16,), layers=layers, scaled=scaled)
+            for scaled in (False, True)
+        ),
+        Share("llama-3-8b", tokens=4096, adapters=8, ranks=(16,)),
         *_sites("llama-3-8b", ((64, 64),)),
     ]
 
@@ -215,29 +218,13 @@ def _base_products(data: Activations, setting: Setting) -> list[Call]:
     return [functools.partial(layer, of_sites) for of_sites in weights]
 
 
-def empty_step_launches(device: torch.device) -> int:
-    """Launches of the op over a model where no token has an adapter, called as the server does."""
-    shape = MODELS["llama-3-1b"]
-    pool = make_pool(shape, [8], torch.bfloat16, device)
-    data = activations(shape, 64, torch.bfloat16, device)
-    batch = LoraBatchBuffers(max_tokens=64, max_pairs=64, device=device).fill([(0, 64, ())])
-    before = sum(dispatch.launches.values())
-    for name, of_layers in make_sites(shape).items():
-        for site in of_layers:
-            if batch.num_pairs:
-                x, y = data[name]
-                lora.apply(x, y, pool, site, batch)
-    return sum(dispatch.launches.values()) - before
-
-
 def _ranks_alike(case: Case) -> str:
     return "same ranks" if len(RANK_SETS[case.ranks]) == 1 else "mixed ranks"
 
 
-TINY = [Case("tiny", 5, "distinct", "8"), Case("tiny", 20, "zipf-1.5", "mixed 6-64")]
+TINY = [Case("tiny", 5, mix="distinct", ranks="8"), Case("tiny", 20, mix="zipf-1.5", ranks="mixed 6-64")]
 TINY_SHARES = [
-    Share("tiny", 8, 4, (8,)),
-    Share("tiny", 8, 4, (8,), scaled=True),
+    *(Share("tiny", tokens=8, adapters=4, ranks=(8,), scaled=scaled) for scaled in (False, True)),
     *_sites("tiny", ((6, 3),)),
 ]
 OPS = (

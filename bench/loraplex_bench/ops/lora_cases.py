@@ -1,4 +1,4 @@
-"""What the LoRA table measures: batches by tokens, mix and ranks, and the bytes that each must move.
+"""Cases of the LoRA table: batches by tokens, mix and ranks, and the bytes that each must move.
 
 One layer's four sites make a *pass*. A pass over the same adapters again would find them in the L2 cache, as
 no real step does, so passes go through copies of the layer and through other adapters of the pool, until as
@@ -63,7 +63,7 @@ Sites = dict[str, list[LoraSite]]
 
 
 def make_sites(shape: ModelShape) -> Sites:
-    """Where the layers' projections lie among the entries of a pool, one after the other."""
+    """The layers' projections among the entries of a pool, one after the other."""
     sites: Sites = {name: [] for name in shape.sites()}
     entry = 0
     for _ in range(shape.layers):

@@ -207,4 +207,4 @@ class SglangPeer:
 
 
 PEERS: tuple[Callable[[Layers], LoraOp], ...] = (VllmPeer, SglangPeer, TorchBmm)
-"""What this project's op is compared with."""
+"""The other projects' ops, and torch's."""

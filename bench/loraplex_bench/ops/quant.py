@@ -76,8 +76,9 @@ def plan_cases() -> list[Case]:
     ]
 
 
-TINY = [Case("o", 64, 128, 1), Case("o", 64, 128, 5), Case("down", 32, 256, 5)]
-TINY_PLANS = [Case("o", 64, 128, 5, name) for name in ("nf4", "int4")]
+_TINY = Case("o", n=64, k=128, rows=5)
+TINY = [dataclasses.replace(_TINY, rows=1), _TINY, Case("down", n=32, k=256, rows=5)]
+TINY_PLANS = [dataclasses.replace(_TINY, product=name) for name in ("nf4", "int4")]
 
 
 def _no_note(weight: Any, rows: int) -> str:
@@ -140,7 +141,7 @@ def multiply_blocked(weight: BlockedWeight, x: Tensor, plan: Plan | None = None)
 
 
 def chosen_plan(weight: BlockedWeight, rows: int) -> str:
-    """What the kernels choose by themselves."""
+    """The plan that the kernels choose by themselves."""
     processors = _PROCESSORS
     if weight.device.type == "cuda":
         processors = torch.cuda.get_device_properties(weight.device).multi_processor_count
@@ -210,7 +211,7 @@ FORMATS: dict[str, Format] = {
 
 
 def cpu_formats(case: Case, setting: Setting) -> dict[str, Format]:
-    """What fits the case's width and this processor."""
+    """Those that fit the case's width and this processor."""
 
     def packed(multiply: Callable[[Tensor, PackedInt4Weight], Tensor]) -> Format:
         return Format(

@@ -41,12 +41,12 @@ Built = TypeVar("Built")
 
 
 class UnavailableError(Exception):
-    """Why a contender does not run."""
+    """A contender does not run; the text says why."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how contenders are timed.
+    """The device and the way in which contenders are timed.
 
     Attributes:
         dtype: of activations.
@@ -64,7 +64,7 @@ class Setting:
 
     @classmethod
     def of(cls, device: torch.device, **changes: Any) -> Setting:
-        """What is usual on a device."""
+        """The usual setting for a device."""
         cuda = device.type == "cuda"
         usual = {
             "dtype": torch.bfloat16 if cuda else torch.float32,
@@ -78,7 +78,7 @@ class Setting:
         return cls(torch.device("cpu"), torch.float32, cold_bytes=0, repeats=1)
 
     def copies(self, num_bytes: float) -> int:
-        """How many copies of something that reads `num_bytes` keep it cold; 2 at least."""
+        """The number of copies that keep something of `num_bytes` cold; 2 at least."""
         return max(2, min(MAX_COPIES, -(-self.cold_bytes // max(int(num_bytes), 1))))
 
 
@@ -108,7 +108,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Op:
-    """What is measured.
+    """An operation, its cases, and its contenders.
 
     Attributes:
         cases: by type of device, the most wanted first; a device that is not there has no such op. A case is
@@ -165,7 +165,7 @@ class Row:
         return [figure for figure in self.figures if figure.role == role and figure.us is not None]
 
     def speedup(self, own: str, peer: str) -> float | None:
-        """How many times as fast as `peer`; None where one did not run."""
+        """`own` is so many times as fast as `peer`; None where one did not run."""
         ours, theirs = self.us(own), self.us(peer)
         return theirs / ours if ours and theirs else None
 

@@ -1,4 +1,4 @@
-"""What the op bench prints of its rows, and the JSON that it keeps of them."""
+"""The op bench's printed lines, and the JSON that it keeps of its rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How calls are timed: on a GPU as a replayed CUDA graph, on a CPU in turns with their peers."""
+"""Timing of calls: on a GPU as a replayed CUDA graph, on a CPU in turns with their peers."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reaches: bytes per second of a large copy (read and written), operations per second of a
-    large bf16 matrix product."""
+    """A device's limits in practice: bytes per second of a large copy (read and written), and operations per
+    second of a large bf16 matrix product."""
 
     bytes_per_s: float
     flops_per_s: float

@@ -1,1 +1,1 @@
-"""What loraplex is compared with, and what all contenders are given and give back."""
+"""The systems that loraplex is compared with, and loraplex's own engine as one of them."""

@@ -1,4 +1,4 @@
-"""What the contenders of the side-by-side bench are given and give back, as plain data."""
+"""Jobs of the side-by-side bench's contenders, and their answers, as plain data."""
 
 from __future__ import annotations
 

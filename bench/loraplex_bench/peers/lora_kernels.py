@@ -38,7 +38,7 @@ FILES = {
 
 
 class PeerFilesError(Exception):
-    """Why a peer's files cannot be used."""
+    """A peer's files cannot be used; the text says why."""
 
 
 class VllmKernels(NamedTuple):
@@ -73,42 +73,33 @@ def load_vllm(folder: Path) -> VllmKernels:
         return torch.tensor(data, dtype=dtype, device=device)
 
     cuda = torch.cuda.is_available()
-    _stand_in(
-        {
-            "vllm": {},
-            "vllm.envs": {
-                "VLLM_TUNED_CONFIG_FOLDER": os.environ.get("VLLM_TUNED_CONFIG_FOLDER"),
-                "VLLM_BATCH_INVARIANT": False,
-                "VLLM_LORA_DISABLE_PDL": False,
-                "VLLM_LORA_DETERMINISTIC_SPLIT_K": False,
-                "VLLM_LORA_ENABLE_DUAL_STREAM": False,
-            },
-            "vllm.triton_utils": {"tl": triton.language, "triton": triton},
-            "vllm.logger": {"init_logger": lambda name: _Silence()},
-            "vllm.platforms": {
-                "current_platform": types.SimpleNamespace(
-                    is_cuda=lambda: cuda,
-                    has_device_capability=lambda least: (
-                        cuda and torch.cuda.get_device_capability() >= divmod(least, 10)
-                    ),
-                )
-            },
-            "vllm.utils": {},
-            "vllm.utils.math_utils": {"next_power_of_2": next_power_of_2},
-            # An AttributeError here makes the files export their plain functions.
-            "vllm.utils.torch_utils": {
-                "direct_register_custom_op": _refuse,
-                "async_tensor_h2d": async_tensor_h2d,
-            },
-            "vllm.model_executor": {},
-            "vllm.model_executor.layers": {},
-            "vllm.model_executor.layers.batch_invariant": {"vllm_is_batch_invariant": lambda: False},
-            "vllm.lora": {},
-            "vllm.lora.ops": {},
-            "vllm.lora.ops.triton_ops": {},
-        }
-    )
-    modules = _import_files(folder, "vllm.lora.ops.triton_ops", FILES["vllm"])
+    stand_ins: dict[str, dict[str, Any]] = {
+        "vllm.envs": {
+            "VLLM_TUNED_CONFIG_FOLDER": os.environ.get("VLLM_TUNED_CONFIG_FOLDER"),
+            "VLLM_BATCH_INVARIANT": False,
+            "VLLM_LORA_DISABLE_PDL": False,
+            "VLLM_LORA_DETERMINISTIC_SPLIT_K": False,
+            "VLLM_LORA_ENABLE_DUAL_STREAM": False,
+        },
+        "vllm.triton_utils": {"tl": triton.language, "triton": triton},
+        "vllm.logger": {"init_logger": lambda name: _Silence()},
+        "vllm.platforms": {
+            "current_platform": types.SimpleNamespace(
+                is_cuda=lambda: cuda,
+                has_device_capability=lambda least: (
+                    cuda and torch.cuda.get_device_capability() >= divmod(least, 10)
+                ),
+            )
+        },
+        "vllm.utils.math_utils": {"next_power_of_2": next_power_of_2},
+        # An AttributeError here makes the files export their plain functions.
+        "vllm.utils.torch_utils": {
+            "direct_register_custom_op": _refuse,
+            "async_tensor_h2d": async_tensor_h2d,
+        },
+        "vllm.model_executor.layers.batch_invariant": {"vllm_is_batch_invariant": lambda: False},
+    }
+    modules = _import_files(folder, "vllm.lora.ops.triton_ops", FILES["vllm"], stand_ins)
     return VllmKernels(
         modules["lora_shrink_op"]._lora_shrink,
         modules["lora_expand_op"]._lora_expand,
@@ -122,31 +113,20 @@ def load_sglang(folder: Path) -> SglangKernels:
     flag = types.SimpleNamespace(get=lambda: False)
     if (folder / "csgmv_configs").is_dir():
         os.environ["SGLANG_LORA_CONFIG_DIR"] = str(folder)
-    _stand_in(
-        {
-            "sglang": {},
-            "sglang.kernels": {},
-            "sglang.kernels.ops": {},
-            "sglang.kernels.ops.lora": {},
-            "sglang.kernels.ops.lora.dense": {},
-            "sglang.srt": {},
-            "sglang.srt.environ": {
-                "envs": types.SimpleNamespace(
-                    SGLANG_ENABLE_LORA_CSGMV_SPLIT_K=flag, SGLANG_ENABLE_DETERMINISTIC_INFERENCE=flag
-                )
-            },
-            "sglang.srt.lora": {},
-            "sglang.srt.lora.utils": {"LoRABatchInfo": object},
-            "sglang.srt.utils": {
-                # It only shortens the launch on the host, which a captured graph leaves out anyway.
-                "cached_triton_kernel": lambda key_fn=None: lambda kernel: kernel,
-                "get_device_name": lambda: (
-                    torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-                ),
-            },
-        }
-    )
-    modules = _import_files(folder, "sglang.kernels.ops.lora.dense", FILES["sglang"])
+    stand_ins: dict[str, dict[str, Any]] = {
+        "sglang.srt.environ": {
+            "envs": types.SimpleNamespace(
+                SGLANG_ENABLE_LORA_CSGMV_SPLIT_K=flag, SGLANG_ENABLE_DETERMINISTIC_INFERENCE=flag
+            )
+        },
+        "sglang.srt.lora.utils": {"LoRABatchInfo": object},
+        "sglang.srt.utils": {
+            # It only shortens the launch on the host, which a captured graph leaves out anyway.
+            "cached_triton_kernel": lambda key_fn=None: lambda kernel: kernel,
+            "get_device_name": lambda: torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        },
+    }
+    modules = _import_files(folder, "sglang.kernels.ops.lora.dense", FILES["sglang"], stand_ins)
     return SglangKernels(
         modules["chunked_sgmv_shrink"].chunked_sgmv_lora_shrink_forward,
         modules["chunked_sgmv_expand"].chunked_sgmv_lora_expand_forward,
@@ -172,18 +152,16 @@ def _need(folder: Path, files: Sequence[str]) -> None:
         raise PeerFilesError("triton is not installed")
 
 
-def _stand_in(modules: dict[str, dict[str, Any]]) -> None:
-    for name, contents in modules.items():
-        module = types.ModuleType(name)
-        module.__dict__.update(contents)
-        module.__path__ = []
-        sys.modules[name] = module
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], child, module)
-
-
-def _import_files(folder: Path, package: str, files: Sequence[str]) -> dict[str, Any]:
+def _import_files(
+    folder: Path, package: str, files: Sequence[str], stand_ins: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The files as modules of `package`, beside modules that have what they import from elsewhere."""
+    for name in [*stand_ins, package]:
+        parts = name.split(".")
+        for depth in range(1, len(parts) + 1):
+            _ensure_package(".".join(parts[:depth]))
+    for name, contents in stand_ins.items():
+        sys.modules[name].__dict__.update(contents)
     modules = {}
     for file in files:
         stem = file.removesuffix(".py")
@@ -199,3 +177,14 @@ def _import_files(folder: Path, package: str, files: Sequence[str]) -> dict[str,
             raise PeerFilesError(f"{file} does not load here: {error}") from error
         modules[stem] = module
     return modules
+
+
+def _ensure_package(name: str) -> None:
+    if name in sys.modules:
+        return
+    module = types.ModuleType(name)
+    module.__path__ = []
+    sys.modules[name] = module
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, module)

@@ -88,7 +88,7 @@ class PeftPeer:
 
     @torch.inference_mode()
     def margin(self, job: Job, answer: Sequence[int]) -> tuple[float, float]:
-        """How clear the token after `prompt + answer` is: the gap between its two largest logits, and the
+        """The margin of the token after `prompt + answer`: the gap between its two largest logits, and the
         largest logit in absolute value."""
         if job.adapter is not None:
             self._model.set_adapter(job.adapter)

@@ -61,7 +61,7 @@ def bitsandbytes_multiply(weight: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def bitsandbytes_dequantize(weight: Any) -> torch.Tensor:
-    """What the codes stand for, float32."""
+    """The weight that the codes stand for, float32."""
     import bitsandbytes
 
     dense: torch.Tensor = bitsandbytes.functional.dequantize_4bit(*weight)

@@ -1,4 +1,4 @@
-"""What must hold at the end of a bench, and the figures that show it."""
+"""Checks at the end of a bench, and the figures that show them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Check:
 
 
 def memory_check(samples: Sequence[MemorySample], duration_s: float) -> Check:
-    """Whether anonymous memory stayed flat after a warm-up of a quarter of the run."""
+    """Passed if anonymous memory stayed flat after a warm-up of a quarter of the run."""
     name = "memory flat"
     steady = [sample for sample in samples if sample.at_s >= duration_s / 4]
     third = len(steady) // 3

@@ -40,7 +40,7 @@ _PROFILED_STEPS = 5
 
 @dataclasses.dataclass(frozen=True)
 class StepTable:
-    """What to measure."""
+    """Settings of a run."""
 
     shape: str = "llama-3-8b"
     quantizations: tuple[str, ...] = ("nf4", "int4")
@@ -56,7 +56,9 @@ class StepTable:
     @classmethod
     def tiny(cls) -> StepTable:
         """For trying it out on a CPU."""
-        return cls("tiny", ("nf4", "int4"), (1, 3), (0, 2), 40, 8, torch.float32, steps=3)
+        return cls(
+            shape="tiny", batches=(1, 3), adapters=(0, 2), context=40, rank=8, dtype=torch.float32, steps=3
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +254,7 @@ def kernel_seconds(run: Callable[[], object], steps: int, device: torch.device) 
 
 
 def cost_of_adapters(rows: Sequence[StepRow], batch: int, adapters: int) -> dict[str, float]:
-    """How much longer a step takes with `adapters` distinct adapters than without, by quantization."""
+    """The share by which `adapters` distinct adapters make a step longer, by quantization."""
     found = {(row.quantization, row.batch, row.adapters): row.wall_ms for row in rows}
     return {
         quantization: found[quantization, batch, adapters] / found[quantization, batch, 0] - 1
@@ -288,7 +290,7 @@ class Goal:
 
 
 def goals(rows: Sequence[StepRow], batch: int = 64) -> list[Goal]:
-    """What rows of `batch` sequences should reach, as far as they are there."""
+    """The goals of rows of `batch` sequences, as far as they are there."""
     found = []
     for row in rows:
         if row.batch == batch and row.adapters in (0, 64):

@@ -1,4 +1,4 @@
-"""`loraplex demo`: a real server, a dozen adapters and the base asked at once, and every answer checked.
+"""`loraplex demo`: a real server, twelve adapters and the base asked at once, and every answer checked.
 
 Nothing is faked: the server is a process of its own with the embedded 4-bit model, the requests go through
 the SDK over gRPC, all at the same time, and there are fewer adapter slots on the device than adapters, so
@@ -336,7 +336,7 @@ def _throughput(lanes: Sequence[Lane], elapsed_s: float) -> str:
 def _cache(
     before: dict[str, AdapterInfo], after: dict[str, AdapterInfo], metrics: Metrics, slots: int
 ) -> str:
-    """What the adapter cache did: in the batch by AdapterService, since the start by the metrics."""
+    """The adapter cache's work: in the batch by AdapterService, since the start by the metrics."""
     counts = {
         name: sum(getattr(after[key], name) - getattr(before[key], name) for key in before)
         for name in ("hits", "misses", "evictions")

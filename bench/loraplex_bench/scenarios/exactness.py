@@ -1,4 +1,4 @@
-"""What holding adapters, or the KV cache, in 8 bits costs in exactness, on the demo model.
+"""The cost in exactness of holding adapters, or the KV cache, in 8 bits, on the demo model.
 
     python -m loraplex_bench.scenarios.exactness adapters --lines 200
     python -m loraplex_bench.scenarios.exactness kv-cache
@@ -49,7 +49,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "adapters": {"adapters": {"device_dtype": "int8"}},
     "kv-cache": {"scheduler": {"kv_cache_dtype": "fp8"}},
 }
-"""What is held in 8 bits, and the settings for that."""
+"""Settings by the part that is held in 8 bits."""
 
 
 @dataclass(frozen=True)

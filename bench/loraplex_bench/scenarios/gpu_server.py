@@ -43,7 +43,7 @@ GOAL_SPEEDUP = 20.0
 
 @dataclasses.dataclass(frozen=True)
 class ServerTable:
-    """What to measure.
+    """Settings of a run.
 
     Attributes:
         rate_share: of the requests a second that it answered all at once, for the stream.
@@ -197,9 +197,15 @@ def _measure_server(
             add(dataclasses.replace(row, **steps._asdict()))
 
 
-async def _load(
-    wanted: ServerTable, model: BenchModel, address: str, metrics: str
-) -> list[tuple[str, Summary, StepAccount]]:
+class _Loaded(NamedTuple):
+    """A load, what was measured of it, and the server's account of its steps."""
+
+    load: str
+    summary: Summary
+    steps: StepAccount
+
+
+async def _load(wanted: ServerTable, model: BenchModel, address: str, metrics: str) -> list[_Loaded]:
     async with AsyncClient(address, retry=None) as client:
         await client.wait_until_ready(60.0)
 
@@ -215,7 +221,7 @@ async def _load(
         at_once = await run(0, math.inf)
         rate = max(at_once[0].request_throughput * wanted.rate_share, 0.1)
         stream = await run(2, rate)
-    return [("all at once", *at_once), (f"stream at {rate:.1f}/s", *stream)]
+    return [_Loaded("all at once", *at_once), _Loaded(f"stream at {rate:.1f}/s", *stream)]
 
 
 def steps_between(before: Metrics, after: Metrics) -> StepAccount:
@@ -294,7 +300,7 @@ def _measure_peft(
 
 
 def goal_line(rows: list[ServerRow]) -> str | None:
-    """Whether the server is as fast as it should be beside the fastest of the others; None without one."""
+    """The server's ratio to the fastest of the others, and its goal; None without one."""
     ratios = [row.speedup for row in rows if row.speedup is not None]
     if not ratios:
         return None

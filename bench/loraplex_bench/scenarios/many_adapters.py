@@ -26,7 +26,7 @@ from loraplex import AsyncClient, LoraplexError
 from loraplex_bench.load.environment import environment
 from loraplex_bench.load.generator import LoadResult, LoadRun, Outcome
 from loraplex_bench.load.launcher import LaunchedServer, LaunchError, demo_flags
-from loraplex_bench.load.options import add_quantization
+from loraplex_bench.load.options import add_count, add_output, add_quantization, settings_of
 from loraplex_bench.load.progress import live
 from loraplex_bench.load.report import raw_outcome, summarize
 from loraplex_bench.load.results import Distribution, milliseconds, table, write_result
@@ -59,7 +59,7 @@ GOAL_HITS = 0.85
 
 @dataclasses.dataclass(frozen=True)
 class ManyConfig:
-    """What to measure.
+    """Settings of a run.
 
     Attributes:
         slots: most adapters on the device at once; the other server has so many adapters.
@@ -100,7 +100,7 @@ class Misses:
 
 @dataclasses.dataclass(frozen=True)
 class ManyResult:
-    """What was found.
+    """The findings.
 
     Attributes:
         register_s: seconds a registration, by the server's log.
@@ -133,14 +133,14 @@ class ManyResult:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `loraplex bench many-adapters`."""
     default = ManyConfig()
-    for flag, value, text in (
+    for flag, value, help_text in (
         ("--adapters", default.adapters, "registered adapters"),
         ("--slots", default.slots, "adapters on the device"),
         ("--requests", default.requests, "requests of the Zipf traffic"),
         ("--turns", default.turns, "measured turns of each server"),
         ("--concurrency", default.concurrency, "callers"),
     ):
-        parser.add_argument(flag, type=int, default=value, metavar="N", help=f"{text} (default: %(default)s)")
+        add_count(parser, flag, value, help_text)
     parser.add_argument(
         "--zipf", type=float, default=default.zipf, metavar="S", help="exponent (default: %(default)g)"
     )
@@ -152,22 +152,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="keep the derived adapters there (default: a temporary folder)",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write the table and raw numbers there")
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes; answers with the exit code."""
     try:
-        config = ManyConfig(
-            adapters=args.adapters,
-            slots=args.slots,
-            requests=args.requests,
-            turns=args.turns,
-            concurrency=args.concurrency,
-            zipf=args.zipf,
-            quantization=args.quantization,
-            seed=args.seed,
-        )
+        config = settings_of(ManyConfig, args)
         result = many_adapters(config, args.work)
     except (LaunchError, LoraplexError, OSError, ValueError) as error:
         print(f"loraplex bench many-adapters: {error}", file=sys.stderr)

@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from loraplex import Client, LoraplexError
 from loraplex_bench.load.environment import environment
 from loraplex_bench.load.launcher import LaunchedServer, LaunchError
-from loraplex_bench.load.options import add_count, add_output, add_quantization
+from loraplex_bench.load.options import add_count, add_output, add_quantization, settings_of
 from loraplex_bench.load.results import milliseconds, percentile, table, write_result
 from loraplex_bench.peers.jobs import BenchModel
 
@@ -42,7 +43,7 @@ the exit code is 1 if an answer differs or nothing was found in the cache.
 """
 
 GOAL = 5.0
-"""How many times shorter the time to the first token should be with a shared prefix of 400 tokens."""
+"""So many times shorter should the time to the first token be with a shared prefix of 400 tokens."""
 
 MODES = ("off", "on")
 _BASE = "(base)"
@@ -53,7 +54,7 @@ _BLOCK = 16
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is asked.
+    """The requests.
 
     Attributes:
         num_requests: that follow the first one with the prefix, for each owner; and that are sent at once.
@@ -107,7 +108,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """How the servers compare.
+    """The comparison of the servers.
 
     Attributes:
         speedup: by how much the median time to the first token is shorter, by owner.
@@ -146,15 +147,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, and returns the exit code."""
-    config = Config(
-        prefix_tokens=args.prefix_tokens,
-        suffix_tokens=args.suffix_tokens,
-        max_tokens=args.max_tokens,
-        num_requests=args.num_requests,
-        quantization=args.quantization,
-        threads=args.threads,
-        seed=args.seed,
-    )
+    config = settings_of(Config, args)
     for flag, value in (("--num-requests", config.num_requests), ("--suffix-tokens", config.suffix_tokens)):
         if value < 1:
             print(f"loraplex bench prefix-cache: {flag} {value} is less than 1", file=sys.stderr)
@@ -228,7 +221,7 @@ def judge(records: Sequence[Record]) -> Verdict:
 
 
 def render(label: str, config: Config, rows: Sequence[Row], verdict: Verdict) -> str:
-    """What the bench prints."""
+    """The printed table."""
     lines = [
         f"{label}, {config.quantization}, {config.threads} thread(s) each; prompts of {config.prefix_tokens} "
         f"shared tokens and {config.suffix_tokens} of their own, one at a time; {config.num_requests} after "
@@ -300,14 +293,8 @@ def _at_once(client: Client, mode: str, prompts: Sequence[list[int]], max_tokens
 def _client(model: BenchModel, config: Config, mode: str) -> Iterator[Client]:
     length = config.prefix_tokens + config.suffix_tokens + config.max_tokens
     flags = [
-        *(
-            "--model",
-            str(model.base),
-            "--adapters",
-            str(model.adapters),
-            "--quantization",
-            config.quantization,
-        ),
+        *("--model", str(model.base), "--adapters", str(model.adapters)),
+        *("--quantization", config.quantization),
         *("--threads", str(config.threads), "--max-model-len", str(length + 1)),
         *("--kv-block-size", str(_BLOCK), "--prefix-cache", mode),
         *("--port", "0", "--metrics-port", "-1"),
@@ -316,10 +303,17 @@ def _client(model: BenchModel, config: Config, mode: str) -> Iterator[Client]:
         yield client
 
 
-def _ask(
-    client: Client, prompt: list[int], adapter: str | None, max_tokens: int
-) -> tuple[float, float, int, int, tuple[int, ...]]:
+class _Answer(NamedTuple):
     """Seconds to the first token and in all, prompt tokens and those of them that were cached, the answer."""
+
+    ttft_s: float
+    total_s: float
+    prompt_tokens: int
+    cached_tokens: int
+    tokens: tuple[int, ...]
+
+
+def _ask(client: Client, prompt: list[int], adapter: str | None, max_tokens: int) -> _Answer:
     tokens: list[int] = []
     first_s, usage = 0.0, None
     started = time.perf_counter()
@@ -331,7 +325,7 @@ def _ask(
             usage = chunk.usage or usage
     total_s = time.perf_counter() - started
     assert usage is not None
-    return first_s, total_s, usage.prompt_tokens, usage.cached_prompt_tokens, tuple(tokens)
+    return _Answer(first_s, total_s, usage.prompt_tokens, usage.cached_prompt_tokens, tuple(tokens))
 
 
 def _say(text: str) -> None:

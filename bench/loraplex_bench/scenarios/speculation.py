@@ -1,4 +1,4 @@
-"""`loraplex bench speculation`: what guessed tokens are worth, and what they cost."""
+"""`loraplex bench speculation`: the gain of speculation, and its cost."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from loraplex import Client, LoraplexError
 from loraplex_bench.demo.tasks import TASKS, expected, prompt, sure_lines
 from loraplex_bench.load.environment import environment
 from loraplex_bench.load.launcher import LaunchedServer, LaunchError, demo_flags
-from loraplex_bench.load.options import add_count, add_output, add_quantization
+from loraplex_bench.load.options import add_count, add_output, add_quantization, settings_of
 from loraplex_bench.load.results import milliseconds, table, write_result
 
 DESCRIPTION = """\
-A server on the embedded demo model is asked the same lines with and without guessed tokens, in turns and one
+A server on the embedded demo model is asked the same lines with and without speculation, in turns and one
 at a time: the base, which copies its line, and adapters that change little of it, or every letter. Compares
 the time from the first token to the last at the client, and the answers: they have to be right and the same.
 """
@@ -26,7 +27,7 @@ the time from the first token to the last at the client, and the answers: they h
 EXAMPLES = """\
 examples:
   loraplex bench speculation
-      up to 8 tokens guessed in a step, 40 lines each for the base and three adapters
+      up to 8 draft tokens a step, 40 lines each for the base and three adapters
   loraplex bench speculation --speculative-tokens 4 --quantization int4 --output results
       fewer, on another base, with a table and the raw numbers in results/
 
@@ -35,12 +36,12 @@ the exit code is 1 if an answer differs or is wrong.
 
 BASE = "(base)"
 OWNERS = (BASE, "redact", "snake", "atbash")
-"""Who is asked: for a copy, for one with other digits, with other spaces, and with no letter as it was."""
+"""Asked for a copy, for one with other digits, with other spaces, and with no letter as it was."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is asked."""
+    """Settings of a run."""
 
     speculative_tokens: int = 8
     num_requests: int = 40
@@ -54,13 +55,13 @@ class Record:
     """One answer.
 
     Attributes:
-        guesses: whether tokens were guessed.
+        speculation: the request asked for draft tokens.
         decode_s: from the first token to the last, at the client.
     """
 
     owner: str
     line: str
-    guesses: bool
+    speculation: bool
     decode_s: float
     text: str
     tokens: int
@@ -73,15 +74,15 @@ class Row:
     """An owner's answers.
 
     Attributes:
-        plain_s, guessed_s: median time from an answer's first token to its last.
+        plain_s, speculative_s: median time from an answer's first token to its last.
         speedup: of all answers' time together.
         per_step: tokens of a decode step.
-        right: share of the guessed tokens.
+        right: accepted share of the draft tokens.
     """
 
     owner: str
     plain_s: float
-    guessed_s: float
+    speculative_s: float
     speedup: float
     per_step: float
     right: float
@@ -104,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `loraplex bench speculation`."""
     config = Config()
 
-    add_count(parser, "--speculative-tokens", config.speculative_tokens, "most tokens guessed in a step")
+    add_count(parser, "--speculative-tokens", config.speculative_tokens, "most draft tokens a step")
     add_count(parser, "--num-requests", config.num_requests, "lines for each owner")
     add_count(parser, "--threads", config.threads, "CPU threads of the server")
     add_count(parser, "--seed", config.seed, "same seed, same lines")
@@ -114,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, and returns the exit code."""
-    config = Config(args.speculative_tokens, args.num_requests, args.quantization, args.threads, args.seed)
+    config = settings_of(Config, args)
     if config.num_requests < 1:
         print(
             f"loraplex bench speculation: --num-requests {config.num_requests} is less than 1",
@@ -145,20 +146,20 @@ def summarize(records: Sequence[Record]) -> list[Row]:
     """A row for each owner, in the order of the records."""
     rows = []
     for owner in dict.fromkeys(record.owner for record in records):
-        plain, guessed = (
-            [record for record in records if record.owner == owner and record.guesses == guesses]
-            for guesses in (False, True)
+        plain, speculative = (
+            [record for record in records if record.owner == owner and record.speculation == speculation]
+            for speculation in (False, True)
         )
-        steps = sum(record.tokens - 1 - record.accepted for record in guessed)
+        steps = sum(record.tokens - 1 - record.accepted for record in speculative)
         rows.append(
             Row(
                 owner,
                 statistics.median(record.decode_s for record in plain),
-                statistics.median(record.decode_s for record in guessed),
-                sum(record.decode_s for record in plain) / sum(record.decode_s for record in guessed),
-                sum(record.tokens - 1 for record in guessed) / max(steps, 1),
-                sum(record.accepted for record in guessed)
-                / max(sum(record.drafted for record in guessed), 1),
+                statistics.median(record.decode_s for record in speculative),
+                sum(record.decode_s for record in plain) / sum(record.decode_s for record in speculative),
+                sum(record.tokens - 1 for record in speculative) / max(steps, 1),
+                sum(record.accepted for record in speculative)
+                / max(sum(record.drafted for record in speculative), 1),
             )
         )
     return rows
@@ -181,19 +182,26 @@ def judge(records: Sequence[Record]) -> Verdict:
 
 
 def render(config: Config, rows: Sequence[Row], verdict: Verdict) -> str:
-    """What the bench prints."""
+    """The printed table."""
     same = verdict.answers - len(verdict.different)
     lines = [
         f"demo model, {config.quantization}, {config.threads} thread(s); one request at a time, "
-        f"{config.num_requests} lines each, up to {config.speculative_tokens} tokens guessed in a step",
+        f"{config.num_requests} lines each, up to {config.speculative_tokens} draft tokens a step",
         "",
         table(
-            ["answers of", "decode ms", "with guesses", "times faster", "tokens a step", "guesses right"],
+            [
+                "answers of",
+                "decode ms",
+                "with speculation",
+                "times faster",
+                "tokens a step",
+                "drafts accepted",
+            ],
             [
                 (
                     row.owner,
                     milliseconds(row.plain_s),
-                    milliseconds(row.guessed_s),
+                    milliseconds(row.speculative_s),
                     f"{row.speedup:.2f}",
                     f"{row.per_step:.2f}",
                     f"{row.right:.0%}",
@@ -202,7 +210,7 @@ def render(config: Config, rows: Sequence[Row], verdict: Verdict) -> str:
             ],
         ),
         "",
-        f"answers with and without guesses: {same} of {verdict.answers} are the same; "
+        f"answers with and without speculation: {same} of {verdict.answers} are the same; "
         f"{len(verdict.wrong)} are wrong",
     ]
     return "\n".join(lines)
@@ -215,19 +223,28 @@ def _measure(config: Config) -> list[Record]:
     with LaunchedServer(flags) as server, Client(server.grpc, retry=None) as client:
         for owner in OWNERS:
             assert owner == BASE or owner in TASKS
-            for guesses in (False, True):
-                _ask(client, owner, lines[0], config.speculative_tokens if guesses else 0)
+            for speculation in (False, True):
+                _ask(client, owner, lines[0], config.speculative_tokens if speculation else 0)
             for index, line in enumerate(lines):
                 # In turns, each first as often as the other.
-                for guesses in (False, True) if index % 2 else (True, False):
-                    answer = _ask(client, owner, line, config.speculative_tokens if guesses else 0)
-                    records.append(Record(owner, line, guesses, *answer))
+                for speculation in (False, True) if index % 2 else (True, False):
+                    answer = _ask(client, owner, line, config.speculative_tokens if speculation else 0)
+                    records.append(Record(owner, line, speculation, *answer))
             print(f"asked for {owner}", file=sys.stderr, flush=True)
     return records
 
 
-def _ask(client: Client, owner: str, line: str, most: int) -> tuple[float, str, int, int, int]:
-    """Seconds from the first token to the last, the text, its tokens, and those guessed and guessed right."""
+class _Answer(NamedTuple):
+    """Seconds from the first token to the last, the text, its tokens, and the draft tokens among them."""
+
+    decode_s: float
+    text: str
+    tokens: int
+    drafted: int
+    accepted: int
+
+
+def _ask(client: Client, owner: str, line: str, most: int) -> _Answer:
     first_s, text, usage = 0.0, "", None
     adapter = None if owner == BASE else owner
     with client.stream(prompt(line), adapter=adapter, speculative_tokens=most, cache_prefix=False) as stream:
@@ -237,4 +254,4 @@ def _ask(client: Client, owner: str, line: str, most: int) -> tuple[float, str, 
             usage = chunk.usage or usage
     decode_s = time.perf_counter() - first_s
     assert usage is not None
-    return decode_s, text, usage.completion_tokens, usage.drafted_tokens, usage.accepted_tokens
+    return _Answer(decode_s, text, usage.completion_tokens, usage.drafted_tokens, usage.accepted_tokens)

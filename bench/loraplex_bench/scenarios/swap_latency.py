@@ -23,6 +23,7 @@ from loraplex_bench.demo.tasks import TASKS
 from loraplex_bench.load.environment import environment
 from loraplex_bench.load.generator import LoadResult, LoadRun, Outcome
 from loraplex_bench.load.launcher import LaunchedServer, LaunchError, demo_flags
+from loraplex_bench.load.options import add_output, add_quantization, settings_of
 from loraplex_bench.load.report import Summary, raw_outcome, summarize
 from loraplex_bench.load.results import Distribution, milliseconds, table, write_result
 from loraplex_bench.load.workload import PlannedRequest, WorkloadConfig, make_workload, sure_prompts
@@ -53,7 +54,7 @@ GOAL_RESIDENT = 1.2
 
 @dataclasses.dataclass(frozen=True)
 class SwapConfig:
-    """What to measure.
+    """Settings of a run.
 
     Attributes:
         load: arrivals, as a share of the requests a second that the server with a slot for each adapter
@@ -138,12 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="length of a turn (default: %(default)g)",
     )
-    parser.add_argument(
-        "--quantization",
-        choices=("nf4", "int4", "none"),
-        default=default.quantization,
-        help="default: %(default)s",
-    )
+    add_quantization(parser, default.quantization)
     parser.add_argument(
         "--launch-flags",
         default="",
@@ -151,21 +147,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of `loraplex serve`, in one string, for both servers",
     )
     parser.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write the table and raw numbers there")
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes; answers with the exit code."""
     try:
-        config = SwapConfig(
-            slots=args.slots,
-            load=args.load,
-            turns=args.turns,
-            turn_s=args.turn_seconds,
-            quantization=args.quantization,
-            launch_flags=tuple(shlex.split(args.launch_flags)),
-            seed=args.seed,
-        )
+        flags = tuple(shlex.split(args.launch_flags))
+        config = settings_of(SwapConfig, args, turn_s=args.turn_seconds, launch_flags=flags)
         result = swap_latency(config)
     except (LaunchError, LoraplexError, OSError, ValueError) as error:
         print(f"loraplex bench swap-latency: {error}", file=sys.stderr)

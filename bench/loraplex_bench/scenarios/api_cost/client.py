@@ -32,7 +32,7 @@ TEXTS_FILE = "texts.json"
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """What to measure.
+    """Settings of a measurement.
 
     Attributes:
         tokens: of each stream; its first and its last are not measured.
@@ -51,7 +51,7 @@ class Order:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What was measured, from the first step to the last token but one of the slowest stream.
+    """The figures, from the first step to the last token but one of the slowest stream.
 
     Attributes:
         joined: messages with more than one token.

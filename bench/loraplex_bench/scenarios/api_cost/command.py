@@ -1,4 +1,4 @@
-"""`loraplex bench api-cost`: what the server costs beside its engine, a message and a token."""
+"""`loraplex bench api-cost`: the API's cost beside the engine, a message and a token."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ class Case:
 
 
 CASES = (
-    Case("bare grpc.aio", "bare", 0, 12_000),
-    Case("one a message", "alone", 0, 9_000),
-    Case("slow", "joining", 2_560, 2_560),
-    Case("pressed", "joining", _PRESSED, _PRESSED),
-    Case("flooded", "joining", 0, 60_000),
+    Case("bare grpc.aio", "bare", rate=0, speed=12_000),
+    Case("one a message", "alone", rate=0, speed=9_000),
+    Case("slow", "joining", rate=2_560, speed=2_560),
+    Case("pressed", "joining", rate=_PRESSED, speed=_PRESSED),
+    Case("flooded", "joining", rate=0, speed=60_000),
 )
 
 _FLAGS: Mapping[str, tuple[str, ...]] = {"alone": ("--max-tokens-per-message", "1"), "joining": ()}
@@ -138,7 +138,7 @@ def measure(cases: Sequence[Case], streams: int, seconds: float, repeat: int) ->
 
 
 def render(samples: Mapping[str, Sequence[Sample]], streams: int) -> str:
-    """What the bench prints."""
+    """The printed table."""
     rows = []
     median = {name: sorted(found, key=_speed)[len(found) // 2] for name, found in samples.items()}
     for name, sample in median.items():

@@ -100,7 +100,18 @@ class InstantEngine:
         if len(self._stamps) == self._length - 2:
             self._due_s = None
         taken_s = time.perf_counter() - now_s
-        self._records.append(StepRecord(taken_s, 0.0, len(self._streams), 0, len(self._streams), 0, 0))
+        streams = len(self._streams)
+        self._records.append(
+            StepRecord(
+                seconds=taken_s,
+                plan_seconds=0.0,
+                requests=streams,
+                prefill_tokens=0,
+                decode_tokens=streams,
+                adapters=0,
+                preemptions=0,
+            )
+        )
         return True
 
     def _finish(self) -> None:

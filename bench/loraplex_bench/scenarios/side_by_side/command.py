@@ -8,7 +8,6 @@ else the machine does falls on all of them. Figures are medians over the turns.
 from __future__ import annotations
 
 import argparse
-import datetime
 import random
 import sys
 import tempfile
@@ -19,7 +18,8 @@ from loraplex import LoraplexError
 from loraplex_bench.demo.tasks import TASKS, data_dir
 from loraplex_bench.load.environment import environment
 from loraplex_bench.load.launcher import LaunchError
-from loraplex_bench.load.results import table, write_json
+from loraplex_bench.load.options import add_count, settings_of
+from loraplex_bench.load.results import table, write_result
 from loraplex_bench.peers.contender import Contender, ContenderError
 from loraplex_bench.peers.jobs import BenchModel, Job
 from loraplex_bench.scenarios.side_by_side.contenders import Case, contenders, say
@@ -73,19 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="Q",
         help="of loraplex, beside none (default: none int4 nf4)",
     )
-    parser.add_argument(
-        "--num-requests", type=int, default=default.num_requests, metavar="N", help="default: 32"
-    )
-    parser.add_argument(
-        "--num-adapters", type=int, default=default.num_adapters, metavar="N", help="default: 16"
-    )
-    parser.add_argument(
-        "--prompt-tokens", type=int, default=default.prompt_tokens, metavar="N", help="default: 64"
-    )
-    parser.add_argument("--max-tokens", type=int, default=default.max_tokens, metavar="N", help="default: 32")
-    parser.add_argument(
-        "--repeats", type=int, default=default.repeats, metavar="N", help="turns (default: 3)"
-    )
+    add_count(parser, "--num-requests", default.num_requests, "requests of a pass")
+    add_count(parser, "--num-adapters", default.num_adapters, "adapters that the requests have in turn")
+    add_count(parser, "--prompt-tokens", default.prompt_tokens, "of each request")
+    add_count(parser, "--max-tokens", default.max_tokens, "generated for each request")
+    add_count(parser, "--repeats", default.repeats, "turns")
     parser.add_argument(
         "--turn-seconds",
         type=float,
@@ -112,18 +104,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints and writes. The exit code is 1 if tokens disagree; goals are told, not enforced."""
-    config = BenchConfig(
+    config = settings_of(
+        BenchConfig,
+        args,
         models=tuple(args.models),
         threads=tuple(args.threads),
         quantizations=tuple(dict.fromkeys(("none", *args.quantizations))),
-        num_requests=args.num_requests,
-        num_adapters=args.num_adapters,
-        prompt_tokens=args.prompt_tokens,
-        max_tokens=args.max_tokens,
-        repeats=args.repeats,
-        turn_seconds=args.turn_seconds,
-        case_seconds=args.case_seconds,
-        seed=args.seed,
     )
     try:
         comparison = compare(config)
@@ -132,11 +118,8 @@ def run(args: argparse.Namespace) -> int:
         return 2
     text = render(comparison)
     print(text)
-    stem = f"side-by-side-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M}"
     document = {"kind": "side-by-side", "environment": environment(), "result": comparison}
-    write_json(args.output / f"{stem}.json", document)
-    (args.output / f"{stem}.txt").write_text(text + "\n")
-    print(f"\nwritten: {args.output / stem}.json and .txt")
+    print(f"\nwritten: {write_result(args.output, 'side-by-side', text, document)}.json and .txt")
     return 0 if all(agreement.holds for agreement in comparison.agreements) else 1
 
 

@@ -1,4 +1,4 @@
-"""What a comparison is told to measure, what it found, and the goals that its ratios have."""
+"""Settings and findings of a comparison, and the goals of its ratios."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GOAL_ADAPTERS = 0.8
 
 @dataclasses.dataclass(frozen=True)
 class BenchConfig:
-    """What to measure.
+    """Settings of a run.
 
     Attributes:
         turn_seconds: a turn passes over the requests again and again until it has taken this long.

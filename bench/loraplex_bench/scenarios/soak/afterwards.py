@@ -14,7 +14,7 @@ from loraplex_bench.scenarios.soak.state import AUDIT_INTERVAL_S, CHANGING, Soak
 
 
 async def look(soak: Soak, before: ModelInfo) -> list[Check]:
-    """What was found once the load had ended; `before`: the model as it was described at the start."""
+    """The checks once the load has ended. `before`: the model as it was described at the start."""
     await soak.client.adapters.unload(CHANGING)
     idle_s = await _wait_idle(soak)
     await _verify_all(soak)

@@ -1,6 +1,6 @@
 """`loraplex bench soak`: minutes of hard use of a real server, then a look for anything wrong or left behind.
 
-While it runs, callers ask twelve adapters through three device slots, break off, run out of time, are killed
+While it runs, clients ask twelve adapters through three device slots, break off, run out of time, are killed
 in mid-stream; adapters are loaded, pinned and unloaded beside them, and one is replaced in place by another
 again and again. Every answer is checked, the broken-off ones as far as they came. Afterwards the server must
 be as it was: no block, slot or reference held, memory flat, weights unchanged.
@@ -25,7 +25,7 @@ from loraplex_bench.demo.tasks import TASKS, data_dir
 from loraplex_bench.load.answers import AnswerBook
 from loraplex_bench.load.environment import environment
 from loraplex_bench.load.launcher import LaunchedServer, LaunchError, demo_flags
-from loraplex_bench.load.options import add_quantization
+from loraplex_bench.load.options import add_quantization, settings_of
 from loraplex_bench.load.progress import live
 from loraplex_bench.load.results import table, write_json
 from loraplex_bench.scenarios.checks import Check, MemorySample, memory_check, mib
@@ -53,7 +53,7 @@ examples:
 
 @dataclasses.dataclass(frozen=True)
 class SoakResult:
-    """What happened (counts by kind), and what was found afterwards."""
+    """Events of the soak, counted by kind, and what was found afterwards."""
 
     config: SoakConfig
     events: dict[str, int]
@@ -108,16 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Soaks, prints, writes; answers with the exit code."""
-    config = SoakConfig(
-        duration_s=args.duration,
-        adapters=args.adapters,
-        slots=args.slots,
-        concurrency=args.concurrency,
-        zipf=args.zipf,
-        crash_interval_s=args.crash_interval,
-        quantization=args.quantization,
-        seed=args.seed,
-    )
+    config = settings_of(SoakConfig, args, duration_s=args.duration, crash_interval_s=args.crash_interval)
     try:
         result = soak(config)
     except (LaunchError, LoraplexError, OSError, LookupError, ValueError) as error:
@@ -152,7 +143,7 @@ def soak(config: SoakConfig) -> SoakResult:
 
 
 def render(result: SoakResult) -> str:
-    """What happened, what was found, and the verdict."""
+    """The printed tables of events and checks, and the verdict."""
     blocks = [
         table(["event", "count"], sorted(result.events.items())),
         table(

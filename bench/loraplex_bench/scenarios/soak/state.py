@@ -1,4 +1,4 @@
-"""What all of a soak's actors share: the server under test, what is asked of it, and what happened."""
+"""The state that all of a soak's actors share: the server under test, the requests, and the events."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ AUDIT_INTERVAL_S = 6.0
 
 @dataclasses.dataclass(frozen=True)
 class SoakConfig:
-    """How hard, and for how long.
+    """Settings of a soak.
 
     Attributes:
         duration_s: of the load itself; start, screening and the look afterwards come on top.
@@ -66,7 +66,7 @@ class Version:
 
 
 def possible_tasks(versions: Sequence[Version], begin_s: float, end_s: float) -> list[str]:
-    """What a request that was sent at `begin_s` and answered at `end_s` may have been answered by."""
+    """The tasks that a request sent at `begin_s` and answered at `end_s` may have met."""
     return [one.task for one in versions if one.from_s <= end_s and one.until_s >= begin_s]
 
 
@@ -119,7 +119,7 @@ class Soak:
             self.fault(f"{what}: accepted", f"errors: {what}")
 
     def running(self) -> bool:
-        """Whether there is time left."""
+        """True while there is time left."""
         return time.monotonic() < self.deadline_s
 
     async def pause(self, seconds: float) -> None:

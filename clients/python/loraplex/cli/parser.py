@@ -16,7 +16,7 @@ Serves many LoRA adapters on one frozen 4-bit language model, in one batch.
 on the machine that has the model (pip install 'loraplex[server]'):
   serve                 start a server; see loraplex serve --help
   config                show or check a server's settings: flags, environment and file
-  demo                  watch a server answer for eight adapters at once on a small model that comes along
+  demo                  watch a server answer for twelve adapters at once on a small model that comes along
   bench                 measure a server under load; see loraplex bench --help
 
 against a running server:
