@@ -12,7 +12,7 @@ PARALLEL := -n logical --maxprocesses $(WORKERS) --dist loadfile --no-loadscope-
 export TRITON_DEFAULT_FP_FUSION ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: docs reference help install demo test test-fast test-kernels test-web screenshot fuzz faults lint bench api-cost bench-gpu bench-peers tune-gpu many-adapters swap-latency soak protos sync train clean
+.PHONY: docs reference help install demo test all-tests test-fast test-kernels test-web screenshot fuzz faults lint bench api-cost bench-gpu bench-peers tune-gpu many-adapters swap-latency soak protos sync train clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -37,7 +37,10 @@ lint: $(STAMP) ## ruff and mypy (strict)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test: lint ## Everything, on any machine: at most 15 minutes on two cores
+test: $(STAMP) ## Everything, on any machine: at most 15 minutes on two cores
+	+@$(MAKE) --no-print-directory -j2 lint all-tests
+
+all-tests: $(STAMP)
 	$(TEST_ENV) $(PY) -m pytest -q $(PARALLEL) --durations=15
 
 test-fast: $(STAMP) ## The inner loop: two minutes

@@ -165,6 +165,35 @@ class Steps:
             assert torch.equal(cache != old, values != old)
 
 
+def _steps(harness: Any, model: Any, quantization: str = "none", **options: Any) -> Steps:
+    served = harness(
+        model,
+        quantization,
+        scheduler={
+            "max_num_requests": 4,
+            "max_batch_tokens": 64,
+            "kv_block_size": BLOCK,
+            "kv_cache_bytes": BLOCKS * BLOCK * 2 * 2 * 2 * 16 * 4,
+        },
+        adapters={"max_per_request": 2, "max_on_device": 4},
+        model={
+            "device": DEVICE,
+            "kernels": "triton",
+            "cuda_graphs": "on",
+            "cuda_graph_sizes": (2, 4),
+            **options,
+        },
+    )
+    return Steps(served.engine)
+
+
+@pytest.fixture(scope="module")
+def recorded(module_harness: Any, tiny: Any) -> Iterator[Steps]:
+    made = _steps(module_harness, tiny("Llama"))
+    yield made
+    made.release()
+
+
 @pytest.mark.skipif(not RUNS_HERE, reason="needs CUDA, or TRITON_INTERPRET=1 from the start")
 class TestReplay:
     @pytest.fixture
@@ -172,34 +201,22 @@ class TestReplay:
         made: list[Steps] = []
 
         def make(architecture: str = "Llama", quantization: str = "none", **model: Any) -> Steps:
-            served = harness(
-                tiny(architecture),
-                quantization,
-                scheduler={
-                    "max_num_requests": 4,
-                    "max_batch_tokens": 64,
-                    "kv_block_size": BLOCK,
-                    "kv_cache_bytes": BLOCKS * BLOCK * 2 * 2 * 2 * 16 * 4,
-                },
-                adapters={"max_per_request": 2, "max_on_device": 4},
-                model={
-                    "device": DEVICE,
-                    "kernels": "triton",
-                    "cuda_graphs": "on",
-                    "cuda_graph_sizes": (2, 4),
-                    **model,
-                },
-            )
-            made.append(Steps(served.engine))
+            made.append(_steps(harness, tiny(architecture), quantization, **model))
             return made[-1]
 
         yield make
         for one in made:
             one.release()
 
-    def test_any_mix_of_adapters(self, steps: Any) -> None:
+    @pytest.fixture
+    def llama(self, recorded: Steps) -> Steps:
+        """What `steps()` makes, recorded once for the tests that leave it as it is; its cache is empty."""
+        for cache in recorded.engine._runner._kv_caches:
+            cache.zero_()
+        return recorded
+
+    def test_any_mix_of_adapters(self, llama: Steps) -> None:
         """Recorded with one pair on one token; replayed with more, fewer and others, other pages and rows."""
-        made = steps()
         for seed, rows in enumerate(
             [
                 [(5, R6), (6, R7), (1, ()), (3, R6)],
@@ -209,46 +226,45 @@ class TestReplay:
                 [(4, BOTH), (5, ()), (2, BOTH)],
             ]
         ):
-            made.compare(rows, seed, 1e-5)
+            llama.compare(rows, seed, 1e-5)
 
     def test_windows_and_caps(self, steps: Any) -> None:
         """Gemma 2: two layer shapes, a window shorter than the context, capped logits."""
         made = steps("Gemma2", cuda_graph_sizes=(4,))
         made.compare([(14, R6), (3, ()), (11, BOTH)], 0, 1e-5)
 
-    def test_draft_tokens_are_rows_like_others(self, steps: Any) -> None:
-        made = steps()
-        made.compare([(5, R6), (7, ())], 0, 1e-5, drafts=(0, 2))
-        made.compare([(6, R7), (3, ())], 2, 1e-5, drafts=(3, 1), replays=False)
+    def test_draft_tokens_are_rows_like_others(self, llama: Steps) -> None:
+        llama.compare([(5, R6), (7, ())], 0, 1e-5, drafts=(0, 2))
+        llama.compare([(6, R7), (3, ())], 2, 1e-5, drafts=(3, 1), replays=False)
 
     def test_packed_weights(self, steps: Any) -> None:
         made = steps(quantization="nf4", cuda_graph_sizes=(2,))
         made.compare([(5, R6), (9, ())], 0, 1e-5)
 
-    def test_what_fits_no_recording_is_left_alone(self, steps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        made = steps()
-        runner, graphs = made.engine._runner, made.engine._runner._graphs
+    def test_what_fits_no_recording_is_left_alone(
+        self, llama: Steps, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        runner, graphs = llama.engine._runner, llama.engine._runner._graphs
         full = [(5, BOTH)] * 3
-        plan = made.plan(full, 0, computed=True)
+        plan = llama.plan(full, 0, computed=True)
         assert graphs._bucket(plan, row_by_row(plan)).size == 4
-        made.compare([(5, BOTH)] * 4, 0, 0, replays=False)
-        prefill = made.plan([(5, ()), (5, R6)], 0, computed=False)
+        llama.compare([(5, BOTH)] * 4, 0, 0, replays=False)
+        prefill = llama.plan([(5, ()), (5, R6)], 0, computed=False)
         assert graphs.prepare(prefill) is None
-        soft = made.plan([(5, ()), (5, R6)], 0, computed=True)
+        soft = llama.plan([(5, ()), (5, R6)], 0, computed=True)
         virtual = dataclasses.replace(soft, token_ids=np.array([7, -1]))
         assert graphs.prepare(virtual) is None
-        monkeypatch.setattr(made.engine.adapters.pool.host, "outside", np.ones(4, np.bool_))
-        assert graphs.prepare(made.plan([(5, R6), (3, ())], 0, computed=True)) is None
+        monkeypatch.setattr(llama.engine.adapters.pool.host, "outside", np.ones(4, np.bool_))
+        assert graphs.prepare(llama.plan([(5, R6), (3, ())], 0, computed=True)) is None
         monkeypatch.undo()
         monkeypatch.setattr(vectors, "any_vectors", lambda *_: True)
-        made.compare([(5, R6), (3, ())], 0, 0, replays=False)
-        assert len(runner.run(made.plan([(5, R6), (3, ())], 0, computed=True)).sampled) == 2
+        llama.compare([(5, R6), (3, ())], 0, 0, replays=False)
+        assert len(runner.run(llama.plan([(5, R6), (3, ())], 0, computed=True)).sampled) == 2
 
-    def test_rows_that_are_not_sampled(self, steps: Any) -> None:
+    def test_rows_that_are_not_sampled(self, llama: Steps) -> None:
         """A chunk of one token in the middle of a prompt is a decode in all but its sample."""
-        made = steps()
-        plan = made.plan([(5, R6), (9, R7), (3, ())], 0, computed=True)
-        runner = made.engine._runner
+        plan = llama.plan([(5, R6), (9, R7), (3, ())], 0, computed=True)
+        runner = llama.engine._runner
         whole = runner.logits(plan).clone()
         some = runner.logits(dataclasses.replace(plan, sample_row=np.array([2, 0])))
         assert torch.equal(some, whole[[2, 0]])
