@@ -8,6 +8,8 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # A process for each core, which takes 1 to 2 GiB and starts servers of its own: not more than these. A file's
 # tests stay together, since many share what is dear to make; files go in order, so that no long one is left to the end.
 WORKERS ?= 4
+# `repo` follows the documentation's pages, minutes in one file: first, or one process would end long after the others.
+FOLDERS := tests/repo/ $(filter-out tests/repo/ %__pycache__/,$(wildcard tests/*/))
 PARALLEL := -n logical --maxprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 export TRITON_DEFAULT_FP_FUSION ?= 1
 
@@ -41,7 +43,7 @@ test: $(STAMP) ## Everything, on any machine: at most 15 minutes on two cores
 	+@$(MAKE) --no-print-directory -j2 lint all-tests
 
 all-tests: $(STAMP)
-	$(TEST_ENV) $(PY) -m pytest -q $(PARALLEL) --durations=15
+	$(TEST_ENV) $(PY) -m pytest -q $(PARALLEL) --durations=15 $(FOLDERS)
 
 test-fast: $(STAMP) ## The inner loop: two minutes
 	$(TEST_ENV) $(PY) -m pytest -q $(PARALLEL) -x -m 'not slow and not kernels_wide and not gpu_bench and not web'

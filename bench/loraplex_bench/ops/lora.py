@@ -88,7 +88,8 @@ def prepare(case: Case, setting: Setting) -> Iterator[Contender]:
     cold_bytes = min(setting.cold_bytes, COLD_BYTES)
     work = workload(case, shape, COPIES, setting.dtype.itemsize, cold_bytes)
     data = activations(shape, case.tokens, setting.dtype, setting.device)
-    truth = functools.partial(deltas, Reference(contest.layers), work, data)
+    # Once for all contenders: it goes adapter by adapter.
+    truth = functools.cache(functools.partial(deltas, Reference(contest.layers), work, data))
     for name, op in {OwnKernels.name: OwnKernels(contest.layers), **contest.peers}.items():
         if isinstance(op, Exception):
             yield unavailable(name, op)

@@ -33,19 +33,24 @@ class Printer:
 
 
 def lines(row: Row, best: int = 0) -> Iterator[str]:
-    """A line for each own contender, with its peers; without one, the peers; then what did not run.
+    """One line where there is one own contender, else a line for the peers and one for each own; then what
+    did not run.
 
     `best`: so many own contenders, the fastest first; 0 for all, in their order.
     """
     own, peers, parts = (row.of_role(role) for role in ("own", "peer", "part"))
     if best:
         own = sorted(own, key=lambda figure: figure.us or math.inf)[:best]
-    subjects: list[Figure | None] = [*own] or [None]
-    for figure in subjects:
-        others = [_beside(row, figure, peer) for peer in peers]
-        others += [f"{part.contender} {part.us:.1f} us" for part in parts]
-        head = f"{row.op:16} {row.case:46}"
-        yield f"{head} {_alone(figure) if figure else ''}{'; ' + ', '.join(others) if others else ''}"
+    head = f"{row.op:16} {row.case:46} "
+    if len(own) == 1:
+        beside = [f"{_alone(peer)} ({_ratio(row, own[0], peer)})" for peer in peers]
+        beside += [_alone(part) for part in parts]
+        yield head + "; ".join(filter(None, (_in_full(own[0]), ", ".join(beside))))
+    else:
+        yield head + ", ".join(map(_alone, (*peers, *parts)))
+        for figure in own:
+            ratios = ", ".join(f"{_ratio(row, figure, peer)} {peer.contender}" for peer in peers)
+            yield "  " + "; ".join(filter(None, (_in_full(figure), ratios)))
     for figure in row.figures:
         if figure.not_run is not None:
             yield f"{_NOT_RUN}{figure.contender}: {figure.not_run}"
@@ -112,12 +117,14 @@ class Document:
 
 
 def _alone(figure: Figure) -> str:
-    share = "" if figure.roofline is None else f", {figure.roofline:.0%} of the roofline"
     note = f" [{figure.note}]" if figure.note else ""
-    return f"{figure.contender}{note} {figure.us:.1f} us (least {figure.least_us:.1f}){share}"
+    return f"{figure.contender}{note} {figure.us:.1f} us"
 
 
-def _beside(row: Row, own: Figure | None, peer: Figure) -> str:
-    note = f" [{peer.note}]" if peer.note else ""
-    ratio = row.speedup(own.contender, peer.contender) if own else None
-    return f"{peer.contender}{note} {peer.us:.1f} us" + ("" if ratio is None else f" ({ratio:.2f}x)")
+def _in_full(figure: Figure) -> str:
+    share = "" if figure.roofline is None else f", {figure.roofline:.0%} of the roofline"
+    return f"{_alone(figure)} (least {figure.least_us:.1f}){share}"
+
+
+def _ratio(row: Row, own: Figure, peer: Figure) -> str:
+    return f"{row.speedup(own.contender, peer.contender) or math.nan:.2f}x"
