@@ -214,7 +214,8 @@ def of(kind: str, *members: tuple[str, float], **settings: Any) -> Composition:
 
 def run(store: AdapterStore, answer: Any) -> Any:
     while not answer.calls:
-        assert store.wait_event(60)
+        # The job imports PEFT at a low priority: beside other tests it may wait long for its turn.
+        assert store.wait_event(300)
         store.poll()
     return answer.value
 

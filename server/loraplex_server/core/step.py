@@ -1,4 +1,4 @@
-"""One step of the model: what the host plans (`StepPlan`), and what comes back of it (`StepOutput`)."""
+"""One step of the model: the engine's plan (`StepPlan`) and the model's result (`StepOutput`)."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ def _no_floats() -> Floats:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepPlan:
-    """What the runner computes in one pass, as flat arrays; `to_bytes` puts them in one buffer for others.
+    """The input of one forward pass, as flat int64 (`Ints`) and float64 (`Floats`) arrays.
 
-    `engine/planning.py` fills every field, from the schedule; `model/run/runner.py` reads them and changes
-    none. Groups that few requests ask for are empty where no sequence of the step does.
+    `engine/planning.py` fills every field from the schedule. `model/run/runner.py` reads them and changes
+    none. Optional groups of fields are empty if no sequence of the step needs them.
 
-    Shapes: T tokens of B sequences stand in one ragged row. R runs are contiguous tokens of one mix, with P
-    (slot, weight) pairs in all; tokens in no run have no adapter. S tokens are sampled. A field `x_start`
-    says where the parts of `x` begin, and where the last one ends. Example, with blocks of 4: sequence 0
-    decodes its sixth token, sequence 1 prefills three, and adapter slot 2 belongs to sequence 1::
+    The step has T tokens of B sequences, one sequence after the other ("ragged row"); "row" means a token's
+    index in it. It has R runs: contiguous tokens with the same mix, with P (slot, weight) pairs in total.
+    Tokens outside all runs use no adapter. S tokens are sampled. A field `x_start` holds where each part of
+    `x` begins, and last where the final part ends.
+
+    Example with blocks of 4 tokens: sequence 0 decodes its sixth token, sequence 1 prefills three tokens with
+    the adapter in slot 2::
 
         token_ids     [17, 5, 6, 7]     positions    [5, 0, 1, 2]
         query_start   [0, 1, 4]         context_len  [6, 3]
@@ -45,17 +48,17 @@ class StepPlan:
     token_ids: Ints
     """[T]; negative for a virtual token: -1 - r is row r of the soft prompt of its run's adapter."""
     positions: Ints
-    """[T], within the token's sequence."""
+    """[T]: position within the token's sequence, from 0."""
     slot_mapping: Ints
-    """[T]: cell of the KV cache that the token is written to: block * block_size + offset."""
+    """[T]: cell of the KV cache for the token's key and value: block * block_size + offset."""
 
     # Sequences.
     query_start: Ints
-    """[B + 1]: the sequence's first row."""
+    """[B + 1]: first row of each sequence."""
     context_len: Ints
-    """[B]: keys visible to the sequence's last token, this step's tokens included."""
+    """[B]: number of keys that the sequence's last token attends to, this step's tokens included."""
     block_start: Ints
-    """[B + 1], into `blocks`."""
+    """[B + 1]: start of each sequence's block table in `blocks`."""
     blocks: Ints
     """[sum of the block tables' lengths]: the block tables, one after the other."""
 
@@ -65,81 +68,81 @@ class StepPlan:
     run_end: Ints
     """[R]: row after the last."""
     run_pair_start: Ints
-    """[R + 1], into the pairs."""
+    """[R + 1]: start of each run's pairs in `pair_slot` and `pair_weight`."""
     pair_slot: Ints
     """[P]: device slot of an adapter."""
     pair_weight: Floats
-    """[P]: what its delta is multiplied by."""
+    """[P]: factor for the adapter's delta."""
 
     # Sampling.
     sample_row: Ints
-    """[S]: the row after which a token is sampled."""
+    """[S]: rows whose logits give the next token."""
     temperature: Floats
-    """[S]; 0 is greedy."""
+    """[S]: 0 is greedy."""
     top_k: Ints
-    """[S]; 0 keeps all tokens."""
+    """[S]: 0 keeps all tokens."""
     top_p: Floats
-    """[S]"""
+    """[S]: in (0, 1]."""
     uniform: Floats
-    """[S]: the one draw of each token, in [0, 1), a function of seed and position; 0 for greedy rows."""
+    """[S]: each token's random draw in [0, 1), a function of seed and position; 0 for greedy rows."""
     num_logprobs: Ints
-    """[S]; -1 for none, else how many alternatives beside the chosen token."""
+    """[S]: number of alternatives to report with the token's log-probability; -1 reports nothing."""
     banned_start: Ints
-    """[S + 1], into `banned_ids`."""
+    """[S + 1]: start of each sampled row's part of `banned_ids`."""
     banned_ids: Ints
     """[sum]: tokens that must not be sampled."""
 
-    # Sampling, as few requests ask for it.
+    # Optional sampling parameters.
     min_p: Floats = dataclasses.field(default_factory=_no_floats)
-    """[S]"""
+    """[S]: in [0, 1]; 0 keeps all tokens."""
     bias_start: Ints = dataclasses.field(default_factory=_nothing)
-    """[S + 1], into `bias_ids` and `bias_value`."""
+    """[S + 1]: start of each sampled row's part of `bias_ids` and `bias_value`."""
     bias_ids: Ints = dataclasses.field(default_factory=_nothing)
-    """[sum]: tokens with a bias; in a row each once."""
+    """[sum]: tokens with a bias, each once per sampled row."""
     bias_value: Floats = dataclasses.field(default_factory=_no_floats)
-    """[sum]: what is added to their logits."""
+    """[sum]: value added to the token's logit."""
     repetition_penalty: Floats = dataclasses.field(default_factory=_no_floats)
-    """[S]"""
+    """[S]: 1 is none."""
     presence_penalty: Floats = dataclasses.field(default_factory=_no_floats)
-    """[S]"""
+    """[S]: 0 is none."""
     frequency_penalty: Floats = dataclasses.field(default_factory=_no_floats)
-    """[S]"""
+    """[S]: 0 is none."""
     seen_start: Ints = dataclasses.field(default_factory=_nothing)
-    """[S + 1], into `seen_ids` and `seen_count`; rows without penalties have none."""
+    """[S + 1]: start of each sampled row's part of `seen_ids` and `seen_count`; empty without penalties."""
     seen_ids: Ints = dataclasses.field(default_factory=_nothing)
-    """[sum]: tokens of the prompt and the answer so far; in a row each once."""
+    """[sum]: tokens of the prompt and the answer so far, each once per sampled row."""
     seen_count: Ints = dataclasses.field(default_factory=_nothing)
-    """[sum]: how often the answer has them; 0 for those of the prompt alone."""
+    """[sum]: how often the answer contains the token; 0 if only the prompt does."""
 
-    # Grammars: G of the sampled rows have one.
+    # Structured output: G of the sampled rows have a grammar.
     masked_row: Ints = dataclasses.field(default_factory=_nothing)
     """[G]: index into `sample_row`."""
     mask_words: Ints = dataclasses.field(default_factory=_nothing)
-    """[G * words]: a bit for every token of the base model, bit t % 64 of word t // 64; 1 is allowed."""
+    """[G * words]: a bit per token of the base: token t is allowed if bit t % 64 of word t // 64 is 1."""
 
-    # Prefixes: C copies of an adapter's keys and values to the KV cache, before the pass.
+    # Prefix tuning: C copies of an adapter's keys and values to the KV cache, made before the pass.
     prefix_slot: Ints = dataclasses.field(default_factory=_nothing)
     """[C]: device slot of the adapter."""
     prefix_first: Ints = dataclasses.field(default_factory=_nothing)
-    """[C]: the first virtual token that is copied; those after it follow."""
+    """[C]: the first virtual token to copy; the following ones are consecutive."""
     prefix_start: Ints = dataclasses.field(default_factory=_nothing)
-    """[C + 1], into `prefix_cells`."""
+    """[C + 1]: start of each copy's part of `prefix_cells`."""
     prefix_cells: Ints = dataclasses.field(default_factory=_nothing)
     """[sum]: cell of the KV cache for each virtual token."""
 
-    # Tokens that the host does not know yet: F of them.
+    # F tokens that the previous step samples, so that the host does not know them yet.
     fed_row: Ints = dataclasses.field(default_factory=_nothing)
     """[F]: row whose `token_ids` holds a placeholder."""
     fed_from: Ints = dataclasses.field(default_factory=_nothing)
-    """[F]: index into the `sample_row` of the step launched before this one, which samples the token."""
+    """[F]: index into the `sample_row` of the previously launched step, which samples the token."""
 
-    # Scores: Q tokens of prompts whose log-probability is asked for.
+    # Log-probabilities of Q prompt tokens.
     score_row: Ints = dataclasses.field(default_factory=_nothing)
-    """[Q]: the row before the token."""
+    """[Q]: the row before the token, whose logits score it."""
     score_id: Ints = dataclasses.field(default_factory=_nothing)
-    """[Q]: the token."""
+    """[Q]: the token's id."""
     score_top: Ints = dataclasses.field(default_factory=_nothing)
-    """[Q]: how many alternatives beside it."""
+    """[Q]: number of alternatives to report with the token's log-probability."""
 
     @property
     def num_tokens(self) -> int:
@@ -151,26 +154,26 @@ class StepPlan:
 
     @property
     def logit_row(self) -> Ints:
-        """Rows of the batch whose logits are wanted: those sampled, then those scored, [S + Q]."""
+        """Rows whose logits the step needs: the sampled ones, then the scored ones, [S + Q]."""
         return np.concatenate([self.sample_row, self.score_row]) if len(self.score_row) else self.sample_row
 
     @property
     def runs(self) -> list[tuple[int, int, tuple[tuple[int, float], ...]]]:
-        """(first token, end, ((slot, weight), ...)) of each run, as the LoRA batch is built from."""
+        """(first row, end, ((slot, weight), ...)) of each run; the LoRA batch is built from these."""
         pairs = list(zip(self.pair_slot.tolist(), self.pair_weight.tolist(), strict=True))
         bounds = pairwise(self.run_pair_start.tolist())
         spans = zip(self.run_start.tolist(), self.run_end.tolist(), bounds, strict=True)
         return [(start, end, tuple(pairs[first:last])) for start, end, (first, last) in spans]
 
     def to_bytes(self) -> bytes:
-        """The plan in one buffer: the sections' lengths, then the sections, all 64-bit."""
+        """The plan in one buffer: the fields' lengths, then the fields, all as 64-bit numbers."""
         sections = [getattr(self, field.name) for field in dataclasses.fields(self)]
         lengths = np.array([len(section) for section in sections], dtype=np.int64)
         return b"".join(array.tobytes() for array in (lengths, *sections))
 
     @classmethod
     def from_bytes(cls, buffer: bytes) -> Self:
-        """The plan that `to_bytes` wrote; its arrays are read-only views of `buffer`.
+        """The plan that `to_bytes` wrote. Its arrays are read-only views of `buffer`.
 
         Raises:
             ValueError: the buffer's size does not fit its header.
@@ -190,7 +193,13 @@ class StepPlan:
 
 @dataclasses.dataclass(frozen=True)
 class SampledToken:
-    """One sampled token. `logprob` is under the unmodified distribution; None unless asked for."""
+    """One sampled or scored token.
+
+    Attributes:
+        token_id: -1 if none could be sampled: its row's logits are not numbers, or every token is banned.
+        logprob: under the model's unmodified distribution; None unless the request asked for it.
+        top: (token id, log-probability) of the most probable tokens, best first.
+    """
 
     token_id: int
     logprob: float | None = None
@@ -199,15 +208,18 @@ class SampledToken:
 
 @dataclasses.dataclass(frozen=True)
 class StepOutput:
-    """What the runner gives back of a plan. The runner fills every field.
+    """The result of a step; the runner fills every field. Times are in seconds.
+
+    On a GPU, which runs asynchronously, the times of the host and of the device overlap. On a CPU there is
+    no device clock, and `device_s` and `waited_s` are None.
 
     Attributes:
         sampled: one token for each of the plan's `sample_row`.
-        device_s: from the step's first kernel to its last result, by the device's clock; None without one.
-        waited_s: how long the device had nothing to do since the step before; None without one.
-        prepare_s: the host's time for the step's inputs and, where the device runs by itself, for launching.
-        run_s: the forward pass; where the device runs by itself, `device_s`.
-        sample_s: sampling; where the device runs by itself, the host's wait for the tokens.
+        device_s: from the step's first kernel to its last result, by the device's clock.
+        waited_s: the device's idle time between the previous step and this one; None for the first step.
+        prepare_s: the host's time to prepare the inputs; on a GPU, also to launch the step.
+        run_s: the forward pass on a CPU; on a GPU the same as `device_s`.
+        sample_s: the sampling on a CPU; on a GPU the host's wait for the tokens.
         scored: the token of each of the plan's `score_row`, with its log-probability.
     """
 

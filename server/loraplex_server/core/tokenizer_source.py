@@ -1,4 +1,4 @@
-"""Where the tokenizer of an adapter lies."""
+"""The place of an adapter's tokenizer, as the engine tells it to the API."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import msgspec
 
 
 class TokenizerFile(msgspec.Struct, frozen=True, array_like=True):
-    """One file of a tokenizer, with what tells whether it is still the same."""
+    """One file of a tokenizer, with the values of `os.stat` by which a change is noticed."""
 
     name: str
     device: int
@@ -20,7 +20,8 @@ class TokenizerSource(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         folder: real path of the adapter's folder.
-        added_tokens: how many token ids the adapter adds to the base's vocabulary.
+        files: the tokenizer's files in it.
+        added_tokens: number of tokens that the adapter adds to the base's vocabulary.
     """
 
     folder: str

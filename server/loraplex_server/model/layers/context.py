@@ -1,7 +1,7 @@
-"""What the modules inside a transformers model must know about the step that runs through them.
+"""The context of the running step, for the modules inside a transformers model.
 
-`nn.Linear.forward` takes only its input, so the step's tables reach the linears and the attention
-function by ambient context, here and nowhere else.
+`nn.Linear.forward` takes only its input. The linears and the attention function therefore read the step's
+tables from a module-level variable, which only this file holds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loraplex_server.model.layers.effects import Effect, NormEffect
 
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """A rotation of queries and keys that was put off: cos and sin are [1, T, rotated values of a head]."""
+    """A deferred rotation of queries and keys: cos and sin are [1, T, rotated values of a head]."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -26,19 +26,21 @@ class Rotation:
 
 @dataclasses.dataclass(frozen=True)
 class StepContext:
-    """One forward pass.
+    """One forward pass. `model/run` fills every field but `rotations`.
 
     Attributes:
         attention: the ragged batch, shared by all layers.
-        kv_caches: one tensor a layer, [num_blocks, 2, num_kv_heads, block_size, head_dim].
-        attended: (query, key) pairs of the batch, a measure of the attention's cost.
-        effects: what adapters do at each site in this step, in order; empty in a base-only step.
-        norms: what they do at each norm; empty where none has one of its own.
-        head: what they do at the head, of whose input only the sampled rows are there.
-        added_tokens: most that one of them adds to the vocabulary.
-        seen: where given, each layer notes here what it asks of the attention.
-        unfused: nothing between the projections may be fused (`fusion`): an adapter acts there.
-        rotations: what the attention that is called next has to do first; at most one.
+        kv_caches: one tensor per layer, [num_blocks, 2, num_kv_heads, block_size, head_dim].
+        effects: the adapters' effects at the projections, in order; empty in a step without adapters.
+        attended: number of (query, key) pairs in the batch, a measure of the attention's cost.
+        norms: the adapters' effects at norms; empty if no adapter replaces one.
+        head: the adapters' effects at the head, whose input has only the sampled and scored rows.
+        added_tokens: the most tokens that one of these adapters adds to the vocabulary.
+        seen: if given, each layer records here the shape that it asks of the attention, by layer index.
+        unfused: True if an adapter acts between the projections, so that nothing may be fused there
+            (`layers/fusion`).
+        rotations: the deferred rotation that the next attention call has to do, at most one; `layers/fusion`
+            appends it and `layers/attention` removes it.
     """
 
     attention: AttentionBatch
@@ -58,7 +60,11 @@ _current: StepContext | None = None
 
 @contextlib.contextmanager
 def running(context: StepContext) -> Iterator[None]:
-    """Makes `context` current inside a with block. Does not nest: one step runs at a time."""
+    """Makes `context` the current step inside a with block.
+
+    Raises:
+        RuntimeError: another step is running; blocks do not nest.
+    """
     global _current
     if _current is not None:
         raise RuntimeError("a step runs already; the runner belongs to one thread")
@@ -70,10 +76,10 @@ def running(context: StepContext) -> Iterator[None]:
 
 
 def current() -> StepContext:
-    """The step that runs now.
+    """The running step.
 
     Raises:
-        RuntimeError: none does; the model may only be called by the runner.
+        RuntimeError: no step is running; only the runner may call the model.
     """
     if _current is None:
         raise RuntimeError("no step runs; call the model through the runner")

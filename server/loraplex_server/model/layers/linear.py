@@ -1,8 +1,8 @@
-"""Frozen projections with adapters on top: what stands in for a decoder's `nn.Linear`.
+"""Frozen projections with adapters, which replace the decoder's `nn.Linear` modules.
 
-Sibling projections that read one input (q, k, v; gate, up) form a group: one product with the frozen
-weights and one shrink and one expand serve them all. The first sibling called computes, the others take
-their columns. That they were given the same input is checked at every call, not assumed.
+Sibling projections with the same input (q, k, v; gate, up) form a group. One product with the frozen weights,
+one shrink and one expand serve the whole group: the first sibling called computes the output, the others take
+their columns of it. Every call checks that its input is the same tensor.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from loraplex_kernels.pool import LoraSite
 from loraplex_server.model.layers import context
 from loraplex_server.model.layers.weights import FrozenWeight
 
-# Multiply-adds per microsecond of one core. Reading the weight takes as long as this many rows' products.
+# Multiply-adds per microsecond of one CPU core.
 _PRODUCTS_PER_US = 40_000
+# Reading the weight takes as long as the products of this many rows.
 _MIN_ROWS = 4
 
 
@@ -27,8 +28,9 @@ class SiteGroup:
 
     Attributes:
         paths: module path of each projection, in the order of `site.slices`.
-        weights: frozen weights; their rows together are the packed output row.
-        bias: [out] of the packed row, zero where a sibling has none; None where all have none.
+        site: the group's entries in the adapter tables, and each projection's columns.
+        weights: frozen weights; concatenated along `out` they give the packed output.
+        bias: [out] of the packed output, zero for siblings without one; None if no sibling has one.
     """
 
     paths: tuple[str, ...]
@@ -70,7 +72,7 @@ class SiteGroup:
 
 
 class FrozenHead(torch.nn.Module):
-    """The output embeddings, unquantised, in the place of an `nn.Linear` that shares its parameters."""
+    """The output head, unquantised. It replaces an `nn.Linear` and shares its parameters."""
 
     def __init__(self, linear: torch.nn.Linear, site: LoraSite) -> None:
         super().__init__()
@@ -79,8 +81,9 @@ class FrozenHead(torch.nn.Module):
         self._site = site
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., hidden] to [..., vocabulary], and the tokens that adapters of this step add; of those, only
-        where a row's adapter has them are logits what they seem.
+        """Logits [..., vocabulary + the step's `added_tokens`] of x [..., hidden].
+
+        Logits of added tokens are meaningful only in rows whose adapter has these tokens.
         """
         with parallel.threads_for(_product_us(x, self.weight.shape[0])):
             y = dense.linear(x, self.weight, self.bias)
@@ -96,7 +99,7 @@ class FrozenHead(torch.nn.Module):
 
 
 class SiteLinear(torch.nn.Module):
-    """Projection `index` of a group, in the place of an `nn.Linear`."""
+    """Projection `index` of a group; it replaces an `nn.Linear`."""
 
     def __init__(self, group: SiteGroup, index: int) -> None:
         super().__init__()
@@ -106,7 +109,7 @@ class SiteLinear(torch.nn.Module):
         self.out_features = group.site.slices[index][1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] to [..., out_features], the current step's adapters applied."""
+        """[..., in_features] to [..., out_features], with the current step's adapters."""
         return self._group.project(self._index, x)
 
     def extra_repr(self) -> str:
@@ -114,6 +117,6 @@ class SiteLinear(torch.nn.Module):
 
 
 def _product_us(x: torch.Tensor, out_features: int) -> float:
-    """What x [..., in] times a weight [out_features, in] takes one core, roughly."""
+    """Rough time in microseconds of x [..., in] times a weight [out_features, in] on one CPU core."""
     rows = x.numel() // x.shape[-1]
     return max(rows, _MIN_ROWS) * x.shape[-1] * out_features / _PRODUCTS_PER_US
