@@ -59,7 +59,7 @@ test-web: $(STAMP) ## The built-in page in headless Chromium, installed by apt o
 	  || $(PY) -m playwright install --with-deps chromium-headless-shell
 	$(TEST_ENV) $(PY) -m pytest -q -m web tests/web
 
-screenshot: ## The picture of the built-in page in the README, taken anew by `make test-web`'s tools
+screenshot: ## The picture of the built-in page in docs/how-to/watching.md, taken anew by `make test-web`'s tools
 	LORAPLEX_SCREENSHOT=server/deploy/page.png $(MAKE) test-web
 
 fuzz: $(STAMP) ## 100,000 spoiled adapter files, as many random messages, 8,000 HTTP requests: a typed error or a whole answer
