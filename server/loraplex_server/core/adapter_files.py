@@ -5,13 +5,13 @@ from __future__ import annotations
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-# As the `adapters` library names its files; the configuration is named alike.
+# Names from the `adapters` library; its configuration file has the same name as PEFT's.
 BOTTLENECK_FILE = "adapter.safetensors"
 INTERFACE_FILE = "adapter_interface.json"
 HEAD_FILES = ("model_head.safetensors", "pytorch_model_head.bin")
 
 MAX_CONFIG_BYTES = 1 << 20
-"""Largest configuration that is read; PEFT writes a few KB."""
+"""Largest configuration that the server reads; PEFT writes a few KB."""
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -21,10 +21,10 @@ TEXT_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, CHAT_T
 """Files that an adapter may bring for prompts and answers."""
 
 MAX_EXTRA_FILE_BYTES = 32 << 20
-"""Largest of them, which is what the tokenizer of a large vocabulary takes."""
+"""Largest of these files; the tokenizer of a large vocabulary takes as much."""
 
 PICKLE_FILES = {
     "adapter_model.bin": "save_pretrained with safe_serialization=True",
     "pytorch_adapter.bin": "save_adapter with use_safetensors=True",
 }
-"""Files that are never read, and how to save the adapter otherwise."""
+"""Pickled files, which the server never reads, and how to save the adapter without them."""

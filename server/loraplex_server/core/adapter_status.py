@@ -1,4 +1,4 @@
-"""The state of an adapter, and its movements between tiers, as the engine reports them."""
+"""The state of an adapter and its movements between tiers, as the engine reports them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class AdapterStatus(msgspec.Struct, frozen=True, tag=True):
 
 
 class AdapterChanges(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """Adapters that are not as they were.
+    """Adapters whose status has changed.
 
     Attributes:
-        removed: names under which there is nothing any more.
-        all: `adapters` are all there are, as when somebody begins to watch.
+        removed: names that no longer exist.
+        all: `adapters` lists every adapter, as in the first message to a new watcher.
     """
 
     adapters: tuple[AdapterStatus, ...]

@@ -1,4 +1,4 @@
-"""Several adapters combined into one, as plain data: crosses from the API to the engine unchanged."""
+"""Recipes that compose several adapters into one: plain data that the API sends to the engine unchanged."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Composition(msgspec.Struct, frozen=True):
     """A recipe: the arguments of PEFT's `add_weighted_adapter`. The API has validated every field.
 
     Attributes:
-        density: part of the values that is kept, in (0, 1]; for types that prune.
-        majority_sign: how the sign is elected; for types with "ties".
-        svd_rank: rank of the result, None is the largest of the members'; for types with "svd".
-        seed: of what is dropped at random; for types with "dare".
+        density: fraction of the values that is kept, in (0, 1]; for types that prune.
+        majority_sign: rule that elects the sign, one of `MAJORITY_SIGNS`; for types with "ties".
+        svd_rank: rank of the result, None for the largest rank of a member; for types with "svd".
+        seed: of the random pruning; for types with "dare".
     """
 
     combination_type: str
@@ -42,7 +42,7 @@ class Composition(msgspec.Struct, frozen=True):
     seed: int = 0
 
     def __str__(self) -> str:
-        """The source that is shown of the result: `ties(a*1, b*0.5)`."""
+        """The source that the result shows: `ties(a*1, b*0.5)`."""
         return f"{self.combination_type}({', '.join(f'{use.name}*{use.weight:g}' for use in self.members)})"
 
 

@@ -1,4 +1,4 @@
-"""Errors a request, an adapter or an operator can meet.
+"""The errors that requests, adapters and settings can cause.
 
     ServerError                  code
     ├── InvalidArgumentError     INVALID_ARGUMENT
@@ -15,7 +15,7 @@
     └── InternalError            INTERNAL
 
 `core.reasons` says when each is raised and what to do about it. An error travels from the engine to the API
-as an `ErrorInfo` and becomes the same class there. This module knows nothing of gRPC and HTTP:
+as an `ErrorInfo` and becomes the same class there. This module does not depend on gRPC or HTTP:
 `api.rpc.status` and `api.http.errors` map the codes.
 """
 
@@ -32,9 +32,9 @@ _MAX_VIOLATIONS = 16
 
 
 class Reason(enum.StrEnum):
-    """A reason that a program may act on, finer than the code; an error without one has its code's name.
+    """A reason that a program can act on, finer than the code. An error without one has its code's name.
 
-    They are part of the API: one that clients know is never renamed, nor given another meaning.
+    Reasons are part of the API: their names and meanings never change.
     """
 
     ADAPTER_NOT_FOUND = "ADAPTER_NOT_FOUND"
@@ -72,9 +72,9 @@ class ErrorInfo(msgspec.Struct, frozen=True):
 
     Attributes:
         code: name of the gRPC status that fits.
-        resource: kind and name of what was missing or in the way, for example ("adapter", "sql").
-        retry_after_s: seconds after which trying again makes sense.
-        reason: a `Reason`, or "" where the code says it all.
+        resource: kind and name of the missing or conflicting resource, for example ("adapter", "sql").
+        retry_after_s: seconds after which a retry may succeed.
+        reason: a `Reason`, or "" where the code is enough.
     """
 
     code: str
@@ -86,7 +86,7 @@ class ErrorInfo(msgspec.Struct, frozen=True):
 
 
 class ServerError(Exception):
-    """Base of all errors above; never raised itself."""
+    """Base class of all errors here; raise a subclass."""
 
     code = "UNKNOWN"
 
@@ -110,12 +110,12 @@ class InvalidArgumentError(ServerError):
 
     @classmethod
     def field(cls, field: str, description: str) -> InvalidArgumentError:
-        """The usual case: one field, and what to do about it."""
+        """The error for one bad field; `description` says what to do about it."""
         return cls.fields([FieldViolation(field, description)])
 
     @classmethod
     def fields(cls, found: Sequence[FieldViolation]) -> InvalidArgumentError:
-        """Several fields, of which the first 16 are told: clients limit a status to 8 KiB."""
+        """The error for several bad fields. It names the first 16: clients limit a status to 8 KiB."""
         shown = tuple(found[:_MAX_VIOLATIONS])
         message = "; ".join(f"{violation.field}: {violation.description}" for violation in shown)
         if len(found) > len(shown):
@@ -201,7 +201,7 @@ def disk_error(what: str, error: OSError) -> ResourceExhaustedError | Unavailabl
     """The error for a write that failed.
 
     Args:
-        what: lies on the disk, as operators call it.
+        what: the data on that disk, as operators call it.
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ResourceExhaustedError(

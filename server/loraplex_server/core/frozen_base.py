@@ -1,5 +1,7 @@
-"""What loading an adapter may need to know of the base: DoRA's magnitudes are relative to its weights, and a
-copy of its vocabulary that nothing was trained in is none.
+"""The base model's weights as the loading of adapters reads them.
+
+DoRA's magnitudes are relative to the base's weights. An adapter's copy of the
+vocabulary counts only where it differs from the base's.
 """
 
 from __future__ import annotations
@@ -12,16 +14,16 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class FrozenProjection(Protocol):
-    """One projection of the base, W `[out, in]` as the steps multiply with it; any thread may ask."""
+    """One projection of the base: W `[out, in]`, as the steps multiply with it. Thread-safe."""
 
     def squared_norms(self) -> np.ndarray[Any, np.dtype[np.float64]]:
         """[out]: the sum of squares of each row of W."""
 
     def project(self, rows: Array) -> Array:
-        """[n, in] to rows @ W.T, [n, out], without the bias."""
+        """Computes rows @ W.T, [n, out], of rows [n, in], without the bias."""
 
     def bias(self) -> Array | None:
-        """[out], None where there is none."""
+        """The bias [out], or None."""
 
 
 class FrozenBase(Protocol):
@@ -30,5 +32,8 @@ class FrozenBase(Protocol):
     def projection(self, path: str) -> FrozenProjection: ...
 
     def changed_rows(self, path: str, first: int, rows: Array) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """[n]: which of `rows`, [n, hidden], are not those from `first` on of the table of the embedding or
-        the head at `path`, in the dtype in which it is held. Rows that it does not have are."""
+        """[n]: true for each of `rows`, [n, hidden], that differs from the base's row.
+
+        Row i is compared with row `first` + i of the table of the embedding or the head at `path`, in the
+        table's dtype. Rows beyond the table differ.
+        """

@@ -19,7 +19,7 @@ class _RequestIdFilter(logging.Filter):
 
 
 class _JsonFormatter(logging.Formatter):
-    """One object a line, as log collectors want them; no prompt and no answer is ever in it."""
+    """One JSON object a line, for log collectors. It never contains a prompt or an answer."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {
@@ -39,13 +39,13 @@ class _JsonFormatter(logging.Formatter):
 
 
 def configure(level: str, form: str) -> None:
-    """Sends this package's log to stderr from `level` on, other packages' warnings too.
+    """Logs this package to stderr from `level` on, and other packages from WARNING on.
 
     Args:
         level: a name of `logging`, in any case.
         form: "text" or "json".
 
-    stdout stays for the one line that scripts wait for.
+    stdout is left to the one line that scripts wait for.
     """
     handler = logging.StreamHandler(sys.stderr)
     if form == "json":

@@ -79,7 +79,7 @@ class SourceUri:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether it names a commit, whose files never change."""
+        """True if the revision is a commit, whose files never change."""
         return self.scheme == HUB and _COMMIT.fullmatch(self.revision) is not None
 
     @property
@@ -154,7 +154,7 @@ def _is_revision(revision: str) -> bool:
 
 
 def _pins(fragment: str) -> tuple[str, str] | None:
-    """Digests of the weights and of the configuration, None if the fragment is no pin."""
+    """Digests of the weights and of the configuration, or None if the fragment is not a valid pin."""
     pins = dict.fromkeys(_PIN_NAMES, "")
     for pin in fragment.split("&") if fragment else ():
         name, _, digest = pin.partition("=")
@@ -187,11 +187,11 @@ class AllowedSources:
 
     @property
     def schemes(self) -> frozenset[str]:
-        """Schemes that are needed."""
+        """Schemes of the prefixes."""
         return frozenset(prefix.scheme for prefix in self._prefixes)
 
     def permits(self, uri: SourceUri) -> bool:
-        """Whether `uri` lies under a prefix, whole path parts compared."""
+        """True if `uri` lies under a prefix; compares whole path segments."""
         return any(_covers(prefix, uri) for prefix in self._prefixes)
 
     def check(self, uri: SourceUri) -> None:

@@ -1,4 +1,4 @@
-"""One step of the model: what the host plans (`StepPlan`), and what comes back of it (`StepOutput`)."""
+"""One step of the model: the host's plan (`StepPlan`) and its result (`StepOutput`)."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ def _no_floats() -> Floats:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepPlan:
-    """What the runner computes in one pass, as flat arrays; `to_bytes` puts them in one buffer for others.
+    """One pass of the runner, as flat arrays; `to_bytes` packs them into one buffer for other processes.
 
-    `engine/planning.py` fills every field, from the schedule; `model/run/runner.py` reads them and changes
-    none. Groups that few requests ask for are empty where no sequence of the step does.
+    `engine/planning.py` fills every field from the schedule; `model/run/runner.py` only reads them. Fields of
+    rarely used features are empty in a step that does not need them.
 
-    Shapes: T tokens of B sequences stand in one ragged row. R runs are contiguous tokens of one mix, with P
+    Shapes: T tokens of B sequences form one ragged row. R runs are contiguous tokens of one mix, with P
     (slot, weight) pairs in all; tokens in no run have no adapter. S tokens are sampled. A field `x_start`
-    says where the parts of `x` begin, and where the last one ends. Example, with blocks of 4: sequence 0
-    decodes its sixth token, sequence 1 prefills three, and adapter slot 2 belongs to sequence 1::
+    holds the offset at which each part of `x` begins, and the end of the last.
+
+    Example, with blocks of 4: sequence 0 decodes its sixth token, sequence 1 prefills three, and adapter slot 2 belongs to sequence 1::
 
         token_ids     [17, 5, 6, 7]     positions    [5, 0, 1, 2]
         query_start   [0, 1, 4]         context_len  [6, 3]
@@ -47,7 +48,7 @@ class StepPlan:
     positions: Ints
     """[T], within the token's sequence."""
     slot_mapping: Ints
-    """[T]: cell of the KV cache that the token is written to: block * block_size + offset."""
+    """[T]: cell of the KV cache that receives the token: block * block_size + offset."""
 
     # Sequences.
     query_start: Ints
@@ -57,7 +58,7 @@ class StepPlan:
     block_start: Ints
     """[B + 1], into `blocks`."""
     blocks: Ints
-    """[sum of the block tables' lengths]: the block tables, one after the other."""
+    """[sum of the block tables' lengths]: the concatenated block tables."""
 
     # Runs of one mix.
     run_start: Ints
@@ -69,7 +70,7 @@ class StepPlan:
     pair_slot: Ints
     """[P]: device slot of an adapter."""
     pair_weight: Floats
-    """[P]: what its delta is multiplied by."""
+    """[P]: factor of the adapter's delta."""
 
     # Sampling.
     sample_row: Ints
@@ -83,21 +84,21 @@ class StepPlan:
     uniform: Floats
     """[S]: the one draw of each token, in [0, 1), a function of seed and position; 0 for greedy rows."""
     num_logprobs: Ints
-    """[S]; -1 for none, else how many alternatives beside the chosen token."""
+    """[S]: number of alternatives beside the chosen token; -1 for no log-probabilities at all."""
     banned_start: Ints
     """[S + 1], into `banned_ids`."""
     banned_ids: Ints
     """[sum]: tokens that must not be sampled."""
 
-    # Sampling, as few requests ask for it.
+    # Sampling options that few requests use.
     min_p: Floats = dataclasses.field(default_factory=_no_floats)
     """[S]"""
     bias_start: Ints = dataclasses.field(default_factory=_nothing)
     """[S + 1], into `bias_ids` and `bias_value`."""
     bias_ids: Ints = dataclasses.field(default_factory=_nothing)
-    """[sum]: tokens with a bias; in a row each once."""
+    """[sum]: tokens with a bias; unique within a row."""
     bias_value: Floats = dataclasses.field(default_factory=_no_floats)
-    """[sum]: what is added to their logits."""
+    """[sum]: value added to the token's logit."""
     repetition_penalty: Floats = dataclasses.field(default_factory=_no_floats)
     """[S]"""
     presence_penalty: Floats = dataclasses.field(default_factory=_no_floats)
@@ -107,39 +108,39 @@ class StepPlan:
     seen_start: Ints = dataclasses.field(default_factory=_nothing)
     """[S + 1], into `seen_ids` and `seen_count`; rows without penalties have none."""
     seen_ids: Ints = dataclasses.field(default_factory=_nothing)
-    """[sum]: tokens of the prompt and the answer so far; in a row each once."""
+    """[sum]: tokens of the prompt and of the answer so far; unique within a row."""
     seen_count: Ints = dataclasses.field(default_factory=_nothing)
-    """[sum]: how often the answer has them; 0 for those of the prompt alone."""
+    """[sum]: times the token occurs in the answer; 0 if only the prompt has it."""
 
-    # Grammars: G of the sampled rows have one.
+    # Grammars: G of the sampled rows have a grammar.
     masked_row: Ints = dataclasses.field(default_factory=_nothing)
     """[G]: index into `sample_row`."""
     mask_words: Ints = dataclasses.field(default_factory=_nothing)
-    """[G * words]: a bit for every token of the base model, bit t % 64 of word t // 64; 1 is allowed."""
+    """[G * words]: one bit for each token t of the base model, bit t % 64 of word t // 64; 1 is allowed."""
 
     # Prefixes: C copies of an adapter's keys and values to the KV cache, before the pass.
     prefix_slot: Ints = dataclasses.field(default_factory=_nothing)
     """[C]: device slot of the adapter."""
     prefix_first: Ints = dataclasses.field(default_factory=_nothing)
-    """[C]: the first virtual token that is copied; those after it follow."""
+    """[C]: first virtual token to copy; the tokens after it follow."""
     prefix_start: Ints = dataclasses.field(default_factory=_nothing)
     """[C + 1], into `prefix_cells`."""
     prefix_cells: Ints = dataclasses.field(default_factory=_nothing)
     """[sum]: cell of the KV cache for each virtual token."""
 
-    # Tokens that the host does not know yet: F of them.
+    # F tokens that the host does not know yet.
     fed_row: Ints = dataclasses.field(default_factory=_nothing)
-    """[F]: row whose `token_ids` holds a placeholder."""
+    """[F]: row with a placeholder in `token_ids`."""
     fed_from: Ints = dataclasses.field(default_factory=_nothing)
     """[F]: index into the `sample_row` of the step launched before this one, which samples the token."""
 
-    # Scores: Q tokens of prompts whose log-probability is asked for.
+    # Scores: log-probabilities of Q prompt tokens.
     score_row: Ints = dataclasses.field(default_factory=_nothing)
     """[Q]: the row before the token."""
     score_id: Ints = dataclasses.field(default_factory=_nothing)
     """[Q]: the token."""
     score_top: Ints = dataclasses.field(default_factory=_nothing)
-    """[Q]: how many alternatives beside it."""
+    """[Q]: number of alternatives beside the token."""
 
     @property
     def num_tokens(self) -> int:
@@ -151,26 +152,26 @@ class StepPlan:
 
     @property
     def logit_row(self) -> Ints:
-        """Rows of the batch whose logits are wanted: those sampled, then those scored, [S + Q]."""
+        """[S + Q]: rows of the batch that need logits, first the sampled rows, then the scored ones."""
         return np.concatenate([self.sample_row, self.score_row]) if len(self.score_row) else self.sample_row
 
     @property
     def runs(self) -> list[tuple[int, int, tuple[tuple[int, float], ...]]]:
-        """(first token, end, ((slot, weight), ...)) of each run, as the LoRA batch is built from."""
+        """(first row, end, ((slot, weight), ...)) of each run: the input of `LoraBatch`."""
         pairs = list(zip(self.pair_slot.tolist(), self.pair_weight.tolist(), strict=True))
         bounds = pairwise(self.run_pair_start.tolist())
         spans = zip(self.run_start.tolist(), self.run_end.tolist(), bounds, strict=True)
         return [(start, end, tuple(pairs[first:last])) for start, end, (first, last) in spans]
 
     def to_bytes(self) -> bytes:
-        """The plan in one buffer: the sections' lengths, then the sections, all 64-bit."""
+        """Packs the plan into one buffer: the sections' lengths, then the sections, all 64-bit."""
         sections = [getattr(self, field.name) for field in dataclasses.fields(self)]
         lengths = np.array([len(section) for section in sections], dtype=np.int64)
         return b"".join(array.tobytes() for array in (lengths, *sections))
 
     @classmethod
     def from_bytes(cls, buffer: bytes) -> Self:
-        """The plan that `to_bytes` wrote; its arrays are read-only views of `buffer`.
+        """Reads the plan that `to_bytes` wrote; its arrays are read-only views of `buffer`.
 
         Raises:
             ValueError: the buffer's size does not fit its header.
@@ -190,7 +191,7 @@ class StepPlan:
 
 @dataclasses.dataclass(frozen=True)
 class SampledToken:
-    """One sampled token. `logprob` is under the unmodified distribution; None unless asked for."""
+    """One sampled token. `logprob` is under the unmodified distribution; None unless requested."""
 
     token_id: int
     logprob: float | None = None
@@ -199,16 +200,16 @@ class SampledToken:
 
 @dataclasses.dataclass(frozen=True)
 class StepOutput:
-    """What the runner gives back of a plan. The runner fills every field.
+    """The runner's result of a plan. The runner fills every field.
 
     Attributes:
-        sampled: one token for each of the plan's `sample_row`.
-        device_s: from the step's first kernel to its last result, by the device's clock; None without one.
-        waited_s: how long the device had nothing to do since the step before; None without one.
-        prepare_s: the host's time for the step's inputs and, where the device runs by itself, for launching.
-        run_s: the forward pass; where the device runs by itself, `device_s`.
-        sample_s: sampling; where the device runs by itself, the host's wait for the tokens.
-        scored: the token of each of the plan's `score_row`, with its log-probability.
+        sampled: one token for each row of the plan's `sample_row`.
+        device_s: seconds from the first kernel to the last result by the device's clock; None without one.
+        waited_s: seconds that the device was idle since the step before; None without a device clock.
+        prepare_s: the host's seconds for the inputs and, with an asynchronous device, for launching.
+        run_s: seconds of the forward pass; with an asynchronous device, `device_s`.
+        sample_s: seconds of sampling; with an asynchronous device, the host's wait for the tokens.
+        scored: one token for each row of the plan's `score_row`, with its log-probability.
     """
 
     sampled: tuple[SampledToken, ...]

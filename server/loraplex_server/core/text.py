@@ -1,9 +1,9 @@
-"""Text of others, made fit to be shown."""
+"""Untrusted text, made safe to show."""
 
 from __future__ import annotations
 
 
 def quoted(text: object, limit: int = 160) -> str:
-    """`text` as it can be shown in any message: ASCII only, and not longer than `limit`."""
+    """`text` as any message can show it: quoted ASCII of at most `limit` characters."""
     shown = ascii(text)
     return shown if len(shown) <= limit else shown[: limit - 4] + "...'"

@@ -1,4 +1,4 @@
-"""Where the tokenizer of an adapter lies."""
+"""The location of an adapter's tokenizer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import msgspec
 
 
 class TokenizerFile(msgspec.Struct, frozen=True, array_like=True):
-    """One file of a tokenizer, with what tells whether it is still the same."""
+    """One file of a tokenizer, with the fields that reveal a change."""
 
     name: str
     device: int
@@ -20,7 +20,7 @@ class TokenizerSource(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         folder: real path of the adapter's folder.
-        added_tokens: how many token ids the adapter adds to the base's vocabulary.
+        added_tokens: number of token ids that the adapter adds to the base's vocabulary.
     """
 
     folder: str

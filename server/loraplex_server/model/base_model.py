@@ -27,8 +27,8 @@ class BaseModel:
         norms: its norms, whose entries follow.
         vocabulary: embedding and head, whose entries are the last two.
         kv_shapes: (KV heads, head dimension) of each layer.
-        residual: what sub-blocks' outputs are added to, for the adapters that read it.
-        parameters: of the unquantised model.
+        residual: the residual stream, for the adapters that read it.
+        parameters: number of parameters of the unquantised model.
     """
 
     model: PreTrainedModel
@@ -44,7 +44,7 @@ class BaseModel:
     residual: ResidualStream | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every resident weight by name; tied tensors once."""
+        """Every resident weight by name; a tied tensor appears once."""
         found = dict(self.model.named_parameters())
         for group in self.groups:
             for index, weight in enumerate(group.weights):
@@ -58,7 +58,7 @@ class BaseModel:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def checksum_steps(self) -> Generator[None, None, str]:
-        """SHA-256 over names and bytes of all resident weights, in pieces: yields between tensors."""
+        """Computes SHA-256 over names and bytes of all resident weights; yields between tensors."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors().items()):
             yield

@@ -28,7 +28,7 @@ class Norm:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingAndHead:
-    """Where token ids go in and come out. `tied`: both are one table."""
+    """The input embedding and the output head. `tied`: both share one table."""
 
     embedding_path: str
     head_path: str
@@ -52,7 +52,7 @@ class NormSite:
     plain: torch.nn.Module
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The norm of rows x [n, width] with other parameters."""
+        """The norm of rows x [n, width] with the given parameters, each [width]."""
         parameters = {"weight": weight, **({} if bias is None else {"bias": bias})}
         found: torch.Tensor = torch.func.functional_call(self.plain, parameters, (x,))
         return found

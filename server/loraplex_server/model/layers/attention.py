@@ -32,7 +32,7 @@ def _attend(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Writes the step's keys and values, rotated first if that was put off, and attends over the paged cache.
+    """Writes the step's keys and values and attends over the paged cache; applies a deferred rotation first.
 
     `query` is [1, heads, T, head_dim], `key` and `value` [1, kv_heads, T, head_dim]; returns
     [1, T, heads, head_dim]. There is no mask: causality and windows follow from the block tables.
@@ -62,7 +62,7 @@ def _attend(
             scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
             sliding_window=sliding_window,
             softcap=softcap,
-            # Rotated on their way, keys are in the cache alone.
+            # The fused rotation writes rotated keys to the cache only.
             k=k if rotated else None,
             v=v if rotated else None,
         )
@@ -70,5 +70,5 @@ def _attend(
 
 
 def register() -> None:
-    """Makes the function known to transformers as `NAME`; harmless if it is."""
+    """Registers the function with transformers as `NAME`. Idempotent."""
     AttentionInterface.register(NAME, _attend)

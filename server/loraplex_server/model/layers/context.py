@@ -1,7 +1,7 @@
-"""What the modules inside a transformers model must know about the step that runs through them.
+"""The running step, as the modules inside a transformers model see it.
 
 `nn.Linear.forward` takes only its input, so the step's tables reach the linears and the attention
-function by ambient context, here and nowhere else.
+function through this ambient context. There is no other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loraplex_server.model.layers.effects import Effect, NormEffect
 
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """A rotation of queries and keys that was put off: cos and sin are [1, T, rotated values of a head]."""
+    """A deferred rotation of queries and keys: cos and sin are [1, T, rotated values of a head]."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -30,15 +30,15 @@ class StepContext:
 
     Attributes:
         attention: the ragged batch, shared by all layers.
-        kv_caches: one tensor a layer, [num_blocks, 2, num_kv_heads, block_size, head_dim].
-        attended: (query, key) pairs of the batch, a measure of the attention's cost.
-        effects: what adapters do at each site in this step, in order; empty in a base-only step.
-        norms: what they do at each norm; empty where none has one of its own.
-        head: what they do at the head, of whose input only the sampled rows are there.
-        added_tokens: most that one of them adds to the vocabulary.
-        seen: where given, each layer notes here what it asks of the attention.
+        kv_caches: one tensor per layer, [num_blocks, 2, num_kv_heads, block_size, head_dim].
+        attended: number of (query, key) pairs of the batch, the measure of the attention's cost.
+        effects: the adapters' effects at each projection, in order; empty in a base-only step.
+        norms: their effects at each norm; empty if no adapter of the step changes a norm.
+        head: their effects at the head, whose input holds the sampled rows only.
+        added_tokens: most tokens that one of the adapters adds to the vocabulary.
+        seen: if given, each layer records the shape of its attention here.
         unfused: nothing between the projections may be fused (`fusion`): an adapter acts there.
-        rotations: what the attention that is called next has to do first; at most one.
+        rotations: the deferred rotation for the next call of the attention; at most one.
     """
 
     attention: AttentionBatch
@@ -58,7 +58,7 @@ _current: StepContext | None = None
 
 @contextlib.contextmanager
 def running(context: StepContext) -> Iterator[None]:
-    """Makes `context` current inside a with block. Does not nest: one step runs at a time."""
+    """Makes `context` current inside a with block. Blocks do not nest: one step runs at a time."""
     global _current
     if _current is not None:
         raise RuntimeError("a step runs already; the runner belongs to one thread")
@@ -73,7 +73,7 @@ def current() -> StepContext:
     """The step that runs now.
 
     Raises:
-        RuntimeError: none does; the model may only be called by the runner.
+        RuntimeError: no step runs; only the runner may call the model.
     """
     if _current is None:
         raise RuntimeError("no step runs; call the model through the runner")

@@ -1,4 +1,7 @@
-"""What adapters do in a step. The runner and the model's stand-ins know only `Effect` and its two kin."""
+"""Effects of adapters in a step.
+
+The runner and the replaced modules use the protocols `Effect`, `EmbeddingEffect` and `NormEffect` only.
+"""
 
 from __future__ import annotations
 
@@ -18,46 +21,48 @@ if TYPE_CHECKING:
 
 
 class Effect(Protocol):
-    """One kind of adapter, for all tokens of a step that use it; tokens that do not stay as they are.
+    """One kind of adapter, applied to all tokens of a step that use it; other tokens stay unchanged.
 
-    A site's input passes `before` of every effect in order, then the frozen weight, then `after` of
-    every effect in order.
+    A site applies `before` of every effect in order, then the frozen weight, then `after` of every effect in
+    order.
     """
 
     def before(self, site: LoraSite, x: torch.Tensor) -> torch.Tensor:
-        """The input [T, in] that the frozen weight sees; `x` itself must stay as it is."""
+        """The input [T, in] of the frozen weight, from x [T, in]; must not change `x` itself."""
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Changes the output [T, out] in place; `x` is what the frozen weight saw."""
+        """Changes the output y [T, out] in place; `x` [T, in] is the input of the frozen weight."""
 
 
 class EmbeddingEffect(Protocol):
-    """What an adapter does where token ids become vectors."""
+    """An adapter's effect at the input embedding."""
 
     def embed(self, site: Vocabulary, ids: torch.Tensor, x: torch.Tensor) -> None:
         """Changes the embeddings x [T, hidden] of the token ids [T] in place."""
 
 
 class NormEffect(Protocol):
-    """What an adapter does at a norm."""
+    """An adapter's effect at a norm."""
 
     def norm(self, site: NormSite, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Changes the output y [T, width] in place; x is the input."""
+        """Changes the output y [T, width] in place; x [T, width] is the input."""
 
 
 Kinds = tuple[type[Effect], ...]
 
 
 def kinds(effects: Iterable[Effect]) -> Kinds:
-    """What a recorded step (`graphs`) is known by: a step with effects of the same kinds, over the same pool
-    and buffers, can be replayed from it. A kind that is to be recorded reads its batch on the device alone.
+    """The key of a recorded step (`graphs`).
+
+    A recording replays any step whose effects are of the same kinds, over the same pool and buffers. Effects
+    that can be recorded read their batch on the device only.
     """
     return tuple(type(effect) for effect in effects)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pooled:
-    """An effect of adapters in a pool; of its own it does nothing."""
+    """Base class for the effects of adapters in a pool; does nothing itself."""
 
     pool: LoraPool
     batch: LoraBatch
@@ -66,7 +71,7 @@ class _Pooled:
         return x
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 class LowRankAdd(_Pooled):
@@ -80,14 +85,14 @@ class LowRankAdd(_Pooled):
 
 
 class InputScale(_Pooled):
-    """IA3 on a feed-forward's input: x times the token's vector."""
+    """IA3 on a feed-forward's input: x * the token's vector."""
 
     def before(self, site: LoraSite, x: torch.Tensor) -> torch.Tensor:
         return vectors.scale_input(x, self.pool, site, self.batch)
 
 
 class OutputScale(_Pooled):
-    """IA3 on keys and values, DoRA's magnitudes: y times the token's vector."""
+    """IA3 on keys and values, and DoRA's magnitudes: y * the token's vector."""
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
         vectors.scale_output(y, self.pool, site, self.batch)
@@ -104,7 +109,7 @@ class BiasAdd(_Pooled):
 
 
 class OwnWeights(_Pooled):
-    """modules_to_save: projections and norms with weights of the adapter's own."""
+    """modules_to_save: projections and norms whose weights the adapter replaces."""
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
         replacement.linear(x, y, self.pool, site, self.batch)
@@ -116,7 +121,7 @@ class OwnWeights(_Pooled):
 
 
 class TokenRows(_Pooled):
-    """Rows of the embedding and of the head that are the adapter's own: trained, or of added tokens."""
+    """Rows of the embedding and of the head that the adapter replaces or adds."""
 
     def embed(self, site: Vocabulary, ids: torch.Tensor, x: torch.Tensor) -> None:
         vocabulary.place_rows(x, ids, self.pool, site.embedding, self.batch, site.scale)
@@ -141,15 +146,15 @@ class Bottlenecks(_Pooled):
 def effects_of(
     pool: LoraPool, batch: LoraBatch, residual: ResidualStream | None = None
 ) -> tuple[Effect, ...]:
-    """What the adapters of a batch do, in order; without vectors among them a low-rank pair is all.
+    """The effects of a batch's adapters at projections, in order.
 
     Args:
-        residual: for the adapters that read it.
+        residual: the residual stream, for the adapters that read it.
     """
     pairs = LowRankAdd(pool, batch)
     if not vectors.any_vectors(pool, batch):
         return (pairs,)
-    # The magnitude of DoRA scales the base's output alone: its pair, scaled at load, comes after.
+    # DoRA's magnitude scales the base's output only; its low-rank pair, scaled at load, comes after.
     effects: tuple[Effect, ...] = (
         InputScale(pool, batch),
         OutputScale(pool, batch),
@@ -166,29 +171,29 @@ def effects_of(
 
 
 def acts_outside(pool: LoraPool, batch: LoraBatch) -> bool:
-    """Whether an adapter of the batch acts at a norm, the embedding or the head."""
+    """True if an adapter of the batch acts at a norm, the embedding or the head."""
     return bool(pool.host.outside[batch.host.segment[:, 0]].any())
 
 
 def norm_effects(pool: LoraPool, batch: LoraBatch) -> tuple[NormEffect, ...]:
-    """What the adapters of a batch do at norms."""
+    """The effects of a batch's adapters at norms."""
     return (OwnWeights(pool, batch),) if replacement.any_weights(pool, batch) else ()
 
 
 def acts_between(effects: Iterable[Effect], norms: Iterable[NormEffect]) -> bool:
-    """Whether an effect of a step acts, or reads, between the projections: nothing is fused there then."""
+    """True if an effect of the step acts or reads between the projections, which rules out fusion there."""
     return any(norms) or any(isinstance(effect, Bottlenecks) for effect in effects)
 
 
 def embedding_effects(pool: LoraPool, batch: LoraBatch, site: Vocabulary) -> tuple[EmbeddingEffect, ...]:
-    """What the adapters of a batch do at the embedding, in order."""
+    """The effects of a batch's adapters at the embedding, in order."""
     if not vocabulary.acts_at(pool, batch, site.embedding.first_entry):
         return ()
     return (TokenRows(pool, batch), OutputScale(pool, batch), LowRankAdd(pool, batch))
 
 
 def head_effects(pool: LoraPool, batch: LoraBatch, site: Vocabulary) -> tuple[Effect, ...]:
-    """What the adapters of a batch of sampled rows do at the head, in order."""
+    """The effects, at the head, of the adapters of a batch of sampled rows, in order."""
     entry = site.head.first_entry
     if not vocabulary.acts_at(pool, batch, entry):
         return ()

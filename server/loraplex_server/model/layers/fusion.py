@@ -1,8 +1,8 @@
-"""Fused kernels in the place of what a transformers model launches between its projections.
+"""Fused kernels for the operations between the projections of a transformers model.
 
 RMS norms, the additions to the residual stream before them, rotations of queries and keys with the write of
-the KV cache, and the gates of feed-forward networks are one launch each. A step in which an adapter acts in
-between, on norms or on the residual stream, takes the model's own code instead (`StepContext.unfused`).
+the KV cache, and the gates of feed-forward networks are one launch each. A step whose adapters
+act there, on norms or on the residual stream, runs the model's own code instead (`StepContext.unfused`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from loraplex_server.model.layers.recognise import Block
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """How many modules have a fused kernel now: of a norm, of the rotation and the write, of the gate, of the
-    sums before norms.
-    """
+    """Numbers of modules with a fused kernel: norms, rotation and write, gates, and sums before norms."""
 
     norms: int
     attentions: int
@@ -38,7 +36,7 @@ class Fused:
 
 
 class _Carried:
-    """A norm's output that was computed with the sum that it norms, until the norm is called."""
+    """Holds a norm's output, computed together with the sum before the norm, until the norm is called."""
 
     def __init__(self) -> None:
         self._norm: nn.Module | None = None
@@ -50,7 +48,7 @@ class _Carried:
         self._norm, self._x, self._y = norm, x, y
 
     def take(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        """The norm of x, if it is here; once."""
+        """Removes and returns the norm of x; None if it is not held."""
         found = self._y if self._norm is norm and self._x is x else None
         self._norm = self._x = self._y = None
         return found
@@ -59,7 +57,7 @@ class _Carried:
 def fuse(model: PreTrainedModel) -> Fused:
     """Replaces forward passes of recognised modules; parameters and module paths stay as they are.
 
-    Comes after everything else that wraps a norm, and once the weights are where they stay.
+    Call it after everything else that wraps a norm, and once the weights have their final place.
     """
     carried = _Carried()
     modules = list(model.modules())
@@ -118,9 +116,9 @@ def _fuse_rotation(module: nn.Module) -> bool:
     def rotate_later(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Leaves it to the attention function, which has the values and the cache."""
+        """Defers the rotation to the attention function, which has the values and the cache."""
         if cos.dtype != q.dtype:
-            # Some families keep angles in float32, and round once where the others round thrice.
+            # Some families keep angles in float32 and round once, where the others round three times.
             return rotate(q, k, cos, sin)
         context.current().rotations.append(Rotation(cos, sin))
         return q, k
@@ -139,7 +137,7 @@ def _fuse_rotation(module: nn.Module) -> bool:
 def _fuse_layers(
     layers: list[nn.Module], last: nn.Module | None, norms: dict[nn.Module, RmsNorm], carried: _Carried
 ) -> int:
-    """How many of the layers are fused. `last`: the norm that follows them, if it is known."""
+    """Fuses the recognised layers and returns their number. `last`: the norm after them, if known."""
     fused = 0
     firsts = [getattr(layer, "input_layernorm", None) for layer in layers[1:]]
     for layer, following in zip(layers, [*firsts, last], strict=True):
@@ -166,7 +164,7 @@ def _fuse_layer(
         if args or context.current().unfused:
             y: torch.Tensor = own(hidden_states, *args, **options)
             return y
-        # Nothing is held by name here that need not live on.
+        # No names for intermediate tensors: a name would keep its tensor alive.
         stream, normed = add_rms_norm(
             attention(hidden_states=first(hidden_states), **options)[0],
             hidden_states,

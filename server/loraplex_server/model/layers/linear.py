@@ -1,8 +1,8 @@
-"""Frozen projections with adapters on top: what stands in for a decoder's `nn.Linear`.
+"""Frozen projections with adapters on top; they replace a decoder's `nn.Linear`.
 
 Sibling projections that read one input (q, k, v; gate, up) form a group: one product with the frozen
-weights and one shrink and one expand serve them all. The first sibling called computes, the others take
-their columns. That they were given the same input is checked at every call, not assumed.
+weights, one shrink and one expand serve them all. The first sibling called computes; the others take
+their columns. Every call checks that the siblings share their input.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from loraplex_kernels.pool import LoraSite
 from loraplex_server.model.layers import context
 from loraplex_server.model.layers.weights import FrozenWeight
 
-# Multiply-adds per microsecond of one core. Reading the weight takes as long as this many rows' products.
+# Multiply-adds per microsecond of one core, then the rows whose products take as long as reading the weight.
 _PRODUCTS_PER_US = 40_000
 _MIN_ROWS = 4
 
 
 @dataclasses.dataclass(eq=False)
 class SiteGroup:
-    """One or several projections of one input.
+    """One or more projections of one input.
 
     Attributes:
         paths: module path of each projection, in the order of `site.slices`.
@@ -70,7 +70,7 @@ class SiteGroup:
 
 
 class FrozenHead(torch.nn.Module):
-    """The output embeddings, unquantised, in the place of an `nn.Linear` that shares its parameters."""
+    """The unquantised output head; it replaces an `nn.Linear` and shares its parameters."""
 
     def __init__(self, linear: torch.nn.Linear, site: LoraSite) -> None:
         super().__init__()
@@ -79,8 +79,9 @@ class FrozenHead(torch.nn.Module):
         self._site = site
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., hidden] to [..., vocabulary], and the tokens that adapters of this step add; of those, only
-        where a row's adapter has them are logits what they seem.
+        """[..., hidden] to logits [..., vocabulary + tokens that adapters of this step add].
+
+        A row's logits of added tokens are valid only for the tokens that its adapter has.
         """
         with parallel.threads_for(_product_us(x, self.weight.shape[0])):
             y = dense.linear(x, self.weight, self.bias)
@@ -96,7 +97,7 @@ class FrozenHead(torch.nn.Module):
 
 
 class SiteLinear(torch.nn.Module):
-    """Projection `index` of a group, in the place of an `nn.Linear`."""
+    """Projection `index` of a group; it replaces an `nn.Linear`."""
 
     def __init__(self, group: SiteGroup, index: int) -> None:
         super().__init__()
@@ -106,7 +107,7 @@ class SiteLinear(torch.nn.Module):
         self.out_features = group.site.slices[index][1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] to [..., out_features], the current step's adapters applied."""
+        """[..., in_features] to [..., out_features], with the current step's adapters."""
         return self._group.project(self._index, x)
 
     def extra_repr(self) -> str:
@@ -114,6 +115,6 @@ class SiteLinear(torch.nn.Module):
 
 
 def _product_us(x: torch.Tensor, out_features: int) -> float:
-    """What x [..., in] times a weight [out_features, in] takes one core, roughly."""
+    """Estimated microseconds of one core for x [..., in] times a weight [out_features, in]."""
     rows = x.numel() // x.shape[-1]
     return max(rows, _MIN_ROWS) * x.shape[-1] * out_features / _PRODUCTS_PER_US

@@ -1,4 +1,4 @@
-"""Norms of which adapters may have weights of their own, whatever their class computes."""
+"""Norms whose weights adapters may replace, whatever the norm's class computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loraplex_server.model.parts import Norm, NormSite
 
 
 def attach(norm: torch.nn.Module, described: Norm, entry: int) -> NormSite:
-    """Makes `norm` of a model ask the step's adapters, and returns the site that they know it by."""
+    """Makes a model's `norm` apply the step's adapters; returns the site that stands for it."""
     plain = copy.copy(norm)
     plain._parameters = dict(norm._parameters)
     site = NormSite(entry, described.width, plain)

@@ -1,8 +1,8 @@
-"""Which modules of a transformers model compute what a fused kernel does.
+"""Recognises the modules of a transformers model that a fused kernel can replace.
 
-Names and classes differ from family to family and from release to release, so nothing is concluded from
-them: a copy of a module, its children replaced by known functions, is run on random numbers, and is
-recognised where its answer has the bits of the formula. Whatever is not recognised stays as it is.
+Names and classes differ between families and releases, so they prove nothing. Instead, a copy of the module,
+its children replaced by known functions, runs on random numbers. The module is recognised if its output
+equals the formula's bit for bit. Modules that are not recognised stay unchanged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from loraplex_kernels.norm.reference import rms_norm
 
 _log = logging.getLogger(__name__)
 
-# Half precision tells where a module rounds; single precision, that nothing else differs.
+# Half precision reveals where a module rounds; single precision, any other difference.
 _DTYPES = (torch.bfloat16, torch.float32)
 _ROTATE, _INTERFACE = "apply_rotary_pos_emb", "ALL_ATTENTION_FUNCTIONS"
 
@@ -34,7 +34,7 @@ Rotate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tupl
 """(q, k, cos, sin) to q and k rotated."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-"""What a module computed, and what it should have, if it is what it is taken for."""
+"""A module's output, and the output expected of the candidate formula."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Mlp:
     """``down_proj(activation(gate) * up)``.
 
     Attributes:
-        projections: names of the gate's and the up projection, or of one that is both.
+        projections: names of the gate projection and the up projection, or of one that is both.
     """
 
     projections: tuple[str, ...]
@@ -74,7 +74,7 @@ _MLPS = (("gate_proj", "up_proj"), ("gate_up_proj",))
 
 @torch.no_grad()
 def norm(module: nn.Module) -> RmsNorm | None:
-    """The RMS norm that `module` is, over its own weight."""
+    """Recognises `module` as an RMS norm over its own weight; None if it is not one."""
     weight = module._parameters.get("weight")
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if weight is None or weight.ndim != 1 or not isinstance(eps, float) or len(list(module.parameters())) > 1:
@@ -94,7 +94,7 @@ def _norm_pair(module: nn.Module, norm: RmsNorm, dtype: torch.dtype) -> Pair:
 
 @torch.no_grad()
 def mlp(module: nn.Module) -> Mlp | None:
-    """The gated network that `module` is."""
+    """Recognises `module` as a gated network; None if it is not one."""
     for projections in _MLPS:
         if {*projections, "down_proj"} <= module._modules.keys():
             for activation in ACTIVATIONS:
@@ -115,7 +115,7 @@ def _mlp_pair(
 
 @torch.no_grad()
 def block(module: nn.Module) -> Block | None:
-    """The layer that `module` is, if it hands all that it is given by name on to its attention."""
+    """Recognises `module` as a decoder layer that passes its keyword arguments to its attention; or None."""
     for found in _BLOCKS:
         names = {*found.norms, *(found.after or ()), "self_attn", "mlp"}
         if names <= module._modules.keys() and _same(module, (_block_pair(module, found) for _ in range(1))):
@@ -145,11 +145,11 @@ def _block_pair(module: nn.Module, found: Block) -> Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """An attention that rotates queries and keys and hands both, as they then are, to the attention function.
+    """An attention that rotates queries and keys and passes the rotated ones to the attention function.
 
     Attributes:
-        rotate: its own rotation, of any dtypes.
-        rebound: its forward pass, whose first argument is the module, with another rotation in its place.
+        rotate: the module's own rotation, for any dtypes.
+        rebound: its forward pass with another rotation; the first argument is the module.
     """
 
     rotate: Rotate
@@ -157,7 +157,7 @@ class Attention:
 
 
 def attention(module: nn.Module) -> Attention | None:
-    """The attention that `module` is, if its rotation is by halves where all are of one dtype."""
+    """Recognises `module` as an attention that rotates by halves if all dtypes are equal; None otherwise."""
     function = inspect.getattr_static(type(module), "forward", None)
     if not isinstance(function, types.FunctionType) or not (
         {_ROTATE, _INTERFACE} <= set(function.__code__.co_names) & function.__globals__.keys()
@@ -173,7 +173,7 @@ def attention(module: nn.Module) -> Attention | None:
 
 @torch.no_grad()
 def _rotates(function: Callable[..., Any]) -> bool:
-    """Whether `function` is the rotation by halves."""
+    """True if `function` is the rotation by halves."""
     draw = _Draw()
 
     def pairs(dtype: torch.dtype, rotary: int) -> list[Pair]:
@@ -187,7 +187,7 @@ def _rotates(function: Callable[..., Any]) -> bool:
         try:
             return pairs(dtype, 8)
         except RuntimeError:
-            # It knows whole heads only, and will not be given less.
+            # The function rotates whole heads only and never gets fewer values.
             return []
 
     return _same(function, (pair for dtype in _DTYPES for pair in pairs(dtype, 16))) and _same(
@@ -197,7 +197,7 @@ def _rotates(function: Callable[..., Any]) -> bool:
 
 @torch.no_grad()
 def _hands_on(module: nn.Module, function: types.FunctionType) -> bool:
-    """Whether what the rotation returns is what the attention function gets."""
+    """True if the attention function gets exactly the rotation's result."""
     stubs: dict[str, nn.Module] = {}
     for name, child in module._modules.items():
         width = getattr(child, "out_features", None)
@@ -231,7 +231,7 @@ def _hands_on(module: nn.Module, function: types.FunctionType) -> bool:
 
 
 def _rebound(function: types.FunctionType, names: Mapping[str, Any]) -> Callable[..., Any]:
-    """`function`, which finds other things under these global names."""
+    """A copy of `function` that sees `names` in place of its globals of the same names."""
     found = types.FunctionType(
         function.__code__,
         {**function.__globals__, **names},
@@ -246,7 +246,7 @@ def _rebound(function: types.FunctionType, names: Mapping[str, Any]) -> Callable
 def _copy(
     module: nn.Module, stubs: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter] | None = None
 ) -> nn.Module:
-    """`module` with other children, and other parameters where some are given; it shares the rest."""
+    """A copy of `module` with other children and, if given, other parameters; it shares the rest."""
     made = copy.copy(module)
     made._modules = {**module._modules, **stubs}
     if parameters is not None:
@@ -255,13 +255,13 @@ def _copy(
 
 
 def _call(module: nn.Module, *args: Any, **options: Any) -> torch.Tensor:
-    """The forward pass of its class, whatever stands in for it."""
+    """Calls the forward pass of the module's class, even if the instance has another."""
     found: torch.Tensor = type(module).forward(module, *args, **options)
     return found
 
 
 def _same(subject: object, pairs: Iterable[Pair]) -> bool:
-    """Whether all pairs of tensors are equal; not where computing them fails."""
+    """True if the tensors of each pair are equal; False if computing them fails."""
     try:
         return all(isinstance(a, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
     except Exception as error:
@@ -280,7 +280,7 @@ class _Draw:
 
 
 class _Given(nn.Module):
-    """Answers `out` to `x`, and nothing to anything else."""
+    """Returns `out` for `x`; fails for any other input."""
 
     def __init__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         super().__init__()
@@ -293,7 +293,7 @@ class _Given(nn.Module):
 
 
 class _Bent(nn.Module):
-    """An elementwise function that is its own for every vector."""
+    """An elementwise function that differs for every vector."""
 
     def __init__(self, vector: torch.Tensor) -> None:
         super().__init__()
@@ -304,7 +304,7 @@ class _Bent(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Calls `inner`, and keeps what else it is given."""
+    """Calls `inner` and keeps the other arguments."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The residual stream as bottleneck adapters read it: what the norm before attention or MLP is given."""
+"""The residual stream as bottleneck adapters read it: the input of the norm before attention or MLP."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from loraplex_kernels.pool import LoraSite
 
 
 class ResidualStream:
-    """Notes what flows past each sub-block, from the first step on that needs it.
+    """Records the residual stream at each sub-block, from the first step on that needs it.
 
-    Until then a norm is called as it always was.
+    Until then the norms run without a hook.
 
     Args:
         norms: entry of the projection that ends a sub-block, to the path of the norm that begins it.
@@ -24,12 +24,12 @@ class ResidualStream:
         self._model = model
         self._norms = dict(norms)
         self._watching = False
-        # Only the newest: a sub-block ends before the next begins.
+        # The newest is enough: a sub-block ends before the next begins.
         self._entry = -1
         self._stream: torch.Tensor | None = None
 
     def watch(self) -> None:
-        """Has `at` answer from the next pass on."""
+        """Enables `at` from the next pass on."""
         if not self._watching:
             self._watching = True
             for entry, path in self._norms.items():
@@ -39,15 +39,15 @@ class ResidualStream:
     def _note(
         self, entry: int, norm: torch.nn.Module, called: torch.nn.Module, args: tuple[Any, ...]
     ) -> None:
-        # A copy has the hook too, and may be given other rows.
+        # A copy of the norm has the hook too, and may get other rows.
         if called is norm:
             self._entry, self._stream = entry, args[0]
 
     def at(self, site: LoraSite) -> torch.Tensor:
-        """What the output [T, hidden] of this site's sub-block will be added to, [T, hidden].
+        """The residual [T, hidden] to which the model adds the output of this site's sub-block.
 
         Raises:
-            RuntimeError: the sub-block did not begin with the norm that it should.
+            RuntimeError: the sub-block did not begin with its norm.
         """
         if self._stream is None or self._entry != site.first_entry:
             raise RuntimeError(f"the residual stream at entry {site.first_entry} was not noted")

@@ -1,4 +1,4 @@
-"""Where token ids go in and come out: the embedding and the head."""
+"""The vocabulary layers: the input embedding and the output head."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from loraplex_kernels.pool import LoraSite
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """The two ends of a model.
+    """The embedding and the head of a model.
 
     Attributes:
         embedding: as a site of one-hot tokens, [tokens] to [hidden].
         head: [hidden] to [tokens].
-        table: [tokens, hidden], of the embedding.
-        head_table: [tokens, hidden]; the same tensor where the two are tied.
+        table: [tokens, hidden], the embedding's.
+        head_table: [tokens, hidden]; the same tensor if the two are tied.
         head_bias: [tokens], None where there is none.
-        scale: what the embedding multiplies its rows with.
+        scale: factor of the embedding's rows.
     """
 
     embedding: LoraSite
@@ -33,5 +33,5 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """Tokens of the base."""
+        """Number of tokens of the base."""
         return self.table.shape[0]

@@ -30,10 +30,10 @@ class FrozenWeight(Protocol):
     def shape(self) -> tuple[int, int]: ...
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """[T, in] to a new [T, out], in x's dtype, accumulated in fp32."""
+        """x [T, in] to a new [T, out] in x's dtype, accumulated in fp32."""
 
     def dequantize(self) -> torch.Tensor:
-        """[out, in] fp32, as the products use it."""
+        """The weight [out, in] in fp32, as the products use it."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every resident tensor, for the checksum and the memory account."""
@@ -139,12 +139,12 @@ class Blocked:
 
 @dataclasses.dataclass(frozen=True)
 class WeightFormat:
-    """How the frozen projections are held.
+    """The storage format of the frozen projections.
 
     Attributes:
         quantization: "nf4", "int4" or "none".
-        dtype: of the activations, and of unquantised weights.
-        packed_int4: hold int4 in the CPU's packed layout (bf16 products) where its shape allows.
+        dtype: of the activations and of unquantised weights.
+        packed_int4: store int4 in the CPU's packed layout (bf16 products) where the shape allows.
     """
 
     quantization: str
@@ -154,10 +154,10 @@ class WeightFormat:
     packed_int4: bool = False
 
     def freeze(self, weights: list[torch.Tensor]) -> list[FrozenWeight]:
-        """Holds sibling weights [out_i, in] in this format, as one weight where the format can.
+        """Stores sibling weights [out_i, in] in this format, as one weight where the format can.
 
         Raises:
-            ValueError: a weight cannot be held so (its width, or inf or NaN in it).
+            ValueError: the format cannot store a weight (its width, or inf or NaN in it).
         """
         if self.quantization == "none":
             dense = [weight.to(self.device, self.dtype) for weight in weights]
@@ -180,10 +180,10 @@ class WeightFormat:
         return [Int4(joined)]
 
     def planned_bytes(self, shapes: list[tuple[int, int]]) -> int:
-        """Bytes that `freeze` will hold sibling weights of these shapes (out, in) in.
+        """Bytes that `freeze` will need for sibling weights of these shapes (out, in).
 
         Raises:
-            ValueError: the width cannot be held in this format.
+            ValueError: this format cannot store the width.
         """
         rows, width = sum(out for out, _ in shapes), shapes[0][1]
         if self.quantization == "none":
@@ -191,7 +191,7 @@ class WeightFormat:
         blocked = dispatch.backend(self.device) == "triton"
         if self.quantization == "int4":
             group = int4.choose_group(width)
-            # A scale and a zero: two bf16 where they are packed, else two float32.
+            # A scale and a zero: two bf16 if packed, else two float32.
             if blocked:
                 blocks = -(-width // quant.BLOCK)
                 groups = -(-blocks * quant.BLOCK // group)
@@ -210,7 +210,7 @@ class WeightFormat:
         width = shapes[0][1]
         if not blocked or width % _NF4_BLOCK:
             return codes + sum(blocks) + scales + len(shapes) * (_NESTED_LEVELS_BYTES + 4)
-        # A level table for each weight that is arranged alone; an offset for each row.
+        # A level table for each weight that is stored alone; an offset for each row.
         joined = all(count % _NESTED_BLOCK == 0 for count in blocks[:-1])
         rows = sum(out for out, _ in shapes)
         words = -(-(width // _NF4_BLOCK) // 4)
