@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from loraplex_bench.peers.quant_layers import FOLDER
+from loraplex_bench.peers.folder import FOLDER
 
 GEMLITE, BITSANDBYTES = "gemlite>=0.5", "bitsandbytes>=0.50"
 """The first bitsandbytes with a fused product for several rows is 0.50."""

@@ -40,7 +40,7 @@ from loraplex_bench.ops.catalogue import OPS
 from loraplex_bench.ops.registry import Figure, Op, Row, Setting, rows
 from loraplex_bench.ops.report import Document, Printer, from_json, section
 from loraplex_bench.ops.timers import Ceilings, measure_ceilings
-from loraplex_bench.peers.quant_layers import BITSANDBYTES
+from loraplex_bench.peers.folder import BITSANDBYTES
 
 OP_SECTIONS = {
     "lora": ("lora-share", "lora"),

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from loraplex_bench.ops.lora_cases import POOL_ADAPTERS, Layers, rank_of_slot, runs_of
 from loraplex_bench.ops.registry import UnavailableError
-from loraplex_bench.peers.lora_kernels import FOLDER, load_sglang, load_vllm
+from loraplex_bench.peers.folder import FOLDER
+from loraplex_bench.peers.lora_kernels import load_sglang, load_vllm
 from loraplex_kernels import lora
 from loraplex_kernels.lora import reference
 from loraplex_kernels.pool import LoraBatch, LoraBatchBuffers

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from loraplex_bench.load.launcher import child_environment
+from loraplex_bench.peers.folder import BITSANDBYTES
 from loraplex_bench.peers.jobs import Answered, BenchModel, Job
 
 # Freed memory is kept for the next pass, for all alike; loraplex asks for that by itself.
@@ -125,10 +126,9 @@ def _open(spec: dict[str, Any]) -> dict[str, Operation]:
         return lambda command: dataclasses.asdict(method(_jobs(command), command["max_tokens"]))
 
     if spec["kind"] == "peft":
-        carried = Path(__file__).parents[2] / ".peers" / "bnb"
-        if spec["weights"] == "bnb-nf4" and carried.is_dir():
+        if spec["weights"] == "bnb-nf4" and BITSANDBYTES.is_dir():
             # Before transformers looks for it. What is installed comes first.
-            sys.path.append(str(carried))
+            sys.path.append(str(BITSANDBYTES))
         from loraplex_bench.peers.peft import PeftPeer
 
         dtype = getattr(torch, spec.get("dtype", "float32"))

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parents[2] / ".peers"
 FILES = {
     "vllm": (
         "kernel_utils.py",

@@ -7,15 +7,12 @@ bench/.peers/bnb/       bitsandbytes with the library of one version of CUDA, li
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from loraplex_bench.peers.folder import FOLDER
 from loraplex_kernels.quant import int4
-
-FOLDER = Path(__file__).parents[2] / ".peers"
-BITSANDBYTES = FOLDER / "bnb"
 
 
 def gemlite_layer(weight: int4.Int4Weight) -> Any:

@@ -1,6 +1,6 @@
 """Folders of the adapters' cache on disk that both the API and the engine know.
 
-The API writes the files of each upload to a new folder under `staging_folder`; the engine adopts it.
+The API writes the files of each upload to a new folder under `staging_folder`; the engine adopts that folder.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ import os
 from pathlib import Path
 
 STAGING = "staging"
-"""Subfolder of the cache in which entries are prepared."""
+"""Subfolder of the cache, for entries that are not complete yet."""
 
 
 def default_cache_dir() -> Path:
-    """The default folder of the cache."""
+    """The default folder of the cache: `loraplex/adapters` in `$XDG_CACHE_HOME`, or else in `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "loraplex" / "adapters"
 
 
 def staging_folder(cache_dir: Path | None) -> Path:
-    """The folder for uploads. `cache_dir` is the operator's (--adapter-cache-dir), None for the default."""
+    """The folder for uploads in progress.
+
+    Args:
+        cache_dir: the operator's choice (--adapter-cache-dir); None is the default folder.
+    """
     return (cache_dir or default_cache_dir()) / STAGING

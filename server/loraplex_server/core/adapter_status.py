@@ -1,4 +1,4 @@
-"""The state of an adapter and its movements between tiers, as the engine reports them."""
+"""The state of an adapter, and its movements between tiers, as the engine reports them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import msgspec
 
 
 class AdapterStatus(msgspec.Struct, frozen=True, tag=True):
-    """State of one adapter; fields as in `loraplex.v1.Adapter`, `state` in lower case."""
+    """State of one adapter. Fields are those of `loraplex.v1.Adapter`; `state` is in lower case."""
 
     name: str
     source: str
@@ -25,11 +25,12 @@ class AdapterStatus(msgspec.Struct, frozen=True, tag=True):
 
 
 class AdapterChanges(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """Adapters whose status has changed.
+    """A report to a watcher: the changes since the report before it.
 
     Attributes:
-        removed: names that no longer exist.
-        all: `adapters` lists every adapter, as in the first message to a new watcher.
+        adapters: the present state of each adapter that is new or has changed.
+        removed: names that are not registered any more.
+        all: True if `adapters` is the complete list, as in the first report.
     """
 
     adapters: tuple[AdapterStatus, ...]
@@ -38,8 +39,11 @@ class AdapterChanges(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
 
 class SwapRecord(msgspec.Struct, frozen=True, array_like=True):
-    """One movement of an adapter: `kind` is "load" (disk to host), "copy" (host to device),
-    "evict_device" or "evict_host"."""
+    """One movement of an adapter between tiers.
+
+    Attributes:
+        kind: "load" (disk to host), "copy" (host to device), "evict_device" or "evict_host".
+    """
 
     kind: str
     adapter: str

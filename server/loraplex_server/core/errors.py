@@ -1,4 +1,4 @@
-"""The errors that requests, adapters and settings can cause.
+"""Errors of requests, adapters and settings.
 
     ServerError                  code
     ├── InvalidArgumentError     INVALID_ARGUMENT
@@ -15,7 +15,7 @@
     └── InternalError            INTERNAL
 
 `core.reasons` says when each is raised and what to do about it. An error travels from the engine to the API
-as an `ErrorInfo` and becomes the same class there. This module does not depend on gRPC or HTTP:
+as an `ErrorInfo`; the API turns it back into the same class. This module does not depend on gRPC or HTTP:
 `api.rpc.status` and `api.http.errors` map the codes.
 """
 
@@ -27,14 +27,15 @@ from collections.abc import Sequence
 
 import msgspec
 
-# A status travels in HTTP/2 trailers, which clients limit to 8 KiB.
+# gRPC sends a status in HTTP/2 trailers, which clients limit to 8 KiB.
 _MAX_VIOLATIONS = 16
 
 
 class Reason(enum.StrEnum):
-    """A reason that a program can act on, finer than the code. An error without one has its code's name.
+    """A reason that a program may act on, finer than the status code.
 
-    Reasons are part of the API: their names and meanings never change.
+    Clients see the code's name as the reason of an error that has none. Reasons are part of the API: never
+    rename one that clients know, nor change its meaning.
     """
 
     ADAPTER_NOT_FOUND = "ADAPTER_NOT_FOUND"
@@ -71,10 +72,11 @@ class ErrorInfo(msgspec.Struct, frozen=True):
     """An error as plain data.
 
     Attributes:
-        code: name of the gRPC status that fits.
-        resource: kind and name of the missing or conflicting resource, for example ("adapter", "sql").
-        retry_after_s: seconds after which a retry may succeed.
-        reason: a `Reason`, or "" where the code is enough.
+        code: name of its gRPC status.
+        violations: the bad fields, for INVALID_ARGUMENT.
+        resource: kind and name of the thing that is missing or in conflict, for example ("adapter", "sql").
+        retry_after_s: seconds to wait before trying again; None if waiting does not help or is not needed.
+        reason: a `Reason`, or "" where the code is precise enough.
     """
 
     code: str
@@ -86,7 +88,7 @@ class ErrorInfo(msgspec.Struct, frozen=True):
 
 
 class ServerError(Exception):
-    """Base class of all errors here; raise a subclass."""
+    """Base class of the errors; only subclasses are raised."""
 
     code = "UNKNOWN"
 
@@ -110,12 +112,12 @@ class InvalidArgumentError(ServerError):
 
     @classmethod
     def field(cls, field: str, description: str) -> InvalidArgumentError:
-        """The error for one bad field; `description` says what to do about it."""
+        """An error about one field; `description` says what to do about it."""
         return cls.fields([FieldViolation(field, description)])
 
     @classmethod
     def fields(cls, found: Sequence[FieldViolation]) -> InvalidArgumentError:
-        """The error for several bad fields. It names the first 16: clients limit a status to 8 KiB."""
+        """An error about several fields; it names the first 16, because clients limit a status to 8 KiB."""
         shown = tuple(found[:_MAX_VIOLATIONS])
         message = "; ".join(f"{violation.field}: {violation.description}" for violation in shown)
         if len(found) > len(shown):
@@ -187,7 +189,7 @@ _BY_CODE: dict[str, type[ServerError]] = {
 
 
 def from_info(info: ErrorInfo) -> ServerError:
-    """The error that `info` describes, as the class it was raised as."""
+    """The error that `info` describes, as its original class; InternalError if the code is unknown."""
     return _BY_CODE.get(info.code, InternalError)(
         info.message,
         violations=info.violations,
@@ -198,10 +200,10 @@ def from_info(info: ErrorInfo) -> ServerError:
 
 
 def disk_error(what: str, error: OSError) -> ResourceExhaustedError | UnavailableError:
-    """The error for a write that failed.
+    """The error for a failed write: ResourceExhaustedError if the disk is full, else UnavailableError.
 
     Args:
-        what: the data on that disk, as operators call it.
+        what: the operator's name for what the disk holds, for the text.
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ResourceExhaustedError(

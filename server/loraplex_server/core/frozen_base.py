@@ -1,7 +1,7 @@
-"""The base model's weights as the loading of adapters reads them.
+"""The base model's weights, as the loading of adapters reads them.
 
-DoRA's magnitudes are relative to the base's weights. An adapter's copy of the
-vocabulary counts only where it differs from the base's.
+DoRA's magnitudes are relative to the base's weights. An adapter's copy of the embedding or the head counts
+only where its rows differ from the base's.
 """
 
 from __future__ import annotations
@@ -14,26 +14,34 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class FrozenProjection(Protocol):
-    """One projection of the base: W `[out, in]`, as the steps multiply with it. Thread-safe."""
+    """One projection of the base: y = W x + bias with W [out, in].
+
+    W has the values that steps multiply with, so it is rounded if the base is quantised. Any thread may call.
+    """
 
     def squared_norms(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """[out]: the sum of squares of each row of W."""
+        """The sum of squares of each row of W: float64 [out]."""
 
     def project(self, rows: Array) -> Array:
-        """Computes rows @ W.T, [n, out], of rows [n, in], without the bias."""
+        """rows @ W.T without the bias: float32 [n, in] to float32 [n, out]."""
 
     def bias(self) -> Array | None:
-        """The bias [out], or None."""
+        """The bias, float32 [out]; None if the projection has none."""
 
 
 class FrozenBase(Protocol):
-    """The base model's weights by module path; the embedding's W is its table transposed."""
+    """The base model's weights by module path. For the embedding, W is its table transposed."""
 
     def projection(self, path: str) -> FrozenProjection: ...
 
     def changed_rows(self, path: str, first: int, rows: Array) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """[n]: true for each of `rows`, [n, hidden], that differs from the base's row.
+        """Compares `rows`, float32 [n, hidden], with the base's table from row `first` on.
 
-        Row i is compared with row `first` + i of the table of the embedding or the head at `path`, in the
-        table's dtype. Rows beyond the table differ.
+        The comparison is in the table's dtype. Rows past the end of the table count as changed.
+
+        Args:
+            path: of the embedding or the head.
+
+        Returns:
+            bool [n]: True where a row differs.
         """

@@ -1,4 +1,4 @@
-"""Logging of the server processes: lines on stderr that carry the id of the request they belong to."""
+"""Logging of the server processes: lines on stderr, each with the id of its request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _RequestIdFilter(logging.Filter):
 
 
 class _JsonFormatter(logging.Formatter):
-    """One JSON object a line, for log collectors. It never contains a prompt or an answer."""
+    """One JSON object per line, as log collectors expect. Prompts and answers are never logged."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {
@@ -39,13 +39,13 @@ class _JsonFormatter(logging.Formatter):
 
 
 def configure(level: str, form: str) -> None:
-    """Logs this package to stderr from `level` on, and other packages from WARNING on.
-
-    Args:
-        level: a name of `logging`, in any case.
-        form: "text" or "json".
+    """Sends this package's log from `level` up, and other packages' warnings, to stderr.
 
     stdout is left to the one line that scripts wait for.
+
+    Args:
+        level: a level's name in `logging`, in upper or lower case.
+        form: "text" or "json".
     """
     handler = logging.StreamHandler(sys.stderr)
     if form == "json":

@@ -11,12 +11,12 @@ _NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,128}")
 
 
 def is_name(name: str) -> bool:
-    """True where `name` may name an adapter: 1 to 128 of letters, digits, '.', '_', '-', not dots alone."""
+    """True if `name` is 1 to 128 letters, digits, '.', '_' or '-', and not only dots."""
     return _NAME.fullmatch(name) is not None
 
 
 def check_name(name: str) -> None:
-    """Raises InvalidArgumentError unless `name` may name an adapter."""
+    """Raises InvalidArgumentError unless `is_name(name)`."""
     if not is_name(name):
         raise InvalidArgumentError.field(
             "name", f"{quoted(name)} is no adapter name; use 1 to 128 of letters, digits, '.', '_', '-'"

@@ -1,4 +1,4 @@
-"""Random draws that depend on a seed and a position alone, not on the batch, the slot or a preemption."""
+"""Random draws that depend only on a seed and a position: not on the batch, the slot or a preemption."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _MASK = (1 << 64) - 1
 def uniform(seed: int, position: int) -> float:
     """A draw in [0, 1) for the token at `position` of a request with `seed`.
 
-    Two rounds of SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number Generators",
-    OOPSLA 2014), the second keyed with the position, so that neighbouring seeds and positions are
-    unrelated.
+    It is two rounds of SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number Generators",
+    OOPSLA 2014). The second round is keyed with the position, so that neighbouring seeds and positions give
+    unrelated draws.
     """
     return (_mix((_mix(seed & _MASK) + position) & _MASK) >> 11) * 2.0**-53
 

@@ -1,4 +1,4 @@
-"""The meaning of each status and reason, for people: when it is given, and what to do about it."""
+"""The meaning of each status and reason, for people: when an error has it, and what to do then."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ REMEDIES = {
     "UNIMPLEMENTED": "use a method that this server has",
     "INTERNAL": "report it; its text is in the server's log alone",
 }
-"""By status: what to do."""
+"""What to do, by status."""
 
 
 class Meaning(NamedTuple):
     """A reason's meaning.
 
     Attributes:
-        status: the one it comes with.
-        when: it is given.
-        remedy: what to do.
+        status: the status of errors with this reason.
+        when: the situation in which an error has this reason.
+        remedy: what to do about it.
     """
 
     status: str
@@ -126,4 +126,4 @@ MEANINGS = {
         "try again after the delay; tokens that have come are lost",
     ),
 }
-"""By reason."""
+"""The meaning of each reason."""

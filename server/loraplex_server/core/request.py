@@ -1,6 +1,6 @@
-"""A generation as it is asked for: plain data that crosses from the API to the engine unchanged.
+"""A request for one generation: plain data that crosses from the API to the engine unchanged.
 
-The rules that every request keeps are in `core.request_rules`.
+The rules for its fields are in `core.request_rules`.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ import enum
 import msgspec
 
 MAX_SPECULATIVE_TOKENS = 16
-"""Most draft tokens of one answer in one step."""
+"""Most draft tokens of one request in one step."""
 
 
 class FinishReason(enum.StrEnum):
-    """The reason for which a generation ended."""
+    """The reason why a generation ended."""
 
     STOP = "stop"
     LENGTH = "length"
 
 
 class AdapterUse(msgspec.Struct, frozen=True):
-    """One adapter of a mix by name, with the weight that its delta is multiplied by."""
+    """One adapter of a mix: its name, and the weight that multiplies its delta."""
 
     name: str
     weight: float = 1.0
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True):
-    """Sampling parameters from the model's own files, for those that a request leaves open."""
+    """Sampling parameters from the model's files, used where a request does not set its own."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -38,24 +38,26 @@ class SamplingDefaults(msgspec.Struct, frozen=True):
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
-    """How tokens are chosen and when generation ends.
+    """Rules for choosing tokens and for ending the answer.
 
     Attributes:
-        temperature: 0 is greedy.
-        top_k: 0 keeps all tokens.
-        top_p: in (0, 1].
-        min_p: tokens less probable than this share of the most probable one are dropped; 0 keeps all.
-        repetition_penalty: logits of tokens that prompt or answer have are divided by it (multiplied, where
-            negative); 1 is none (Keskar et al., 2019).
-        presence_penalty: taken from the logits of tokens that the answer has.
-        frequency_penalty: the same, for each time it has them.
-        logit_bias: (token, what is added to its logit) pairs, each token once.
-        bad_words: sequences of tokens that the answer may not contain.
-        seed: always set; the API draws one where the caller gave none.
-        max_tokens: 0 generates nothing: the prompt alone is looked at.
-        min_tokens: end tokens are masked until this many exist.
-        stop_token_ids: beside the model's end-of-sequence tokens.
-        logprobs: None for none, else how many alternatives beside the chosen token.
+        temperature: divides the logits; 0 is greedy.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the most probable tokens up to this total probability, in (0, 1]
+            (Holtzman et al., 2019).
+        min_p: drop tokens less probable than this fraction of the most probable one, in [0, 1]; 0 keeps all.
+        repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens that the
+            prompt or the answer contains; 1 is none (Keskar et al., 2019).
+        presence_penalty: subtracted from the logit of each token that the answer contains.
+        frequency_penalty: subtracted from a token's logit once per occurrence in the answer.
+        logit_bias: (token id, value added to its logit) pairs, each token once.
+        bad_words: token sequences that the answer must not contain.
+        seed: of the random draws. It is always set: the API draws one for requests that give none.
+        max_tokens: longest answer; 0 only computes the prompt.
+        min_tokens: mask the tokens that end the answer until it has this many.
+        stop_token_ids: tokens that end the answer, in addition to the model's end-of-sequence tokens.
+        ignore_eos: the model's end-of-sequence tokens do not end the answer.
+        logprobs: number of alternatives to report with each token's log-probability; None reports nothing.
         prompt_logprobs: the same for each token of the prompt after the first.
     """
 
@@ -78,12 +80,12 @@ class SamplingParams(msgspec.Struct, frozen=True):
 
     @property
     def penalised(self) -> bool:
-        """True if a penalty makes the next token depend on those before."""
+        """True if a repetition, presence or frequency penalty is set."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
 class Structure(msgspec.Struct, frozen=True):
-    """The structure that an answer is held to.
+    """The structure that the answer must have.
 
     Attributes:
         kind: "json_schema", "json_object", "regex", "grammar" (Lark) or "choice".
@@ -102,15 +104,14 @@ class Request(msgspec.Struct, frozen=True):
     Attributes:
         request_id: unique among the live requests of one API process.
         prompt_token_ids: at least one.
-        adapters: its mix, each adapter once; what they add is summed with their weights. Empty is the base
-            model.
-        tenant: whose request it is; part of every KV block key.
+        adapters: its mix, each adapter once: the weighted deltas are summed. Empty is the base model.
+        tenant: the owner of the request; part of every KV block's key, so tenants share no prefixes.
         priority: higher goes first.
-        deadline_s: `time.time()` after which the answer is of no use.
-        cache_prefix: whether it may have, and leave, keys and values in the prefix cache.
-        group: name, among those of one API process, of requests with this prompt that compute it once; "" for
-            a request by itself.
-        structure: what the answer is held to; None is free text.
+        deadline_s: Unix time, as `time.time()` gives it, after which the answer is useless.
+        cache_prefix: True if the request may read and fill the prefix cache.
+        group: the same name for requests of one API process that share a prompt, which is then computed once;
+            "" for a single request.
+        structure: the structure of the answer; None is free text.
         speculative_tokens: most draft tokens in a step; None is the server's default.
     """
 

@@ -1,6 +1,7 @@
-"""Rules that every request keeps, whoever made it: the one place where they are written.
+"""The rules for the fields of a request, checked by both the API and the engine.
 
-Each rule yields violations under paths of `core.request.Request`; the API puts its messages' paths there.
+Each rule yields violations that name fields of `core.request.Request`; the API replaces these names with the
+paths of its messages.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from loraplex_server.core.request import MAX_SPECULATIVE_TOKENS, AdapterUse, Req
 # As in OpenAI's API.
 MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
-# Beyond these a logit is scaled to all or nothing.
+# Beyond these, the penalty alone decides whether a token can be chosen.
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 
 
@@ -23,9 +24,9 @@ class RequestLimits(NamedTuple):
     """Limits of one model and one server.
 
     Attributes:
-        vocab_size: tokens of the base model; adapters may add some.
-        max_model_len: tokens of prompt and answer together.
-        max_adapters: adapters in one mix.
+        vocab_size: number of tokens of the base model; adapters may add more.
+        max_model_len: most tokens of prompt and answer together.
+        max_adapters: most adapters in one mix.
     """
 
     vocab_size: int
@@ -34,7 +35,7 @@ class RequestLimits(NamedTuple):
 
 
 def check_request(request: Request, limits: RequestLimits) -> None:
-    """Checks a request whole.
+    """Checks all fields of a request.
 
     Raises:
         InvalidArgumentError: with one violation for each field that breaks a rule.
@@ -52,7 +53,7 @@ def check_request(request: Request, limits: RequestLimits) -> None:
 
 
 def prompt_violations(token_ids: Sequence[int], limits: RequestLimits) -> Iterator[FieldViolation]:
-    """A prompt has a token, and leaves room for another."""
+    """Rule: a prompt has at least one token, no negative ids, and leaves room for one more token."""
     if not token_ids:
         yield FieldViolation("prompt", "is empty; give at least one token")
     elif min(token_ids) < 0:
@@ -62,7 +63,7 @@ def prompt_violations(token_ids: Sequence[int], limits: RequestLimits) -> Iterat
 
 
 def mix_violations(uses: Sequence[AdapterUse], limits: RequestLimits) -> Iterator[FieldViolation]:
-    """A mix has not too many adapters, and each has a finite weight."""
+    """Rule: a mix has at most `max_adapters` adapters, each with a finite weight."""
     if len(uses) > limits.max_adapters:
         yield FieldViolation(
             "adapters", f"{len(uses)} are more than the {limits.max_adapters} a request may name"
@@ -74,13 +75,13 @@ def mix_violations(uses: Sequence[AdapterUse], limits: RequestLimits) -> Iterato
 
 
 def repeated(uses: Sequence[AdapterUse]) -> list[int]:
-    """Places in a mix that name an adapter again: it has each adapter once, with the sum of its weights."""
+    """Positions in a mix that repeat an earlier adapter's name. A valid mix has none."""
     names = [use.name for use in uses]
     return [index for index, name in enumerate(names) if name in names[:index]]
 
 
 def sampling_violations(sampling: SamplingParams) -> Iterator[FieldViolation]:
-    """Each parameter is in the range that it is defined for."""
+    """Rule: each sampling parameter is in its range."""
     if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
         yield FieldViolation("sampling.temperature", "has to be 0 (greedy) or more, and finite")
     if not 0 < sampling.top_p <= 1:
@@ -88,7 +89,7 @@ def sampling_violations(sampling: SamplingParams) -> Iterator[FieldViolation]:
     if not 0 <= sampling.min_p <= 1:
         yield FieldViolation("sampling.min_p", "has to be 0 to 1")
     low, high = MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
-    # A float32 of 0.01 is a little less.
+    # 0.01 as a float32 is slightly less than 0.01.
     if not low * (1 - 1e-6) <= sampling.repetition_penalty <= high:
         yield FieldViolation("sampling.repetition_penalty", f"has to be from {low:g} to {high:g}")
     for name in ("presence_penalty", "frequency_penalty"):
@@ -99,7 +100,7 @@ def sampling_violations(sampling: SamplingParams) -> Iterator[FieldViolation]:
 
 
 def speculation_violations(speculative_tokens: int | None) -> Iterator[FieldViolation]:
-    """Draft tokens of a step are few."""
+    """Rule: a request asks for at most `MAX_SPECULATIVE_TOKENS` draft tokens in a step."""
     if speculative_tokens is not None and speculative_tokens > MAX_SPECULATIVE_TOKENS:
         yield FieldViolation(
             "speculative_tokens", f"{speculative_tokens} is more than {MAX_SPECULATIVE_TOKENS}"
@@ -107,7 +108,7 @@ def speculation_violations(speculative_tokens: int | None) -> Iterator[FieldViol
 
 
 def too_long(num_tokens: int, limits: RequestLimits) -> str:
-    """The description of a prompt that leaves no room."""
+    """The description of the violation by a prompt that leaves no room for an answer."""
     return (
         f"has {num_tokens} tokens, which leaves no room to generate: prompt and answer together "
         f"may have {limits.max_model_len}"

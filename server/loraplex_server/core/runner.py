@@ -1,4 +1,4 @@
-"""The engine's side of the model: what it asks of whoever computes its steps."""
+"""The interface between the engine, which plans steps, and the model, which computes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Launched(Protocol):
     """A step that may still be running."""
 
     def result(self) -> StepOutput:
-        """Waits for the step; one token for each of the plan's `sample_row`."""
+        """Waits for the step; the output has one token for each of the plan's `sample_row`."""
 
 
 class Runner(Protocol):
@@ -23,10 +23,13 @@ class Runner(Protocol):
         """True if `launch` returns before the step is computed."""
 
     def launch(self, plan: StepPlan) -> Launched:
-        """Starts to compute and sample a plan, whose `fed_from` is about the plan of the call before."""
+        """Starts to compute and sample a plan. Its `fed_from` refers to the plan of the previous call."""
 
     def usable(self) -> bool:
-        """True if the device still computes; asked after a step that failed."""
+        """True if the device still computes; the engine asks after a failed step."""
 
     def weight_checksum(self) -> Generator[None, None, str]:
-        """SHA-256 over the resident base weights, in pieces: yields between them, returns it at the end."""
+        """Computes SHA-256 over the resident base weights piece by piece.
+
+        It yields between pieces, so that the caller can do other work, and returns the hex digest at the end.
+        """

@@ -1,10 +1,10 @@
-"""Addresses of remote adapters: parsing one, and deciding whether the operator allows it.
+"""Addresses of remote adapters: their parsing, and the operator's list of allowed prefixes.
 
     s3://bucket/path   gs://bucket/path   az://container/path   https://host/path
     hf://owner/name@revision/subfolder
 
-`#sha256=HEX` pins the weights and `&config_sha256=HEX` the configuration. Addresses are compared part by
-part, after decoding, so that no spelling of a path reaches beyond an allowed prefix.
+`#sha256=HEX` pins the weights and `&config_sha256=HEX` the configuration. Addresses are decoded and then
+compared part by part, so that no spelling of a path can leave an allowed prefix.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _PIN_NAMES = ("sha256", "config_sha256")
 
 
 def scheme_of(source: str) -> str:
-    """The scheme in lower case, "" for a plain path."""
+    """The scheme in lower case; "" for a plain path."""
     match = _SCHEME.match(source)
     return match[1].lower() if match else ""
 
 
 def redact(source: str) -> str:
-    """`source` without what may be a secret: user information and the query of a URL."""
+    """`source` without the parts that may be secret: user information and the query of a URL."""
     if not scheme_of(source):
         return source
     body, mark, fragment = source.partition("#")
@@ -49,16 +49,17 @@ def redact(source: str) -> str:
 
 @dataclass(frozen=True)
 class SourceUri:
-    """A remote folder with one adapter. `str` of it carries no credentials and no pins.
+    """The address of a remote folder with one adapter. Its `str` has no credentials and no pins.
 
     Attributes:
+        scheme: in lower case.
         host: bucket, container, owner on the hub, or host and port.
-        segments: the rest of the path, decoded; on the hub the repository's name, then the subfolder.
-        revision: branch, tag or commit on the hub, "" for its default branch.
-        sha256: what the weights must have, "" for anything.
-        config_sha256: the same of the configuration.
+        segments: the parts of the path, decoded; on the hub the repository's name, then the subfolder.
+        revision: branch, tag or commit on the hub; "" is the default branch.
+        sha256: the digest that the weights must have, in lower case hex; "" allows any.
+        config_sha256: the same for the configuration.
         userinfo: "user:password" of a web address.
-        query: of a web address, sent with each of its files: a signature, for example.
+        query: of a web address, sent with the request for each file: a signature, for example.
     """
 
     scheme: str
@@ -79,20 +80,20 @@ class SourceUri:
 
     @property
     def is_pinned(self) -> bool:
-        """True if the revision is a commit, whose files never change."""
+        """True if the revision is a commit on the hub, whose files never change."""
         return self.scheme == HUB and _COMMIT.fullmatch(self.revision) is not None
 
     @property
     def repo_id(self) -> str:
-        """The hub's name of the repository."""
+        """The repository's name on the hub: `owner/name`."""
         return f"{self.host}/{self.segments[0]}"
 
     def key(self, filename: str) -> str:
-        """Path of one of its files in an object store, bucket first."""
+        """Path of one of the folder's files in an object store, beginning with the bucket."""
         return "/".join([self.host, *self.segments, filename])
 
     def url(self, filename: str) -> str:
-        """Address of one of its files on a web server, query included."""
+        """Address of one of the folder's files on a web server, query included."""
         path = "/".join(quote(part, safe="") for part in [*self.segments, filename])
         return f"{self.scheme}://{self.host}/{path}" + (f"?{self.query}" if self.query else "")
 
@@ -154,7 +155,7 @@ def _is_revision(revision: str) -> bool:
 
 
 def _pins(fragment: str) -> tuple[str, str] | None:
-    """Digests of the weights and of the configuration, or None if the fragment is not a valid pin."""
+    """Digests of the weights and of the configuration; None if the fragment is not a valid pin."""
     pins = dict.fromkeys(_PIN_NAMES, "")
     for pin in fragment.split("&") if fragment else ():
         name, _, digest = pin.partition("=")
@@ -187,11 +188,11 @@ class AllowedSources:
 
     @property
     def schemes(self) -> frozenset[str]:
-        """Schemes of the prefixes."""
+        """Schemes of the allowed prefixes."""
         return frozenset(prefix.scheme for prefix in self._prefixes)
 
     def permits(self, uri: SourceUri) -> bool:
-        """True if `uri` lies under a prefix; compares whole path segments."""
+        """True if `uri` lies under a prefix; whole path parts are compared."""
         return any(_covers(prefix, uri) for prefix in self._prefixes)
 
     def check(self, uri: SourceUri) -> None:

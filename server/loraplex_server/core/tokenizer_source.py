@@ -1,4 +1,4 @@
-"""The location of an adapter's tokenizer."""
+"""The place of an adapter's tokenizer, as the engine tells it to the API."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import msgspec
 
 
 class TokenizerFile(msgspec.Struct, frozen=True, array_like=True):
-    """One file of a tokenizer, with the fields that reveal a change."""
+    """One file of a tokenizer, with the values of `os.stat` by which a change is noticed."""
 
     name: str
     device: int
@@ -20,7 +20,8 @@ class TokenizerSource(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         folder: real path of the adapter's folder.
-        added_tokens: number of token ids that the adapter adds to the base's vocabulary.
+        files: the tokenizer's files in it.
+        added_tokens: number of tokens that the adapter adds to the base's vocabulary.
     """
 
     folder: str

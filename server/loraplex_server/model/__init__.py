@@ -1,1 +1,1 @@
-"""The model side: a frozen base in 4 bits, and the runner that turns a step plan into tokens."""
+"""The frozen 4-bit base model, and the runner that turns step plans into tokens."""

@@ -21,14 +21,15 @@ class BaseModel:
     """The frozen base, ready to run.
 
     Attributes:
-        model: the transformers model; call it inside a `context.running` block only.
-        groups: its projections; entries of the adapter tables are numbered in this order.
-        projections: (path, in, out) of each entry.
-        norms: its norms, whose entries follow.
-        vocabulary: embedding and head, whose entries are the last two.
+        model: the transformers model; call it only inside a `context.running` block.
+        groups: its projections, siblings of one input together. Rows ("entries") of the adapter tables are
+            numbered in the order of groups and of projections in a group.
+        projections: the projection of each of these entries.
+        norms: its norms over the hidden size; their entries follow those of the projections.
+        vocabulary: embedding and head; their entries are the last two.
         kv_shapes: (KV heads, head dimension) of each layer.
-        residual: the residual stream, for the adapters that read it.
         parameters: number of parameters of the unquantised model.
+        residual: the residual stream, for adapters that read it.
     """
 
     model: PreTrainedModel
@@ -44,7 +45,7 @@ class BaseModel:
     residual: ResidualStream | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every resident weight by name; a tied tensor appears once."""
+        """Every resident weight by name; tied tensors appear once."""
         found = dict(self.model.named_parameters())
         for group in self.groups:
             for index, weight in enumerate(group.weights):
@@ -58,7 +59,10 @@ class BaseModel:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def checksum_steps(self) -> Generator[None, None, str]:
-        """Computes SHA-256 over names and bytes of all resident weights; yields between tensors."""
+        """Computes SHA-256 over names and bytes of all resident weights.
+
+        It yields before each tensor, so that the caller can do other work, and returns the hex digest.
+        """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors().items()):
             yield

@@ -1,4 +1,4 @@
-"""The parts of a model that adapters act at, as the checkpoint names them."""
+"""The modules of a model at which adapters act."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """One `nn.Linear` of the decoder, as the checkpoint names it."""
+    """One `nn.Linear` of the decoder; `path` is its module path in the transformers model."""
 
     path: str
     in_features: int
@@ -19,7 +19,7 @@ class Projection:
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """One norm over the hidden size."""
+    """One norm over the hidden size; `path` is its module path."""
 
     path: str
     width: int
@@ -28,7 +28,7 @@ class Norm:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingAndHead:
-    """The input embedding and the output head. `tied`: both share one table."""
+    """The input embedding and the output head, by module path. `tied`: both share one table."""
 
     embedding_path: str
     head_path: str
@@ -40,11 +40,12 @@ class EmbeddingAndHead:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NormSite:
-    """One norm over the hidden size.
+    """One norm over the hidden size, at which adapters may act.
 
     Attributes:
         entry: its row in the adapter tables.
-        plain: the norm itself, untouched; its parameters are shared with the model's.
+        width: the hidden size.
+        plain: the norm without adapters; it shares the model's parameters.
     """
 
     entry: int
@@ -52,7 +53,7 @@ class NormSite:
     plain: torch.nn.Module
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The norm of rows x [n, width] with the given parameters, each [width]."""
+        """The norm of rows x [n, width] with this weight [width] and bias [width] in place of its own."""
         parameters = {"weight": weight, **({} if bias is None else {"bias": bias})}
         found: torch.Tensor = torch.func.functional_call(self.plain, parameters, (x,))
         return found

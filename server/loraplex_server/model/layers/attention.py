@@ -1,4 +1,4 @@
-"""The attention function that transformers models call in place of their own."""
+"""The paged attention function that transformers models call in place of their own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loraplex_server.model.layers import context
 
 NAME = "loraplex_paged"
 
-# Multiply-adds per microsecond of one core, over a paged cache.
+# Multiply-adds per microsecond of one CPU core, over a paged cache.
 _PRODUCTS_PER_US = 5_000
 
 
@@ -32,10 +32,21 @@ def _attend(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Writes the step's keys and values and attends over the paged cache; applies a deferred rotation first.
+    """Writes the step's keys and values to the paged cache, then attends over it.
 
-    `query` is [1, heads, T, head_dim], `key` and `value` [1, kv_heads, T, head_dim]; returns
-    [1, T, heads, head_dim]. There is no mask: causality and windows follow from the block tables.
+    If the layer deferred the rotation of queries and keys (`layers/fusion`), it is done here first. There is
+    no mask: causality and windows follow from the step's tables.
+
+    Args:
+        query: [1, heads, T, head_dim].
+        key: [1, kv_heads, T, head_dim].
+        value: [1, kv_heads, T, head_dim].
+
+    Returns:
+        [1, T, heads, head_dim], and None for the attention weights.
+
+    Raises:
+        ValueError: attention sinks, or values and keys of different widths.
     """
     if s_aux is not None:
         raise ValueError("attention sinks are not supported")
@@ -62,7 +73,7 @@ def _attend(
             scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
             sliding_window=sliding_window,
             softcap=softcap,
-            # The fused rotation writes rotated keys to the cache only.
+            # Keys that were rotated while being written are in the cache only.
             k=k if rotated else None,
             v=v if rotated else None,
         )
@@ -70,5 +81,5 @@ def _attend(
 
 
 def register() -> None:
-    """Registers the function with transformers as `NAME`. Idempotent."""
+    """Registers the function with transformers as `NAME`; may be called more than once."""
     AttentionInterface.register(NAME, _attend)

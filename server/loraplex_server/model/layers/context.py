@@ -1,7 +1,7 @@
-"""The running step, as the modules inside a transformers model see it.
+"""The context of the running step, for the modules inside a transformers model.
 
-`nn.Linear.forward` takes only its input, so the step's tables reach the linears and the attention
-function through this ambient context. There is no other.
+`nn.Linear.forward` takes only its input. The linears and the attention function therefore read the step's
+tables from a module-level variable, which only this file holds.
 """
 
 from __future__ import annotations
@@ -26,19 +26,21 @@ class Rotation:
 
 @dataclasses.dataclass(frozen=True)
 class StepContext:
-    """One forward pass.
+    """One forward pass. `model/run` fills every field but `rotations`.
 
     Attributes:
         attention: the ragged batch, shared by all layers.
         kv_caches: one tensor per layer, [num_blocks, 2, num_kv_heads, block_size, head_dim].
-        attended: number of (query, key) pairs of the batch, the measure of the attention's cost.
-        effects: the adapters' effects at each projection, in order; empty in a base-only step.
-        norms: their effects at each norm; empty if no adapter of the step changes a norm.
-        head: their effects at the head, whose input holds the sampled rows only.
-        added_tokens: most tokens that one of the adapters adds to the vocabulary.
-        seen: if given, each layer records the shape of its attention here.
-        unfused: nothing between the projections may be fused (`fusion`): an adapter acts there.
-        rotations: the deferred rotation for the next call of the attention; at most one.
+        effects: the adapters' effects at the projections, in order; empty in a step without adapters.
+        attended: number of (query, key) pairs in the batch, a measure of the attention's cost.
+        norms: the adapters' effects at norms; empty if no adapter replaces one.
+        head: the adapters' effects at the head, whose input has only the sampled and scored rows.
+        added_tokens: the most tokens that one of these adapters adds to the vocabulary.
+        seen: if given, each layer records here the shape that it asks of the attention, by layer index.
+        unfused: True if an adapter acts between the projections, so that nothing may be fused there
+            (`layers/fusion`).
+        rotations: the deferred rotation that the next attention call has to do, at most one; `layers/fusion`
+            appends it and `layers/attention` removes it.
     """
 
     attention: AttentionBatch
@@ -58,7 +60,11 @@ _current: StepContext | None = None
 
 @contextlib.contextmanager
 def running(context: StepContext) -> Iterator[None]:
-    """Makes `context` current inside a with block. Blocks do not nest: one step runs at a time."""
+    """Makes `context` the current step inside a with block.
+
+    Raises:
+        RuntimeError: another step is running; blocks do not nest.
+    """
     global _current
     if _current is not None:
         raise RuntimeError("a step runs already; the runner belongs to one thread")
@@ -70,10 +76,10 @@ def running(context: StepContext) -> Iterator[None]:
 
 
 def current() -> StepContext:
-    """The step that runs now.
+    """The running step.
 
     Raises:
-        RuntimeError: no step runs; only the runner may call the model.
+        RuntimeError: no step is running; only the runner may call the model.
     """
     if _current is None:
         raise RuntimeError("no step runs; call the model through the runner")

@@ -1,6 +1,6 @@
-"""Effects of adapters in a step.
+"""The effects of adapters in a step.
 
-The runner and the replaced modules use the protocols `Effect`, `EmbeddingEffect` and `NormEffect` only.
+The runner and the modules in the model use only the protocols `Effect`, `EmbeddingEffect` and `NormEffect`.
 """
 
 from __future__ import annotations
@@ -21,48 +21,48 @@ if TYPE_CHECKING:
 
 
 class Effect(Protocol):
-    """One kind of adapter, applied to all tokens of a step that use it; other tokens stay unchanged.
+    """One kind of adapter, applied to all tokens of a step that use it; other tokens do not change.
 
-    A site applies `before` of every effect in order, then the frozen weight, then `after` of every effect in
-    order.
+    At each site, the input passes through `before` of every effect in order, then the frozen weight, then
+    `after` of every effect in order.
     """
 
     def before(self, site: LoraSite, x: torch.Tensor) -> torch.Tensor:
-        """The input [T, in] of the frozen weight, from x [T, in]; must not change `x` itself."""
+        """The input [T, in] for the frozen weight; must not change `x` itself."""
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Changes the output y [T, out] in place; `x` [T, in] is the input of the frozen weight."""
+        """Changes the output y [T, out] in place; x [T, in] was the frozen weight's input."""
 
 
 class EmbeddingEffect(Protocol):
-    """An adapter's effect at the input embedding."""
+    """One kind of adapter at the input embedding."""
 
     def embed(self, site: Vocabulary, ids: torch.Tensor, x: torch.Tensor) -> None:
-        """Changes the embeddings x [T, hidden] of the token ids [T] in place."""
+        """Changes the embeddings x [T, hidden] of the token ids (int64 [T]) in place."""
 
 
 class NormEffect(Protocol):
-    """An adapter's effect at a norm."""
+    """One kind of adapter at a norm."""
 
     def norm(self, site: NormSite, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Changes the output y [T, width] in place; x [T, width] is the input."""
+        """Changes the norm's output y [T, width] in place; x [T, width] is its input."""
 
 
 Kinds = tuple[type[Effect], ...]
 
 
 def kinds(effects: Iterable[Effect]) -> Kinds:
-    """The key of a recorded step (`graphs`).
+    """The key of a recorded step (`run/graphs`): the classes of its effects, in order.
 
-    A recording replays any step whose effects are of the same kinds, over the same pool and buffers. Effects
-    that can be recorded read their batch on the device only.
+    A step with effects of the same kinds, over the same pool and buffers, can replay the recording. An effect
+    can be recorded only if it reads its batch from device memory alone.
     """
     return tuple(type(effect) for effect in effects)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pooled:
-    """Base class for the effects of adapters in a pool; does nothing itself."""
+    """Base class of the effects: adapters of a pool, applied to the runs of a batch. It changes nothing."""
 
     pool: LoraPool
     batch: LoraBatch
@@ -71,11 +71,11 @@ class _Pooled:
         return x
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Does nothing."""
+        """Nothing."""
 
 
 class LowRankAdd(_Pooled):
-    """LoRA: y += weight * (x A^T) B, for each of a token's adapters (Hu et al., 2021)."""
+    """LoRA (Hu et al., 2021): y += weight * (x A^T) B for each of a token's adapters."""
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
         lora.apply(x, y, self.pool, site, self.batch)
@@ -85,14 +85,14 @@ class LowRankAdd(_Pooled):
 
 
 class InputScale(_Pooled):
-    """IA3 on a feed-forward's input: x * the token's vector."""
+    """IA3 on a feed-forward's input: x times a vector [in] of the token's adapter (Liu et al., 2022)."""
 
     def before(self, site: LoraSite, x: torch.Tensor) -> torch.Tensor:
         return vectors.scale_input(x, self.pool, site, self.batch)
 
 
 class OutputScale(_Pooled):
-    """IA3 on keys and values, and DoRA's magnitudes: y * the token's vector."""
+    """IA3 on keys and values, and DoRA's magnitudes (Liu et al., 2024): y times an adapter's vector [out]."""
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
         vectors.scale_output(y, self.pool, site, self.batch)
@@ -102,14 +102,14 @@ class OutputScale(_Pooled):
 
 
 class BiasAdd(_Pooled):
-    """A LoRA pair's bias: y += weight * b."""
+    """The bias of a LoRA pair: y += weight * b, b [out]."""
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
         vectors.add_bias(y, self.pool, site, self.batch)
 
 
 class OwnWeights(_Pooled):
-    """modules_to_save: projections and norms whose weights the adapter replaces."""
+    """PEFT's `modules_to_save`: the adapter's weights replace those of projections and norms."""
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
         replacement.linear(x, y, self.pool, site, self.batch)
@@ -121,7 +121,7 @@ class OwnWeights(_Pooled):
 
 
 class TokenRows(_Pooled):
-    """Rows of the embedding and of the head that the adapter replaces or adds."""
+    """The adapter's rows of the embedding and the head: trained tokens and added tokens."""
 
     def embed(self, site: Vocabulary, ids: torch.Tensor, x: torch.Tensor) -> None:
         vocabulary.place_rows(x, ids, self.pool, site.embedding, self.batch, site.scale)
@@ -132,7 +132,7 @@ class TokenRows(_Pooled):
 
 @dataclasses.dataclass(frozen=True)
 class Bottlenecks(_Pooled):
-    """Bottleneck adapters: y += a small network of y, of the residual stream, or of their sum."""
+    """Bottleneck adapters (Houlsby et al., 2019): y += network(y, the residual stream, or their sum)."""
 
     residual: ResidualStream | None
 
@@ -146,15 +146,15 @@ class Bottlenecks(_Pooled):
 def effects_of(
     pool: LoraPool, batch: LoraBatch, residual: ResidualStream | None = None
 ) -> tuple[Effect, ...]:
-    """The effects of a batch's adapters at projections, in order.
+    """The effects of a batch's adapters at projections, in the order in which they apply.
 
     Args:
-        residual: the residual stream, for the adapters that read it.
+        residual: the residual stream, for adapters that read it.
     """
     pairs = LowRankAdd(pool, batch)
     if not vectors.any_vectors(pool, batch):
         return (pairs,)
-    # DoRA's magnitude scales the base's output only; its low-rank pair, scaled at load, comes after.
+    # DoRA's magnitude scales only the base's output: its pair was scaled at load and is added afterwards.
     effects: tuple[Effect, ...] = (
         InputScale(pool, batch),
         OutputScale(pool, batch),
@@ -181,19 +181,19 @@ def norm_effects(pool: LoraPool, batch: LoraBatch) -> tuple[NormEffect, ...]:
 
 
 def acts_between(effects: Iterable[Effect], norms: Iterable[NormEffect]) -> bool:
-    """True if an effect of the step acts or reads between the projections, which rules out fusion there."""
+    """True if an effect acts or reads between the projections, so that nothing may be fused there."""
     return any(norms) or any(isinstance(effect, Bottlenecks) for effect in effects)
 
 
 def embedding_effects(pool: LoraPool, batch: LoraBatch, site: Vocabulary) -> tuple[EmbeddingEffect, ...]:
-    """The effects of a batch's adapters at the embedding, in order."""
+    """The effects of a batch's adapters at the embedding, in the order in which they apply."""
     if not vocabulary.acts_at(pool, batch, site.embedding.first_entry):
         return ()
     return (TokenRows(pool, batch), OutputScale(pool, batch), LowRankAdd(pool, batch))
 
 
 def head_effects(pool: LoraPool, batch: LoraBatch, site: Vocabulary) -> tuple[Effect, ...]:
-    """The effects, at the head, of the adapters of a batch of sampled rows, in order."""
+    """The effects at the head, in the order in which they apply, for a batch of rows with logits."""
     entry = site.head.first_entry
     if not vocabulary.acts_at(pool, batch, entry):
         return ()

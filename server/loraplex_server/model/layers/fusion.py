@@ -1,8 +1,8 @@
-"""Fused kernels for the operations between the projections of a transformers model.
+"""Fused kernels for a transformers model's operations between its projections.
 
-RMS norms, the additions to the residual stream before them, rotations of queries and keys with the write of
-the KV cache, and the gates of feed-forward networks are one launch each. A step whose adapters
-act there, on norms or on the residual stream, runs the model's own code instead (`StepContext.unfused`).
+Each of these is one launch: an RMS norm with the addition to the residual stream before it, the rotation of
+queries and keys with the write to the KV cache, and the gate of a feed-forward network. If an adapter acts in
+between, on norms or on the residual stream, the step runs the model's own code (`StepContext.unfused`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from loraplex_server.model.layers.recognise import Block
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """Numbers of modules with a fused kernel: norms, rotation and write, gates, and sums before norms."""
+    """Number of modules that now use a fused kernel.
+
+    Attributes:
+        norms: RMS norms.
+        attentions: attentions that rotate queries and keys while they write the KV cache.
+        mlps: gated feed-forward networks.
+        layers: decoder layers whose additions to the residual stream are part of the norms that follow.
+    """
 
     norms: int
     attentions: int
@@ -36,7 +43,7 @@ class Fused:
 
 
 class _Carried:
-    """Holds a norm's output, computed together with the sum before the norm, until the norm is called."""
+    """A norm's output, computed together with the addition before it and kept until the norm is called."""
 
     def __init__(self) -> None:
         self._norm: nn.Module | None = None
@@ -44,20 +51,20 @@ class _Carried:
         self._y: torch.Tensor | None = None
 
     def put(self, norm: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Keeps y, the norm of x; only the newest is kept."""
+        """Keeps y, the norm of x, in place of what was kept before."""
         self._norm, self._x, self._y = norm, x, y
 
     def take(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        """Removes and returns the norm of x; None if it is not held."""
+        """The kept norm of x, which is then forgotten; None if another was kept."""
         found = self._y if self._norm is norm and self._x is x else None
         self._norm = self._x = self._y = None
         return found
 
 
 def fuse(model: PreTrainedModel) -> Fused:
-    """Replaces forward passes of recognised modules; parameters and module paths stay as they are.
+    """Replaces the forward passes of recognised modules; parameters and module paths do not change.
 
-    Call it after everything else that wraps a norm, and once the weights have their final place.
+    Call it last: after everything else that wraps a norm, and when the weights are in their final place.
     """
     carried = _Carried()
     modules = list(model.modules())
@@ -116,9 +123,9 @@ def _fuse_rotation(module: nn.Module) -> bool:
     def rotate_later(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Defers the rotation to the attention function, which has the values and the cache."""
+        """Defers the rotation to the attention function, which also has the values and the cache."""
         if cos.dtype != q.dtype:
-            # Some families keep angles in float32 and round once, where the others round three times.
+            # Some families keep the angles in float32 and round once, where others round three times.
             return rotate(q, k, cos, sin)
         context.current().rotations.append(Rotation(cos, sin))
         return q, k
@@ -137,7 +144,11 @@ def _fuse_rotation(module: nn.Module) -> bool:
 def _fuse_layers(
     layers: list[nn.Module], last: nn.Module | None, norms: dict[nn.Module, RmsNorm], carried: _Carried
 ) -> int:
-    """Fuses the recognised layers and returns their number. `last`: the norm after them, if known."""
+    """Fuses the layers that are recognised and returns their number.
+
+    Args:
+        last: the norm after the last layer; None if it is not known.
+    """
     fused = 0
     firsts = [getattr(layer, "input_layernorm", None) for layer in layers[1:]]
     for layer, following in zip(layers, [*firsts, last], strict=True):
@@ -164,7 +175,7 @@ def _fuse_layer(
         if args or context.current().unfused:
             y: torch.Tensor = own(hidden_states, *args, **options)
             return y
-        # No names for intermediate tensors: a name would keep its tensor alive.
+        # Intermediate tensors get no names here, so that their memory is freed at once.
         stream, normed = add_rms_norm(
             attention(hidden_states=first(hidden_states), **options)[0],
             hidden_states,

@@ -1,8 +1,8 @@
-"""Frozen projections with adapters on top; they replace a decoder's `nn.Linear`.
+"""Frozen projections with adapters, which replace the decoder's `nn.Linear` modules.
 
-Sibling projections that read one input (q, k, v; gate, up) form a group: one product with the frozen
-weights, one shrink and one expand serve them all. The first sibling called computes; the others take
-their columns. Every call checks that the siblings share their input.
+Sibling projections with the same input (q, k, v; gate, up) form a group. One product with the frozen weights,
+one shrink and one expand serve the whole group: the first sibling called computes the output, the others take
+their columns of it. Every call checks that its input is the same tensor.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from loraplex_kernels.pool import LoraSite
 from loraplex_server.model.layers import context
 from loraplex_server.model.layers.weights import FrozenWeight
 
-# Multiply-adds per microsecond of one core, then the rows whose products take as long as reading the weight.
+# Multiply-adds per microsecond of one CPU core.
 _PRODUCTS_PER_US = 40_000
+# Reading the weight takes as long as the products of this many rows.
 _MIN_ROWS = 4
 
 
 @dataclasses.dataclass(eq=False)
 class SiteGroup:
-    """One or more projections of one input.
+    """One or several projections of one input.
 
     Attributes:
         paths: module path of each projection, in the order of `site.slices`.
-        weights: frozen weights; their rows together are the packed output row.
-        bias: [out] of the packed row, zero where a sibling has none; None where all have none.
+        site: the group's entries in the adapter tables, and each projection's columns.
+        weights: frozen weights; concatenated along `out` they give the packed output.
+        bias: [out] of the packed output, zero for siblings without one; None if no sibling has one.
     """
 
     paths: tuple[str, ...]
@@ -70,7 +72,7 @@ class SiteGroup:
 
 
 class FrozenHead(torch.nn.Module):
-    """The unquantised output head; it replaces an `nn.Linear` and shares its parameters."""
+    """The output head, unquantised. It replaces an `nn.Linear` and shares its parameters."""
 
     def __init__(self, linear: torch.nn.Linear, site: LoraSite) -> None:
         super().__init__()
@@ -79,9 +81,9 @@ class FrozenHead(torch.nn.Module):
         self._site = site
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., hidden] to logits [..., vocabulary + tokens that adapters of this step add].
+        """Logits [..., vocabulary + the step's `added_tokens`] of x [..., hidden].
 
-        A row's logits of added tokens are valid only for the tokens that its adapter has.
+        Logits of added tokens are meaningful only in rows whose adapter has these tokens.
         """
         with parallel.threads_for(_product_us(x, self.weight.shape[0])):
             y = dense.linear(x, self.weight, self.bias)
@@ -115,6 +117,6 @@ class SiteLinear(torch.nn.Module):
 
 
 def _product_us(x: torch.Tensor, out_features: int) -> float:
-    """Estimated microseconds of one core for x [..., in] times a weight [out_features, in]."""
+    """Rough time in microseconds of x [..., in] times a weight [out_features, in] on one CPU core."""
     rows = x.numel() // x.shape[-1]
     return max(rows, _MIN_ROWS) * x.shape[-1] * out_features / _PRODUCTS_PER_US

@@ -1,4 +1,4 @@
-"""Norms whose weights adapters may replace, whatever the norm's class computes."""
+"""Norms whose weights adapters may replace; this works for every class of norm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from loraplex_server.model.parts import Norm, NormSite
 
 
 def attach(norm: torch.nn.Module, described: Norm, entry: int) -> NormSite:
-    """Makes a model's `norm` apply the step's adapters; returns the site that stands for it."""
+    """Wraps the forward pass of `norm` so that it applies the step's adapters; returns its site.
+
+    Args:
+        entry: row of the norm in the adapter tables.
+    """
     plain = copy.copy(norm)
     plain._parameters = dict(norm._parameters)
     site = NormSite(entry, described.width, plain)

@@ -1,8 +1,8 @@
-"""Recognises the modules of a transformers model that a fused kernel can replace.
+"""Recognition of the modules of a transformers model that a fused kernel can replace.
 
-Names and classes differ between families and releases, so they prove nothing. Instead, a copy of the module,
-its children replaced by known functions, runs on random numbers. The module is recognised if its output
-equals the formula's bit for bit. Modules that are not recognised stay unchanged.
+Names and classes differ between model families and releases, so they prove nothing. Instead, a copy of the
+module, its children replaced by known functions, runs on random numbers. The module is recognised if its
+output equals the fused kernel's formula bit for bit. Modules that are not recognised keep their own code.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from loraplex_kernels.norm.reference import rms_norm
 
 _log = logging.getLogger(__name__)
 
-# Half precision reveals where a module rounds; single precision, any other difference.
+# bfloat16 shows where a module rounds; float32 shows that nothing else differs.
 _DTYPES = (torch.bfloat16, torch.float32)
 _ROTATE, _INTERFACE = "apply_rotary_pos_emb", "ALL_ATTENTION_FUNCTIONS"
 
 Rotate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""(q, k, cos, sin) to q and k rotated."""
+"""Maps (q, k, cos, sin) to the rotated q and k."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-"""A module's output, and the output expected of the candidate formula."""
+"""A module's output, and the output of the formula that it is compared with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Mlp:
     """``down_proj(activation(gate) * up)``.
 
     Attributes:
-        projections: names of the gate projection and the up projection, or of one that is both.
+        projections: names of the gate projection and the up projection, or of one that holds both.
     """
 
     projections: tuple[str, ...]
@@ -54,8 +54,8 @@ class Block:
     """A decoder layer: attention, then MLP, each between a norm and the addition to the residual stream.
 
     Attributes:
-        norms: names of the norm before attention and of that before the MLP.
-        after: names of the norms of attention's and of the MLP's output; None where there are none.
+        norms: names of the norms before attention and before the MLP.
+        after: names of the norms after attention and after the MLP; None if there are none.
     """
 
     norms: tuple[str, str]
@@ -74,7 +74,7 @@ _MLPS = (("gate_proj", "up_proj"), ("gate_up_proj",))
 
 @torch.no_grad()
 def norm(module: nn.Module) -> RmsNorm | None:
-    """Recognises `module` as an RMS norm over its own weight; None if it is not one."""
+    """The RMS norm that `module` computes, with the module's weight; None if it computes something else."""
     weight = module._parameters.get("weight")
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if weight is None or weight.ndim != 1 or not isinstance(eps, float) or len(list(module.parameters())) > 1:
@@ -94,7 +94,7 @@ def _norm_pair(module: nn.Module, norm: RmsNorm, dtype: torch.dtype) -> Pair:
 
 @torch.no_grad()
 def mlp(module: nn.Module) -> Mlp | None:
-    """Recognises `module` as a gated network; None if it is not one."""
+    """The gated network that `module` computes; None if it computes something else."""
     for projections in _MLPS:
         if {*projections, "down_proj"} <= module._modules.keys():
             for activation in ACTIVATIONS:
@@ -115,7 +115,10 @@ def _mlp_pair(
 
 @torch.no_grad()
 def block(module: nn.Module) -> Block | None:
-    """Recognises `module` as a decoder layer that passes its keyword arguments to its attention; or None."""
+    """The decoder layer that `module` computes; None if it computes something else.
+
+    The layer must pass all its keyword arguments on to its attention.
+    """
     for found in _BLOCKS:
         names = {*found.norms, *(found.after or ()), "self_attn", "mlp"}
         if names <= module._modules.keys() and _same(module, (_block_pair(module, found) for _ in range(1))):
@@ -145,11 +148,11 @@ def _block_pair(module: nn.Module, found: Block) -> Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """An attention that rotates queries and keys and passes the rotated ones to the attention function.
+    """An attention that rotates queries and keys and passes the results unchanged to the attention function.
 
     Attributes:
-        rotate: the module's own rotation, for any dtypes.
-        rebound: its forward pass with another rotation; the first argument is the module.
+        rotate: the model's own rotation, which takes any dtypes.
+        rebound: makes a copy of the forward pass with another rotation; its first argument is the module.
     """
 
     rotate: Rotate
@@ -157,7 +160,10 @@ class Attention:
 
 
 def attention(module: nn.Module) -> Attention | None:
-    """Recognises `module` as an attention that rotates by halves if all dtypes are equal; None otherwise."""
+    """The attention that `module` computes; None if it computes something else.
+
+    Its rotation must be "by halves" (value i is paired with i + half) when all its inputs have one dtype.
+    """
     function = inspect.getattr_static(type(module), "forward", None)
     if not isinstance(function, types.FunctionType) or not (
         {_ROTATE, _INTERFACE} <= set(function.__code__.co_names) & function.__globals__.keys()
@@ -187,7 +193,7 @@ def _rotates(function: Callable[..., Any]) -> bool:
         try:
             return pairs(dtype, 8)
         except RuntimeError:
-            # The function rotates whole heads only and never gets fewer values.
+            # This rotation takes whole heads only, and the model never rotates less.
             return []
 
     return _same(function, (pair for dtype in _DTYPES for pair in pairs(dtype, 16))) and _same(
@@ -197,7 +203,7 @@ def _rotates(function: Callable[..., Any]) -> bool:
 
 @torch.no_grad()
 def _hands_on(module: nn.Module, function: types.FunctionType) -> bool:
-    """True if the attention function gets exactly the rotation's result."""
+    """True if the attention function receives exactly the tensors that the rotation returned."""
     stubs: dict[str, nn.Module] = {}
     for name, child in module._modules.items():
         width = getattr(child, "out_features", None)
@@ -231,7 +237,7 @@ def _hands_on(module: nn.Module, function: types.FunctionType) -> bool:
 
 
 def _rebound(function: types.FunctionType, names: Mapping[str, Any]) -> Callable[..., Any]:
-    """A copy of `function` that sees `names` in place of its globals of the same names."""
+    """A copy of `function` in which these global names have other values."""
     found = types.FunctionType(
         function.__code__,
         {**function.__globals__, **names},
@@ -246,7 +252,7 @@ def _rebound(function: types.FunctionType, names: Mapping[str, Any]) -> Callable
 def _copy(
     module: nn.Module, stubs: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter] | None = None
 ) -> nn.Module:
-    """A copy of `module` with other children and, if given, other parameters; it shares the rest."""
+    """A shallow copy of `module` with these children replaced, and its parameters if any are given."""
     made = copy.copy(module)
     made._modules = {**module._modules, **stubs}
     if parameters is not None:
@@ -255,13 +261,13 @@ def _copy(
 
 
 def _call(module: nn.Module, *args: Any, **options: Any) -> torch.Tensor:
-    """Calls the forward pass of the module's class, even if the instance has another."""
+    """Calls the forward pass of the module's class, even if the instance has another one."""
     found: torch.Tensor = type(module).forward(module, *args, **options)
     return found
 
 
 def _same(subject: object, pairs: Iterable[Pair]) -> bool:
-    """True if the tensors of each pair are equal; False if computing them fails."""
+    """True if both tensors of every pair have the same dtype and bits; False if computing a pair fails."""
     try:
         return all(isinstance(a, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
     except Exception as error:
@@ -270,7 +276,7 @@ def _same(subject: object, pairs: Iterable[Pair]) -> bool:
 
 
 class _Draw:
-    """Random numbers, the same for every module."""
+    """Draws of normal random numbers, the same sequence for every instance."""
 
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(17)
@@ -280,7 +286,7 @@ class _Draw:
 
 
 class _Given(nn.Module):
-    """Returns `out` for `x`; fails for any other input."""
+    """Returns `out` for the tensor `x`; raises ValueError for any other."""
 
     def __init__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         super().__init__()
@@ -293,7 +299,7 @@ class _Given(nn.Module):
 
 
 class _Bent(nn.Module):
-    """An elementwise function that differs for every vector."""
+    """A nonlinear elementwise function, which differs from vector to vector."""
 
     def __init__(self, vector: torch.Tensor) -> None:
         super().__init__()
@@ -304,7 +310,7 @@ class _Bent(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Calls `inner` and keeps the other arguments."""
+    """Calls `inner`, and records its keyword arguments."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The vocabulary layers: the input embedding and the output head."""
+"""The vocabulary layers: input embedding and output head."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from loraplex_kernels.pool import LoraSite
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """The embedding and the head of a model.
+    """The vocabulary layers of a model.
 
     Attributes:
-        embedding: as a site of one-hot tokens, [tokens] to [hidden].
-        head: [hidden] to [tokens].
-        table: [tokens, hidden], the embedding's.
-        head_table: [tokens, hidden]; the same tensor if the two are tied.
-        head_bias: [tokens], None where there is none.
-        scale: factor of the embedding's rows.
+        embedding: the embedding as a site, a projection of one-hot tokens: [tokens] to [hidden].
+        embedding_path: its module path.
+        head: the head as a site: [hidden] to [tokens].
+        head_path: its module path.
+        head_bias: [tokens]; None if the head has no bias.
+        table: [tokens, hidden], of the embedding.
+        head_table: [tokens, hidden]; the same tensor as `table` if the two are tied.
+        scale: the factor by which the embedding multiplies its rows.
     """
 
     embedding: LoraSite
@@ -33,5 +35,5 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """Number of tokens of the base."""
+        """Number of tokens of the base model."""
         return self.table.shape[0]

@@ -1,4 +1,4 @@
-"""A frozen projection weight in one of the resident formats, behind one interface."""
+"""Frozen projection weights: one interface for all resident formats."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class FrozenWeight(Protocol):
     def shape(self) -> tuple[int, int]: ...
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [T, in] to a new [T, out] in x's dtype, accumulated in fp32."""
+        """x [T, in] to a new tensor [T, out] in x's dtype, accumulated in fp32; bias is [out]."""
 
     def dequantize(self) -> torch.Tensor:
-        """The weight [out, in] in fp32, as the products use it."""
+        """The weight that the products use, fp32 [out, in]."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every resident tensor, for the checksum and the memory account."""
+        """Every resident tensor by name, for the checksum and the memory plan."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ class Int4:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedInt4:
-    """Affine int4 in the CPU's packed layout; a few rows at a time are multiplied in bf16."""
+    """Affine int4 in the CPU's packed layout; products of few rows are in bf16."""
 
     weight: PackedInt4Weight
 
@@ -119,7 +119,7 @@ class PackedInt4:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Blocked:
-    """nf4 or int4 in the order in which the Triton kernels read it; sums are fp32, rounded once."""
+    """nf4 or int4 in the order in which the Triton kernels read it; sums are in fp32 and rounded once."""
 
     weight: BlockedWeight
 
@@ -139,12 +139,13 @@ class Blocked:
 
 @dataclasses.dataclass(frozen=True)
 class WeightFormat:
-    """The storage format of the frozen projections.
+    """The format of the frozen projections in memory.
 
     Attributes:
-        quantization: "nf4", "int4" or "none".
-        dtype: of the activations and of unquantised weights.
-        packed_int4: store int4 in the CPU's packed layout (bf16 products) where the shape allows.
+        quantization: "nf4" (Dettmers et al., 2023), "int4" or "none".
+        dtype: of the activations, and of unquantised weights.
+        double_quant: quantise the scales of nf4 too.
+        packed_int4: hold int4 in the CPU's packed layout (bf16 products) where the shape allows it.
     """
 
     quantization: str
@@ -154,10 +155,10 @@ class WeightFormat:
     packed_int4: bool = False
 
     def freeze(self, weights: list[torch.Tensor]) -> list[FrozenWeight]:
-        """Stores sibling weights [out_i, in] in this format, as one weight where the format can.
+        """Converts sibling weights [out_i, in] to this format, joined along `out` where the format can.
 
         Raises:
-            ValueError: the format cannot store a weight (its width, or inf or NaN in it).
+            ValueError: the format cannot hold a weight: its width does not fit, or it contains inf or NaN.
         """
         if self.quantization == "none":
             dense = [weight.to(self.device, self.dtype) for weight in weights]
@@ -180,10 +181,10 @@ class WeightFormat:
         return [Int4(joined)]
 
     def planned_bytes(self, shapes: list[tuple[int, int]]) -> int:
-        """Bytes that `freeze` will need for sibling weights of these shapes (out, in).
+        """Bytes that `freeze` will take for sibling weights of these shapes (out, in).
 
         Raises:
-            ValueError: this format cannot store the width.
+            ValueError: the format cannot hold weights of this width.
         """
         rows, width = sum(out for out, _ in shapes), shapes[0][1]
         if self.quantization == "none":
@@ -191,7 +192,7 @@ class WeightFormat:
         blocked = dispatch.backend(self.device) == "triton"
         if self.quantization == "int4":
             group = int4.choose_group(width)
-            # A scale and a zero: two bf16 if packed, else two float32.
+            # A scale and a zero: two bf16 where they are packed, else two float32.
             if blocked:
                 blocks = -(-width // quant.BLOCK)
                 groups = -(-blocks * quant.BLOCK // group)
@@ -210,7 +211,7 @@ class WeightFormat:
         width = shapes[0][1]
         if not blocked or width % _NF4_BLOCK:
             return codes + sum(blocks) + scales + len(shapes) * (_NESTED_LEVELS_BYTES + 4)
-        # A level table for each weight that is stored alone; an offset for each row.
+        # One level table for each weight that is arranged alone, and one offset for each row.
         joined = all(count % _NESTED_BLOCK == 0 for count in blocks[:-1])
         rows = sum(out for out, _ in shapes)
         words = -(-(width // _NF4_BLOCK) // 4)
@@ -224,7 +225,7 @@ class WeightFormat:
                 return [Blocked(quant.arrange_nf4(parts))]
             if all(quant.joinable_nf4([part]) for part in parts):
                 return [Blocked(quant.arrange_nf4([part])) for part in parts]
-        # Blocks run over the flattened tensor: siblings join only where each ends with a whole block.
+        # Blocks run over the flattened tensor: siblings can be joined only if each ends with a whole block.
         if len(parts) == 1 or self.double_quant or any(weight.numel() % 64 for weight in weights):
             return [Nf4(part) for part in parts]
         return [

@@ -1,4 +1,4 @@
-"""Which checkpoints can be served, and the empty model they are loaded into."""
+"""The checks that an architecture can be served, and the empty model that its weights are loaded into."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def check(config: PreTrainedConfig) -> None:
-    """Refuses what is known not to work, before anything is built.
+    """Refuses architectures that are known not to work, before anything is built.
 
     Raises:
-        FailedPreconditionError: saying why this checkpoint cannot be served.
+        FailedPreconditionError: this checkpoint cannot be served; the text says why.
     """
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
@@ -41,14 +41,14 @@ def check(config: PreTrainedConfig) -> None:
 
 
 def longest_context(config: PreTrainedConfig, asked: int) -> int:
-    """Most tokens of one request: `asked`, or the model's own limit where `asked` is 0.
+    """Most tokens of one request: `asked`, or the model's own limit if `asked` is 0.
 
-    Rope kinds whose frequencies depend on the longest position of the whole batch ("longrope",
-    "dynamic") are served up to the length below which they do not: beyond it one request's answer
-    would depend on another's length.
+    The frequencies of some rope kinds ("longrope", "dynamic") depend on the longest position in the batch
+    once it exceeds a certain length. There, one request's answer would depend on another's length, so such
+    models are served only up to that length.
 
     Raises:
-        FailedPreconditionError: `asked` lies beyond what can be served exactly.
+        FailedPreconditionError: `asked` is more than can be served exactly.
     """
     own: int = getattr(config, "max_position_embeddings", None) or asked or 4096
     limit, reason = own, "the model's max_position_embeddings"
@@ -70,7 +70,7 @@ def longest_context(config: PreTrainedConfig, asked: int) -> int:
 
 
 def build_empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The transformers model with its parameters on the meta device and its buffers (rope) real."""
+    """The transformers model: parameters on the meta device, buffers (rope) with their values."""
     attention.register()
     with _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
@@ -80,10 +80,10 @@ def build_empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 
 def _settle_rope(model: PreTrainedModel) -> None:
-    """Keeps position embeddings as they were built.
+    """Keeps the rope frequencies as they were built.
 
-    Kinds that depend on the longest position read it back from the device in every step; within
-    `longest_context` they would find nothing to change.
+    Kinds that depend on the longest position read it back from the device in every step. Up to
+    `longest_context` they never change anything, so this only costs time.
     """
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
@@ -94,10 +94,11 @@ def _settle_rope(model: PreTrainedModel) -> None:
 
 
 def find_groups(model: PreTrainedModel) -> list[tuple[Projection, ...]]:
-    """Every projection of the decoder's layers, siblings of one input together, in layer order.
+    """Every projection of the decoder's layers, in layer order, siblings with the same input in one group.
 
     Raises:
-        FailedPreconditionError: a layer holds weights that are no projection (stacked experts, say).
+        FailedPreconditionError: a layer has weights that do not belong to an `nn.Linear`, for example stacked
+            experts; or no layer has an `nn.Linear`.
     """
     head = model.get_output_embeddings()
     found: dict[str, Projection] = {}
@@ -132,9 +133,9 @@ def find_groups(model: PreTrainedModel) -> list[tuple[Projection, ...]]:
 
 
 def find_norms(model: PreTrainedModel) -> list[Norm]:
-    """Every norm over the hidden size, with its path: a module of a weight, perhaps a bias, as long as it.
+    """Every norm over the hidden size: a module with only a weight, and perhaps a bias, of that length.
 
-    Norms of single heads see their rows in an order that differs from family to family, and are left out.
+    Norms of single heads are left out: the order of their rows differs between model families.
     """
     hidden = model.get_input_embeddings().weight.shape[1]
     found = []
@@ -150,7 +151,7 @@ def find_embedding_and_head(model: PreTrainedModel) -> EmbeddingAndHead:
     """The embedding and the head.
 
     Raises:
-        FailedPreconditionError: the head is something else than a linear module with a row for each token.
+        FailedPreconditionError: the head is not an `nn.Linear` with one output per token.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tokens, hidden = embedding.weight.shape
@@ -171,10 +172,10 @@ def find_embedding_and_head(model: PreTrainedModel) -> EmbeddingAndHead:
 
 
 def residual_norms(model: PreTrainedModel) -> dict[str, str]:
-    """For attention's and the MLP's last projection in each layer, the norm that sees the residual stream.
+    """Maps the last projection of each attention and MLP to the norm of the residual stream before it.
 
-    Where a layer does not norm the input of both sub-blocks, under the names that most families use, it has
-    none of either.
+    Keys and values are module paths. A layer is left out unless it norms the input of both sub-blocks and
+    uses the names that most model families use.
     """
     found: dict[str, str] = {}
     paths = {path for path, _ in model.named_modules()}
@@ -185,7 +186,7 @@ def residual_norms(model: PreTrainedModel) -> dict[str, str]:
         after = f"{layer}.post_attention_layernorm"
         before_mlp = f"{layer}.pre_feedforward_layernorm"
         if before_mlp not in paths:
-            # With a norm at the end of the MLP, this one is at the end of the attention.
+            # If there is a norm after the MLP, `after` norms the attention's output, not the MLP's input.
             before_mlp = after if f"{layer}.post_feedforward_layernorm" not in paths else ""
         ends = (f"{layer}.self_attn.o_proj", path), (f"{layer}.mlp.down_proj", before_mlp)
         if all(end in paths and norm in paths for end, norm in ends):
@@ -194,10 +195,10 @@ def residual_norms(model: PreTrainedModel) -> dict[str, str]:
 
 
 def kv_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
-    """(KV heads, head dimension) of each layer, as its attention module has them.
+    """(KV heads, head dimension) of each layer, read from its attention module.
 
     Raises:
-        FailedPreconditionError: a layer has none, so that its cache cannot be laid out.
+        FailedPreconditionError: a layer has no attention module, so its cache cannot be laid out.
     """
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -224,7 +225,10 @@ def _refusal(kind: str, reason: str) -> FailedPreconditionError:
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters registered inside go to the meta device; buffers, which no checkpoint holds, are made."""
+    """Puts parameters that are registered inside on the meta device.
+
+    Buffers keep their values, because checkpoints do not hold them.
+    """
     register = torch.nn.Module.register_parameter
 
     def on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:

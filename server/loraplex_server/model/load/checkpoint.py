@@ -1,4 +1,4 @@
-"""Reading a Hugging Face checkpoint: where it lies, and its tensors one by one."""
+"""Reading a Hugging Face checkpoint: its folder, and its tensors one by one."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _SINGLE = "model.safetensors"
 
 
 def locate(model: str) -> Path:
-    """The folder of a checkpoint: `model` itself, or the hub's snapshot of it, downloaded if need be.
+    """The folder of a checkpoint: `model` itself, or the hub's snapshot, downloaded unless it is cached.
 
     Raises:
-        NotFoundError: neither a folder nor a hub id that can be reached.
+        NotFoundError: `model` is neither a folder nor a hub id that can be downloaded.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -35,10 +35,10 @@ def locate(model: str) -> Path:
 
 
 class Checkpoint:
-    """The safetensors files of one folder, mapped and not read.
+    """The safetensors files of one folder, memory-mapped.
 
     Raises:
-        FailedPreconditionError: there are none (pickled weights are never read), or one is damaged.
+        FailedPreconditionError: there is no such file (pickled weights are never read), or it is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,13 +59,13 @@ class Checkpoint:
 
     @property
     def total_bytes(self) -> int:
-        """Size of all files."""
+        """Size of all files together."""
         return sum(file.stat().st_size for file in set(self._file_of.values()))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor, file by file, in the order of the files' names and of the names in them.
+        """Every tensor with its name, sorted by file and then by name.
 
-        A tensor is a view of the mapped file: copy what is kept.
+        A tensor is a view of the mapped file: copy it to keep it.
         """
         by_file: dict[Path, list[str]] = {}
         for name, path in sorted(self._file_of.items(), key=lambda item: (item[1].name, item[0])):

@@ -1,4 +1,4 @@
-"""A base model before its weights are read."""
+"""The base model before its weights are read."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EmptyModel:
-    """A base model before its weights are read: what they will take is known, nothing is taken.
+    """A base model before its weights are read: their size is known, but no memory is taken for them.
 
     Attributes:
-        model: its parameters are on the meta device.
-        grouped: projections that will be held as one, siblings of one input together, in layer order.
-        norms: over the hidden size.
-        residual: path of the projection that ends a sub-block, to that of the norm that begins it.
-        parameters: of the unquantised model.
+        model: the transformers model, its parameters on the meta device.
+        grouped: the projections in layer order; siblings with the same input are held as one group.
+        norms: the norms over the hidden size.
+        kv_shapes: (KV heads, head dimension) of each layer.
+        residual: maps the path of the projection that ends a sub-block to that of the norm that begins it.
+        parameters: number of parameters of the unquantised model.
     """
 
     model: PreTrainedModel
@@ -55,7 +56,7 @@ class EmptyModel:
         """The model of a transformers configuration.
 
         Raises:
-            FailedPreconditionError: it cannot be served; the text says why.
+            FailedPreconditionError: the model cannot be served; the text says why.
         """
         architecture.check(config)
         try:
@@ -80,10 +81,10 @@ class EmptyModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes that the weights, and the model's own tables, will take.
+        """Bytes that the weights and the model's buffers will take.
 
         Raises:
-            FailedPreconditionError: a weight cannot be held in the format.
+            FailedPreconditionError: the format cannot hold a weight.
         """
         dtype = self.format.dtype
         in_groups = {p.path for group in self.grouped for p in group}
@@ -109,13 +110,15 @@ class EmptyModel:
         return {entry: self.residual[path] for entry, path in enumerate(paths) if path in self.residual}
 
     def fill(self, source: TensorSource, *, progress: bool = True, fused: bool = True) -> BaseModel:
-        """Reads and quantises the weights; this object is used up.
+        """Reads and quantises the weights. This object must not be used afterwards.
 
         Args:
-            fused: where Triton's kernels run, fuse what lies between the projections.
+            source: the checkpoint.
+            progress: draw a progress bar on stderr.
+            fused: on devices with Triton kernels, fuse the operations between the projections.
 
         Raises:
-            FailedPreconditionError: they are not this model's, or cannot be held in the format.
+            FailedPreconditionError: the weights are another model's, or the format cannot hold one of them.
         """
         model = self.model
         expected = set(model.state_dict())
@@ -147,7 +150,11 @@ class EmptyModel:
 def attach_embedding_and_head(
     model: PreTrainedModel, described: EmbeddingAndHead, first_entry: int
 ) -> Vocabulary:
-    """The embedding and the head, which is replaced by its stand-in."""
+    """The vocabulary layers of `model`; replaces its head by a `FrozenHead`.
+
+    Args:
+        first_entry: entry of the embedding in the adapter tables; the head's is the next.
+    """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     site = LoraSite(first_entry + 1, described.hidden_size, ((0, described.tokens),))
     model.set_output_embeddings(FrozenHead(head, site))
@@ -161,6 +168,6 @@ def attach_embedding_and_head(
         head_bias=head.bias,
         table=table,
         head_table=head.weight,
-        # As the module multiplies: rounded to the activations' type.
+        # Rounded to the table's dtype, as the module does before it multiplies.
         scale=1.0 if scale is None else float(torch.as_tensor(scale).to("cpu", table.dtype)),
     )

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors, put where they belong: each group of projections is quantised once it is whole."""
+"""Loads a checkpoint's tensors into a model and quantises each group of projections when it is complete."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loraplex_server.model.parts import Projection
 
 
 class TensorSource(Protocol):
-    """Where the tensors of a model come from, by their names in the checkpoint."""
+    """A source of a model's tensors, by their names in the checkpoint."""
 
     @property
     def names(self) -> set[str]: ...
@@ -30,11 +30,11 @@ class TensorSource(Protocol):
     def total_bytes(self) -> int: ...
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor; copy what is kept."""
+        """Every tensor with its name; copy a tensor to keep it."""
 
 
 class Filler:
-    """Puts a checkpoint's tensors where they belong, freezing a group once all its siblings are there."""
+    """Puts a checkpoint's tensors into a model; quantises a group when all its tensors have been read."""
 
     def __init__(
         self, model: PreTrainedModel, grouped: list[tuple[Projection, ...]], weight_format: WeightFormat
@@ -90,7 +90,7 @@ class Filler:
         return [self._done[index] for index in range(len(self._grouped))]
 
     def _target(self, name: str, expected: set[str]) -> str:
-        """The model's name for a checkpoint's tensor: older checkpoints of some families use others."""
+        """The model's name for a checkpoint's tensor; older checkpoints of some families use other names."""
         if name in expected:
             return name
         for renaming in self._renamings:
@@ -101,7 +101,7 @@ class Filler:
         return name
 
     def _ignorable(self, name: str) -> bool:
-        # Old checkpoints hold rope's frequencies, which are computed.
+        # Old checkpoints hold buffers that the model computes itself: rope's frequencies, attention masks.
         return name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"))
 
     def _place(self, name: str, tensor: torch.Tensor) -> None:
@@ -152,7 +152,13 @@ def install(
     weights: list[FrozenWeight],
     bias: torch.Tensor | None,
 ) -> SiteGroup:
-    """Puts frozen weights in the place of a group's projections; their entries begin at `first_entry`."""
+    """Replaces the projections of a group by `SiteLinear` modules over its frozen weights.
+
+    Args:
+        first_entry: entry of the first projection in the adapter tables.
+        weights: frozen weights; concatenated along `out` they give the packed output.
+        bias: [out] of the packed output, or None.
+    """
     slices = []
     column = 0
     for projection in group:

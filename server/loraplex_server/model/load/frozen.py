@@ -1,7 +1,7 @@
-"""The base model's weights as the loading of adapters asks for them (`core.frozen_base`).
+"""The base model's weights for the loading of adapters (implements `core.frozen_base`).
 
-A group of projections is dequantised to fp32 for the moment of the question: exact in every format. The
-tables of the vocabulary are as they are, and gone through in blocks.
+Each query dequantises a group of projections to fp32, which is exact in every format, and drops the result.
+The tables of the vocabulary layers are not quantised; queries convert them to fp32 block by block.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from loraplex_server.core.frozen_base import Array, FrozenProjection
 from loraplex_server.model.layers.linear import SiteGroup
 
 _BLOCK_ROWS = 4096
-"""Rows of a table that are at once in fp32."""
+"""Rows of a table that are converted to fp32 at a time."""
 
 
 class FrozenProjections:
-    """Every projection of some groups, and the tables of the vocabulary, by module path.
+    """The projections of some groups, and the tables of the vocabulary layers, by module path.
 
     Args:
         embedding: path and table [tokens, hidden] of the embedding.
@@ -71,7 +71,7 @@ def _blocks(table: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
 
 
 class _Embedding:
-    """The table transposed, as a projection of one-hot tokens."""
+    """The embedding as a projection of one-hot tokens: W is its table transposed, [hidden, tokens]."""
 
     def __init__(self, table: torch.Tensor) -> None:
         self._table = table
@@ -128,7 +128,7 @@ class _Head:
 
 
 class _Group:
-    """A group's weights; norms are worked out once, when first asked for, and kept."""
+    """A group's weights; their norms are computed on first use and kept."""
 
     def __init__(self, group: SiteGroup) -> None:
         self.group = group

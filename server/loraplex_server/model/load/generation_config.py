@@ -1,4 +1,4 @@
-"""What a checkpoint's `generation_config.json` says about sampling."""
+"""Sampling defaults from a checkpoint's `generation_config.json`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 class _File(msgspec.Struct):
-    """The fields that are read; a value of another type is as good as none."""
+    """The fields that are read; a value of a wrong type makes the whole file count as absent."""
 
     do_sample: bool | None = None
     temperature: float | None = None
@@ -26,9 +26,14 @@ class _File(msgspec.Struct):
 
 
 def sampling_defaults(config: ModelConfig) -> SamplingDefaults:
-    """Defaults for what callers leave open: the file's, or neutral ones where it is silent or not to be read.
+    """The sampling parameters for requests that do not set their own.
 
-    Only what the file says counts, not what transformers would add to it.
+    They come from the file. Parameters that the file lacks, or sets to an invalid value, are neutral; all are
+    if the operator turned the file off (--generation-config none) or it cannot be read. The defaults that
+    transformers adds to the file are not used.
+
+    Raises:
+        NotFoundError: there is no such model.
     """
     if config.generation_config == "none":
         return SamplingDefaults()

@@ -1,8 +1,8 @@
-"""Checkpoint to resident base model, tensor by tensor: the unquantised model never exists as a whole.
+"""Loads a checkpoint tensor by tensor, so that the unquantised model never exists as a whole.
 
-The transformers class is built with its parameters on the meta device, every decoder projection is
-replaced by its stand-in, and tensors are read from the mapped safetensors files one after the other,
-quantised on the way, so that memory peaks at the resident model plus a few tensors.
+The transformers model is built with its parameters on the meta device. Tensors are read one after the other
+from the mapped safetensors files and quantised at once, and every decoder projection is replaced by a
+`SiteLinear`. Memory peaks at the resident model plus a few tensors.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ _log = logging.getLogger(__name__)
 
 
 def prepare(config: ModelConfig) -> tuple[EmptyModel, Checkpoint]:
-    """The base model that `config` names, without weights, and the files that have them.
+    """The base model that `config` names, without weights, and the checkpoint that has them.
 
     Raises:
         NotFoundError: there is no such model.
-        FailedPreconditionError: it cannot be served; the text says why.
+        FailedPreconditionError: the model cannot be served; the text says why.
+        InvalidArgumentError: the configuration asks for CUDA and there is none.
     """
     folder = locate(config.model)
     device = resolve_device(config.device)
@@ -48,7 +49,8 @@ def load(config: ModelConfig, *, progress: bool = True) -> BaseModel:
 
     Raises:
         NotFoundError: there is no such model.
-        FailedPreconditionError: it cannot be served; the text says why.
+        FailedPreconditionError: the model cannot be served; the text says why.
+        InvalidArgumentError: the configuration asks for CUDA and there is none.
     """
     empty, checkpoint = prepare(config)
     return empty.fill(checkpoint, progress=progress)

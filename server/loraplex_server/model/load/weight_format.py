@@ -1,4 +1,4 @@
-"""The device and the weight format that a configuration means on this machine."""
+"""The device and the weight format of a configuration, with "auto" resolved for this machine."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device that "auto" means here.
+    """The device that `device` names; "auto" is CUDA if there is a CUDA device, else the CPU.
 
     Raises:
-        InvalidArgumentError: CUDA was asked for and there is none.
+        InvalidArgumentError: `device` is "cuda" and there is no CUDA device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,10 +25,11 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_format(config: ModelConfig, device: torch.device) -> WeightFormat:
-    """The weight format, "auto" dtype resolved: float32 on a CPU, bfloat16 on a GPU that has it.
+    """The weight format of `config` on `device`.
 
-    On a CPU, packed int4 multiplies in bf16: it is taken where the dtype is left open or is bf16, and left
-    alone where more was asked for.
+    The dtype "auto" is float32 on a CPU, bfloat16 on a GPU that supports it, and float16 on other GPUs. On a
+    CPU, int4 is packed if the dtype is "auto" or bfloat16; packed products are in bf16, so a higher precision
+    that the operator asks for excludes them.
     """
     dtype = config.dtype
     if dtype == "auto" and device.type == "cuda":

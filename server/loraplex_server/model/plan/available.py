@@ -1,4 +1,4 @@
-"""Memory that the machine, or the container, can still give."""
+"""Available memory of the machine or the container."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def available_bytes() -> int:
-    """Memory that this machine, or this container, can still give."""
+    """Bytes of memory that are still available: the lower of the machine's and the container's limit."""
     try:
         text = Path("/proc/meminfo").read_text()
     except OSError:
@@ -25,6 +25,6 @@ def available_bytes() -> int:
     except OSError:
         return available
     if limit.isdigit() and used.isdigit():
-        # Pages of files that nobody uses count as used, and are given up at need.
+        # The container's figure includes unused file pages, which the kernel frees when memory is needed.
         available = min(available, int(limit) - int(used) + (int(stat[1]) if stat else 0))
     return available

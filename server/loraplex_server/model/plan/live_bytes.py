@@ -1,4 +1,4 @@
-"""How many bytes of tensors live at once while some code runs, on any device, meta included."""
+"""Counts the bytes of tensors that live at once while some code runs, on any device, meta included."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# What CUDA's caching allocator rounds a block up to.
+# CUDA's caching allocator rounds block sizes up to a multiple of this.
 _GRAIN = 512
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the tensors made inside a with block; those made before are not counted.
+    """Counts the tensors that are created inside a with block, but not those from before.
 
     Attributes:
-        peak: most bytes that lived at once.
-        live: bytes that live now.
+        peak: most bytes that were alive at once.
+        live: bytes that are alive now.
     """
 
     def __init__(self) -> None:

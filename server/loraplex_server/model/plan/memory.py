@@ -1,15 +1,15 @@
-"""The memory plan: every byte that serving will take on the device, added up before any of it is taken.
+"""The memory plan: everything that serving will take on the device, added up before it is allocated.
 
     of the device's memory, up to --gpu-memory-utilization
     ├── in use already     other processes, and the driver's own
     ├── base weights       from the checkpoint's header and the format
     ├── adapters           arena, tables, and the segments of a step
-    ├── workspace          activations, logits and the kernels' own room of the largest step
+    ├── workspace          activations, logits and the kernels' scratch memory in the largest step
     ├── CUDA graphs        inputs and activations of recorded decode steps
-    ├── reserve            what libraries and the allocator keep
-    └── KV cache           whole blocks of what remains, or what --kv-cache-bytes says
+    ├── reserve            memory held by libraries and the allocator
+    └── KV cache           all whole blocks that fit in the rest, or --kv-cache-bytes
 
-On a CPU the device's memory is what is available, and the KV cache takes what is needed, not what remains.
+On a CPU the budget is the available memory, and the KV cache takes only what a full set of requests needs.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from loraplex_server.model.plan.workspace import StepSize
 from loraplex_server.model.run.graphs import GraphLimits
 from loraplex_server.model.run.kv_cache import block_bytes, kv_dtype
 
-# Tokens per request that the CPU default provides for: room to serve, without taking the machine.
+# A CPU's default KV cache holds this many tokens per request, but takes at most `_CPU_SHARE` of the rest.
 _DEFAULT_TOKENS_PER_REQUEST = 512
 _CPU_SHARE = 0.25
-# cuBLAS' workspaces, the kernels' code and what the caching allocator keeps in pieces: an estimate.
+# An estimate of cuBLAS' workspaces, the kernels' code and the caching allocator's fragmentation.
 _CUDA_RESERVE = 384 << 20
-# The lowest compute capability with 8-bit floats.
+# The lowest compute capability for which Triton supports 8-bit floats.
 _NARROW_FLOATS = (8, 9)
 
 WORKSPACE = "workspace of a step"
@@ -41,7 +41,7 @@ WORKSPACE = "workspace of a step"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One line of the plan; `flags` are those that change it."""
+    """One line of the plan; `flags` are the command-line flags that change its size."""
 
     name: str
     num_bytes: int
@@ -50,12 +50,13 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """What serving will take.
+    """The memory that serving will take on the device.
 
     Attributes:
-        device: as the table names it.
-        budget: bytes that may be used on it.
-        parts: the last one is the KV cache.
+        device: description of the budget for error texts, for example "90% of 79.1 GiB on cuda".
+        budget: bytes that serving may use.
+        parts: the lines of the plan; the last one is the KV cache.
+        num_blocks: number of KV blocks.
     """
 
     device: str
@@ -64,7 +65,7 @@ class MemoryPlan:
     num_blocks: int
 
     def table(self) -> str:
-        """Name, MiB, bytes and share of the budget of each part, and what is left."""
+        """The plan as text: name, MiB, bytes and share of the budget of each part, then the free rest."""
         total = sum(part.num_bytes for part in self.parts)
         rows = [(part.name, part.num_bytes) for part in self.parts]
         rows += [("free", self.budget - total), ("budget", self.budget)]
@@ -84,18 +85,17 @@ def make_plan(
     triton: bool,
     graph_sizes: tuple[int, ...] = (),
 ) -> MemoryPlan:
-    """The plan for a model that is not loaded yet. Nothing is allocated on the device.
+    """The plan for a model that is not loaded yet. It allocates nothing on the device.
 
     Args:
-        pool: the adapters' pool as it will be, on the meta device.
+        pool: the adapters' pool with its final sizes, on the meta device.
         max_model_len: longest request, in tokens.
-        triton: whether Triton's kernels will run.
-        graph_sizes: numbers of sequences for which decode steps will be recorded.
+        triton: True if Triton's kernels will run.
+        graph_sizes: batch sizes for which decode steps will be recorded.
 
     Raises:
-        FailedPreconditionError: it does not fit; the text has all figures and says what to change.
-        InvalidArgumentError: the device has no 8-bit floats for the cache that was asked for, or the room
-            for adapters holds none.
+        FailedPreconditionError: the plan does not fit; the text has all figures and says what to change.
+        InvalidArgumentError: an fp8 KV cache is asked for, which Triton does not support on this device.
     """
     device, dtype, scheduler = empty.format.device, empty.format.dtype, config.scheduler
     on_gpu = device.type == "cuda"
@@ -108,7 +108,7 @@ def make_plan(
         limits = GraphLimits(
             sizes=graph_sizes,
             block_size=scheduler.kv_block_size,
-            # As many as the whole device would hold: there cannot be more.
+            # An upper bound: the number of blocks that the whole device would hold.
             num_blocks=_total_bytes(device) // per_block,
             max_blocks_per_sequence=-(-max_model_len // scheduler.kv_block_size),
             max_pairs_per_token=config.adapters.max_per_request,
@@ -116,7 +116,7 @@ def make_plan(
         graphs = workspace.graph_bytes(empty, limits, pool.max_rank, pool.num_slots)
         fixed.append(Part("CUDA graphs", graphs, ("--cuda-graphs", "--cuda-graph-sizes")))
     if on_gpu:
-        # What this process has let go of is its allocator's, and not in use.
+        # Memory that this process has freed stays with its allocator; return it, so that it counts as free.
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         fixed = [Part("in use already", total - free), *fixed, Part("reserve", _CUDA_RESERVE)]
@@ -136,7 +136,7 @@ def make_plan(
 
 
 def _fixed_parts(empty: EmptyModel, pool: LoraPool, config: EngineConfig) -> list[Part]:
-    """What is taken whatever the device is and whether steps are recorded or not."""
+    """The parts that every device needs, with recorded steps or without."""
     samples = max_samples(config)
     step = StepSize(
         config.scheduler.max_batch_tokens,
@@ -165,9 +165,9 @@ def _fixed_parts(empty: EmptyModel, pool: LoraPool, config: EngineConfig) -> lis
 
 
 def reserve_workspace(plan: MemoryPlan, device: torch.device) -> None:
-    """Has CUDA's allocator take a step's workspace now, so that no step makes it ask the driver for more.
+    """Makes CUDA's allocator take a step's workspace now, so that no step has to wait for the driver.
 
-    What it holds in pieces goes back before.
+    The allocator first returns its unused memory, which may be fragmented. On a CPU nothing happens.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -177,7 +177,7 @@ def reserve_workspace(plan: MemoryPlan, device: torch.device) -> None:
 
 
 def _segment_bytes(config: EngineConfig) -> int:
-    """Bytes of a step's segments, for all tokens and for those whose logits are wanted."""
+    """Bytes of a step's segments: one set for all tokens, one for the rows with logits."""
     meta = torch.device("meta")
     tokens = LoraBatchBuffers(
         max_tokens=config.scheduler.max_batch_tokens, max_pairs=_max_pairs(config), device=meta
@@ -191,12 +191,12 @@ def _segment_bytes(config: EngineConfig) -> int:
 
 
 def max_samples(config: EngineConfig) -> int:
-    """Most rows of a step whose next token is sampled."""
+    """Most rows of one step for which a token is sampled."""
     return config.scheduler.max_samples
 
 
 def max_logit_rows(config: EngineConfig) -> int:
-    """Most rows of a step whose next token is sampled or scored."""
+    """Most rows of one step for which a token is sampled or scored."""
     scheduler = config.scheduler
     return min(scheduler.max_num_requests + scheduler.max_scored_tokens, scheduler.max_batch_tokens)
 

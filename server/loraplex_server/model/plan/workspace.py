@@ -1,8 +1,8 @@
-"""What one step takes beside weights, adapters and KV cache: known before the weights are, without a device.
+"""The memory of one step beside weights, adapters and KV cache, measured before the weights are loaded.
 
-The model runs once on the meta device, its projections and its attention replaced by stand-ins that take what
-the real ones take and compute nothing; the most that lived at once is the answer. So it holds for any
-architecture that transformers has.
+The model runs once on the meta device, which needs no GPU. Stand-ins replace its projections and its
+attention: they allocate what the real ones allocate, and compute nothing. The peak of live bytes is the
+result. This works for any architecture of transformers.
 """
 
 from __future__ import annotations
@@ -38,23 +38,24 @@ _log = logging.getLogger(__name__)
 _META = torch.device("meta")
 _ATTENTION = "loraplex_sized"
 SAMPLER_BYTES = 72
-"""Most bytes of the sampler for one logit: float32 scores, their order, a few masses in double precision."""
-# Where a model cannot run on the meta device: rows of its widest projection, and of its hidden state.
+"""Most bytes of the sampler per logit: float32 scores, their int64 order, some float64 probabilities."""
+# For models that cannot run on the meta device: live rows per token of the widest projection's output, and of
+# the hidden state.
 _WIDE_ROWS, _HIDDEN_ROWS = 3, 8
-# Of a recording, an estimate: the attention's tiles, a thousand nodes in the driver.
+# Estimates for one recording: the attention's tables, the same per token, and a thousand nodes in the driver.
 _TABLE_BYTES, _TOKEN_TABLE_BYTES, _GRAPH_BYTES = 1 << 16, 512, 2 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class StepSize:
-    """The largest step.
+    """The size of the largest step.
 
     Attributes:
-        tokens: computed.
-        samples: rows of logits that are sampled.
-        pairs: of a token and one of its adapters.
-        max_rank: pitch of the adapters' intermediate result.
-        scores: further rows of logits, that are scored.
+        tokens: number of tokens to compute.
+        samples: number of rows of logits to sample.
+        pairs: number of (token, adapter) pairs.
+        max_rank: width of the adapters' intermediate results.
+        scores: number of further rows of logits to score.
     """
 
     tokens: int
@@ -69,9 +70,9 @@ class StepSize:
 
 
 def step_bytes(empty: EmptyModel, size: StepSize) -> int:
-    """Most bytes that live at once in a step of `size`, its sampling included.
+    """Most bytes that are alive at once in a step of `size`, including its sampling.
 
-    Temporaries of the torch references, which are there where Triton is not, come on top.
+    Temporaries of the torch references, which run if Triton does not, are not counted.
     """
     vocabulary: int = empty.model.get_input_embeddings().weight.shape[0]
     scoring = min(size.scores, PIECE_ROWS) * SCORING_BYTES
@@ -79,15 +80,22 @@ def step_bytes(empty: EmptyModel, size: StepSize) -> int:
     try:
         forward = _forward_bytes(empty, size)
     except Exception as error:
-        # Position embeddings that look at their input, say: meta tensors have no values.
+        # For example, position embeddings that read their input: meta tensors have no values.
         _log.debug("the step's memory is estimated: %s", error)
         forward = _estimate(empty, size, vocabulary)
     return max(forward, vocabulary * sampling)
 
 
 def graph_bytes(empty: EmptyModel, limits: GraphLimits, max_rank: int, num_slots: int) -> int:
-    """What recordings of decode steps take: inputs, logits, tables, one memory for all their activations, and
-    what the driver keeps of each."""
+    """Bytes of the recordings of decode steps.
+
+    They are the inputs, logits and tables, one memory for the activations of all recordings, and the driver's
+    memory for each.
+
+    Args:
+        max_rank: largest rank of an adapter.
+        num_slots: adapter slots on the device.
+    """
     largest = max(limits.sizes)
     vocabulary: int = empty.model.get_input_embeddings().weight.shape[0]
     total = largest * (4 * torch.int64.itemsize + vocabulary * empty.format.dtype.itemsize)
@@ -143,7 +151,7 @@ def _estimate(empty: EmptyModel, size: StepSize, vocabulary: int) -> int:
 
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        # What the kernels plan for where there is no device to ask.
+        # The number that the kernels assume if there is no device: an H100's.
         return 132
     found: int = torch.cuda.get_device_properties(device).multi_processor_count
     return found
@@ -155,7 +163,7 @@ def _triton(weight_format: WeightFormat) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Sized:
-    """A frozen weight without values: its product takes what the real one's takes."""
+    """A frozen weight without values: its product allocates as much as the real one's."""
 
     shape: tuple[int, int]
     format: WeightFormat
@@ -169,7 +177,7 @@ class _Sized:
             rows, out, -(-width // BLOCK), x.dtype, _multiprocessors(self.format.device)
         )
         if chosen.family == "library":
-            # A part of the weight, dense.
+            # A part of the weight, dequantised.
             x.new_empty(min(out * width, max(width, quant_tiles.LIBRARY_TILE)))
         elif chosen.planes > 1:
             x.new_empty(chosen.planes, rows, out, dtype=torch.float32)
@@ -184,7 +192,7 @@ class _Sized:
 
 @dataclasses.dataclass(frozen=True)
 class _Adapters:
-    """Every kind of adapter on every token."""
+    """The stand-in for adapters: it allocates as if every kind of adapter acted on every token."""
 
     format: WeightFormat
     size: StepSize
@@ -193,7 +201,7 @@ class _Adapters:
         return torch.empty_like(x)
 
     def after(self, site: LoraSite, x: torch.Tensor, y: torch.Tensor) -> None:
-        # What scales an output: the chosen rows, and their vectors.
+        # For an effect that scales the output: the selected rows, and their vectors.
         scratch = [torch.empty_like(y), torch.empty_like(y)]
         del scratch
         size, slices = self.size, site.num_slices

@@ -1,4 +1,4 @@
-"""When the device worked and when it waited, by its own clock: events between the kernels of the steps."""
+"""The device's working and idle times, by its own clock: CUDA events between the kernels of the steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Span:
-    """One step's time on the device."""
+    """The device's time for one step."""
 
     def __init__(
         self, before: torch.cuda.Event | None, begin: torch.cuda.Event, end: torch.cuda.Event
@@ -16,8 +16,10 @@ class Span:
         self._end = end
 
     def seconds(self) -> tuple[float, float | None]:
-        """Waits for the step's end: from its first kernel to its last result, and from the end of the step
-        before to the first kernel, None for the first of all steps.
+        """Waits for the step's end, and returns its working time and the idle time before it, in seconds.
+
+        The working time is from the first kernel to the last result. The idle time is from the end of the
+        previous step to the first kernel; None for the first step.
         """
         self._end.synchronize()
         waited = None if self._before is None else self._before.elapsed_time(self._begin) / 1e3
@@ -25,7 +27,7 @@ class Span:
 
 
 class DeviceClock:
-    """Marks the steps on a CUDA device's current stream; on any other device it does nothing."""
+    """Marks the steps on a CUDA device's current stream. On other devices it does nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self._running = device.type == "cuda"
@@ -33,11 +35,11 @@ class DeviceClock:
         self._last_end: torch.cuda.Event | None = None
 
     def begin(self) -> None:
-        """The step's inputs are on their way; what is launched from here on is its work."""
+        """Marks the begin of a step: its inputs are queued, its kernels come next."""
         self._begin = self._mark()
 
     def end(self) -> Span | None:
-        """The step is launched. None where there is no clock."""
+        """Marks the end of the step: all its kernels are launched. None if the device has no clock."""
         begin, end = self._begin, self._mark()
         if begin is None or end is None:
             return None

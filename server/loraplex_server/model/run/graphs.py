@@ -1,15 +1,14 @@
-"""Decode steps as recordings: made for a few batch sizes at start, replayed padded to the next of them.
+"""Decode steps as CUDA graphs, recorded for some batch sizes at start; a step is padded to the next size.
 
-A step in which every sequence computes one token is hundreds of small kernels, and launching them one by
-one takes longer than running them. Recorded, they are one launch. A recording's inputs lie at fixed
-addresses: token ids, positions, the attention's tables, the adapters' segments. A step fills them, in three
-copies, and replays. Tokens past the step's own have the id 0, are written to no cell and belong to no
-adapter. Draft tokens are rows like others: each attends on its own to the blocks of its sequence, which
-have all of the step's keys and values by then.
+A decode step, in which every sequence computes one token, is hundreds of small kernels. Launching them one by
+one takes longer than running them; a recording replays them in one launch. Its inputs are at fixed addresses:
+token ids, positions, the attention's tables, the adapters' segments. A step fills them in three copies and
+replays. Padding tokens have the id 0, are written to no cell and use no adapter. Draft tokens are rows like
+any other: each attends to the blocks of its sequence, which by then hold all keys and values of the step.
 
-There are two recordings for each size: for steps without adapters, which launch nothing for them, and for
-those with low-rank pairs of any number and mix. Whatever else an adapter does is not recorded: `prepare` then
-has no answer, and the step is launched kernel by kernel.
+Each size has two recordings: one for steps without adapters, which launches no adapter kernels, and one for
+LoRA pairs in any number and mix. Other effects of adapters are not recorded: `prepare` then returns None, and
+the step is launched kernel by kernel.
 """
 
 from __future__ import annotations
@@ -38,18 +37,19 @@ class Forward(Protocol):
     """The model's part of a step."""
 
     def __call__(self, step: StepContext, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits [T, vocabulary] of every token; `token_ids` and `positions` are int64 [T]."""
+        """Logits [T, vocabulary] of every token, from `token_ids` and `positions`, both int64 [T]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GraphLimits:
-    """What steps the recordings have room for.
+    """The sizes of the recordings, and limits of the steps that they have room for.
 
     Attributes:
-        sizes: numbers of tokens, one of which a step is padded to.
+        sizes: numbers of tokens that are recorded; a step is padded to one of them.
+        block_size: tokens per KV block.
+        num_blocks: number of KV blocks in the cache.
         max_blocks_per_sequence: longest block table.
-        num_blocks: KV blocks there are.
-        max_pairs_per_token: most adapters that one token may have.
+        max_pairs_per_token: most adapters of one token.
     """
 
     sizes: tuple[int, ...]
@@ -59,26 +59,29 @@ class GraphLimits:
     max_pairs_per_token: int
 
     def blocks(self, size: int) -> int:
-        """Room for the block tables of `size` sequences. They may share blocks, so twice as many as there are
-        is little for all that can happen, and plenty for what does.
+        """Total length of the block tables that a recording of `size` sequences has room for.
+
+        Sequences may share blocks, so their tables can be longer than the cache. Twice the cache's blocks is
+        less than the worst case, but enough in practice.
         """
         return min(size * self.max_blocks_per_sequence, 2 * self.num_blocks)
 
     def pairs(self, size: int) -> int:
-        """Room for (token, adapter) pairs: half the tokens may have a second adapter. More of it would cost
-        every step, in programs that find nothing to do.
+        """Number of (token, adapter) pairs that a recording of `size` tokens has room for.
+
+        Half the tokens may have a second adapter. More room would cost every step idle kernel programs.
         """
         return max(size + size // 2, self.max_pairs_per_token)
 
 
 def ladder(most: int) -> tuple[int, ...]:
-    """Sizes up to `most` of which the next one is never far: 1, 2, 4, then by 8, 16 and 32."""
+    """Sizes up to `most`, close enough to waste little on padding: 1, 2, 4, then steps of 8, 16 and 32."""
     sizes = [1, 2, 4, *range(8, 128, 8), *range(128, 256, 16), *range(256, most + 1, 32)]
     return (*(size for size in sizes if size < most), most)
 
 
 class DecodeGraphs:
-    """The recordings of one model over one KV cache and one pool of adapters."""
+    """The recorded decode steps of one model over one KV cache and one pool of adapters."""
 
     def __init__(
         self,
@@ -90,14 +93,17 @@ class DecodeGraphs:
     ) -> None:
         """Allocates the inputs; `record` makes the recordings.
 
+        Args:
+            layers: shapes of the attention in each layer.
+
         Raises:
-            ValueError: the device's kernels are torch, which know no fixed sizes.
+            ValueError: the device uses the torch references, which have no kernels of fixed sizes.
         """
         self._forward = forward
         self._pool = pool
         self._device = device
         self._largest = max(limits.sizes)
-        # Token ids and positions; rows of the former that are fed, and from where.
+        # Token ids; positions; `fed_row`; `fed_from`.
         self._inputs = torch.zeros(4, self._largest, dtype=torch.int64, device=device)
         self._logits: torch.Tensor | None = None
         shapes = tuple(dict.fromkeys(layers))
@@ -105,7 +111,7 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def record(self, caches: tuple[torch.Tensor, ...]) -> None:
-        """Makes every recording, over these KV caches: the largest first, whose memory then serves all."""
+        """Makes every recording over these KV caches, the largest first: the others reuse its memory."""
         started_s = time.monotonic()
         record = recorder(self._device)
         for done, bucket in enumerate(reversed(self._buckets)):
@@ -122,16 +128,21 @@ class DecodeGraphs:
                     time.monotonic() - started_s,
                 )
         if self._device.type == "cuda":
-            # Kept for the recording's own stream, and of no more use.
+            # Memory that the allocator kept for the recording's stream, which is not needed any more.
             torch.cuda.empty_cache()
 
     def prepare(
         self, plan: StepPlan, tokens: torch.Tensor | None = None
     ) -> Callable[[], torch.Tensor] | None:
-        """Fills the inputs for a step; what is returned launches it and gives the logits [S, vocabulary] of
-        the plan's `sample_row`, valid until the next launch. None where the step fits no recording.
+        """Fills the inputs for a step.
 
-        `tokens` are those that the plan is fed from.
+        Args:
+            tokens: int64 [S] on the device, the tokens that the previous step sampled; needed if the plan has
+                `fed_row`.
+
+        Returns:
+            A function that launches the step and returns the logits [S, vocabulary] of the plan's
+            `sample_row`, valid until the next launch. None if no recording fits the step.
         """
         rows = row_by_row(plan)
         bucket = None if rows is None else self._bucket(plan, rows)
@@ -148,7 +159,7 @@ class DecodeGraphs:
             return None
         bucket.attention.fill(*rows, plan.slot_mapping)
         count = plan.num_tokens
-        # Fresh memory, of which the allocator sees to it that the copy is done before it is used again.
+        # New memory for each step: the allocator of pinned memory reuses it only after the copy is done.
         inputs = torch.zeros(self._inputs.shape, dtype=torch.int64, pin_memory=pins(self._device))
         values = inputs.numpy()
         values[0, :count], values[1, :count] = plan.token_ids, plan.positions
@@ -172,7 +183,10 @@ class DecodeGraphs:
         return launch
 
     def _bucket(self, plan: StepPlan, rows: Rows) -> _Bucket | None:
-        """The smallest with room for the step, if all of its tokens have an id."""
+        """The smallest recorded size with room for the step; None if there is none.
+
+        Steps with virtual tokens or with scores are not recorded.
+        """
         count = plan.num_tokens
         if count > self._largest or not count or len(plan.score_row) or (plan.token_ids < 0).any():
             return None
@@ -185,7 +199,7 @@ class DecodeGraphs:
         return None
 
     def _work(self, step: StepContext, size: int) -> Work:
-        """The work of one recording, which sees the inputs' addresses and no step's values."""
+        """The work of one recording: it refers to the inputs' addresses, never to a step's values."""
         token_ids, positions = self._inputs[0, :size], self._inputs[1, :size]
 
         def work() -> None:
@@ -194,14 +208,14 @@ class DecodeGraphs:
                 self._logits = torch.empty(
                     self._largest, logits.shape[-1], dtype=logits.dtype, device=logits.device
                 )
-            # One place for the logits of all sizes: kept apart they would take more than the KV cache.
+            # One tensor for the logits of all sizes: separate ones would take more than the KV cache.
             self._logits[:size].copy_(logits)
 
         return work
 
 
 class Rows(NamedTuple):
-    """A step's attention, as of sequences of one token each."""
+    """A step's attention with one sequence per row; fields as in `StepPlan`, with B = T."""
 
     query_start: Ints
     context_len: Ints
@@ -210,7 +224,10 @@ class Rows(NamedTuple):
 
 
 def row_by_row(plan: StepPlan) -> Rows | None:
-    """A step whose every token is decoded, draft tokens included, row by row; None of any other."""
+    """The attention of a decode step with one sequence per row, draft tokens included.
+
+    A decode step has one token per sequence, or samples after every token. None for any other step.
+    """
     count = plan.num_tokens
     if count == plan.num_sequences:
         if (np.diff(plan.query_start) != 1).any():
@@ -218,7 +235,7 @@ def row_by_row(plan: StepPlan) -> Rows | None:
         return Rows(plan.query_start, plan.context_len, plan.block_start, plan.blocks)
     if len(plan.sample_row) != count:
         return None
-    # Each row has its sequence's table once more.
+    # Each row gets a copy of its sequence's block table.
     owner = np.repeat(np.arange(plan.num_sequences), np.diff(plan.query_start))
     lengths = np.diff(plan.block_start)[owner]
     block_start = np.concatenate([[0], lengths.cumsum()])

@@ -1,4 +1,4 @@
-"""The KV cache of all layers: its type, its size, its memory."""
+"""The KV cache of all layers: its dtype, its size and its allocation."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from loraplex_server.config import SchedulerConfig
 
 
 def kv_dtype(config: SchedulerConfig, dtype: torch.dtype) -> torch.dtype:
-    """The cache's type for activations of `dtype`."""
+    """The cache's dtype for activations of `dtype`."""
     return torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
 
 
 def block_bytes(kv_shapes: Sequence[tuple[int, int]], block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one KV block over all layers."""
+    """Bytes of one KV block over all layers.
+
+    Args:
+        kv_shapes: (KV heads, head dimension) of each layer.
+        block_size: tokens per block.
+    """
     return sum(2 * block_size * heads * width for heads, width in kv_shapes) * dtype.itemsize
 
 
@@ -27,9 +32,10 @@ def allocate_kv(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[torch.Tensor, ...]:
-    """One cache a layer, of the attention op's `kv_cache_shape`; written, so that its memory is really there.
+    """One cache per layer, zeroed: [num_blocks, 2, num_kv_heads, block_size, head_dim] (`kv_cache_shape`).
 
-    Else a system that gives memory when it is first written might be found to have too little in mid-service.
+    Operating systems provide memory when it is first written. Writing zeros makes a lack of memory show now,
+    not in the middle of serving.
     """
     return tuple(
         torch.empty(kv_cache_shape(num_blocks, block_size, heads, width), dtype=dtype, device=device).zero_()

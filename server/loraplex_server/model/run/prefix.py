@@ -1,4 +1,4 @@
-"""Prefix tuning: keys and values that come with the adapter, put where the step's attention finds them."""
+"""Prefix tuning (Li and Liang, 2021): an adapter's own keys and values, copied to the KV cache."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from loraplex_server.core.step import StepPlan
 
 
 def place_prefixes(plan: StepPlan, pool: LoraPool, kv_caches: tuple[torch.Tensor, ...]) -> None:
-    """Copies the plan's prefixes from the pool to the caches, one a layer, on the device.
+    """Copies the plan's prefixes from the pool to the KV caches on the device.
 
-    They are used as PEFT uses them, without a position embedding of ours.
+    Keys are copied as they are, without a position embedding, as in PEFT.
+
+    Args:
+        kv_caches: one per layer, [num_blocks, 2, num_kv_heads, block_size, head_dim].
     """
     if not len(plan.prefix_slot):
         return

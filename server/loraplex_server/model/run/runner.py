@@ -1,4 +1,4 @@
-"""A step plan in, one sampled token for each finished row out."""
+"""The model runner: computes step plans and samples their tokens."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class LaunchTimes:
-    """Seconds of the host: for the inputs, in the forward pass, in the sampler."""
+    """The host's seconds for preparing the inputs, for the forward pass and for the sampler."""
 
     prepare_s: float
     forward_s: float
@@ -48,7 +48,7 @@ class LaunchTimes:
 
 
 class Pending:
-    """A step that was launched, and that the device may still be computing."""
+    """A launched step, which the device may still be computing."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Pending:
         self._times = times
 
     def result(self) -> StepOutput:
-        """What the step sampled and scored, once it is there."""
+        """Waits for the step and returns its sampled and scored tokens, and its times."""
         started_s = time.perf_counter()
         sampled = () if self._sampling is None else self._sampling.result()
         scored = () if self._scoring is None else self._scoring.result()
@@ -91,8 +91,15 @@ class ModelRunner:
         max_samples: int = 0,
         layers: Iterable[LayerShape] = (),
     ) -> None:
-        """`max_samples`: most rows sampled or scored in a step, 0 for all of its tokens. `layers`: shapes of
-        the attention, as the self-check saw them; their tables travel together.
+        """Allocates the buffers for the adapters' segments.
+
+        Args:
+            kv_caches: one per layer, [num_blocks, 2, num_kv_heads, block_size, head_dim].
+            block_size: tokens per KV block.
+            max_batch_tokens: most tokens of a step.
+            max_pairs_per_token: most adapters of one token.
+            max_samples: most rows that a step samples or scores; 0 is `max_batch_tokens`.
+            layers: the layers' attention shapes, from the self-check; their tables are sent in one copy.
         """
         self._base = base
         self._kv_caches = kv_caches
@@ -103,7 +110,8 @@ class ModelRunner:
         self._layers = tuple(dict.fromkeys(layers))
         self._device = base.format.device
         self._embed = base.model.get_input_embeddings()
-        # An elementwise op on the widest activation: four times the hidden size, eight bytes a nanosecond.
+        # Microseconds per token of an elementwise op on the widest activation: four times the hidden size, in
+        # float32, at eight bytes per nanosecond.
         self._token_us = 4 * self._embed.weight.shape[-1] * 4 / 8_000
         self._segments, self._sampled_segments = (
             LoraBatchBuffers(max_tokens=tokens, max_pairs=tokens * max_pairs_per_token, device=self._device)
@@ -111,18 +119,18 @@ class ModelRunner:
         )
         self._clock = DeviceClock(self._device)
         self._graphs: DecodeGraphs | None = None
-        # Those that the last launched step sampled, [S] int64 on the device.
+        # The tokens that the last launched step sampled, int64 [S] on the device.
         self._tokens: torch.Tensor | None = None
 
     @property
     def asynchronous(self) -> bool:
-        """Whether `launch` returns before the step is computed."""
+        """True if `launch` returns before the step is computed."""
         return self._device.type == "cuda"
 
     def warm_up(self, max_context: int) -> None:
-        """Runs steps of every kind, so that none has to wait for a kernel to be compiled or loaded.
+        """Runs steps of every kind, so that no request waits for a kernel to be compiled or loaded.
 
-        What they write lies in block 0, before any request has it.
+        Call it before the first request: the steps write to block 0 of the KV cache.
 
         Args:
             max_context: tokens of the longest request.
@@ -143,14 +151,15 @@ class ModelRunner:
                 _log.info("warm-up: %d of %d steps, %.1f s", done, len(plans), time.monotonic() - started_s)
 
     def record_graphs(self, sizes: tuple[int, ...], max_context: int) -> None:
-        """Records decode steps of these numbers of sequences; from here on they are replayed.
+        """Records decode steps; later steps replay them.
 
         Args:
+            sizes: numbers of tokens to record (`graphs.ladder`).
             max_context: tokens of the longest request.
 
         Raises:
-            RuntimeError: the device refuses; steps are launched kernel by kernel, as before.
-            ValueError: the device's kernels are torch.
+            RuntimeError: the device cannot record; steps are launched kernel by kernel, as before.
+            ValueError: the device uses the torch references.
         """
         limits = GraphLimits(
             sizes=sizes,
@@ -164,14 +173,14 @@ class ModelRunner:
         self._graphs = graphs
 
     def run(self, plan: StepPlan) -> StepOutput:
-        """`launch`, and the result waited for."""
+        """Launches a step and waits for its result."""
         return self.launch(plan).result()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Pending:
-        """Computes every token of the plan, writes its keys and values, samples, and scores.
+        """Computes every token of the plan, writes keys and values, samples and scores.
 
-        On a GPU all of it is queued, in order, and nothing waits; elsewhere it is done on return.
+        On a GPU this only queues the work, in order, without waiting. On a CPU the work is done on return.
         """
         started_s = time.perf_counter()
         forward = self._prepare(plan)
@@ -189,13 +198,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
-        """Next-token logits [S + Q, vocabulary] of the plan's `logit_row`, valid until the next step."""
+        """Next-token logits [S + Q, vocabulary] in the rows `plan.logit_row`; valid until the next step."""
         return self._prepare(plan)()
 
     def usable(self) -> bool:
-        """Whether the device still computes, asked after a step that failed.
+        """True if the device still computes; the engine asks after a failed step.
 
-        An illegal access, say, leaves a CUDA context in which every call fails from then on.
+        After an illegal memory access, for example, every call in the CUDA context fails.
         """
         if self._device.type != "cuda":
             return True
@@ -207,19 +216,19 @@ class ModelRunner:
             return False
 
     def weight_checksum(self) -> Generator[None, None, str]:
-        """SHA-256 over the resident base weights, in pieces: yields between them, returns it at the end."""
+        """Computes SHA-256 over the base weights; yields between pieces, returns the hex digest."""
         return self._base.checksum_steps()
 
     def _prepare(self, plan: StepPlan) -> Callable[[], torch.Tensor]:
-        """Sends a step's inputs on their way; what is returned computes its logits."""
+        """Starts to copy a step's inputs to the device; returns a function that computes its logits."""
         place_prefixes(plan, self._pool, self._kv_caches)
         replay = None if self._graphs is None else self._graphs.prepare(plan, self._tokens)
         return self._eager(plan) if replay is None else replay
 
     def _eager(self, plan: StepPlan) -> Callable[[], torch.Tensor]:
-        """The step kernel by kernel."""
+        """`_prepare` for a step without a recording, launched kernel by kernel."""
         batch = self._segments.fill(plan.runs) if len(plan.run_start) else None
-        # Most steps have adapters of the layers' projections alone, or none, and pay for nothing else.
+        # Most steps have no adapters, or only adapters at the layers' projections; others cost more.
         outside = batch if batch is not None and acts_outside(self._pool, batch) else None
         sampled = None if outside is None else self._sampled(plan, outside)
         added = self._added_tokens(plan, sampled)
@@ -268,7 +277,7 @@ class ModelRunner:
         return forward
 
     def _decode(self, step: StepContext, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits of every row, for the recordings."""
+        """Logits [T, vocabulary] of every row, for the recordings."""
         return self._forward(step, self._embed(token_ids), positions, 0)
 
     def _forward(
@@ -278,7 +287,12 @@ class ModelRunner:
         positions: torch.Tensor,
         logits_to_keep: torch.Tensor | int,
     ) -> torch.Tensor:
-        """Logits [S, vocabulary] of the rows `logits_to_keep`, of all where that is 0."""
+        """Logits of the rows `logits_to_keep` (int64 [S + Q]): [S + Q, vocabulary]. 0 keeps all rows.
+
+        Args:
+            embeddings: [T, hidden].
+            positions: int64 [T].
+        """
         with context.running(step):
             output = self._base.model(
                 inputs_embeds=embeddings.unsqueeze(0),
@@ -292,7 +306,13 @@ class ModelRunner:
     def _embeddings(
         self, plan: StepPlan, token_ids: torch.Tensor, batch: LoraBatch | None, outside: LoraBatch | None
     ) -> torch.Tensor:
-        """[T, hidden]; a negative token id is a row of a soft prompt, one past the base's an adapter's."""
+        """Embeddings [T, hidden] of the step's tokens.
+
+        A negative token id is a row of a soft prompt; an id past the base's vocabulary is an adapter's token.
+
+        Args:
+            outside: `batch` if an adapter acts at a norm, the embedding or the head, else None.
+        """
         site = self._base.vocabulary
         of_base = token_ids if outside is None else token_ids.clamp(max=site.size - 1)
         found: torch.Tensor = self._embed(of_base)
@@ -304,7 +324,7 @@ class ModelRunner:
         return found
 
     def _sampled(self, plan: StepPlan, batch: LoraBatch) -> LoraBatch | None:
-        """The batch of the rows with logits alone, None where no adapter does anything at the head."""
+        """The part of the batch in the rows with logits; None if none of these rows has an adapter."""
         runs, rows = plan.runs, plan.logit_row
         owner = np.searchsorted(plan.run_start, rows, "right") - 1
         inside = (owner >= 0) & (rows < plan.run_end[owner])
@@ -316,7 +336,7 @@ class ModelRunner:
         return self._sampled_segments.fill(found) if found else None
 
     def _added_tokens(self, plan: StepPlan, sampled: LoraBatch | None) -> Ints:
-        """[S + Q]: how many tokens the adapter of each row with logits adds to the vocabulary."""
+        """Number of tokens that the adapter of each row with logits adds to the vocabulary, [S + Q]."""
         added: Ints = np.zeros(len(plan.logit_row), np.int64)
         if sampled is not None:
             site = self._base.vocabulary

@@ -1,6 +1,6 @@
-"""From logits to tokens: greedy, or the inverse of the cumulative distribution at one given draw.
+"""Sampling: greedy, or by inverting the cumulative distribution at a given uniform draw.
 
-All of it runs on the device: the parameters travel there in one copy, the results back in one.
+It runs on the device: one copy takes the parameters there, and one brings the results back.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from loraplex_server.model.run.transfer import Fetch, Words, send
 
 
 def sample(logits: torch.Tensor, plan: StepPlan) -> tuple[SampledToken, ...]:
-    """`launch`, and the tokens waited for."""
+    """Samples one token per row and waits for the tokens; see `launch`."""
     return launch(logits, plan).result()
 
 
 def launch(logits: torch.Tensor, plan: StepPlan) -> Sampling:
-    """Samples one token a row; nothing waits for the device.
+    """Samples one token per row, without waiting for the device.
 
-    Logits are changed in the order of transformers' processors: bias, penalties, bans, masks; then
-    temperature, top-k, top-p and min-p say what may be drawn. A drawn token is the first, in descending order
-    of probability, at which the cumulative mass of what is left exceeds the row's draw: no random generator,
-    so a row's token depends on its logits, its parameters and its draw alone. A row whose logits are not
-    numbers, or all of whose tokens are banned, gets -1; the device goes on with some token that there is.
+    The logits are changed in the order of transformers' processors: bias, penalties, bans, masks. Then
+    temperature, top-k, top-p and min-p determine the tokens that can be drawn, in descending order of
+    probability. The drawn token is the first at which their cumulative probability exceeds the row's draw.
+    There is no random generator: a row's token depends only on its logits, its parameters and its draw.
+
+    If a row's logits are not numbers, or all its tokens are banned, its result is -1. On the device the row
+    has some valid token id, so that the next step can run.
 
     Args:
         logits: [S, vocabulary], any floating dtype; row i belongs to `plan.sample_row[i]`.
@@ -39,10 +41,10 @@ def launch(logits: torch.Tensor, plan: StepPlan) -> Sampling:
     chosen = scores.argmax(dim=-1)
     if draws is not None:
         rows, *parameters = draws
-        # Without this, where every row is drawn, all the scores would be copied.
+        # If every row is drawn, index_select would only copy all the scores.
         part = scores if len(drawn) == len(scores) else scores.index_select(0, rows)
         chosen = chosen.index_copy(0, rows, _draw(part, *parameters))
-    # What is no number is the best of its row.
+    # argmax and sort treat NaN as the largest value: a row with a NaN has chosen it.
     found = chosen.masked_fill(~scores.gather(-1, chosen[:, None]).squeeze(-1).isfinite(), -1)
     most = int(plan.num_logprobs.max(initial=-1))
     if most >= 0:
@@ -51,10 +53,10 @@ def launch(logits: torch.Tensor, plan: StepPlan) -> Sampling:
 
 
 class Sampling:
-    """One token a row, on the device, and on the way to the host.
+    """The sampled tokens, on the device and on the way to the host.
 
     Attributes:
-        tokens: int64 [S], on the device.
+        tokens: int64 [S] on the device; always valid token ids.
     """
 
     def __init__(self, tokens: torch.Tensor, fetch: Fetch, num_logprobs: np.ndarray) -> None:
@@ -63,7 +65,7 @@ class Sampling:
         self._num_logprobs = num_logprobs
 
     def result(self) -> tuple[SampledToken, ...]:
-        """The tokens, once they are there."""
+        """Waits for the tokens; -1 for rows in which none could be sampled."""
         values = self._fetch.wait()
         if values.ndim == 1:
             return tuple(SampledToken(token) for token in values.tolist())
@@ -72,22 +74,26 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class _Changes:
-    """Changes of the logits, each with the (row, token) pairs that it is about; None where no row has any."""
+    """Changes of the logits, as tensors over (row, token) pairs; None if no row has such a change."""
 
     bias: list[torch.Tensor] | None
-    """Rows, tokens, values."""
+    """Row, token and added value of each pair."""
     penalties: list[torch.Tensor] | None
-    """Rows, tokens, times generated, and three penalties for each pair."""
+    """Row, token, count in the answer, and repetition, presence and frequency penalty of each pair."""
     bans: list[torch.Tensor] | None
-    """Rows, tokens."""
+    """Row and token of each pair."""
     masks: list[torch.Tensor] | None
-    """Rows, and the words of their bits, one row's after the other's."""
+    """Rows [G], and their mask words [G * words], one row after the other."""
 
 
 def _inputs(
     plan: StepPlan, drawn: np.ndarray, logits: torch.Tensor
 ) -> tuple[_Changes, list[torch.Tensor] | None]:
-    """What greedy rows do not need: the changes; and rows, temperature, top-k, top-p, min-p and draw."""
+    """The optional inputs on the device: the changes, and the parameters of the rows that are drawn.
+
+    The latter are row, temperature, top-k, top-p, min-p and uniform draw, each [len(drawn)]; None if every
+    row is greedy.
+    """
     groups: list[list[Words]] = [[], [], [], [], []]
     if len(plan.bias_ids):
         groups[0] = [_rows(plan.bias_start), plan.bias_ids, plan.bias_value]
@@ -115,12 +121,12 @@ def _inputs(
 
 
 def _rows(starts: np.ndarray) -> np.ndarray:
-    """Row of each element of a section that `starts` divides."""
+    """The row of each element of a field that `starts` divides into rows."""
     return np.repeat(np.arange(len(starts) - 1), np.diff(starts))
 
 
 def _changed(scores: torch.Tensor, changes: _Changes) -> torch.Tensor:
-    """Scores [S, vocabulary] with every change; `scores` itself stays as it is."""
+    """The scores [S, vocabulary] with every change; `scores` itself is not modified."""
     if changes.bias is not None:
         rows, tokens, value = changes.bias
         scores = scores.index_put((rows, tokens), scores[rows, tokens] + value.float())
@@ -139,17 +145,18 @@ def _changed(scores: torch.Tensor, changes: _Changes) -> torch.Tensor:
 
 
 def _masked(scores: torch.Tensor, rows: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """Scores [S, vocabulary] with what the bits of `rows` do not allow at -inf; other rows as they are.
+    """Scores [S, vocabulary] in which tokens that a row's mask does not allow are -inf.
 
     Args:
-        words: int64 [rows * words]; bit t % 64 of a row's word t // 64 is token t's.
+        rows: int64 [G], the rows with a mask; others do not change.
+        words: int64 [G * words]; bit t % 64 of a row's word t // 64 allows token t.
     """
     width = scores.shape[-1]
     bits = words.view(torch.uint8).view(len(rows), -1, 1) >> torch.arange(
         8, dtype=torch.uint8, device=words.device
     )
     barred = (bits & 1 == 0).flatten(1)[:, :width]
-    # Tokens of adapters have no bit.
+    # Tokens that adapters add have no bit, and are not allowed.
     barred = torch.nn.functional.pad(barred, (0, width - barred.shape[1]), value=True)
     if len(rows) == len(scores):
         return scores.masked_fill(barred, -torch.inf)
@@ -164,20 +171,20 @@ def _draw(
     min_p: torch.Tensor,
     uniform: torch.Tensor,
 ) -> torch.Tensor:
-    """Tokens [R] of scores [R, vocabulary], at one parameter a row."""
+    """Drawn tokens, int64 [R], of scores [R, vocabulary]; each parameter is [R]."""
     width = scores.shape[-1]
     ordered, tokens = scores.sort(dim=-1, descending=True, stable=True)
-    # Double precision: with a large vocabulary the tail's mass would be lost in a float sum.
+    # float64: with a large vocabulary, a float32 sum would lose the tail's probability.
     mass = (ordered.double() / temperature[:, None]).softmax(dim=-1)
     kept = torch.arange(width, device=scores.device) < top_k[:, None]
     mass = mass * kept
     mass = mass / mass.sum(dim=-1, keepdim=True)
     before = mass.cumsum(dim=-1) - mass
-    # The most probable token stays whatever top_p is; min_p asks for a share of its mass.
+    # The most probable token is always kept; min_p is relative to its probability.
     mass = mass * ((before < top_p[:, None]) & (mass >= min_p[:, None] * mass[:, :1]) & kept)
     reached = mass.cumsum(dim=-1)
     pick = (reached <= uniform[:, None] * reached[:, -1:]).sum(dim=-1, keepdim=True)
-    # None, where the scores are not numbers: any token will do.
+    # If the scores are not numbers, no token has a mass above 0, and any token will do.
     last = ((mass > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     return tokens.gather(-1, torch.minimum(pick, last)).squeeze(-1)
 
@@ -185,8 +192,16 @@ def _draw(
 def with_logprobs(
     logits: torch.Tensor, tokens: torch.Tensor, most: int, named: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """int32 [S, 2 + 2 * most]: token, its log-probability's bits, ids of the best, their log-probabilities'
-    bits. `most` is the vocabulary at most; `named` is written in the place of `tokens`.
+    """Packs tokens and their log-probabilities in one int32 tensor [S, 2 + 2 * most].
+
+    Columns: the token, its log-probability, the ids of the `most` most probable tokens, and their
+    log-probabilities. Log-probabilities are float32, stored as their bits. `most` is limited to the
+    vocabulary.
+
+    Args:
+        logits: [S, vocabulary].
+        tokens: int64 [S].
+        named: int64 [S], token ids to write in place of `tokens`.
     """
     logprobs = logits.float().log_softmax(dim=-1)
     chosen = logprobs.gather(-1, tokens[:, None])
@@ -197,8 +212,10 @@ def with_logprobs(
 
 
 def unpack(values: np.ndarray[Any, Any], num_logprobs: np.ndarray) -> tuple[SampledToken, ...]:
-    """The tokens of what `with_logprobs` made, each with as many alternatives as were asked for; a count
-    below 0 is a token alone.
+    """Unpacks the result of `with_logprobs`.
+
+    Args:
+        num_logprobs: [S], number of alternatives for each token; below 0 also drops its log-probability.
     """
     found = []
     floats = values.view(np.float32)

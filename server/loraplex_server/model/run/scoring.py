@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens that are known already: those of prompts."""
+"""Log-probabilities of known tokens, those of prompts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from loraplex_server.model.run.sampler import unpack, with_logprobs
 from loraplex_server.model.run.transfer import Fetch, send
 
 PIECE_ROWS = 16
-"""Rows that are normalised at a time: float32 copies of all their logits would take more than the logits."""
+"""Rows to normalise at a time: float32 copies of all rows would take more memory than the logits."""
 
 SCORING_BYTES = 16
-"""Most bytes of a piece for one logit: float32 logits and log-probabilities, and what finds the best."""
+"""Most bytes of a piece per logit: float32 logits and log-probabilities, and scratch memory of top-k."""
 
 
 def launch(logits: torch.Tensor, plan: StepPlan) -> Scoring:
-    """Scores one token a row, under the same distribution as sampled tokens; nothing waits for the device.
+    """Scores one token per row under the model's unmodified distribution, without waiting for the device.
 
     Args:
         logits: [Q, vocabulary], any floating dtype; row i belongs to `plan.score_row[i]`.
@@ -35,5 +35,5 @@ class Scoring:
         self._num_logprobs = plan.score_top
 
     def result(self) -> tuple[SampledToken, ...]:
-        """Each token with its log-probability and the alternatives, once they are there."""
+        """Waits for the tokens' log-probabilities and alternatives."""
         return unpack(self._fetch.wait(), self._num_logprobs)

@@ -1,9 +1,9 @@
-"""A start-up proof that the model runs ragged: two sequences in one row answer as each does alone.
+"""The self-check at start: two sequences in one ragged row must give the same logits as each alone.
 
-transformers' classes were not written for ragged rows. Whatever would make one request's answer depend
-on another's (a mask built elsewhere, positions taken from the row, attention that bypasses the
-registered function) shows here, before any user meets it. Alone, they take the model's own code throughout,
-so that a fused kernel that does not do what it stands for shows here too.
+transformers' classes were not written for ragged rows. A mask built elsewhere, positions taken from the row,
+or attention that bypasses the registered function would make one request's answer depend on another's. The
+check finds this before any request is served. The sequences alone run the model's own code, so the check also
+finds fused kernels that compute something else.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from loraplex_server.model.run.kv_cache import allocate_kv
 
 _LENGTHS = (7, 4)
 _BLOCK = 4
-# Share of the largest logit. bf16 products differ by row count; what is looked for is far larger.
+# Allowed difference, relative to the largest logit. bf16 products differ between numbers of rows; the errors
+# that the check looks for are far larger.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
 @torch.inference_mode()
 def check_ragged(base: BaseModel) -> tuple[LayerShape, ...]:
-    """Compares a ragged row through the paged path with transformers' own attention, one by one.
+    """Compares two sequences in one ragged row with each of them alone, run by transformers' attention.
 
-    Returns what each layer asked of the attention.
+    Returns:
+        The attention shape of each layer, in layer order.
 
     Raises:
-        FailedPreconditionError: they differ, or the model does not call the attention function.
+        FailedPreconditionError: the logits differ, or the model fails on a ragged row.
     """
     vocabulary = base.model.get_input_embeddings().weight.shape[0]
     generator = np.random.default_rng(0)

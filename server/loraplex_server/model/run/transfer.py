@@ -1,7 +1,7 @@
-"""One copy each way: a step's small inputs to the device, its results back.
+"""Copies a step's small inputs to the device, and its results back, with one copy each way.
 
-On a GPU both are queued on the current stream from and to pinned memory: no call here but `Fetch.wait` waits
-for the device. On a CPU nothing is copied.
+On a GPU, copies are queued on the current stream and use pinned memory; only `Fetch.wait` waits for the
+device. On a CPU nothing is copied.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Words = np.ndarray[Any, np.dtype[np.int64]] | np.ndarray[Any, np.dtype[np.float6
 
 
 def send(arrays: Sequence[Words], device: torch.device) -> list[torch.Tensor]:
-    """Copies one-dimensional arrays to the device in one piece; returns each, in its own dtype."""
+    """Copies one-dimensional arrays to the device in one piece; returns a tensor per array, in its dtype."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
     host = torch.empty(sum(len(array) for array in arrays), dtype=torch.int64, pin_memory=pins(device))
     fill(host, arrays)
-    # The allocator of pinned memory keeps the source until the copy is done.
+    # The allocator does not reuse pinned memory before the copy is done.
     copied = host.to(device, non_blocking=True)
     parts, start = [], 0
     for array in arrays:
@@ -33,12 +33,12 @@ def send(arrays: Sequence[Words], device: torch.device) -> list[torch.Tensor]:
 
 
 def fill(host: torch.Tensor, arrays: Sequence[Words]) -> None:
-    """Writes arrays one after the other into `host`, int64 on the CPU, of their length together."""
+    """Writes arrays one after the other into `host`: int64 [sum of their lengths] on the CPU."""
     np.concatenate([array.view(np.int64) for array in arrays], out=host.numpy())
 
 
 def pins(device: torch.device) -> bool:
-    """Whether copies to and from `device` want pinned memory on the host."""
+    """True if asynchronous copies to and from `device` need pinned memory on the host."""
     return device.type == "cuda"
 
 
@@ -58,7 +58,7 @@ class Fetch:
                 self._copied.record()
 
     def wait(self) -> np.ndarray[Any, Any]:
-        """The values, once they are there."""
+        """Waits for the copy and returns the values."""
         if self._copied is not None:
             self._copied.synchronize()
         values: np.ndarray[Any, Any] = self._host.numpy()

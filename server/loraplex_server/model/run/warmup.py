@@ -1,8 +1,8 @@
-"""Steps that between them take every kernel variant that a request could meet, so that none waits for one.
+"""Warm-up steps that together use every kernel variant, so that no request waits for one to be compiled.
 
-Variants are chosen by numbers of rows, of adapters and of keys: the steps go through powers of two of the
-first, each without adapters, with one and more, up to as many as there can be, and with several for each
-token. All that they write goes to block 0, and slots that hold no adapter do nothing.
+Variants depend on the numbers of rows, adapters and keys. The steps have powers of two of rows. Each is run
+without adapters, with one adapter and more, up to the limit, and with several adapters per token. All steps
+write to block 0 of the KV cache; slots without an adapter do nothing.
 """
 
 from __future__ import annotations
@@ -13,21 +13,27 @@ import numpy as np
 
 from loraplex_server.core.step import StepPlan
 
-# Keys with which the attention of a few queries is divided among programs, on any device.
+# With this many keys, the attention of a few queries is split among kernel programs on every device.
 _LONG_CONTEXT = 4096
 
 
 def plans(
     max_tokens: int, max_context: int, num_slots: int, max_pairs_per_token: int, block_size: int
 ) -> Iterator[StepPlan]:
-    """The steps, for a server of at most so many tokens a step, tokens a request, adapters, and adapters of
-    one token.
+    """The plans of the warm-up steps.
+
+    Args:
+        max_tokens: most tokens of a step.
+        max_context: tokens of the longest request.
+        num_slots: adapter slots on the device.
+        max_pairs_per_token: most adapters of one token.
+        block_size: tokens per KV block.
     """
     powers = _doublings(max_tokens)
     for tokens in steps_up_to(max_tokens):
         yield _plan(tokens, tokens, 0, 1, num_slots, block_size)
         if tokens in powers or tokens == max_tokens:
-            # Fewer tokens with several adapters are as many pairs as more tokens with one.
+            # A few tokens with several adapters make as many pairs as many tokens with one adapter.
             most = min(num_slots, max_pairs_per_token) if tokens == max_tokens else 1
             for several in _doublings(most):
                 for runs in steps_up_to(min(tokens, num_slots)):
@@ -58,9 +64,10 @@ def _plan(
     *,
     sampled: bool = False,
 ) -> StepPlan:
-    """One sequence of `tokens` queries and `context` keys, in `runs` stretches with `several` adapters each.
+    """One sequence of `tokens` queries and `context` keys, in `runs` runs with `several` adapters each.
 
-    With `sampled` its token is drawn, among others, with log-probabilities and a ban; else it is the best.
+    Args:
+        sampled: draw the token, with a log-probability and a banned token; otherwise sampling is greedy.
     """
     positions = np.arange(context - tokens, context)
     blocks = np.zeros(-(-context // block_size), np.int64)
