@@ -1,6 +1,6 @@
 """The connection between the API and the engine.
 
-messages           everything that is said; commands: operations and their answers; stats: counters
+messages           all messages; commands: operations and their answers; stats: counters and gauges
 frames             messages as bytes
-client             the API's end; deltas and watcher: what waits there to be read
+client             the API's end of the connection; deltas and watcher: its queues for readers
 """

@@ -41,13 +41,13 @@ _READ_BYTES = 1 << 18
 
 
 class EngineClient:
-    """One connection to an engine. Methods belong to the event loop that called `connect`.
+    """One connection to an engine. Call its methods only in the event loop that called `connect`.
 
-    A request's deltas wait in a queue of their own until the caller takes them, so a slow reader
-    holds back nobody else.
+    Each request has a queue for its deltas, so a slow reader does not delay other requests.
 
     Attributes:
-        tokenizers: what adapters bring, by name, as of now.
+        info: the model and the limits of the engine.
+        tokenizers: the present tokenizers of adapters that bring one, by adapter name.
     """
 
     def __init__(
@@ -91,12 +91,13 @@ class EngineClient:
         """Connects to the engine listening at `socket_path`.
 
         Args:
-            note: called with each command that succeeded.
-            max_joined: tokens that `stream` may join in one delta for a caller who is behind.
-            max_unread: where more tokens of a request wait for its caller, it ends.
+            token: the secret that proves to the engine that this client may connect.
+            note: called with each command that succeeds.
+            max_joined: most tokens that `stream` joins in one delta for a slow reader.
+            max_unread: a request ends with an error if more tokens than this wait for its reader.
 
         Raises:
-            UnavailableError: nobody listens there, or it speaks another version.
+            UnavailableError: no engine listens there, or it has another protocol version.
         """
         try:
             reader, writer = await asyncio.open_unix_connection(socket_path)
@@ -119,11 +120,11 @@ class EngineClient:
 
     @property
     def alive(self) -> bool:
-        """True while the engine answers."""
+        """True until the connection is lost or closed."""
         return self._lost is None and not self._closing
 
     async def wait_closed(self) -> None:
-        """Returns once the connection is gone, whoever ended it."""
+        """Waits until the connection is lost or closed."""
         await self._closed.wait()
 
     def on_stats(self, listener: Callable[[Stats], None]) -> None:
@@ -131,13 +132,14 @@ class EngineClient:
         self._stats_listeners.append(listener)
 
     async def stream(self, request: Request) -> AsyncGenerator[TokenDelta]:
-        """Runs a request; yields its deltas, the last one with `finish` set.
+        """Runs a request and yields its deltas; the last one has `finish`.
 
-        Leaving the iteration early (close, cancellation, an exception) cancels the request in the
-        engine, which frees what it held within a step.
+        Leaving the iteration early (close, cancellation, an exception) cancels the request: the engine frees
+        everything that it holds within a step.
 
         Raises:
-            ServerError: any of its kinds, as the engine gave it.
+            InternalError: another live request has this id.
+            ServerError: the engine's error, as its original class.
         """
         if request.request_id in self._streams:
             raise InternalError(f"request id {request.request_id!r} is in use")
@@ -159,16 +161,16 @@ class EngineClient:
                 self._send(Cancel(request.request_id))
 
     async def command(self, command: Command[AnswerT]) -> AnswerT:
-        """Has the engine do something; its answer.
+        """Has the engine carry out a command, and returns its answer.
 
         Raises:
-            ServerError: any of its kinds, as the engine gave it.
+            ServerError: the engine's error, as its original class.
         """
         call_id = next(self._call_ids)
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future
         try:
-            # All commands there are: the union is for the decoder.
+            # Every Command is in AnyCommand, a union that the decoder needs.
             self._send(Call(call_id, cast("AnyCommand", command)))
             reply = await future
         finally:
@@ -181,12 +183,12 @@ class EngineClient:
         return cast("AnswerT", reply.answer)
 
     async def watch_adapters(self) -> AsyncGenerator[AdapterChanges]:
-        """All adapters, then what changes with them, for as long as it is iterated over.
+        """Yields all adapters, then their changes, for as long as the caller iterates.
 
-        Changes that come faster than they are taken are joined: what is yielded is as of now.
+        Changes that the caller has not taken yet are joined, so each one shows the present state.
 
         Raises:
-            ServerError: the engine is gone.
+            ServerError: the connection is lost or closed.
         """
         watcher = AdapterWatcher()
         self._watchers.add(watcher)
@@ -200,13 +202,13 @@ class EngineClient:
                 self._send(UnwatchAdapters())
 
     async def shutdown(self) -> None:
-        """Tells the engine to end, and closes the connection."""
+        """Tells the engine to exit, and closes the connection."""
         if self.alive:
             self._send(Shutdown())
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection; the engine cancels whatever this client still had running."""
+        """Closes the connection; the engine cancels this client's running requests."""
         self._closing = True
         self._writer.close()
         self._task.cancel()
@@ -240,7 +242,7 @@ class EngineClient:
         match message:
             case Tokens():
                 for delta in message.deltas:
-                    # A delta may cross our own Cancel on the way.
+                    # A delta may arrive after our Cancel: the two cross on the way.
                     stream = self._streams.get(delta.request_id)
                     if stream is not None and not stream.put(delta):
                         self._send(Cancel(delta.request_id))

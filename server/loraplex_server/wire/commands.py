@@ -1,6 +1,6 @@
-"""Commands of the API to an engine, other than requests: a struct for each, which names its answer.
+"""The API's commands to an engine, other than requests. Each is a struct that names its answer's type.
 
-A command travels in a `Call` and is answered by a `Reply` with the same id.
+A `Call` carries a command, and a `Reply` with the same id answers it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class LoadAdapter(Command[AdapterStatus], frozen=True):
 
     Attributes:
         source: a folder that PEFT wrote, or the address of one.
-        inplace: replace what is registered under the name.
+        inplace: replace the adapter that is registered under the name, if there is one.
     """
 
     name: str
@@ -33,7 +33,7 @@ class LoadAdapter(Command[AdapterStatus], frozen=True):
 
 
 class ComposeAdapter(Command[AdapterStatus], frozen=True):
-    """Makes one adapter of several by PEFT's recipe and registers it under `name`.
+    """Composes several adapters by PEFT's recipe and registers the result under `name`.
 
     Attributes:
         inplace: as in `LoadAdapter`.
@@ -45,10 +45,10 @@ class ComposeAdapter(Command[AdapterStatus], frozen=True):
 
 
 class AdoptAdapter(Command[AdapterStatus], frozen=True):
-    """Registers an adapter whose files a client has sent.
+    """Registers an adapter whose files a client has uploaded.
 
     Attributes:
-        staged: folder, in the staging folder of the adapter cache, that holds the files.
+        staged: name of the folder with the files, in the staging folder of the adapter cache.
         sha256: hex digest of each file, by the file's name.
         inplace: as in `LoadAdapter`.
     """
@@ -60,10 +60,10 @@ class AdoptAdapter(Command[AdapterStatus], frozen=True):
 
 
 class UnloadAdapter(Command[tuple[AdapterStatus, ...]], frozen=True):
-    """Drains and forgets an adapter; answered, once its memory is free, with the adapters that remain.
+    """Drains and unregisters an adapter. The reply comes when its memory is free: the remaining adapters.
 
     Attributes:
-        grace_s: seconds after which requests that still hold the adapter are ended; None lets them finish.
+        grace_s: seconds after which the requests that still use the adapter are ended; None lets them finish.
     """
 
     name: str
@@ -71,27 +71,27 @@ class UnloadAdapter(Command[tuple[AdapterStatus, ...]], frozen=True):
 
 
 class ListAdapters(Command[tuple[AdapterStatus, ...]], frozen=True):
-    """All adapters by name, those that drain included."""
+    """Lists all adapters by name, draining ones included."""
 
 
 class GetAdapter(Command[AdapterStatus], frozen=True):
-    """One adapter."""
+    """Asks for the state of one adapter."""
 
     name: str
 
 
 class PinAdapter(Command[AdapterStatus], frozen=True):
-    """Keeps an adapter on the device, or no longer; answered once it is there."""
+    """Pins an adapter to the device, or removes its pin. A pin is answered when the adapter is there."""
 
     name: str
     pinned: bool = True
 
 
 class PrefetchAdapters(Command[tuple[AdapterStatus, ...]], frozen=True):
-    """A hint that adapters will be wanted; answered at once with their present state.
+    """A hint that requests will soon use these adapters. The reply comes at once, with their present state.
 
     Attributes:
-        to_device: bring them to the device; False stops at host memory.
+        to_device: load them to the device; False loads them to host memory only.
     """
 
     names: tuple[str, ...]
@@ -99,7 +99,7 @@ class PrefetchAdapters(Command[tuple[AdapterStatus, ...]], frozen=True):
 
 
 class GetChatTemplate(Command[str], frozen=True):
-    """The chat template that an adapter brings; "" where it brings none."""
+    """Asks for the adapter's own chat template; "" if it has none."""
 
     name: str
 
@@ -108,8 +108,12 @@ class IntegrityReport(Message, frozen=True):
     """The state of the engine's pools.
 
     Attributes:
-        problems: one line for each broken invariant; empty when all is well.
-        weight_checksum: SHA-256 over the resident base weights, computed now.
+        problems: one line for each broken invariant; empty if there is none.
+        running: number of running requests.
+        waiting: number of waiting requests.
+        kv_blocks_used: KV blocks that requests hold.
+        adapter_references: references that requests hold on adapters.
+        weight_checksum: SHA-256 over the resident base weights, computed for this report.
     """
 
     problems: tuple[str, ...]
@@ -121,7 +125,7 @@ class IntegrityReport(Message, frozen=True):
 
 
 class CheckIntegrity(Command[IntegrityReport], frozen=True):
-    """Compares every pool with its holders, and the base weights with their checksum."""
+    """Asks for an audit: every pool against its holders, and the base weights against their checksum."""
 
 
 AnyCommand = (
@@ -141,14 +145,14 @@ Answer = AdapterStatus | tuple[AdapterStatus, ...] | str | IntegrityReport
 
 
 class Call(Message, frozen=True):
-    """A command with the id under which it is answered."""
+    """A command, with the id that its reply will have."""
 
     call_id: int
     command: AnyCommand
 
 
 class Reply(Message, frozen=True):
-    """The answer to a `Call`, of the type that its command names; or the error it ended with."""
+    """The reply to a `Call`: an answer of the type that its command names, or an error."""
 
     call_id: int
     answer: Answer | None = None

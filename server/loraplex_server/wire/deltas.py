@@ -1,4 +1,4 @@
-"""One request's deltas, on their way to a reader who may be slower than the engine."""
+"""A queue for the deltas of one request, whose reader may be slower than the engine."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ BEHIND_S = 0.005
 """A reader is behind if the delta it takes has waited longer than this."""
 
 SPACING_S = 0.020
-"""Least time between two messages of a stream that is behind. A message costs as much as ten tokens in it, so
-that fewer and longer messages let a busy process catch up."""
+"""Least time between two messages of a stream that is behind. Sending a message costs as much as ten of its
+tokens, so fewer and longer messages let a busy process catch up."""
 
 SPACED_S = 0.5
-"""Time for which a stream counts as behind, from the last time that it was."""
+"""A stream counts as behind for this long after each time that it is behind."""
 
 
 class Spacing:
-    """Keeps the messages of one stream apart while it is behind. Times are seconds of any one clock."""
+    """Keeps a minimum time between the messages of a stream that is behind.
+
+    Times are in seconds of one clock of the caller's choice.
+    """
 
     def __init__(self) -> None:
         self._until_s = -math.inf
         self._last_s = -math.inf
 
     def behind(self, now_s: float) -> None:
-        """The stream is behind at `now_s`."""
+        """Notes that the stream is behind at `now_s`."""
         self._until_s = now_s + SPACED_S
 
     def pause_s(self, now_s: float) -> float:
@@ -39,16 +42,16 @@ class Spacing:
         return max(0.0, self._last_s + SPACING_S - now_s) if now_s < self._until_s else 0.0
 
     def sent(self, now_s: float) -> None:
-        """A message is sent at `now_s`."""
+        """Notes that a message is sent at `now_s`."""
         self._last_s = now_s
 
 
 class DeltaQueue:
-    """Deltas in the order they came. Belongs to one event loop, and has one reader.
+    """Deltas in order of arrival, for one reader in one event loop.
 
-    A reader that keeps up gets every delta by itself, at once. For one that is behind, the deltas that wait
-    are joined, up to `max_joined` tokens at a time. If more than `max_unread` tokens wait, they are dropped
-    and the reader gets an error.
+    A reader that keeps up gets each delta at once. A reader that is behind gets its waiting deltas joined, up
+    to `max_joined` tokens at a time. If more than `max_unread` tokens wait, the queue drops them and the
+    reader gets an error.
     """
 
     def __init__(self, max_joined: int, max_unread: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -64,11 +67,15 @@ class DeltaQueue:
         self._nap: asyncio.Future[None] | None = None
 
     def put(self, delta: TokenDelta) -> bool:
-        """Adds a delta. False if too many tokens wait: the reader gets an error; the request should end."""
+        """Adds a delta.
+
+        Returns False if too many tokens wait. The reader then gets an error, and the caller should cancel the
+        request.
+        """
         if self._error is not None:
             return True
         self._unread += len(delta.token_ids)
-        # The end of an answer costs the engine nothing more, however late it is read.
+        # After the last delta the engine has no more work, so a late reader does no harm.
         if self._unread > self._max_unread and delta.finish is None:
             self._deltas.clear()
             self.fail(
@@ -87,16 +94,16 @@ class DeltaQueue:
         return True
 
     def fail(self, error: ServerError) -> None:
-        """Ends the queue with `error`, which is raised after the deltas that wait."""
+        """Ends the queue with `error`, which `take` raises after the waiting deltas."""
         self._error = self._error or error
         _end(self._taker)
         _end(self._nap)
 
     async def take(self) -> TokenDelta:
-        """Waits for a delta; gives those that wait, joined to one.
+        """Waits for a delta; returns all waiting ones joined into one, up to `max_joined` tokens.
 
         Raises:
-            ServerError: that of `fail`, after all deltas before it.
+            ServerError: the error of `fail`, after all deltas before it.
         """
         deltas = self._deltas
         now_s = self._clock()
@@ -111,7 +118,7 @@ class DeltaQueue:
             finally:
                 self._taker = None
             now_s = self._clock()
-        # No pause if more waits than can be joined, nor before the end of the answer.
+        # No pause if more tokens wait than can be joined, nor if the last delta is there.
         if self._unread < self._max_joined and deltas[-1].finish is None:
             pause_s = self._spacing.pause_s(now_s)
             if pause_s > 0:
@@ -130,7 +137,7 @@ class DeltaQueue:
         return delta
 
     async def _pause(self, seconds: float) -> None:
-        """Waits for `seconds`, or until the last delta is there."""
+        """Waits for `seconds`, or until the last delta arrives."""
         loop = asyncio.get_running_loop()
         self._nap = loop.create_future()
         timer = loop.call_later(seconds, _end, self._nap)
@@ -147,12 +154,12 @@ def _end(wait: asyncio.Future[None] | None) -> None:
 
 
 def _size(delta: TokenDelta) -> int:
-    """Tokens that a delta says something of: generated ones, and scored ones of the prompt."""
+    """Number of tokens in a delta: generated tokens, and scored tokens of the prompt."""
     return len(delta.token_ids) + len(delta.prompt_logprobs)
 
 
 def _join(deltas: Sequence[TokenDelta]) -> TokenDelta:
-    """One delta for several consecutive ones of a request; the last may end it."""
+    """Joins consecutive deltas of one request; the last one may end the request."""
     last = deltas[-1]
     return TokenDelta(
         request_id=last.request_id,

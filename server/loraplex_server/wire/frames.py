@@ -1,4 +1,4 @@
-"""Messages as frames on a connection: a 4-byte big-endian length and that many bytes of msgpack."""
+"""Encodes messages as frames: a 4-byte big-endian length, then that many bytes of msgpack."""
 
 from __future__ import annotations
 
@@ -16,29 +16,37 @@ _from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(From
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:
-    """One frame, its length before it."""
+    """One frame: the length of the message, then the message."""
     body = _encoder.encode(message)
     return len(body).to_bytes(4, "big") + body
 
 
 def decode_to_engine(body: bytes) -> ToEngine:
-    """Raises: msgspec.DecodeError for anything that is no such message."""
+    """The message in the body of a frame that a client sent.
+
+    Raises:
+        msgspec.DecodeError: `body` is not such a message.
+    """
     return _to_engine.decode(body)
 
 
 def decode_from_engine(body: bytes) -> FromEngine:
-    """Raises: msgspec.DecodeError for anything that is no such message."""
+    """The message in the body of a frame that the engine sent.
+
+    Raises:
+        msgspec.DecodeError: `body` is not such a message.
+    """
     return _from_engine.decode(body)
 
 
 class FrameBuffer:
-    """Cuts what comes from a connection into frames."""
+    """Splits the bytes of a connection into frames."""
 
     def __init__(self) -> None:
         self._rest = b""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """The bodies of the frames that are complete with `data`."""
+        """Takes in `data` and yields the bodies of the frames that it completes."""
         data = self._rest + data if self._rest else data
         begin = 0
         while len(data) - begin >= 4:

@@ -1,4 +1,4 @@
-"""The base of all messages between the API and the engine."""
+"""The base class of all messages between the API and the engine."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The messages between the API and the engine: versioned plain data in msgpack.
 
-A connection opens with `Hello`, answered with `Welcome`. From then on the API sends `ToEngine` messages and
-the engine sends `FromEngine` messages. Several API processes may be connected at once: a request belongs to
-the connection that submitted it and ends with it.
+The API opens a connection with `Hello`, and the engine answers with `Welcome`. Then the API sends `ToEngine`
+messages and the engine sends `FromEngine` messages. Several API processes may be connected at once. A request
+belongs to the connection that submitted it: if the connection closes, the engine cancels the request.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from loraplex_server.wire.message import Message
 from loraplex_server.wire.stats import Stats
 
 PROTOCOL_VERSION = 2
-"""Raised whenever a message changes; both ends must have the same."""
+"""Increased whenever a message changes; both ends must have the same version."""
 
 
 class Hello(Message, frozen=True):
-    """First frame of a client. `token` proves that it may connect."""
+    """The first frame of a client; `token` is the secret that proves that it may connect."""
 
     version: int
     client_id: str
@@ -30,11 +30,15 @@ class Hello(Message, frozen=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """The model and the limits of an engine; fixed for its lifetime.
+    """The model and the limits of an engine, which never change while it runs.
 
     Attributes:
-        max_adapters_on_device: the operator's cap, 0 for none.
-        adapter_slots: most adapters on the device at once, whether by cap, room or tables.
+        parameters: number of parameters of the unquantised model.
+        weight_bytes: bytes of the resident base weights.
+        weight_checksum: SHA-256 over them, in hex, computed at the start.
+        max_adapters_on_device: the operator's limit; 0 is none.
+        adapter_slots: most adapters on the device at once, after all limits.
+        sampling_defaults: parameters for requests that do not set their own.
         memory: name and bytes of each part of the memory plan.
     """
 
@@ -63,7 +67,11 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """Answers `Hello`. `tokenizers`: what adapters bring, by name; later `TokenizersChanged` follow."""
+    """The answer to `Hello`.
+
+    Attributes:
+        tokenizers: the adapters' own tokenizers, by adapter name; `TokenizersChanged` reports later changes.
+    """
 
     version: int
     info: EngineInfo
@@ -78,21 +86,21 @@ class Submit(Message, frozen=True):
 
 
 class Cancel(Message, frozen=True):
-    """Ends a request that the client no longer wants; nothing is answered."""
+    """Ends a request that the client no longer wants; the engine sends no reply."""
 
     request_id: str
 
 
 class WatchAdapters(Message, frozen=True):
-    """Asks for an `AdapterChanges` with all adapters now, and for one whenever some have changed."""
+    """Asks for an `AdapterChanges` with all adapters now, and for another one after each change."""
 
 
 class UnwatchAdapters(Message, frozen=True):
-    """Ends what `WatchAdapters` began."""
+    """Asks for no more `AdapterChanges`."""
 
 
 class Shutdown(Message, frozen=True):
-    """Ends the engine. The API has drained its requests before."""
+    """Ends the engine. The API drains its requests first."""
 
 
 ToEngine = Hello | Submit | Cancel | Call | WatchAdapters | UnwatchAdapters | Shutdown
@@ -113,12 +121,17 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Times(msgspec.Struct, frozen=True):
-    """Seconds since the engine received the request.
+    """Times and counts of one request. Times are in seconds since the engine received it.
 
     Attributes:
-        cached_prompt_tokens: not computed, since their keys and values were in the prefix cache.
+        queue_s: until the request was first scheduled.
+        adapter_wait_s: the time in which it waited for its adapters.
+        first_token_s: until its first token.
+        total_s: until now.
+        preemptions: number of times that it was preempted.
+        cached_prompt_tokens: prompt tokens that were taken from the prefix cache instead of being computed.
         drafted_tokens: draft tokens that were verified.
-        accepted_tokens: how many of them were accepted.
+        accepted_tokens: draft tokens that were accepted.
     """
 
     queue_s: float
@@ -135,12 +148,13 @@ class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     """New tokens of one request.
 
     Attributes:
+        logprobs: one entry per token id if the request asked for them.
         finish: set on the last delta of a request.
-        times: set on the first delta, for clients that end at a stop string, and on the last.
-        prompt_logprobs: of the prompt's tokens after the first, in order, those that became known; a delta of
-            them alone has no token ids.
-        stop_token: the last token id ended the generation (end of sequence or a stop token) and has
+        stop_token: True if the last token id ended the generation (end of sequence or a stop token); it has
             no text.
+        times: set on the first delta, for requests that the API ends at a stop string, and on the last.
+        prompt_logprobs: new entries for the prompt's tokens after the first, in order. A delta may have only
+            these and no token ids.
     """
 
     request_id: str
@@ -153,20 +167,24 @@ class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Tokens(Message, frozen=True):
-    """All that one step generated for one client."""
+    """The tokens that one step generated for the requests of one client."""
 
     deltas: tuple[TokenDelta, ...]
 
 
 class Failed(Message, frozen=True):
-    """A request ended with an error: refused, expired, or lost."""
+    """A request that ended with an error."""
 
     request_id: str
     error: ErrorInfo
 
 
 class TokenizersChanged(Message, frozen=True):
-    """Adapters that from now on bring these tokenizers, or None; sent before the reply to what changed it."""
+    """Changes of the adapters' own tokenizers, sent before the reply to the command that made them.
+
+    Attributes:
+        changed: by adapter name; None if the adapter has no tokenizer any more.
+    """
 
     changed: dict[str, TokenizerSource | None]
 

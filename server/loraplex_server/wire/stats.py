@@ -1,4 +1,4 @@
-"""Counters and gauges of the engine, sent to every client of it."""
+"""Counters and gauges that the engine sends to all its clients."""
 
 from __future__ import annotations
 
@@ -9,12 +9,21 @@ from loraplex_server.wire.message import Message
 
 
 class StepRecord(msgspec.Struct, frozen=True, array_like=True):
-    """One step, for metrics. Counts are of tokens unless named otherwise.
+    """One step, for metrics.
 
-    `device_seconds` is the step's time by the device's clock, `idle_seconds` how long the device waited for
-    it although there was work; None without such a clock, or where there was none. `prepare_seconds`,
-    `run_seconds` and `sample_seconds` are `StepOutput`'s, `emit_seconds` is for committing and emitting.
-    `decode_tokens` includes `drafted_tokens`, of which `accepted_tokens` were accepted.
+    Attributes:
+        seconds: the host's time for the step.
+        plan_seconds: the part of it for planning.
+        requests: number of requests in the step.
+        adapters: number of distinct adapters in the step.
+        device_seconds: the step's time by the device's clock; None if the device has none.
+        idle_seconds: the device's idle time before the step although there was work; None if there is no
+            clock, or there was no work.
+        prepare_seconds, run_seconds, sample_seconds: as in `StepOutput`.
+        emit_seconds: the time for committing the step and emitting its tokens.
+        decode_tokens: tokens of decoding requests, draft tokens included.
+        drafted_tokens: draft tokens that the step verified.
+        accepted_tokens: draft tokens that it accepted.
     """
 
     seconds: float
@@ -35,18 +44,23 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Stats(Message, frozen=True):
-    """Counters and gauges since the last `Stats`, sent to every client about ten times a second.
+    """Counters and gauges, sent to every client about ten times a second.
 
     Attributes:
-        integrity_problems: found by the last audit of the pools, which runs when the engine is idle.
-        weights_ok: the base weights had their checksum in the last audit.
-        audits: completed since the start.
+        steps: the steps since the previous `Stats`.
+        swaps: the movements of adapters since then.
+        waiting: number of waiting requests.
+        running: number of running requests.
+        waiting_for_adapter: number of requests that wait for an adapter.
+        integrity_problems: problems that the last audit of the pools found; it runs when the engine is idle.
+        weights_ok: True if the base weights matched their checksum in the last audit.
+        audits: number of audits since the start.
         adapters_running: names of the adapters that running requests use, each once.
-        adapters_waiting: those that waiting requests name.
-        kv_blocks_cached: blocks that no request holds and a later one may find its prompt in.
+        adapters_waiting: names of the adapters that waiting requests use, each once.
+        kv_blocks_cached: blocks that no request holds, kept for prompts with the same prefix.
         prefix_queries: prompt tokens that were looked up in the prefix cache.
-        prefix_hits: how many of them were there.
-        failed_steps: steps that failed, and all requests in them.
+        prefix_hits: prompt tokens that were found there.
+        failed_steps: number of failed steps; all requests of such a step fail.
     """
 
     steps: tuple[StepRecord, ...]

@@ -1,4 +1,4 @@
-"""Changes of adapters on their way to somebody who watches."""
+"""A queue for changes of adapters, for one watcher."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from loraplex_server.core.errors import ServerError
 
 
 class AdapterWatcher:
-    """Joins changes until the watcher takes them: it is told of each adapter as it then is.
+    """Joins changes until the watcher takes them, so that it gets the newest state of each adapter.
 
-    Belongs to one event loop.
+    Use it in one event loop.
     """
 
     def __init__(self) -> None:
-        # By name; None for a name that is gone.
+        # By name; None for a name that is not registered any more.
         self._pending: dict[str, AdapterStatus | None] = {}
         self._whole = False
         self._lost: ServerError | None = None
         self._news = asyncio.Event()
 
     def put(self, changes: AdapterChanges) -> None:
-        """Takes in what the engine said."""
-        # What came before the first complete list was another watcher's.
+        """Adds changes from the engine; ignores those before the first complete list."""
+        # They answer another watcher.
         self._whole = self._whole or changes.all
         if self._whole:
             current: dict[str, AdapterStatus] = {}
             for status in changes.adapters:
-                # What drains comes after its successor, for which the name stands.
+                # A draining adapter comes after its successor, which now has the name.
                 current.setdefault(status.name, status)
             self._pending |= dict.fromkeys(changes.removed)
             self._pending |= current
@@ -40,10 +40,10 @@ class AdapterWatcher:
         self._news.set()
 
     async def next(self) -> AdapterChanges:
-        """All that is pending, once there is something.
+        """Waits for changes; returns all that are pending.
 
         Raises:
-            ServerError: that of `fail`.
+            ServerError: the error of `fail`.
         """
         await self._news.wait()
         if self._lost is not None:

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AdapterServiceStub(object):
-    """The adapters this server knows, and where each one is.
+    """The registered adapters and their residency.
     """
 
     def __init__(self, channel):
@@ -83,52 +83,50 @@ class AdapterServiceStub(object):
 
 
 class AdapterServiceServicer(object):
-    """The adapters this server knows, and where each one is.
+    """The registered adapters and their residency.
     """
 
     def LoadAdapter(self, request, context):
-        """Registers an adapter under a name and brings it to host memory, or, with load_inplace, puts a
-        new version in the place of the one that has the name. The source is a folder that
-        PEFT wrote, under one of the server's allowed roots, or an address under one of its allowed
-        prefixes (hf://, s3://, gs://, az://, https://). Everything is checked before anything is
-        admitted; an adapter that would not be applied whole is refused.
+        """Registers an adapter under a name and loads it to host memory. With load_inplace, it replaces the
+        adapter that has the name. The source is a folder that PEFT wrote, under one of the server's allowed
+        roots, or an address under one of its allowed prefixes (hf://, s3://, gs://, az://, https://). The
+        server first checks the whole adapter, and refuses one that it could not apply completely.
 
         Errors: INVALID_ARGUMENT (bad name or source), ALREADY_EXISTS, NOT_FOUND (no such source),
-        PERMISSION_DENIED (not allowed), FAILED_PRECONDITION (does not fit the base model or this
-        server; the text names the tensor; or not the content that was asked for), UNAVAILABLE (the
-        source does not answer), RESOURCE_EXHAUSTED.
+        PERMISSION_DENIED (source not allowed), FAILED_PRECONDITION (the adapter does not fit the base
+        model or this server, and the text names the tensor; or a pinned digest does not match),
+        UNAVAILABLE (the source does not answer), RESOURCE_EXHAUSTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RegisterComposition(self, request, context):
-        """Registers what PEFT's add_weighted_adapter makes of several LoRA adapters as an adapter of its
-        own. It is computed once, beside the running requests, from the members as they are now. The
-        weighted sum that a request may name is another thing: it is always the exact sum of deltas.
+        """Composes several LoRA adapters as PEFT's add_weighted_adapter does, and registers the result as a new
+        adapter. The server computes it once, in the background, from the present versions of the members. This
+        is not the mix that a request may name: a mix is always the exact sum of the weighted deltas.
 
-        Errors: as LoadAdapter's; FAILED_PRECONDITION also for what PEFT does not combine, NOT_FOUND for
-        a member that is not registered.
+        Errors: as LoadAdapter's; also FAILED_PRECONDITION (PEFT cannot combine these adapters) and
+        NOT_FOUND (a member is not registered).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UploadAdapter(self, request_iterator, context):
-        """Sends an adapter: a header, then the weight file in chunks of at most 1 MiB. It is kept in the
-        server's cache, and checked and registered as LoadAdapter does it. Off unless the operator
-        allows it.
+        """Uploads an adapter: a header, then the files in chunks of at most 1 MiB. The server keeps the files in
+        its cache, and checks and registers the adapter like LoadAdapter. The operator has to allow uploads.
 
-        Errors: as LoadAdapter's; PERMISSION_DENIED (not allowed), INVALID_ARGUMENT (what came is not
-        what the header announced), RESOURCE_EXHAUSTED (too many, or no room).
+        Errors: as LoadAdapter's; also PERMISSION_DENIED (uploads are not allowed), INVALID_ARGUMENT (the
+        files do not match the header), RESOURCE_EXHAUSTED (too many uploads, or no room).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Takes new requests for the adapter away at once, waits for its running ones (or ends them after
-        a time of grace), frees its memory on host and device, and answers with what is registered then.
+        """Refuses new requests for the adapter at once, waits for its running ones (or ends them after a grace
+        period), frees its memory on host and device, and then returns the adapters that remain.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,25 +145,24 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PinAdapter(self, request, context):
-        """A pinned adapter is brought to the device and never evicted. FAILED_PRECONDITION if too little
-        would be left for the others: fewer adapters can be pinned than there are slots.
+        """Pins an adapter: loads it to the device and never evicts it. FAILED_PRECONDITION if the pins would
+        leave too little room for other adapters; there must be fewer pins than slots.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Prefetch(self, request, context):
-        """A hint that adapters will be wanted: brings them in as far as there is room that no request, no
-        pin and no other adapter of the hint needs. Answers at once with where they are.
+        """A hint that requests will soon use these adapters. The server loads them as far as there is room that
+        no request, no pin and no other adapter of the hint needs. It returns their present state at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """The adapters, and from then on what changes with them: where they are, pins, new versions, those
-        that come and go. Changes that follow each other closely come as one. Ends with UNAVAILABLE when
-        the server drains.
+        """Streams all adapters, then every change: residency, pins, new versions, loads and unloads. Changes in
+        quick succession come in one message. The stream ends with UNAVAILABLE when the server drains.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -228,7 +225,7 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdapterService(object):
-    """The adapters this server knows, and where each one is.
+    """The registered adapters and their residency.
     """
 
     @staticmethod

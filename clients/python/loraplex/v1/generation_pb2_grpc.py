@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class GenerationServiceStub(object):
-    """Text generation on the resident base model, each request with its own adapters.
+    """Text generation with the resident base model; each request names its own adapters.
     """
 
     def __init__(self, channel):
@@ -63,36 +63,37 @@ class GenerationServiceStub(object):
 
 
 class GenerationServiceServicer(object):
-    """Text generation on the resident base model, each request with its own adapters.
+    """Text generation with the resident base model; each request names its own adapters.
     """
 
     def Generate(self, request, context):
-        """Streams the answer as it is generated. Its last message carries `finish`; everything before
-        it carries text and token ids. Of several answers (`n`) the messages come mixed, each with its
-        `index`, and the stream ends when every one has had its `finish`. Cancelling the call frees all
-        it held within one step.
+        """Streams the answer as it is generated. Messages carry text and token ids; the last message of an
+        answer also carries `finish`. If a request asks for several answers (`n`), their messages are
+        interleaved and each has its `index`; the stream ends after the last `finish`. Cancelling the
+        call frees everything that the request holds within one step.
 
         Errors: INVALID_ARGUMENT (BadRequest names the field), NOT_FOUND (ResourceInfo names the
         adapter), FAILED_PRECONDITION (the adapters cannot be served together), RESOURCE_EXHAUSTED
-        (queue full; RetryInfo says when to try again; or the stream is not read), DEADLINE_EXCEEDED
-        (refused at once where it cannot be met), UNAVAILABLE (starting or draining). Trailing metadata:
-        x-request-id, server-timing.
+        (the queue is full, and RetryInfo says when to try again; or the client does not read the
+        stream), DEADLINE_EXCEEDED (at once if the deadline cannot be met), UNAVAILABLE (starting or
+        draining). Trailing metadata: x-request-id, server-timing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateUnary(self, request, context):
-        """The same, answered in one message when the generation has finished.
+        """The same as Generate, but the whole answer comes in one message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateBatch(self, request, context):
-        """Many requests in one call, each answered in one message when it has finished, in whatever order
-        that is. One that fails does not end the others. At most 1024 requests; a part of them runs at a
-        time, in their order. Those without a `request_id` get the call's with their position after it.
+        """Many requests in one call, at most 1024. Each is answered in one message as soon as it has
+        finished, in any order. A request that fails does not end the others. The server starts them in
+        their order and runs some of them at a time. A request without a `request_id` gets the id of the
+        call followed by its position.
 
         Errors of the call: INVALID_ARGUMENT (no request, or too many), DEADLINE_EXCEEDED, UNAVAILABLE.
         """
@@ -101,16 +102,16 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """The token ids that a prompt becomes, as generation would use them; nothing is generated.
+        """The token ids that Generate would use for a prompt; generates nothing.
 
-        Errors: as those of a prompt in Generate.
+        Errors: as Generate's for a prompt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CountTokens(self, request, context):
-        """How many they are.
+        """The number of token ids that Generate would use for a prompt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -153,7 +154,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService(object):
-    """Text generation on the resident base model, each request with its own adapters.
+    """Text generation with the resident base model; each request names its own adapters.
     """
 
     @staticmethod

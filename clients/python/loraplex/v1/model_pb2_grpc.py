@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ModelServiceStub(object):
-    """The one base model this server holds.
+    """The base model that this server holds.
     """
 
     def __init__(self, channel):
@@ -43,7 +43,7 @@ class ModelServiceStub(object):
 
 
 class ModelServiceServicer(object):
-    """The one base model this server holds.
+    """The base model that this server holds.
     """
 
     def GetModel(self, request, context):
@@ -69,7 +69,7 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService(object):
-    """The one base model this server holds.
+    """The base model that this server holds.
     """
 
     @staticmethod
