@@ -20,7 +20,7 @@ REMEDIES = {
     "UNIMPLEMENTED": "use a method that this server has",
     "INTERNAL": "report it; its text is in the server's log alone",
 }
-"""What to do, by status."""
+"""The remedy for each status."""
 
 
 class Meaning(NamedTuple):
