@@ -49,7 +49,7 @@ def test_a_plan_survives_its_buffer() -> None:
 def test_a_cut_buffer_is_refused() -> None:
     buffer = _plan().to_bytes()
     for size in (0, 8, len(buffer) - 8):
-        with pytest.raises(ValueError, match="no step plan"):
+        with pytest.raises(ValueError, match="not a step plan"):
             StepPlan.from_bytes(buffer[:size])
 
 

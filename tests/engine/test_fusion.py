@@ -198,7 +198,7 @@ def test_a_fused_kernel_that_does_something_else_is_found_at_start(
         base = loader.load(config, progress=False)
         selfcheck.check_ragged(base)
         fuse(base.model)
-        with pytest.raises(FailedPreconditionError, match="answer otherwise than alone"):
+        with pytest.raises(FailedPreconditionError, match="get other logits than alone"):
             selfcheck.check_ragged(base)
 
 

@@ -19,5 +19,5 @@ def check_name(name: str) -> None:
     """Raises InvalidArgumentError unless `is_name(name)`."""
     if not is_name(name):
         raise InvalidArgumentError.field(
-            "name", f"{quoted(name)} is no adapter name; use 1 to 128 of letters, digits, '.', '_', '-'"
+            "name", f"{quoted(name)} is not an adapter name; use 1 to 128 letters, digits, '.', '_' or '-'"
         )

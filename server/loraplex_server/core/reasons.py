@@ -9,7 +9,7 @@ from loraplex_server.core.errors import Reason
 REMEDIES = {
     "INVALID_ARGUMENT": "correct the named fields",
     "NOT_FOUND": "name something that exists",
-    "ALREADY_EXISTS": "choose another name, or load in place",
+    "ALREADY_EXISTS": "choose another name, or load with `load_inplace`",
     "UNAUTHENTICATED": "send a token that the server knows",
     "PERMISSION_DENIED": "use a source that the operator allows",
     "FAILED_PRECONDITION": "change the adapter, the request or the server",
@@ -18,7 +18,7 @@ REMEDIES = {
     "DEADLINE_EXCEEDED": "allow more time",
     "CANCELLED": "nothing, or name another adapter",
     "UNIMPLEMENTED": "use a method that this server has",
-    "INTERNAL": "report it; its text is in the server's log alone",
+    "INTERNAL": "report it; only the server's log has the details",
 }
 """The remedy for each status."""
 
@@ -51,17 +51,17 @@ MEANINGS = {
     ),
     Reason.SOURCE_NOT_ALLOWED: Meaning(
         "PERMISSION_DENIED",
-        "the source is not under an allowed root or prefix, or a link in it leads elsewhere",
+        "the source is not under an allowed root or prefix, or a link in it leads outside",
         "use an allowed source; the operator sets `--adapter-root` and `--adapter-source`",
     ),
     Reason.UPLOADS_NOT_ALLOWED: Meaning(
         "PERMISSION_DENIED",
-        "the server takes no adapters from clients",
-        "load it from a source; the operator allows uploads with `--allow-uploads`",
+        "the server does not accept uploads",
+        "load the adapter from a source; the operator allows uploads with `--allow-uploads`",
     ),
     Reason.ADAPTER_NOT_SERVABLE: Meaning(
         "FAILED_PRECONDITION",
-        "the adapter does not fit the base model, or has a part that would not be applied",
+        "the adapter does not fit the base model, or has a part that the server cannot apply",
         "change the adapter as the text says",
     ),
     Reason.ADAPTERS_NOT_ADDABLE: Meaning(
@@ -80,16 +80,16 @@ MEANINGS = {
         "send the prompt as text, or add a `chat_template.jinja` to the folder",
     ),
     Reason.QUEUE_FULL: Meaning(
-        "RESOURCE_EXHAUSTED", "as many requests wait as may (`--max-queue`)", "try again after the delay"
+        "RESOURCE_EXHAUSTED", "the queue of requests is full (`--max-queue`)", "try again after the delay"
     ),
     Reason.TOO_MANY_JOBS: Meaning(
         "RESOURCE_EXHAUSTED",
-        "as many uploads, downloads or compositions are under way as may be",
+        "the server is busy with as many uploads, downloads or compositions as it allows",
         "try again after the delay",
     ),
     Reason.TOO_MANY_ADAPTERS: Meaning(
         "RESOURCE_EXHAUSTED",
-        "as many uploaded adapters are registered as may be (`--max-uploaded-adapters`)",
+        "no more uploaded adapters may be registered (`--max-uploaded-adapters`)",
         "unload one",
     ),
     Reason.CACHE_FULL: Meaning(
@@ -107,15 +107,15 @@ MEANINGS = {
     ),
     Reason.DEADLINE_TOO_SHORT: Meaning(
         "DEADLINE_EXCEEDED",
-        "the answer cannot be there before the call's deadline; nothing was computed",
+        "the answer cannot be complete before the call's deadline; nothing was computed",
         "allow more time, or ask for fewer tokens",
     ),
     Reason.ADAPTER_UNLOADED: Meaning(
-        "CANCELLED", "the request's adapter was unloaded under it", "name another adapter"
+        "CANCELLED", "the request's adapter was unloaded while it ran", "name another adapter"
     ),
     Reason.SERVER_STARTING: Meaning("UNAVAILABLE", "the model is being loaded", "try again after the delay"),
     Reason.SERVER_DRAINING: Meaning(
-        "UNAVAILABLE", "the server is shutting down", "try again: another server, or this one later"
+        "UNAVAILABLE", "the server is shutting down", "try another server, or this one later"
     ),
     Reason.ENGINE_RESTARTING: Meaning(
         "UNAVAILABLE", "the engine died and is being started again", "try again after the delay"
@@ -123,7 +123,7 @@ MEANINGS = {
     Reason.ENGINE_LOST: Meaning(
         "UNAVAILABLE",
         "the engine died while it had the request",
-        "try again after the delay; tokens that have come are lost",
+        "try again after the delay; discard the tokens received so far",
     ),
 }
 """The meaning of each reason."""

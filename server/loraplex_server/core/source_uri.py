@@ -111,7 +111,7 @@ def parse_uri(source: str, *, field_name: str = "source", is_prefix: bool = Fals
 
     scheme = scheme_of(source)
     if not scheme or not source.isprintable() or "\\" in source:
-        raise bad("is no address of a remote adapter")
+        raise bad("is not the address of a remote adapter")
     try:
         parts = urlsplit(source, allow_fragments=True)
     except ValueError as error:

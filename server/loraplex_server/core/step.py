@@ -182,7 +182,7 @@ class StepPlan:
         words = np.frombuffer(buffer, dtype=np.int64)
         lengths, words = words[: len(fields)], words[len(fields) :]
         if len(lengths) < len(fields) or lengths.min() < 0 or lengths.sum() != len(words):
-            raise ValueError(f"no step plan: {len(buffer)} bytes do not fit the header")
+            raise ValueError(f"not a step plan: {len(buffer)} bytes do not fit the header")
         sections = np.split(words, np.cumsum(lengths)[:-1])
         arrays: dict[str, Any] = {
             field.name: section.view(np.float64) if field.type == "Floats" else section

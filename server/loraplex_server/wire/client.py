@@ -107,7 +107,7 @@ class EngineClient:
         except (OSError, asyncio.IncompleteReadError) as error:
             raise UnavailableError(f"the engine cannot be reached: {error}") from error
         if not isinstance(message, Welcome) or message.version != PROTOCOL_VERSION:
-            raise UnavailableError("the engine speaks another protocol version; run one release of both")
+            raise UnavailableError("the engine has another protocol version; run the same release of both")
         return cls(
             reader,
             writer,
@@ -230,13 +230,13 @@ class EngineClient:
         except (OSError, EOFError):
             self._lose(
                 UnavailableError(
-                    "the engine has stopped; try again when it is back",
+                    "the engine has stopped; try again when it is running again",
                     retry_after_s=2.0,
                     reason=Reason.ENGINE_LOST,
                 )
             )
         except msgspec.DecodeError as error:
-            self._lose(InternalError(f"the engine sent what is no message: {error}"))
+            self._lose(InternalError(f"the engine sent an invalid message: {error}"))
 
     def _dispatch(self, message: FromEngine) -> None:
         match message:

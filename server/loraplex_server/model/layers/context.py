@@ -67,7 +67,7 @@ def running(context: StepContext) -> Iterator[None]:
     """
     global _current
     if _current is not None:
-        raise RuntimeError("a step runs already; the runner belongs to one thread")
+        raise RuntimeError("a step is running already; use the runner in one thread only")
     _current = context
     try:
         yield
@@ -82,5 +82,5 @@ def current() -> StepContext:
         RuntimeError: no step is running; only the runner may call the model.
     """
     if _current is None:
-        raise RuntimeError("no step runs; call the model through the runner")
+        raise RuntimeError("no step is running; call the model through the runner")
     return _current

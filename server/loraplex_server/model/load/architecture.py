@@ -112,7 +112,7 @@ def find_groups(model: PreTrainedModel) -> list[tuple[Projection, ...]]:
         if _LAYER.search(name) and parameter.ndim > 1 and name not in known:
             raise _refusal(
                 model.config.model_type,
-                f"{name} is no nn.Linear; mixtures of experts and convolutions are not served",
+                f"{name} is not an nn.Linear; mixtures of experts and convolutions are not served",
             )
     groups: list[tuple[Projection, ...]] = []
     taken: set[str] = set()
@@ -158,7 +158,7 @@ def find_embedding_and_head(model: PreTrainedModel) -> EmbeddingAndHead:
     if not isinstance(head, torch.nn.Linear) or head.weight.shape != embedding.weight.shape:
         raise _refusal(
             model.config.model_type,
-            f"its head is no nn.Linear of {hidden} inputs and {tokens} outputs, as its embedding has",
+            f"its head is not an nn.Linear of {hidden} inputs and {tokens} outputs, like its embedding",
         )
     paths = {module: path for path, module in model.named_modules()}
     return EmbeddingAndHead(

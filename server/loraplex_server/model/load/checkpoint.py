@@ -30,7 +30,8 @@ def locate(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise NotFoundError(
-            f"--model {model!r} is no folder, and the hub did not give it: {error}", resource=("model", model)
+            f"--model {model!r} is not a folder, and cannot be downloaded from the hub: {error}",
+            resource=("model", model),
         ) from error
 
 

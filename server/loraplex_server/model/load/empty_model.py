@@ -63,8 +63,8 @@ class EmptyModel:
             model = architecture.build_empty(config, weight_format.dtype)
         except (ValueError, KeyError) as error:
             raise FailedPreconditionError(
-                f"the architecture {config.model_type!r} cannot be served: transformers builds no model of "
-                f"it with another attention function ({error})"
+                f"the architecture {config.model_type!r} cannot be served: transformers cannot build it with "
+                f"another attention function ({error})"
             ) from error
         return cls(
             model=model,

@@ -68,8 +68,8 @@ class Filler:
             name for name in checkpoint.names if target[name] not in expected and not self._ignorable(name)
         ):
             raise FailedPreconditionError(
-                f"the checkpoint holds {len(unknown)} tensors that {type(self._model).__name__} has no place "
-                f"for, among them {unknown[0]}"
+                f"the checkpoint holds {len(unknown)} tensors that {type(self._model).__name__} does not "
+                f"have, among them {unknown[0]}"
             )
         bar = tqdm(
             total=checkpoint.total_bytes,
@@ -111,7 +111,7 @@ class Filler:
         wanted = getattr(module, leaf)
         if wanted.shape != tensor.shape:
             raise FailedPreconditionError(
-                f"{name} is {list(tensor.shape)} in the checkpoint and {list(wanted.shape)} by config.json"
+                f"{name} is {list(tensor.shape)} in the checkpoint, but {list(wanted.shape)} by config.json"
             )
         if index is None:
             value = tensor.to(self._format.device, self._format.dtype, copy=True)

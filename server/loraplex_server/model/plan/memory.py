@@ -241,7 +241,7 @@ def _check(plan: MemoryPlan, per_block: int, config: SchedulerConfig, *, cuda: b
     raise FailedPreconditionError(
         f"serving would take {short} bytes ({short / 2**20:.1f} MiB) more than {plan.device} "
         f"(the least KV cache is {least} bytes):\n{plan.table()}\n"
-        f"{more}lower what takes most by its flags: {advice}"
+        f"{more}lower the largest parts with their flags: {advice}"
     )
 
 
@@ -249,5 +249,5 @@ def _check_narrow_floats(device: torch.device) -> None:
     if torch.cuda.get_device_capability(device) < _NARROW_FLOATS:
         raise InvalidArgumentError.field(
             "kv_cache_dtype",
-            "Triton's kernels want compute capability 8.9 for fp8; use auto, or --kernels torch",
+            "Triton's kernels need compute capability 8.9 for fp8; use auto, or --kernels torch",
         )

@@ -56,8 +56,8 @@ def check_ragged(base: BaseModel) -> tuple[LayerShape, ...]:
     tolerance = max(_TOLERANCE[base.format.dtype], packed)
     if not difference <= tolerance * scale:
         raise FailedPreconditionError(
-            f"the architecture {base.config.model_type!r} cannot be served: sequences in one row answer "
-            f"otherwise than alone (logits differ by {difference:.3g} of {scale:.3g})"
+            f"the architecture {base.config.model_type!r} cannot be served: sequences in one row get other "
+            f"logits than alone (they differ by {difference:.3g} of {scale:.3g})"
         )
     return tuple(seen[layer] for layer in sorted(seen))
 
