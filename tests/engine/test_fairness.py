@@ -375,9 +375,9 @@ def cold_waits(seed: int, *, order: AdmissionOrder | None = None, patience_s: fl
 def bound(simulation: Simulation, answer: int) -> float:
     """The longest wait, in seconds, of a request whose adapter is not resident.
 
-    It waits for a place in the batch: a round, in which each flow gets a quantum and a request. It waits for a
-    slot: its patience, then until no adapter in use gets more requests (their number doubles every four times
-    the patience), then until the running ones end. Last comes the swap.
+    It waits for a place in the batch: a round, in which each flow gets a quantum and a request. It waits for
+    a slot: its patience, then until no adapter in use gets more requests (their number doubles every four
+    times the patience), then until the running ones end. Last comes the swap.
     """
     config, slots = simulation.config, simulation.device.slots
     flows = slots + 4
