@@ -1,4 +1,4 @@
-"""What the tests share: tiny checkpoints of real architectures, PEFT adapters for them, and the oracle."""
+"""Shared fixtures: tiny checkpoints of real architectures, PEFT adapters for them, and the oracle."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 with warnings.catch_warnings():
-    # torch announces once per process that CSR tensors are in beta; nothing a user could act on.
+    # torch warns once per process that CSR tensors are in beta; users cannot act on it.
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([0.0]), size=(1, 1))
 

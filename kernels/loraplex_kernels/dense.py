@@ -1,7 +1,7 @@
 """Dense products on the library that is faster on a CPU.
 
-For fp32, torch calls MKL, which leaves AVX-512 unused on processors that are not Intel's: oneDNN, which torch
-carries for its other dtypes, is about twice as fast there from a few rows on, and no slower elsewhere.
+For fp32, torch calls MKL, which does not use AVX-512 on processors that are not Intel's. oneDNN, which torch
+includes for its other dtypes, is about twice as fast there from a few rows on, and not slower elsewhere.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# oneDNN's calls cost some 10 µs more than MKL's, and its matrix-vector products are no faster: measured
+# oneDNN's calls cost about 10 µs more than MKL's, and its matrix-vector products are not faster: the measured
 # crossover.
 _MIN_ROWS = 3
 _MIN_PRODUCTS = 1_500_000
@@ -47,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if x.numel() * weight.shape[0] < _MIN_PRODUCTS or not _has_onednn():
             return torch.nn.functional.linear(x, weight, bias)
         return _in_few_shapes(_onednn, x, weight, bias)
-    # Half precision is oneDNN's in torch, too.
+    # In half precision torch calls oneDNN itself.
     return _in_few_shapes(torch.nn.functional.linear, x, weight, bias)
 
 
@@ -57,7 +57,7 @@ def linear_by_tiles(
     """``x @ weight.T + bias`` for a weight of `shape` (N, K) that comes tile by tile, in order of its rows.
 
     On a CPU products and sums are fp32 whatever x's dtype; elsewhere tiles are cast to it and the matrix unit
-    accumulates in fp32. A tile is used up before the next is asked for. Returns [..., N] in x's dtype.
+    accumulates in fp32. Each tile is consumed before the next is requested. Returns [..., N] in x's dtype.
 
     Raises:
         ValueError: if x's last dimension is not K.
@@ -111,5 +111,5 @@ def padded_rows(rows: int) -> int:
 
 @functools.cache
 def _has_onednn() -> bool:
-    # an op is only there in builds of torch that carry oneDNN
+    # the op exists only in builds of torch with oneDNN
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -66,9 +66,9 @@ def using(kernels: Kernels) -> Iterator[None]:
 
 
 def backend(device: torch.device) -> Backend:
-    """The implementation for tensors on `device` under the present setting.
+    """The implementation for tensors on `device` under the current setting.
 
-    Raises `KernelUnavailableError` where ``triton`` was asked for and cannot run.
+    Raises `KernelUnavailableError` if the setting is ``triton`` and it cannot run.
     """
     if _kernels == "torch" or (_kernels == "auto" and device.type != "cuda"):
         return "torch"

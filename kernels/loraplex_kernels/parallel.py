@@ -1,9 +1,9 @@
-"""The number of CPU threads that an op is worth.
+"""The number of CPU threads for an op.
 
-torch splits most ops among all its threads, and each split ends in a barrier: a few microseconds while the
-other threads still spin at it, a hundred or more once they sleep, milliseconds where another process has
-their core. A decode step is hundreds of small ops, so an op that one thread finishes in less than `MIN_US`
-stays on one thread.
+torch splits most ops among all its threads, and each split ends in a barrier. It takes a few microseconds
+while the other threads spin, a hundred or more once they sleep, milliseconds if another process has their
+core. A decode step is hundreds of small ops, so an op that one thread finishes in less than `MIN_US` stays on
+one thread.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from types import TracebackType
 import torch
 
 MIN_US = 150.0
-"""Ops that take one thread less than this are not split, in microseconds."""
+"""Microseconds of one thread; shorter ops are not split."""
 
 PRODUCTS_PER_US = 25_000
-"""Multiply-adds per microsecond of one core in a dense float32 product (50 GFLOP/s), about."""
+"""Approximate multiply-adds per microsecond of one core in a dense float32 product (50 GFLOP/s)."""
 
 _NOTHING = nullcontext()
 
@@ -37,19 +37,19 @@ class _Threads:
 
 
 def set_threads(count: int) -> None:
-    """The most threads that an op may use, for the whole process."""
+    """Set the most threads that an op may use, for the whole process."""
     global _all
     _all = count
     torch.set_num_threads(count)
 
 
 def threads_for(cost_us: float) -> AbstractContextManager[None]:
-    """A with block whose ops run on one thread, or on all, as their cost says. Nests: the inner one holds.
+    """A with block whose ops run on one thread or on all, depending on their cost; the inner block decides.
 
-    Without `set_threads` nothing is changed, nor where it said 1.
+    Does nothing without `set_threads`, or if it set 1.
 
     Args:
-        cost_us: what one of the ops takes a single thread, in microseconds, within a factor of two or so.
+        cost_us: microseconds that a single thread needs for one of the ops, within a factor of about two.
     """
     if _all is None or _all == 1:
         return _NOTHING

@@ -219,7 +219,7 @@ def bring(settle: Callable[[AdapterStore], None]) -> Callable[..., tuple[Adapter
 
 @pytest.fixture
 def served(registry: SiteRegistry) -> Callable[[AdapterStore, AdapterHandle, Path], bool]:
-    """Whether a handle's slot serves the weights in the folder, bit for bit."""
+    """True if a handle's slot serves the weights in the folder, bit for bit."""
 
     def check(store: AdapterStore, handle: AdapterHandle, folder: Path) -> bool:
         slot = store.requests.slot(handle)

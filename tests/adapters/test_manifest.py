@@ -1,4 +1,4 @@
-"""What is read of an adapter, and what is refused instead of being served in part."""
+"""Reading an adapter, and refusing those that could only be served in part."""
 
 from __future__ import annotations
 

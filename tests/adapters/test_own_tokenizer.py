@@ -1,4 +1,4 @@
-"""Which adapters bring a tokenizer, and who is told when that changes."""
+"""Adapters that bring a tokenizer, and the notices when that changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tiers evict by: popularity, the heap that finds the least of it, hit rates beside plain LRU."""
+"""Eviction by popularity: the heap that finds the least popular, and hit rates compared with plain LRU."""
 
 from __future__ import annotations
 

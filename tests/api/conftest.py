@@ -209,7 +209,7 @@ Script = Callable[["ScriptedEngine", Request], Awaitable[None]]
 
 
 def no_adapters(command: AnyCommand) -> Answer:
-    """What an engine without adapters, or with some that bring nothing, says."""
+    """The report of an engine without adapters, or with adapters that bring no tokenizer."""
     return "" if isinstance(command, GetChatTemplate) else ()
 
 

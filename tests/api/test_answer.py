@@ -1,4 +1,4 @@
-"""Which tokens and which text make an answer, with and without stop strings."""
+"""The tokens and the text of an answer, with and without stop strings."""
 
 from __future__ import annotations
 

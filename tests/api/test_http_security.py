@@ -1,4 +1,4 @@
-"""Who may call over HTTP: tokens, TLS and mutual TLS over real connections, and files renewed meanwhile."""
+"""Access over HTTP: tokens, TLS and mutual TLS over real connections, and files renewed meanwhile."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_a_wrong_guess_is_no_token_decoded() -> None:
 
 
 def series(metrics: Metrics) -> dict[str, list[tuple[dict[str, str], float]]]:
-    """What a scrape shows of the gateway's metrics: name to (labels, value)."""
+    """The gateway's metrics in a scrape: name to (labels, value)."""
     found: dict[str, list[tuple[dict[str, str], float]]] = {}
     for family in text_string_to_metric_families(generate_latest(metrics.registry).decode()):
         if family.name.startswith("vllm:"):

@@ -1,4 +1,4 @@
-"""Who may call: TLS, mutual TLS and bearer tokens over real connections, and files renewed meanwhile."""
+"""Access: TLS, mutual TLS and bearer tokens over real connections, and files renewed meanwhile."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def run(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> tuple[int,
 
 
 def error(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str:
-    """What is said below the usage, but for what differs between versions of Python."""
+    """The text below the usage, without the parts that differ between versions of Python."""
     code, text = run(("config", "check", *argv), capsys)
     assert code == 2, (argv, code, text)
     assert text.startswith("usage: loraplex config {show,check} [--changed] [flags of loraplex serve]\n"), (

@@ -1,4 +1,4 @@
-"""What a client may send, and what becomes of the rest: nothing is kept that was not announced."""
+"""Uploads: the server keeps announced content only and refuses the rest."""
 
 from __future__ import annotations
 

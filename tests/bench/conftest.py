@@ -26,7 +26,7 @@ Answer = Callable[[str | None, str], str]
 
 @dataclasses.dataclass
 class Script:
-    """How the scripted server behaves; tests change it before they send.
+    """The behaviour of the scripted server; tests change it before they send.
 
     Attributes:
         answer: (task, line) to the text of the answer.

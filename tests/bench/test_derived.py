@@ -16,7 +16,7 @@ from loraplex_bench.scenarios.derived_adapters import Derivation, demo_rank, der
 
 
 def deltas(folder: Path) -> dict[str, np.ndarray]:
-    """What the adapter in `folder` adds to each module, as PEFT defines it."""
+    """The delta that the adapter in `folder` adds to each module, as PEFT defines it."""
     config = json.loads((folder / "adapter_config.json").read_text())
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
     tensors = read_tensors(folder / "adapter_model.safetensors")

@@ -58,6 +58,6 @@ def test_a_section_of_kernels_is_written(section: str, tmp_path: Path) -> None:
 
 
 def test_an_op_is_measured_in_a_process_of_its_own() -> None:
-    """What that prints comes back as rows; where it cannot run, the reason does."""
+    """The process returns its output as rows, or the reason why it cannot run."""
     (row,) = gpu.rows_apart(OPS["bitsandbytes"], limit_s=0.01)
     assert row.figures[0].not_run == "0 s are over"

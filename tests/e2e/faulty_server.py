@@ -16,7 +16,7 @@ STEP_FAILS, DEVICE_FAILS = 3, 98
 """Token ids of the demo model that no line has: `<unk>` and `~`."""
 
 SECRET = "/secret/place"
-"""What no caller may read."""
+"""Text that no client may see."""
 
 UPLOAD_WAIT_S = 0.3
 

@@ -182,7 +182,7 @@ def test_clients_killed_in_mid_stream(scene: Scene, bystanders: collections.Coun
     cut = scene.calls("GenerationService/Generate", "CANCELLED")
 
     def kill_some() -> bool:
-        """Whether some were cut; they may have been too slow to die before their streams ended."""
+        """True if some streams were cut; the processes may die too late for that."""
         crowd = [
             subprocess.Popen([*command, *NAMES[:6]], stdout=subprocess.PIPE, env=child_environment())
             for _ in range(processes)

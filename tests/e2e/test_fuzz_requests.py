@@ -47,7 +47,7 @@ BAD = {
 }
 
 CLIENT_SIDE = "Internal error from Core"
-"""What gRPC's own client makes of an answer that came while it was still sending."""
+"""The error of gRPC's own client for an answer that arrives while it is still sending."""
 
 F = FieldDescriptor
 INTEGERS = {
@@ -147,7 +147,7 @@ def _names_prompt(field: FieldDescriptor) -> bool:
 
 
 def harmless(method: MethodDescriptor, body: bytes) -> bool:
-    """Whether a message leaves the kept adapter alone."""
+    """True if a message does not touch the kept adapter."""
     changing = ("UnloadAdapter", "LoadAdapter", "RegisterComposition", "UploadAdapter")
     return method.name not in changing or KEPT.encode() not in body
 

@@ -35,7 +35,7 @@ GENERATION, ADAPTERS = "/loraplex.v1.GenerationService/", "/loraplex.v1.AdapterS
 
 @dataclass(frozen=True)
 class Failure:
-    """What a caller learns of a call that failed."""
+    """The status of a failed call, as the client sees it."""
 
     code: str
     message: str
@@ -69,7 +69,7 @@ class Caller:
         self.adapters = adapters_pb2_grpc.AdapterServiceStub(self.channel)
 
     def fails(self, call: Any, *arguments: Any, **options: Any) -> Failure | None:
-        """How a call fails; None if it does not."""
+        """The failure of a call; None if it succeeds."""
         try:
             given = {"metadata": self.metadata, "timeout": LONG_S, **options}
             answer = call(*arguments, **given)
@@ -187,7 +187,7 @@ def held_up(caller: Caller, faults: Path) -> Failure | None:
 def one_runs_and_one_waits(
     caller: Caller, server: LaunchedServer, pool: ThreadPoolExecutor, until: Until
 ) -> list[Future[int]]:
-    """How many tokens each of two answers has in the end; nothing if the first ended before both were in."""
+    """Futures of two answers' token counts; empty if one ended before the other was seen waiting."""
     answers = [
         pool.submit(lambda parts: sum(len(part.token_ids) for part in parts), caller.stream())
         for _ in range(2)
@@ -262,7 +262,7 @@ def lose_device(caller: Caller, poison: int, until: Until) -> None:
 
 
 def count(stream: Any) -> int:
-    """How many tokens a stream brings."""
+    """The number of tokens of a stream."""
     return sum(len(part.token_ids) for part in stream)
 
 

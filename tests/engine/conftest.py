@@ -22,7 +22,7 @@ from loraplex_server.wire.messages import Failed, Times, TokenLogprobs, Tokens
 
 @dataclasses.dataclass
 class Answer:
-    """What one request got."""
+    """The result of one request."""
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
@@ -198,7 +198,7 @@ def draft_from() -> Callable[[Harness, Callable[[str], Sequence[int]]], None]:
 
 @dataclasses.dataclass
 class ParityCell:
-    """What a test found out about a cell of the parity matrix; its outcome is the test's."""
+    """A test's findings for a cell of the parity matrix; the outcome is the test's."""
 
     worst: float = 0.0
 

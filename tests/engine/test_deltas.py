@@ -1,4 +1,4 @@
-"""What waits between the engine and a caller: in order, joined only when behind, and bounded."""
+"""The queue between the engine and a client: ordered, bounded, and joined only when the client is behind."""
 
 from __future__ import annotations
 

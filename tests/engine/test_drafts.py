@@ -134,7 +134,7 @@ def test_where_nothing_is_found_it_waits_too() -> None:
 
 
 def test_a_draft_has_to_be_worth_it() -> None:
-    """Where one right token makes up for nothing, it counts as none."""
+    """With `worth` 2, a single accepted draft counts as none."""
     made = Drafter(8, 10_000, worth=2)
     row = [1, 2] * 20
     made.judge(4, 1, 30)

@@ -1,4 +1,4 @@
-"""Who is next: rounds, aging and priorities of the order itself, and simulations of hot and cold adapters."""
+"""The order of requests: rounds, aging, priorities, and simulations of popular and rare adapters."""
 
 from __future__ import annotations
 
@@ -334,7 +334,7 @@ def test_the_work_of_a_step_grows_with_flows_not_with_requests(monkeypatch: pyte
 
 
 def starving(waiting: list[Sequence], now_s: float, passed: object = ()) -> list[Sequence]:
-    """What the simulations must be able to find out: who is resident goes first, always."""
+    """A faulty order that the simulations must detect: requests with resident adapters always go first."""
     del now_s, passed
     return sorted(waiting, key=lambda one: not all(handle.resident for handle in one.handles))
 
@@ -373,9 +373,12 @@ def cold_waits(seed: int, *, order: AdmissionOrder | None = None, patience_s: fl
 
 
 def bound(simulation: Simulation, answer: int) -> float:
-    """What a cold request may have to wait. For a free place in the batch: a round, in which each flow gets a
-    quantum and a request. For a slot: until its patience is at an end, then until all adapters in use get no
-    more requests, which doubles them every four times that, and those that run have ended. Then the swap."""
+    """The longest wait, in seconds, of a request whose adapter is not resident.
+
+    It waits for a place in the batch: a round, in which each flow gets a quantum and a request. It waits for
+    a slot: its patience, then until no adapter in use gets more requests (their number doubles every four
+    times the patience), then until the running ones end. Last comes the swap.
+    """
     config, slots = simulation.config, simulation.device.slots
     flows = slots + 4
     longest_s = (answer + 2) * STEP_S

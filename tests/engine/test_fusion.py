@@ -1,4 +1,4 @@
-"""What stands in for a model's code between its projections is recognised by what it computes, and exact."""
+"""Fused kernels between the projections replace code that is recognised by its results, and are exact."""
 
 from __future__ import annotations
 

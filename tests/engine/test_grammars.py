@@ -529,7 +529,7 @@ class Ahead:
 
 
 def test_one_step_ahead_of_the_device(spoken: Model, served: Any, harness: Any) -> None:
-    """Who has a grammar waits for its token; the others do not, and every answer is the same."""
+    """Requests with a grammar wait for their token; others do not, and every answer is the same."""
 
     def ask(one: Any) -> list[Any]:
         asked = [

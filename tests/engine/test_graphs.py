@@ -210,7 +210,7 @@ class TestReplay:
 
     @pytest.fixture
     def llama(self, recorded: Steps) -> Steps:
-        """What `steps()` makes, recorded once for the tests that leave it as it is; its cache is empty."""
+        """The result of `steps()`, recorded once for the tests that do not change it; its cache is empty."""
         for cache in recorded.engine._runner._kv_caches:
             cache.zero_()
         return recorded

@@ -26,7 +26,7 @@ def test_the_demo_model_keeps_its_answers(option: str) -> None:
 def test_an_8_bit_cache_answers_alike_however_the_prompt_is_cut(
     tiny: Callable[[str], Any], harness: Callable[..., Any]
 ) -> None:
-    """What is attended to is always what the cache holds, also of tokens that were computed just now."""
+    """Attention always reads the cache's values, even for tokens computed in the same step."""
 
     def first_logprobs(**settings: Any) -> list[dict[int, float]]:
         served = harness(tiny("Mistral"), scheduler={"kv_block_size": 4, "max_batch_tokens": 64, **settings})

@@ -354,7 +354,7 @@ def prompts() -> Prompts:
 def truth(
     tiny: Any, saved: Any, judge: Any, bottlenecks: Any, prompts: Prompts
 ) -> Callable[[str, str], Truth]:
-    """What transformers + PEFT answers, checked to differ from kind to kind."""
+    """The answers of transformers + PEFT, checked to differ between kinds."""
     made: dict[tuple[str, str], Truth] = {}
 
     def make(architecture: str, quantization: str) -> Truth:
@@ -690,7 +690,7 @@ def test_the_base_finds_what_an_activated_adapter_left(tiny: Any, harness: Any, 
 def test_prompts_are_scored_with_adapters_of_every_kind(
     tiny: Any, harness: Any, saved: Any, truth: Any, prompts: Prompts
 ) -> None:
-    """What PEFT answered, given as part of the prompt: its log-probabilities are those it was chosen with."""
+    """PEFT's answer as part of the prompt gets the log-probabilities with which it was chosen."""
     served = harness(
         tiny("Llama"),
         scheduler={"kv_block_size": BLOCK, "max_batch_tokens": 16, "max_scored_tokens": 6},

@@ -257,7 +257,7 @@ ARCHITECTURES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "
 def test_a_recording_reads_and_sends_nothing(
     name: str, architecture: Any, launches: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What runs between begin and end of a recording: kernels and ops on the device, and nothing else."""
+    """Only kernels and ops on the device run between begin and end of a recording."""
     watches = []
 
     def recorder(device: torch.device) -> Any:

@@ -312,7 +312,7 @@ def test_in_half_precision_a_hit_is_as_exact_as_peft(tiny: Any, harness: Any, or
 
 
 def test_a_cache_in_8_bits_answers_alike_with_and_without_a_hit(tiny: Any, harness: Any) -> None:
-    """What a chunk has just computed is read back from the cache like everything before it."""
+    """Attention reads keys and values of the current chunk from the cache, like all earlier ones."""
     served = make(harness, tiny("Llama"), kv_cache_dtype="fp8")
     for index, owner in enumerate(([], [("r6", 1.0)], [("r14", 1.0)])):
         cold, hit = (ask(served, f"{turn}{index}", PROMPT, owner, logprobs=20) for turn in "ab")

@@ -173,7 +173,7 @@ class World:
 
 
 def _truth(sequence: Sequence, position: int) -> int:
-    """What keys and values at a position depend on, in one number; nothing of `block_key` is used."""
+    """A number for everything that keys and values at a position depend on; does not use `block_key`."""
     handles, tokens = cast(tuple[Handle, ...], sequence.handles), sequence.token_ids
     prompt = sequence.request.prompt_token_ids
     invoked = max(

@@ -255,7 +255,7 @@ def test_the_engine_ends_when_its_parent_is_killed(tiny: Any, tmp_path: Path) ->
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """True if a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

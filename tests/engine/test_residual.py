@@ -1,4 +1,4 @@
-"""What bottleneck adapters read as the residual stream is what the norm before the sub-block was given."""
+"""Bottleneck adapters read the input of the norm before the sub-block as the residual stream."""
 
 from __future__ import annotations
 

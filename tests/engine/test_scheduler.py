@@ -106,7 +106,7 @@ def sequence(
 
 
 def commit(scheduler: Scheduler, schedule: Schedule) -> None:
-    """What the engine does after a step, with token 0 for every sample."""
+    """Commits a step as the engine does, with token 0 for every sample."""
     for item in schedule.scheduled:
         samples = item.samples
         item.sequence.num_computed += item.num_tokens

@@ -134,7 +134,7 @@ def _write_ends(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def served(one_layer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the torch references answered, and what the kernels did, by quantization."""
+    """The answers of the torch references and of the kernels, by quantisation."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return _serve(one_layer, "torch", device), _serve(one_layer, "triton", device)
 

@@ -311,7 +311,7 @@ def test_every_kind_in_one_batch_equals_peft(
 
 
 def _deltas(judge: Any, model: Any, folder: Path) -> dict[str, torch.Tensor]:
-    """What an adapter of low-rank pairs adds to each weight, by module path, as PEFT says."""
+    """PEFT's delta of each weight for an adapter of low-rank pairs, by module path."""
     oracle = judge(model.base, folder, "none")
     return {
         path.removeprefix("base_model.model."): layer.get_delta_weight(folder_name)

@@ -30,7 +30,7 @@ def plans(max_tokens: int, slots: int, several: int) -> list[StepPlan]:
 
 
 def lora_variants(runs: Sequence[Run], dtype: torch.dtype) -> set[tuple[Any, ...]]:
-    """What of each launch is fixed when it is compiled: the family's tiles, and the planes."""
+    """The compile-time parameters of each launch: the family's tiles, and the planes."""
     pairs_of: dict[int, int] = {}
     for start, end, adapters in runs:
         for slot, _ in adapters:

@@ -35,7 +35,7 @@ DECODE, PREFILL = 0, 1
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of one variant: PTX, machine code, and the assembler's count of resources."""
+    """One compiled variant: PTX, machine code, and the assembler's count of resources."""
 
     ptx: str
     sass: str

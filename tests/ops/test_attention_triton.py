@@ -117,7 +117,7 @@ class Problem:
 
     @property
     def step(self) -> tuple[Any, ...]:
-        """What `AttentionBatch.build` takes."""
+        """The arguments of `AttentionBatch.build`."""
         return (self.query_start, self.context_len, self.block_start, self.blocks, self.slots)
 
     @property

@@ -33,7 +33,7 @@ def test_small_products_and_no_rows_are_served() -> None:
 
 
 def test_many_row_counts_take_few_shapes() -> None:
-    """What oneDNN compiles for a shape stays in memory: a server must not meet a new one at every step."""
+    """oneDNN keeps the code of every shape that it compiles, so a server must not use new shapes forever."""
     padded = [dense.padded_rows(rows) for rows in range(1, 4097)]
     assert all(rows <= found for rows, found in enumerate(padded, start=1))
     assert all(found <= max(rows + 7, rows * 1.25) for rows, found in enumerate(padded, start=1))

@@ -211,7 +211,7 @@ class TestKernels:
 
 
 class TestChecks:
-    """What does not fit is refused, whatever the kernels."""
+    """Arguments that do not fit are refused with any kernels."""
 
     def test_norms(self) -> None:
         norm = RmsNorm(torch.ones(8), 1e-6, "rounded")

@@ -73,7 +73,7 @@ PLAIN_BF16 = tuple(v for v in BF16 if v.adapters == torch.bfloat16)
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of one variant: PTX, machine code, and the assembler's count of resources."""
+    """One compiled variant: PTX, machine code, and the assembler's count of resources."""
 
     ptx: str
     sass: str
@@ -233,7 +233,7 @@ def test_ampere_and_ada(capability: int, variant: Variant, tmp_path: Path) -> No
 
 
 def tuning_candidates() -> Iterator[Variant]:
-    """What `make tune-gpu` tries from the built-in table, bf16."""
+    """The candidates that `make tune-gpu` tries from the built-in table, bf16."""
     from loraplex_bench import tune_lora
 
     for family, groups in tune_lora.GROUPS.items():

@@ -52,7 +52,7 @@ class TestKernels:
 
     @pytest.fixture(autouse=True)
     def poisoned_h(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What the shrink does not write is NaN to the expand."""
+        """The intermediate result is NaN wherever the shrink does not write."""
         monkeypatch.setattr(torch, "empty", functools.partial(torch.full, fill_value=float("nan")))
 
     @pytest.mark.parametrize("dtype", DTYPES)

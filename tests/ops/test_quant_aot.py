@@ -32,7 +32,7 @@ PERMUTED = ("nf4", "nf4-double", "int4-128", "int4-32")
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of one variant: PTX, machine code, and the assembler's count of resources."""
+    """One compiled variant: PTX, machine code, and the assembler's count of resources."""
 
     ptx: str
     sass: str
@@ -41,7 +41,7 @@ class Compiled:
     shared_bytes: int
 
     def instructions(self, operation: str) -> int:
-        """How many there are, in the whole kernel."""
+        """The number of such instructions in the whole kernel."""
         return len(
             re.findall(rf"^\s*/\*[0-9a-f]{{4,}}\*/\s+(?:@!?U?P\w+ )?{operation}", self.sass, re.MULTILINE)
         )

@@ -298,7 +298,7 @@ class TestKernels:
 
 
 class TestResidentWeights:
-    """What the server holds of a group of siblings where the kernels run."""
+    """The weights that the server holds for a group of siblings where the kernels run."""
 
     __test__ = RUNS_HERE
 

@@ -1,4 +1,4 @@
-"""What is generated is current: the stubs, the blocking client."""
+"""Generated files are current: the stubs and the blocking client."""
 
 from __future__ import annotations
 

@@ -279,7 +279,7 @@ def filled(message: Any) -> Any:
 
 
 def same(value: Any, message: Any) -> bool:
-    """Whether each field of the message is an attribute of the value, and the other way round."""
+    """True if the fields of the message and the attributes of the value correspond one to one."""
     names = [field.name for field in message.DESCRIPTOR.fields]
     assert sorted(type(value).__slots__) == sorted(names)
     return all(

@@ -1,4 +1,4 @@
-"""What users import: the names, their agreement, and what importing them costs."""
+"""The public surface: its names, their agreement, and the cost of importing them."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def agreed(shown: dict[str, float | None], expected: dict[str, float]) -> bool:
 
 
 def expectation(before: Metrics, after: Metrics) -> dict[str, float]:
-    """What the page has to show at rest, from two scrapes: when it was opened, and now."""
+    """The values that the page must show at rest, from two scrapes: one when it was opened, one now."""
     seen = top.view(before, after, 1.0)
     assert seen.ttft is not None
     assert seen.tpot is not None

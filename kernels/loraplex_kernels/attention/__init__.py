@@ -130,7 +130,11 @@ def paged_attention(
 
 
 def _backend(rows: torch.Tensor, kv_cache: torch.Tensor) -> dispatch.Backend:
-    """The implementation for these tensors; torch, unless Triton was insisted on, for what it cannot do."""
+    """The implementation for these tensors.
+
+    Tensors that Triton's kernels do not support run on torch. With the setting "triton" they raise
+    `KernelUnavailableError` instead.
+    """
     chosen = dispatch.backend(rows.device)
     if chosen == "torch":
         return chosen

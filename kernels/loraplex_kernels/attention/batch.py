@@ -1,4 +1,4 @@
-"""The metadata of one step's attention, worked out once on the host and shared by every layer."""
+"""The metadata of one step's attention, computed once on the host and shared by every layer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_step(
     *,
     block_size: int,
 ) -> Step:
-    """Check what `AttentionBatch.build` takes. Raises ValueError naming the array that does not fit."""
+    """Check the arguments of `AttentionBatch.build`. Raises ValueError naming the array that does not fit."""
     starts, context, table_start, table, slots = (
         np.asarray(array, dtype=np.int64)
         for array in (query_start, context_len, block_start, blocks, slot_mapping)
@@ -72,7 +72,7 @@ class AttentionBatch:
     num_tokens: int
     block_size: int
     min_blocks: int
-    """Blocks that a cache must have at least, to hold every one that the step names."""
+    """Least number of blocks of a cache that has every block of the step."""
     query_start: Ints
     """[B + 1]: sequence i owns rows query_start[i] : query_start[i + 1]."""
     context_len: Ints

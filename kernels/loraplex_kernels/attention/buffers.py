@@ -37,8 +37,8 @@ class AttentionBuffers:
         """Room for `max_tokens` queries of up to `max_sequences` sequences, whose block tables have up to
         `max_blocks` entries in all, in layers of the shapes `layers`.
 
-        Raises ValueError where the device's kernels are torch (they know no fixed sizes), and for heads wider
-        than the Triton kernels take.
+        Raises ValueError if the device runs the torch references (they have no fixed sizes), and for heads
+        wider than the Triton kernels support.
         """
         self._device = torch.device(device)
         if dispatch.backend(self._device) != "triton":

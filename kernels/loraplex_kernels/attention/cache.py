@@ -1,4 +1,4 @@
-"""The KV cache of a layer: its shape, and which of its rows a slot is."""
+"""The KV cache of a layer: its shape, and the rows of a slot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 def kv_cache_shape(
     num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
 ) -> tuple[int, int, int, int, int]:
-    """The shape of one layer's KV cache; of the two, keys come first."""
+    """The shape of one layer's KV cache. In the dimension of size 2, keys come first."""
     return (num_blocks, 2, num_kv_heads, block_size, head_dim)
 
 

@@ -14,7 +14,7 @@ from loraplex_kernels.attention.cache import head_cells
 from loraplex_kernels.attention.plan import Ints, Queries
 
 UNROLL = 4
-"""Sequences with at most this many queries run as so many decodes: it spares a launch and a gathered copy."""
+"""A sequence with at most this many queries runs as that many decodes; saves a launch and a gathered copy."""
 
 DECODE_SPLIT_GAIN = 512
 PREFILL_SPLIT_GAIN = 4096

@@ -7,8 +7,8 @@ attend   grid (tile, key head). A tile is up to `ROWS` rows of one sequence, a r
          itself writes the result; parts of a divided tile write planes: unscaled sums, maxima and weights.
 merge    grid (divided tile, key head, block of rows). Adds the planes up, in order and without atomics.
 
-Which tiles there are is worked out on the host (`plan`). Keys outside a tile's range are not read, so what
-lies in other cells cannot matter. Where a tile's queries see all keys of a block, nothing is masked.
+The host computes the tiles (`plan`). Keys outside a tile's range are not read, so the content of other cells
+does not matter. Where a tile's queries see all keys of a block, nothing is masked.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -149,7 +149,7 @@ def _attend_keys(
     return acc, total, peak
 
 
-# A window is a number like any other: 1, or a multiple of 16, needs no variant of its own.
+# Triton would compile further variants for a window of 1 or of a multiple of 16; they are not needed.
 @triton.jit(do_not_specialize=["window"])
 def attend_kernel(
     q_ptr,

@@ -3,8 +3,8 @@
 A sequence with q queries has q * group rows per key head, row r being query r // group of query head
 r % group of those that share the key head. Rows are cut into tiles of `rows`; a tile sees the keys from the
 first that its first query sees to its last query's own. Where few tiles have many keys, their ranges are
-divided into parts of about equal length, each with a plane of its own for its partial sums, and a merge adds
-a tile's planes up. Tiles with most keys come first, so that they do not begin when the others end.
+divided into parts of about equal length. Each part has a plane for its partial sums, and a merge adds up a
+tile's planes. Tiles with most keys come first, so that they do not begin when the others end.
 
 Worked example: group 2, 4 rows a tile, contexts 600 and 3 with 1 and 3 queries, parts of 256::
 
@@ -137,8 +137,9 @@ def cut(
 
 
 def capacity(max_tokens: int, max_sequences: int, shape: LayerShape, rows: int, programs: int) -> Capacity:
-    """Room for whatever `cut` may make of up to `max_tokens` tokens of `max_sequences` sequences, and for a
-    tail of tokens to be zeroed.
+    """Room for any result of `cut` for up to `max_tokens` tokens of `max_sequences` sequences.
+
+    Includes a tail of tokens to be zeroed.
     """
     num_rows = max_tokens * shape.group
     parts = max(programs // shape.num_kv_heads, 1)

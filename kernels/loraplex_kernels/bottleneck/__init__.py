@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small network of an adapter's own after a frozen projection, or beside it.
+"""Bottleneck adapters: a small network of the adapter after a frozen projection, or parallel to it.
 
 For a site of one slice with output y ``[T, H]``, the residual stream r ``[T, H]`` that y will be added to,
 and the tokens t of an adapter that has width b there::

@@ -1,4 +1,4 @@
-"""The networks in plain torch: which tokens have which is worked out once a batch and site."""
+"""The networks in plain torch; the tokens of each network are computed once per batch and site."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
-"""The functions that f may be, by their names in transformers."""
+"""The functions allowed for f, by their names in transformers."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """The gate of a feed-forward network: ``activation(gate) · up``, row by row.
 
-gate and up are two column ranges of one packed projection, or tensors of their own. The activation is
-computed in float32 and rounded to their dtype, then the product is, as two modules would.
+gate and up are two column ranges of one packed projection, or separate tensors. The activation is computed in
+float32 and rounded to their dtype; so is the product, as in two modules.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ TUNED = Path(__file__).parent / "tuned"
 """The folder of tables of particular cards."""
 
 _SHARED_PAIRS = 512
-"""Above so many pairs reading x and y outweighs the launches: eight tiles of `PREFILL_ROWS`."""
+"""Number of pairs, eight tiles of `PREFILL_ROWS`, above which reading x and y outweighs the launches."""
 
 _MIN_K_PER_PLANE = 512
 """A plane of fewer inputs than this reads less of x than its partial sums cost."""
@@ -62,11 +62,11 @@ class LoraTiles:
 
     Attributes:
         rows: pairs (or tokens) of a tile.
-        stacked: the shrink takes the slices of a site in one program, and not each in its own.
-        vector_rows: tiles of at most so many rows are taken row by row, without tensor cores; 0 for none.
+        stacked: one program of the shrink computes all slices of a site, instead of one program per slice.
+        vector_rows: tiles of at most this many rows run row by row, without tensor cores; 0 for none.
         vector_k: elements of x that such a row is multiplied with at once in the shrink.
         shrink_rank, shrink_k: the piece of A per step of the shrink.
-        shrink_programs: planes are added until there are so many programs.
+        shrink_programs: number of programs up to which planes are added.
         expand_rank, expand_columns: the piece of B that a program of the expand holds or, for tiles of more
             rows, goes through `dot_columns` at a time.
         shrink_warps, shrink_stages, expand_warps, expand_stages: as Triton means them.
@@ -226,7 +226,7 @@ def card_file(card: str) -> Path:
 def load(path: Path) -> Table:
     """A table from a file that `dump` wrote; what it leaves out is as in the built-in one.
 
-    Raises `ValueError` for a file that is no such table, naming what is wrong.
+    Raises `ValueError` for a file that is not such a table; the text names the problem.
     """
     try:
         rows = json.loads(path.read_text())["tiles"]

@@ -1,8 +1,8 @@
-"""The adapters' room on a device, which every op on adapters reads.
+"""The adapters' memory on a device, which every op on adapters reads.
 
-- `shapes`    sites of the model, and the shapes of what an adapter has at them
+- `shapes`    sites of the model, and the shapes of an adapter's parameters there
 - `layout`    the offset of each block of one adapter in its extent
-- `tables`    the index tables on the host: what each slot has at each entry, and where
+- `tables`    the index tables on the host: each slot's parameters at each entry, and their offsets
 - `pool`      the device memory: an arena, and the tables that the kernels read
 - `segments`  a step's runs of tokens, sorted by adapter and by mix
 - `batch`     the step's metadata on the device, cut into tiles

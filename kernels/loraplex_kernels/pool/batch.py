@@ -1,4 +1,4 @@
-"""The metadata of one step: which token meets which adapter, sorted and cut into tiles on the host.
+"""The metadata of one step: the (token, adapter) pairs, sorted and cut into tiles on the host.
 
 A batch arrives as *runs*: ``(token_start, token_end, ((slot, weight), ...))``, contiguous tokens that share
 one mix of adapters, ascending and disjoint; tokens in no run have no adapter. Two views of it are
@@ -51,11 +51,11 @@ class LoraBatch:
     """One step's metadata; the module's docstring draws each tensor. Valid until its buffers are filled
     again.
 
-    `num_pairs` is 0 when no token has an adapter: the op is then not to be called, and launches nothing.
+    `num_pairs` is 0 if no token has an adapter: do not call the op then; it would launch nothing.
     `num_tokens` is one past the last token of the runs. `shrink_tiles` and `expand_tiles` are the grids
     (with neutral tiles at the end, where the buffers have a fixed grid), `pair_rows` the rows of the
     intermediate result.
-    `cache` holds what ops derive from this batch.
+    `cache` holds data that ops derive from this batch.
     """
 
     num_tokens: int
@@ -91,7 +91,7 @@ class LoraBatch:
 
     @classmethod
     def build(cls, runs: Sequence[Run], device: torch.device | str = "cpu") -> LoraBatch:
-        """Metadata of `runs` in buffers of its own. A server keeps `LoraBatchBuffers` instead."""
+        """Metadata of `runs` in new buffers. A server keeps `LoraBatchBuffers` instead."""
         tokens = sum(end - start for start, end, _ in runs)
         pairs = sum((end - start) * len(adapters) for start, end, adapters in runs)
         return LoraBatchBuffers(max_tokens=max(tokens, 1), max_pairs=max(pairs, 1), device=device).fill(runs)

@@ -6,12 +6,13 @@ not touch takes no room.
 For each entry an adapter stores two blocks, both row-major by *rank row*: A is ``[rank_padded, in_features]``
 and B transposed is ``[rank_padded, width]``. ``rank_padded`` is the rank rounded up to `RANK_ALIGN`; the rows
 past the rank are zero. The factor ``lora_alpha / r`` (or ``/ sqrt(r)``) is already part of B. Vectors (scales
-of an entry's input or output, a bias) lie in the same extent, a row each; so do weights of an adapter's own.
+of an entry's input or output, a bias) are in the same extent, a row each; so are weights that replace the
+base's.
 
 Blocks begin at a multiple of their own row length, so that the arena, seen as a matrix with that row length,
-holds each block as whole rows; only row lengths that do not divide the extents' alignment (a vocabulary) do
-without. Sorting an extent's blocks by row length makes this nearly free. Example, two entries of a site with
-64 inputs, widths 64 and 32, ranks 6 and 4::
+holds each block as whole rows; only blocks whose row length does not divide the extents' alignment (a
+vocabulary) are not aligned. Sorting an extent's blocks by row length makes this nearly free.
+Example, two entries of a site with 64 inputs, widths 64 and 32, ranks 6 and 4::
 
     entry 0: A [8, 64] at 0      B [8, 64] at 1024        rows of 64: A of entry 0, A of entry 1, B of entry 0
     entry 1: A [8, 64] at 512    B [8, 32] at 1536        rows of 32: B of entry 1
@@ -38,8 +39,8 @@ ALIGNMENT = 16
 16-byte pieces."""
 
 MAX_EXTENT_ALIGNMENT = 1 << 18
-"""Row-aligned extents are given up where they would have to begin at multiples of more elements than this:
-half a MiB in 16 bits, which is lost between two extents at worst."""
+"""Largest alignment of row-aligned extents, in elements. It bounds the memory lost between two extents: half
+a MiB in 16 bits."""
 
 SCALE_BYTES = 4
 """Bytes of one scale, a float32."""
@@ -61,17 +62,17 @@ class AdapterLayout:
     vectors: tuple[VectorShape, ...] = ()
     vector_offset: tuple[int, ...] = ()
     scale_offset: tuple[int, ...] = ()
-    """In 8 bits only: where each entry's scales begin."""
+    """In 8 bits only: the offset of each entry's scales."""
     bottleneck: Bottleneck | None = None
 
     @property
     def touched(self) -> list[int]:
-        """Every entry at which the adapter has a LoRA pair or a vector; one with several comes again."""
+        """Every entry at which the adapter has a LoRA pair or a vector; may repeat an entry."""
         return [shape.entry for shape in self.entries] + [vector.entry for vector in self.vectors]
 
 
 class _Block(NamedTuple):
-    """A block to place: the length of its rows, and all that it takes, in elements of the arena."""
+    """A block to place: the length of its rows and its size, in elements of the arena."""
 
     row_length: int
     size: int
@@ -80,8 +81,8 @@ class _Block(NamedTuple):
 def extent_alignment(row_lengths: Iterable[int]) -> int:
     """The multiple, in elements, at which extents with rows of these lengths begin.
 
-    The least common multiple of the row lengths, or only `ALIGNMENT` where that is out of proportion:
-    adapters then work all the same, on a slower path on CPU.
+    The least common multiple of the row lengths, or `ALIGNMENT` if that is too large: adapters then take a
+    slower path on a CPU.
     """
     alignment = math.lcm(ALIGNMENT, *row_lengths)
     return alignment if alignment <= MAX_EXTENT_ALIGNMENT else ALIGNMENT

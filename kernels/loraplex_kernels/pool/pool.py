@@ -1,4 +1,4 @@
-"""The adapters' device memory: one flat arena, and tables that say where each slot's adapter lies in it."""
+"""The adapters' device memory: one flat arena, and tables with the offsets of each slot's adapter."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ class LoraPool:
     def bind(self, slot: int, start: int, layout: AdapterLayout) -> None:
         """Make `slot` serve the adapter whose extent begins at element `start`.
 
-        The device tables are written on the current stream: call this where the next step will see it, after
-        the extent's copy has finished. Raises `ValueError` where the extent does not fit or is misaligned.
+        Queues the writes of the device tables on the current stream, ahead of the next step that reads them.
+        The extent's copy must have finished. Raises `ValueError` if the extent does not fit or is misaligned.
         """
         self._check_fits(slot, start, layout)
         host = self.host
@@ -121,7 +121,7 @@ class LoraPool:
             raise ValueError(f"slot {slot}: the layout must{'' if self.scaled else ' not'} have scales here")
 
     def clear(self, slot: int) -> None:
-        """Make `slot` serve nothing: its tokens get no delta."""
+        """Unbind `slot`: its tokens get no delta."""
         self.host.clear(slot)
         self._publish(slot)
 
@@ -129,7 +129,7 @@ class LoraPool:
         host = self.host
         host.version += 1
         if self.arena.device.type != "cpu":
-            # A step may be running: from pinned memory, nothing here waits for its end.
+            # A step may be running: copies from pinned memory do not wait for its end.
             pinned = self.arena.device.type == "cuda"
             for table, rows in (
                 (self.a_offset, host.a_offset),
@@ -140,8 +140,8 @@ class LoraPool:
                 table[slot].copy_(row.pin_memory() if pinned else row, non_blocking=pinned)
 
     def a(self, slot: int, entry: int, in_features: int) -> Tensor:
-        """A view of the true rank rows of A: ``[rank, in_features]``. Host tables are read, nothing is
-        copied.
+        """A view of the true rank rows of A: ``[rank, in_features]``. Reads the host tables; copies
+        nothing.
         """
         return self._rows(int(self.host.a_offset[slot, entry]), int(self.host.rank[slot, entry]), in_features)
 

@@ -12,10 +12,10 @@ Run = tuple[int, int, tuple[tuple[int, float], ...]]
 """``(token_start, token_end, ((slot, weight), ...))``"""
 
 DECODE_ROWS = 16
-"""Rows of a tile where adapters have few rows each: the least that a tensor core product takes."""
+"""Rows of a tile if adapters have few rows each: the minimum of a tensor core product."""
 
 PREFILL_ROWS = 64
-"""Rows of a tile where adapters have many rows each: the least that Hopper's wgmma takes."""
+"""Rows of a tile if adapters have many rows each: the minimum of Hopper's wgmma."""
 
 
 class Member(NamedTuple):
@@ -124,7 +124,7 @@ def sort_runs(runs: Sequence[Run]) -> HostSegments:
 
 
 def _grouped(runs: Sequence[Run]) -> _Groups:
-    """Check the runs, and put those that name the same slots together."""
+    """Check the runs, and group those that name the same slots."""
     groups: dict[tuple[int, ...], list[_GroupRun]] = {}
     end = 0
     for start, stop, adapters in runs:

@@ -1,7 +1,7 @@
-"""Sites of the model, and the shapes of what an adapter has at them.
+"""Sites of the model, and the shapes of an adapter's parameters there.
 
 A *site* is one packed projection of the model (q·k·v, o, gate·up, down), a norm, the embedding or the head. A
-site has one or more *slices*, the column ranges of its output that have a LoRA pair of their own; slice ``s``
+site has one or more *slices*, the column ranges of its output with a LoRA pair each; slice ``s``
 of a site is *entry* ``site.first_entry + s``, and entries are numbered through the whole model.
 """
 
@@ -51,7 +51,7 @@ class LoraSite:
 
     @property
     def out_features(self) -> int:
-        """Columns that the output must have at least."""
+        """Least number of columns of the output."""
         start, width = self.slices[-1]
         return start + width
 
@@ -72,7 +72,7 @@ class EntryShape:
 
 class VectorKind(enum.IntEnum):
     """The effect of a vector at its entry. Scales are stored less 1. The op `vectors` applies most of them;
-    `bottleneck` takes the parts of its networks, `replacement` weights and their biases, `vocabulary` the
+    `bottleneck` applies the parts of its networks, `replacement` weights and their biases, `vocabulary` the
     rows of tokens.
     """
 
@@ -95,7 +95,7 @@ class VectorShape:
     """One vector of an adapter at one entry; a soft prompt is `rows` of them, at entry 0. In a prefix a row
     is a layer's keys or values of one virtual token: keys, values, then layers, then tokens.
 
-    `tokens`: whose rows they are, ascending, for `TOKEN_ROWS`.
+    `tokens`: the token id of each row, ascending, for `TOKEN_ROWS`.
     """
 
     entry: int

@@ -1,4 +1,4 @@
-"""The pool's index tables on the host: what each slot's adapter has at each entry, and where it lies."""
+"""The pool's index tables on the host: each slot's parameters at each entry, and their offsets."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from loraplex_kernels.pool.shapes import Bottleneck, VectorKind
 
 @dataclass
 class SlotTables:
-    """The pool's tables on the host. `version` grows with each slot written: what was derived from it is
-    stale.
-    """
+    """The pool's tables on the host. `version` grows with each slot written; older derived data is stale."""
 
     a_offset: np.ndarray
     b_offset: np.ndarray
@@ -21,13 +19,13 @@ class SlotTables:
     vector_offset: np.ndarray
     """int64 ``[num_slots, kinds, num_entries]``: first element of a vector, -1 where there is none."""
     has_vectors: np.ndarray
-    """bool ``[num_slots]``: whether any kind has one at any entry."""
+    """bool ``[num_slots]``: true if the slot has a vector of any kind at any entry."""
     outside: np.ndarray
-    """bool ``[num_slots]``: whether its adapter acts beyond the first entries, those of projections."""
+    """bool ``[num_slots]``: true if the slot's adapter acts at entries after those of projections."""
     tokens: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
-    """int64 by (slot, entry): whose `TOKEN_ROWS` the slot's adapter has there, ascending."""
+    """int64 by (slot, entry): the token ids of the slot's `TOKEN_ROWS` there, ascending."""
     bottleneck: dict[int, Bottleneck] = field(default_factory=dict)
-    """By slot: the form of its adapter's networks, if it has any."""
+    """By slot: the shape of its adapter's networks, if it has any."""
     version: int = 0
 
     @classmethod

@@ -90,7 +90,7 @@ def choose_group(width: int) -> int:
     """The largest group that divides an input width.
 
     Raises:
-        ValueError: if the width is no multiple of 32.
+        ValueError: if the width is not a multiple of 32.
     """
     for group in GROUPS:
         if width > 0 and width % group == 0:
@@ -106,7 +106,7 @@ def quantize(weight: Tensor, *, group: int | None = None) -> Int4Weight:
 
     Every element is off by at most half a step of its group (up to fp32 rounding): the step is rounded up to
     bf16 and covers the group's range also after the zero's rounding. Works through the weight in chunks of
-    rows: beyond the result, temporaries stay at a few MiB whatever the size.
+    rows: beyond the result, temporaries stay at a few MiB for any size.
 
     Args:
         weight: fp32, fp16 or bf16 [N, K], on any device; not modified.
@@ -155,6 +155,6 @@ def _quantize_groups(groups: Tensor) -> _Codes:
 
 
 def _round_up_to_bf16(values: Tensor) -> Tensor:
-    """The smallest bf16 number that is no less, as fp32; values are not negative."""
+    """Rounds values, none negative, up to the next bf16 number; returns fp32."""
     bits = values.view(torch.int32)
     return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)

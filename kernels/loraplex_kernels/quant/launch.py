@@ -23,7 +23,7 @@ _DEQUANTIZE_COLUMNS = 64
 """Output columns of a program of `dequantize_kernel`: with a block's 64 inputs, 32 elements a thread."""
 
 _DEFAULT_MULTIPROCESSORS = 132
-"""Multiprocessors that plans are made for where there is no device to ask: an H100's."""
+"""Number of multiprocessors that plans assume without a device: an H100's."""
 
 
 def matmul(rows: Tensor, w: BlockedWeight, bias: Tensor | None, plan: Plan | None = None) -> Tensor:

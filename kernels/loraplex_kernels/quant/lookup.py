@@ -109,7 +109,7 @@ def nf4_ptx(dtype: torch.dtype) -> str:
 
 # Operands: as above, then scale and zero of the low nibbles and of the high ones, two words each.
 INT4_CONSTRAINTS = ",".join(["=&r"] * 4 + ["r"] * 9)
-# The same, and `ONES` four times. An operand that is no load keeps Triton from decoding in wgmma's operand
+# The same, and `ONES` four times. An operand that is not a load keeps Triton from decoding in wgmma's operand
 # layout, where bytes come in pairs that would first have to be put together.
 INT4_TILE_CONSTRAINTS = INT4_CONSTRAINTS + ",r" * 4
 ONES = 0x3F803F80

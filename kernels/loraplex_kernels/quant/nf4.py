@@ -49,7 +49,7 @@ NF4_LEVELS: Tensor = torch.tensor(_LEVELS, dtype=torch.float32)
 _BOUNDS: tuple[float, ...] = tuple(((NF4_LEVELS[:-1] + NF4_LEVELS[1:]) / 2).tolist())
 
 NESTED_BLOCK = 256
-"""Block scales that share a scale of their own in double quantisation: bitsandbytes' number."""
+"""Number of block scales that share a second scale in double quantisation, as in bitsandbytes."""
 
 _GRID = 32767.5
 """Half the steps of the grid to which bitsandbytes' CPU code rounds first."""
@@ -166,7 +166,7 @@ class Nf4Weight(QuantWeight):
 def quantize(weight: Tensor, *, block_size: int = 64, double_quant: bool = False) -> Nf4Weight:
     """Quantise a weight to NF4.
 
-    Works through the weight in chunks: beyond the result, temporaries stay at a few MiB whatever the size.
+    Works through the weight in chunks: beyond the result, temporaries stay at a few MiB for any size.
 
     Args:
         weight: fp32, fp16 or bf16 [N, K], on any device; not modified.
@@ -174,7 +174,7 @@ def quantize(weight: Tensor, *, block_size: int = 64, double_quant: bool = False
         double_quant: store the scales as 8-bit codes (0.5 → 0.127 bits per weight).
 
     Raises:
-        ValueError: for a weight that is no floating-point matrix, is empty, or holds inf or NaN.
+        ValueError: for a weight that is not a floating-point matrix, is empty, or holds inf or NaN.
     """
     check_matrix(weight)
     if block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):

@@ -1,12 +1,12 @@
-"""Weights of an adapter's own in place of the base's: its tokens get what its weights compute.
+"""Weights of an adapter that replace the base's for the adapter's tokens.
 
 For a packed projection (`LoraSite`) and the tokens t of a slot with a `WEIGHT` at slice s::
 
     y[t, slice s] = x[t] @ W[slot, s].T + b[slot, s]
 
-with b only where the adapter has one. What the base computed for those tokens is thrown away. Pairs' weights
-are ignored: a token that has such an adapter must have no other, at weight 1. A product for each adapter and
-slice, plain torch on every device.
+with b only where the adapter has one. The base's result for those tokens is discarded. Pairs' weights are
+ignored: a token with such an adapter must have no other, at weight 1. One product per adapter and slice,
+plain torch on every device.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Own weights in plain torch: which tokens have which is worked out once a batch and entry."""
+"""Replaced weights in plain torch; the tokens of each weight are computed once per batch and entry."""
 
 from __future__ import annotations
 

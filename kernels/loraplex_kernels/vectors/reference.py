@@ -1,4 +1,4 @@
-"""The vector ops in plain torch: distinct vectors are stacked once a batch, and gathered by token."""
+"""The vector ops in plain torch: distinct vectors are stacked once per batch and gathered by token."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The vocabulary ops in plain torch, one adapter after the other. Token ids stay on the device, where a step
-may have them from the one before it: nothing waits for them.
+"""The vocabulary ops in plain torch, one adapter after the other.
+
+Token ids stay on the device, where the step before may have sampled them: nothing waits for them.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ REMEDIES = {
     "UNIMPLEMENTED": "use a method that this server has",
     "INTERNAL": "report it; only the server's log has the details",
 }
-"""What to do, by status."""
+"""The remedy for each status."""
 
 
 class Meaning(NamedTuple):

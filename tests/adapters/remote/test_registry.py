@@ -1,4 +1,4 @@
-"""Which backend a scheme means: built in, registered in code, or declared by another package."""
+"""The backend of a scheme: built in, registered in code, or declared by another package."""
 
 from __future__ import annotations
 
