@@ -15,6 +15,7 @@ from loraplex_server.api.requests import uploads
 from loraplex_server.api.requests.check_adapters import check_upload_header
 from loraplex_server.api.requests.uploads import MAX_CHUNK_BYTES, Upload, UploadDesk
 from loraplex_server.config import AdapterConfig
+from loraplex_server.core.adapter_cache import cache_folder, staging_folder
 from loraplex_server.core.errors import (
     DeadlineExceededError,
     InvalidArgumentError,
@@ -63,6 +64,16 @@ def receive(desk: UploadDesk, tmp_path: Path) -> Callable[..., dict[str, bytes]]
             assert list((tmp_path / "staging").iterdir()) == []
 
     return run
+
+
+def test_a_relative_cache_folder_is_one_absolute_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """API and engine compare paths in it: an upload lies where the engine looks for it."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    assert staging_folder(Path("../cache")) == cache_folder(Path("../cache")) / "staging"
+    assert cache_folder(Path("../cache")) == tmp_path.resolve() / "cache"
 
 
 def test_an_upload_is_received_whole(receive: Any) -> None:

@@ -98,6 +98,18 @@ def test_each_code(drive: Any, server: Any, abort: Any, connect: Any, code: grpc
         assert error.request_id == "r9"
 
 
+def test_an_error_has_the_id_under_which_the_server_logs_it(
+    drive: Any, server: Any, abort: Any, client: Any
+) -> None:
+    named = error_details_pb2.RequestInfo(request_id="made-by-server")
+    server.answers["Generate"] = lambda request, context: abort(
+        context, grpc.StatusCode.NOT_FOUND, "missing", named
+    )
+    with pytest.raises(errors.NotFoundError) as caught:
+        drive(lambda: client.generate("x"))
+    assert caught.value.request_id == "made-by-server"
+
+
 def test_the_text_tells_all(drive: Any, server: Any, abort: Any, client: Any) -> None:
     server.answers["Generate"] = lambda request, context: abort(
         context, grpc.StatusCode.INVALID_ARGUMENT, "bad request", *DETAILS

@@ -40,7 +40,9 @@ def error_from_call(call: Any, request_id: str = "") -> LoraplexError:
     """The error for a failed call, which is a `grpc.RpcError` that also answers code() and details()."""
     code: grpc.StatusCode = call.code()
     details = _details(call)
-    details["request_id"] = request_id or details["metadata"].get("request_id", "")
+    details["request_id"] = (
+        request_id or details.get("request_id") or details["metadata"].get("request_id", "")
+    )
     return ERROR_BY_CODE[code](call.details() or code.name, code=code.name, **details)
 
 
@@ -50,7 +52,7 @@ def error_from_message(message: generation_pb2.RequestError, request_id: str = "
     found: dict[str, Any] = {"metadata": {}}
     for packed in message.details:
         _read_detail(packed, found)
-    found["request_id"] = request_id or found["metadata"].get("request_id", "")
+    found["request_id"] = request_id or found.get("request_id") or found["metadata"].get("request_id", "")
     return ERROR_BY_CODE[code](message.message or code.name, code=code.name, **found)
 
 
@@ -90,6 +92,10 @@ def _read_detail(packed: Any, found: dict[str, Any]) -> None:
         retry = error_details_pb2.RetryInfo()
         packed.Unpack(retry)
         found["retry_after_s"] = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+    elif packed.Is(error_details_pb2.RequestInfo.DESCRIPTOR):
+        request = error_details_pb2.RequestInfo()
+        packed.Unpack(request)
+        found["request_id"] = request.request_id
     elif packed.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
         reason = error_details_pb2.ErrorInfo()
         packed.Unpack(reason)

@@ -18,10 +18,15 @@ def default_cache_dir() -> Path:
     return Path(base).expanduser() / "loraplex" / "adapters"
 
 
-def staging_folder(cache_dir: Path | None) -> Path:
-    """The folder for uploads in progress.
+def cache_folder(chosen: Path | None) -> Path:
+    """The cache's folder, as one absolute path for API and engine.
 
     Args:
-        cache_dir: the operator's choice (--adapter-cache-dir); None is the default folder.
+        chosen: the operator's choice (--adapter-cache-dir); None is the default folder.
     """
-    return (cache_dir or default_cache_dir()) / STAGING
+    return (chosen or default_cache_dir()).expanduser().resolve()
+
+
+def staging_folder(chosen: Path | None) -> Path:
+    """The folder for uploads in progress; `chosen` as for `cache_folder`."""
+    return cache_folder(chosen) / STAGING

@@ -23,7 +23,7 @@ from loraplex_server.adapters.origins.remote.registry import make_backend
 from loraplex_server.adapters.origins.remote.verified import VerifiedCache
 from loraplex_server.adapters.origins.sources import resolve_folder
 from loraplex_server.config import AdapterConfig
-from loraplex_server.core.adapter_cache import default_cache_dir
+from loraplex_server.core.adapter_cache import cache_folder
 from loraplex_server.core.errors import (
     InvalidArgumentError,
     NotFoundError,
@@ -203,7 +203,7 @@ class AdapterSources:
         with self._cache_lock:
             if self._cache is None:
                 config = self._config
-                files = DownloadCache(config.cache_dir or default_cache_dir(), config.cache_bytes)
+                files = DownloadCache(cache_folder(config.cache_dir), config.cache_bytes)
                 self._cache = VerifiedCache(files)
             return self._cache
 
