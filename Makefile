@@ -23,6 +23,7 @@ install: $(STAMP) ## Make .venv and install everything into it
 
 $(STAMP): pyproject.toml clients/python/pyproject.toml .ci/constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	@echo "installing into $(VENV): some minutes, about 3 GB"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e clients/python -e '.[bench,dev]'
 	@touch $@
@@ -60,7 +61,7 @@ test-web: $(STAMP) ## The built-in page in headless Chromium, installed by apt o
 	$(TEST_ENV) $(PY) -m pytest -q -m web tests/web
 
 screenshot: ## The picture of the built-in page in docs/how-to/watching.md, taken anew by `make test-web`'s tools
-	LORAPLEX_SCREENSHOT=server/deploy/page.png $(MAKE) test-web
+	LORAPLEX_SCREENSHOT=docs/images/page.png $(MAKE) test-web
 
 fuzz: $(STAMP) ## 100,000 spoiled adapter files, as many random messages, 8,000 HTTP requests: a typed error or a whole answer
 	$(TEST_ENV) LORAPLEX_FUZZ_INPUTS=100000 $(PY) -m pytest -q -s -k 'fuzz or description or spoiled' tests/adapters/test_fuzz.py \

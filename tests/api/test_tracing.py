@@ -314,7 +314,7 @@ def test_without_its_packages_the_server_says_so(
             assert await asyncio.wait_for(task, 10) == 1
 
     asyncio.run(main())
-    assert "pip install 'loraplex[tracing]'" in caplog.text
+    assert "pip install '.[tracing]'" in caplog.text
 
 
 @pytest.mark.parametrize(

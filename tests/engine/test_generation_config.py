@@ -48,3 +48,15 @@ def test_nonsense_is_as_good_as_nothing(tmp_path: Path, config: Any) -> None:
 def test_no_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert sampling_defaults(ModelConfig(str(tmp_path))) == SamplingDefaults()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("repetition_penalty", 0.005), ("repetition_penalty", 200), ("top_p", 0)]
+)
+def test_a_value_that_no_request_may_have_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, value: float
+) -> None:
+    """Else each request that leaves it open would be refused for what it did not say."""
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, name: value}))
+    assert sampling_defaults(ModelConfig(str(tmp_path))) == SamplingDefaults(temperature=1.0)
+    assert name in caplog.text

@@ -343,10 +343,10 @@ def test_wrong_settings(command: Command) -> None:
 @pytest.mark.parametrize(
     ("argv", "blocked", "extras"),
     [
-        (["serve", "--model", "x"], ("torch", "grpc_health"), "server"),
-        (["serve", "--help"], ("transformers",), "server"),
-        (["bench", "serve"], ("rich",), "bench"),
-        (["demo"], ("torch", "rich"), "server,bench"),
+        (["serve", "--model", "x"], ("torch", "grpc_health"), "."),
+        (["serve", "--help"], ("transformers",), "."),
+        (["bench", "serve"], ("rich",), "'.[bench]'"),
+        (["demo"], ("torch", "rich"), "'.[bench]'"),
     ],
 )
 def test_the_base_install_says_what_to_install(
@@ -355,7 +355,7 @@ def test_the_base_install_says_what_to_install(
     done = new_process(f"from loraplex.cli import main; sys.exit(main({argv!r}))", blocked=blocked)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert f"pip install 'loraplex[{extras}]'" in done.stderr
+    assert f"pip install ./clients/python {extras}\n" in done.stderr
     assert all(name in done.stderr for name in blocked)
     assert "Traceback" not in done.stderr
 
@@ -413,7 +413,7 @@ def test_what_a_tool_imports_late_is_advised_too(
     code, _, err = command("serve")
     assert code == 2
     assert "no_such_module_of_dev is not installed" in err
-    assert "pip install 'loraplex[bench,dev]'" in err
+    assert "pip install ./clients/python '.[bench,dev]'" in err
 
 
 def test_a_missing_module_of_nobody_s_is_a_fault(command: Command, tools: Path) -> None:

@@ -48,7 +48,7 @@ async def _live_line(text: Callable[[], str], out: TextIO) -> None:
     try:
         from rich.console import Console
         from rich.live import Live
-    except ImportError:  # rich comes with loraplex[bench]
+    except ImportError:  # rich comes with the extra bench
         await _plain_lines(text, out, PLAIN_INTERVAL_S)
         return
     with Live(text(), console=Console(file=out), transient=True, refresh_per_second=10) as display:

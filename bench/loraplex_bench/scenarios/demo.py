@@ -269,7 +269,7 @@ def _rich_table() -> Callable[[Sequence[Lane]], Any] | None:
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
-    except ImportError:  # rich comes with loraplex[bench]
+    except ImportError:  # rich comes with the extra bench
         return None
 
     wide = Console().width >= 140

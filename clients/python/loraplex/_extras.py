@@ -76,12 +76,20 @@ def installed(name: str) -> bool:
         return False
 
 
+def _install(extras: Sequence[str]) -> str:
+    """The command that installs extras. Nothing is published, so no package index is named."""
+    if "top" in extras:
+        return "pip install './clients/python[top]'"
+    others = ",".join(extra for extra in extras if extra != "server")
+    return f"pip install ./clients/python '.[{others}]'" if others else "pip install ./clients/python ."
+
+
 def advise(command: str, extras: Sequence[str], missing: Sequence[str]) -> int:
     are = "is" if len(missing) == 1 else "are"
     print(
         f"loraplex {command}: {', '.join(missing)} {are} not installed; "
         "the base install of loraplex is the client alone.\n"
-        f"Install what this command needs: pip install 'loraplex[{','.join(extras)}]'",
+        f"Install what this command needs, in a checkout of loraplex: {_install(extras)}",
         file=sys.stderr,
     )
     return 2

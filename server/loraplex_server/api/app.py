@@ -145,7 +145,7 @@ class _Server:
             from loraplex_server.api.http.start import listen_http
         except ImportError as error:
             raise FailedPreconditionError(
-                f"--http-port needs {error.name}, which is not installed; pip install 'loraplex[server]'"
+                f"--http-port needs {error.name}, which is not installed; in a checkout: pip install ."
             ) from error
         return await listen_http(
             api,

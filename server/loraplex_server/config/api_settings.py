@@ -163,7 +163,7 @@ class ApiConfig:
         Text,
         _serving(
             help="send traces to the OpenTelemetry collector at this gRPC address, such as "
-            "http://127.0.0.1:4317; needs loraplex[tracing]",
+            "http://127.0.0.1:4317; needs the extra tracing",
             metavar="URL",
             default="none",
         ),

@@ -19,5 +19,7 @@ def check_name(name: str) -> None:
     """Raises InvalidArgumentError unless `is_name(name)`."""
     if not is_name(name):
         raise InvalidArgumentError.field(
-            "name", f"{quoted(name)} is not an adapter name; use 1 to 128 letters, digits, '.', '_' or '-'"
+            "name",
+            f"{quoted(name)} is not an adapter name; "
+            "use 1 to 128 letters, digits, '.', '_' or '-', and not dots alone",
         )

@@ -30,7 +30,7 @@ def load_token_trie(model: str, vocab_size: int, eos_token_ids: Sequence[int]) -
         from llguidance import LLTokenizer
     except ImportError as error:
         raise FailedPreconditionError(
-            "structured output needs llguidance; install the server as loraplex[server]"
+            "structured output needs llguidance; install loraplex-server with what it requires"
         ) from error
     from transformers import AutoTokenizer
 

@@ -145,13 +145,14 @@ def load(client: Client, args: argparse.Namespace) -> AdapterInfo:
 
 
 def _seen_from_the_server(source: str, server: str) -> str:
-    """A folder of this machine as an absolute path, for a server on it, which runs in another folder.
+    """A path to a folder of this machine as an absolute one, for a server here that runs in another folder.
 
-    Other sources are the server's to find: under its own roots, on the hub, in a store.
+    Other sources are the server's to find: a name under its own roots, on the hub, in a store.
     """
     from loraplex._channel import is_local
 
-    return os.path.abspath(source) if is_local(server) and os.path.isdir(source) else source
+    is_path = "/" in source and os.path.isdir(source)
+    return os.path.abspath(source) if is_path and is_local(server) else source
 
 
 def compose(client: Client, args: argparse.Namespace) -> AdapterInfo:

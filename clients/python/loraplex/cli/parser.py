@@ -13,7 +13,7 @@ from loraplex.cli import commands
 DESCRIPTION = """\
 Serves many LoRA adapters on one frozen 4-bit language model, in one batch.
 
-on the machine that has the model (pip install 'loraplex[server]'):
+on the machine that has the model (from a checkout: pip install ./clients/python .):
   serve                 start a server; see loraplex serve --help
   config                show or check a server's settings: flags, environment and file
   demo                  watch a server answer for twelve adapters at once on a small model that comes along

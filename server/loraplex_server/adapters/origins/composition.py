@@ -220,5 +220,5 @@ def _peft_version() -> str:
     except importlib.metadata.PackageNotFoundError as error:
         raise FailedPreconditionError(
             "compositions are computed by the package peft, which the server does not have; "
-            "pip install 'loraplex[compositions]'"
+            "in a checkout: pip install '.[compositions]'"
         ) from error

@@ -295,7 +295,7 @@ class Health(Struct, frozen=True):
 
 
 class ErrorDetail(Struct, frozen=True):
-    """`param` is the path of the first bad field; `code` is the reason in lower case."""
+    """`param` is the path of the first bad field; `code` is the status in lower case."""
 
     message: str
     type: str

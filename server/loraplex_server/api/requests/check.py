@@ -100,7 +100,7 @@ def check_prompt_tokens(
 def check_name(found: Violations, field: str, name: str) -> None:
     """Adds a violation under `field` unless `name` may name an adapter."""
     if not names.is_name(name):
-        found.add(field, "has to be 1 to 128 letters, digits, '.', '_' or '-'")
+        found.add(field, "has to be 1 to 128 letters, digits, '.', '_' or '-', and not dots alone")
 
 
 def _check_prompt(found: Violations, message: generation_pb2.GenerateRequest, limits: Limits) -> None:

@@ -8,7 +8,8 @@ import logging
 import msgspec
 
 from loraplex_server.config import ModelConfig
-from loraplex_server.core.request import SamplingDefaults
+from loraplex_server.core.request import SamplingDefaults, SamplingParams
+from loraplex_server.core.request_rules import sampling_violations
 from loraplex_server.model.load.checkpoint import locate
 
 _log = logging.getLogger(__name__)
@@ -28,7 +29,8 @@ class _File(msgspec.Struct):
 def sampling_defaults(config: ModelConfig) -> SamplingDefaults:
     """The sampling parameters for requests that do not set their own.
 
-    They come from the file. Parameters that the file lacks, or sets to an invalid value, are neutral; all are
+    They come from the file. Parameters that the file lacks, or sets to a value that no request may have, are
+    neutral (the latter is logged); all are
     if the operator turned the file off (--generation-config none) or it cannot be read. The defaults that
     transformers adds to the file are not used.
 
@@ -45,14 +47,18 @@ def sampling_defaults(config: ModelConfig) -> SamplingDefaults:
     except (OSError, ValueError, msgspec.ValidationError) as error:
         _log.warning("generation_config.json is not used: %s", error)
         return SamplingDefaults()
-    neutral = SamplingDefaults()
-    temperature = found.temperature if found.temperature is not None and found.temperature >= 0 else 1.0
-    return SamplingDefaults(
-        temperature=temperature if found.do_sample else 0.0,
-        top_k=max(found.top_k or 0, 0),
-        top_p=found.top_p if found.top_p is not None and 0 < found.top_p <= 1 else neutral.top_p,
-        min_p=found.min_p if found.min_p is not None and 0 <= found.min_p <= 1 else neutral.min_p,
-        repetition_penalty=found.repetition_penalty
-        if found.repetition_penalty is not None and found.repetition_penalty > 0
-        else neutral.repetition_penalty,
-    )
+    # transformers samples at temperature 1 where the file says nothing else.
+    neutral = SamplingDefaults(temperature=1.0 if found.do_sample else 0.0, top_k=max(found.top_k or 0, 0))
+    given = {
+        "temperature": found.temperature if found.do_sample else None,
+        "top_p": found.top_p,
+        "min_p": found.min_p,
+        "repetition_penalty": found.repetition_penalty,
+    }
+    wanted = {name: value for name, value in given.items() if value is not None}
+    for violation in sampling_violations(msgspec.structs.replace(SamplingParams(), **wanted)):
+        name = violation.field.removeprefix("sampling.")
+        _log.warning(
+            "generation_config.json: %s is not used: %g %s", name, wanted.pop(name), violation.description
+        )
+    return msgspec.structs.replace(neutral, **wanted)

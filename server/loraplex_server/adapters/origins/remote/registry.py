@@ -41,7 +41,8 @@ def make_backend(scheme: str, allowed: AllowedSources) -> Backend:
         return factory(allowed)
     except ImportError as error:
         raise FailedPreconditionError(
-            f"{scheme}:// needs {error.name or error}, which is not installed; pip install 'loraplex[remote]'"
+            f"{scheme}:// needs {error.name or error}, which is not installed; "
+            "in a checkout: pip install '.[remote]'"
         ) from error
 
 

@@ -18,6 +18,7 @@ def start_tracing(endpoint: str, model: str, version: str) -> Tracing:
         from loraplex_server.api.telemetry.tracing.otlp import OtlpTracing
     except ImportError as error:
         raise FailedPreconditionError(
-            f"--otlp-endpoint needs {error.name}, which is not installed; pip install 'loraplex[tracing]'"
+            f"--otlp-endpoint needs {error.name}, which is not installed; "
+            "in a checkout: pip install '.[tracing]'"
         ) from error
     return OtlpTracing(endpoint, model, version)
