@@ -73,7 +73,7 @@ def _requests(rng: random.Random) -> list[dict[str, Any]]:
             "max_tokens": rng.randrange(1, 12),
             "ignore_eos": True,
             # Nobody generates the poison by accident, so who is to fail is known.
-            "logit_bias": ((POISON, -1e9),),
+            "logit_bias": ((POISON, -100.0),),
         }
         for index in range(24)
     ]

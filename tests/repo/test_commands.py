@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,7 +26,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 MODEL = "Llama-3.1-8B-Instruct"
 DEFAULT_SERVE = f"loraplex serve --model ./{MODEL} --adapters ./adapters --http-port 8000 --allow-uploads"
-PORTS = ("50051", "9400", "8000")
+PORTS = {"50051": "grpc", "9400": "metrics", "8000": "http"}
+"""The pages' ports, and what a server that is ready calls each."""
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 # Of equal rank, as PEFT's recipes want them.
 ADAPTERS = {"sql": "caesar3", "polite": "rot13"}
@@ -66,15 +66,14 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
+        self._ports = dict.fromkeys(PORTS, "0")
         self._server: subprocess.Popen[str] | None = None
         self._environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": os.pathsep.join(sys.path),
-            "LORAPLEX_SERVER": f"127.0.0.1:{self._ports['50051']}",
-            "LORAPLEX_SERVE_PORT": self._ports["50051"],
-            "LORAPLEX_SERVE_METRICS_PORT": self._ports["9400"],
+            "LORAPLEX_SERVE_PORT": "0",
+            "LORAPLEX_SERVE_METRICS_PORT": "0",
             "LORAPLEX_SERVE_THREADS": "1",
             "XDG_CACHE_HOME": str(folder / "cache"),
             "HF_HUB_OFFLINE": "1",
@@ -86,19 +85,18 @@ class Reader:
         Raises:
             AssertionError: it failed.
         """
-        text = re.sub("|".join(PORTS), lambda port: self._ports[port[0]], example.text)
         if example.language == "python":
-            self._finish([sys.executable, "-c", text])
-        elif "loraplex serve" in text:
-            self._serve(text)
+            self._finish([sys.executable, "-c", self._with_ports(example.text)])
+        elif "loraplex serve" in example.text:
+            self._serve(example.text)
         else:
-            if self._server is None and not _NEEDS_NO_SERVER.match(text):
+            if self._server is None and not _NEEDS_NO_SERVER.match(example.text):
                 self.serve_as_usual()
-            self._finish(["bash", "-ec", text])
+            self._finish(["bash", "-ec", self._with_ports(example.text)])
 
     def serve_as_usual(self) -> None:
         """Starts the server that pages without one of their own ask."""
-        self._serve(re.sub("|".join(PORTS), lambda port: self._ports[port[0]], DEFAULT_SERVE))
+        self._serve(DEFAULT_SERVE)
 
     def close(self) -> None:
         """Ends the server."""
@@ -106,12 +104,17 @@ class Reader:
             self._server.send_signal(signal.SIGTERM)
             self._server.communicate(timeout=60)
             self._server = None
+            self._ports = dict.fromkeys(PORTS, "0")
+
+    def _with_ports(self, text: str) -> str:
+        """With the running server's ports; 0, which is any that is free, where there is none."""
+        return re.sub("|".join(PORTS), lambda port: self._ports[port[0]], text)
 
     def _serve(self, command: str) -> None:
         self.close()
         with (self._folder / "server.log").open("w") as log:
             self._server = subprocess.Popen(
-                ["bash", "-c", f"exec {command}"],
+                ["bash", "-c", f"exec {self._with_ports(command)}"],
                 cwd=self._folder,
                 env=self._environment,
                 stdout=subprocess.PIPE,
@@ -120,7 +123,12 @@ class Reader:
             )
         assert self._server.stdout is not None
         ready = self._server.stdout.readline()
-        assert ready.startswith("loraplex ready "), (self._folder / "server.log").read_text()
+        if not ready.startswith("loraplex ready "):
+            self.close()
+        assert self._server, (self._folder / "server.log").read_text()
+        found = dict(re.findall(r"(\w+)=\S+:(\d+)", ready))
+        self._ports = {port: found.get(name, "0") for port, name in PORTS.items()}
+        self._environment["LORAPLEX_SERVER"] = f"127.0.0.1:{found['grpc']}"
 
     def _finish(self, command: list[str]) -> None:
         done = subprocess.run(
@@ -133,15 +141,6 @@ class Reader:
             timeout=240,
         )
         assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody has."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [taken.getsockname()[1] for taken in sockets]
-    for taken in sockets:
-        taken.close()
-    return ports
 
 
 def settle(folder: Path) -> Reader:
