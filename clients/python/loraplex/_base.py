@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from loraplex.errors import DeadlineExceededError
 DEFAULT_SERVER = "127.0.0.1:50051"
 
 
-class BaseClient:
+class BaseClient(abc.ABC):
     """The constructor and the address of a client, whichever way it waits."""
 
     def __init__(
@@ -72,9 +73,9 @@ class BaseClient:
             )
         )
 
+    @abc.abstractmethod
     def _open(self, settings: CallSettings) -> None:
         """Makes the transport."""
-        raise NotImplementedError
 
     @property
     def server(self) -> str:
