@@ -36,14 +36,6 @@ _MAX_READ_TOKENS = 1024
 """Tokens that are looked at in one step to draft others from them: about a millisecond."""
 
 
-def fifo_within_priority(
-    waiting: list[Sequence], now_s: float, passed: Container[Account] = ()
-) -> list[Sequence]:
-    """Higher priority first; within one, first come first served."""
-    del now_s, passed
-    return sorted(waiting, key=lambda sequence: -sequence.request.priority)
-
-
 class Scheduler:
     """Owns the waiting and the running sequences, and their KV blocks and device references.
 
